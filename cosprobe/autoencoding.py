@@ -1,0 +1,114 @@
+"""Training of a small causal video autoencoder (diffusers' `AutoencoderKLWan`) on the videos of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import lightning as L
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from cosprobe.tasks import Problem, Task
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Size and recipe. stages: (frames, batch, steps) trained one after another, single frames first.
+
+    Frames must be 4k+1: the Wan autoencoder works in chunks of four frames after the first. The learning
+    rate decides: above 1e-3 the reconstruction error sticks at the error of a grey picture.
+    """
+
+    base_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4)
+    z_dim: int = 12
+    patch_size: int = 2
+    stages: tuple[tuple[int, int, int], ...] = ((1, 32, 1400), (5, 12, 900), (13, 8, 1000))
+    lr: float = 4e-4
+    warmup: int = 100
+    kl: float = 1e-5
+
+    @property
+    def steps(self) -> int:
+        return sum(steps for _, _, steps in self.stages)
+
+
+def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKLWan:
+    """Compresses 4x in time and 8x in space (patches of 2, two halvings)."""
+    pixels = 3 * config.patch_size**2
+    halvings = len(config.dim_mult) - 1
+    return AutoencoderKLWan(
+        base_dim=config.base_dim,
+        z_dim=config.z_dim,
+        dim_mult=list(config.dim_mult),
+        num_res_blocks=1,
+        temperal_downsample=[True] * halvings,
+        in_channels=pixels,
+        out_channels=pixels,
+        patch_size=config.patch_size,
+        latents_mean=[0.0] * config.z_dim,
+        latents_std=[1.0] * config.z_dim,
+        scale_factor_temporal=2**halvings,
+        scale_factor_spatial=config.patch_size * 2**halvings,
+    )
+
+
+def to_model_range(frames: np.ndarray) -> Tensor:
+    """uint8 [..., frame, height, width, 3] -> float [..., 3, frame, height, width] in [-1, 1]."""
+    return rearrange(torch.from_numpy(frames).float() / 127.5 - 1, "... f h w c -> ... c f h w")
+
+
+class ClipBatches(IterableDataset):
+    """Endless batches of random crops in time; batch `i` depends on (seed, i) alone, so a resumed run sees
+    the batches it would have seen."""
+
+    def __init__(self, task: Task, problems: list[Problem], config: AutoencoderConfig, seed: int, start: int):
+        self.task, self.problems, self.config, self.seed, self.start = task, problems, config, seed, start
+
+    def __iter__(self) -> Iterator[Float[Tensor, "batch 3 frame height width"]]:
+        plan = [(frames, batch) for frames, batch, steps in self.config.stages for _ in range(steps)]
+        for step, (frames, batch) in enumerate(plan[self.start :], start=self.start):
+            rng = np.random.default_rng([self.seed, step])
+            clips = []
+            for i in rng.integers(len(self.problems), size=batch):
+                video = self.task.video(self.problems[i])
+                begin = rng.integers(len(video) - frames + 1)
+                clips.append(video[begin : begin + frames])
+            yield to_model_range(np.stack(clips))
+
+
+class AutoencoderTraining(L.LightningModule):
+    """Absolute plus squared reconstruction error and a small KL term. Resumes at the batch it stopped at."""
+
+    def __init__(self, config: AutoencoderConfig, task: Task, problems: list[Problem], seed: int = 0):
+        super().__init__()
+        self.config, self.task, self.problems, self.seed = config, task, problems, seed
+        torch.manual_seed(seed)
+        self.vae = build_autoencoder(config)
+
+    def train_dataloader(self) -> DataLoader:
+        batches = ClipBatches(self.task, self.problems, self.config, self.seed, self.global_step)
+        return DataLoader(batches, batch_size=None)
+
+    def training_step(self, clips: Tensor, batch_index: int) -> Tensor:
+        posterior = self.vae.encode(clips).latent_dist
+        error = self.vae.decode(posterior.sample()).sample.float() - clips
+        loss = error.abs().mean() + error.square().mean() + self.config.kl * posterior.kl().mean()
+        self.log_dict({"mse": error.square().mean(), "loss": loss}, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.Adam(self.vae.parameters(), lr=self.config.lr, betas=(0.9, 0.95))
+
+        def factor(step: int) -> float:
+            left = (self.config.steps - step) / (0.3 * self.config.steps)
+            return min(1.0, (step + 1) / self.config.warmup, max(0.02, left))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,233 @@
+"""Problems through the pipeline under capture, into an activation store."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_info
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from cosprobe.capture import Tape, capture
+from cosprobe.data import ProbeSamples
+from cosprobe.pipelines import PipelineConfig, block_list, decode, experts, fingerprint, sample
+from cosprobe.pooling import Pooling
+from cosprobe.store import ActivationStore
+from cosprobe.tasks import Problem, Task
+from cosprobe.types import SOURCES, SPLIT_ORDER, Cell, parse_selection
+
+SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A problem and a noise seed."""
+
+    problem: Problem
+    seed: int
+
+
+def draw_samples(task: Task, problems: int, seeds: int, seed: int) -> list[Sample]:
+    """`problems` problems over the splits, each with `seeds` noise seeds; the seeds of a problem stay together.
+
+    A noise seed depends on (seed, problem, which of its seeds), never on the place in a batch.
+    Raises ValueError when a split would be empty.
+    """
+    counts = {split: round(problems * share) for split, share in SHARES.items()}
+    counts["train"] += problems - sum(counts.values())
+    if min(counts.values()) < 2 or seeds < 1:
+        raise ValueError(
+            f"task.problems={problems}, task.seeds={seeds}: expected at least 10 problems (a split would be empty) "
+            "and at least 1 seed"
+        )
+    return [
+        Sample(problem, noise_seed(problem, which, seed))
+        for split in SPLIT_ORDER
+        for problem in task.problems(split, counts[split])
+        for which in range(seeds)
+    ]
+
+
+def noise_seed(problem: Problem, which: int, seed: int) -> int:
+    return int(hashlib.sha256(f"{seed}/{problem.name}/{which}".encode()).hexdigest()[:12], 16)
+
+
+def decode_steps(spec: str, total: int) -> tuple[int, ...]:
+    """Steps whose x0-hat is decoded and read: `auto` is at most 5, dense where things happen, early."""
+    if spec == "auto":
+        return tuple(sorted({0, round(0.1 * total), round(0.25 * total), round(0.5 * total), total - 1} & set(range(total))))
+    return parse_selection(spec, total, "probe.decode")
+
+
+def images(task: Task, problems: Sequence[Problem]) -> Float[Tensor, "batch 3 height width"]:
+    """First frames in [0, 1]."""
+    frames = np.stack([task.image(problem) for problem in problems])
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+
+
+def settings(pipeline: PipelineConfig, task: Any, probe: Any, seed: int) -> dict[str, Any]:
+    """Everything that shapes a store, flat, so that a difference can be named. The order of samples and the
+    batch they ran in are part of it: a batch's shape changes the last bits."""
+    flat = {f"task.{f.name}": getattr(task, f.name) for f in fields(task)}
+    flat |= {f"pipeline.{f.name}": getattr(pipeline, f.name) for f in fields(pipeline) if f.name not in ("name", "path")}
+    flat |= {f"probe.{name}": getattr(probe, name) for name in ("layers", "steps", "pooling", "frames", "decode")}
+    flat |= {f"version.{name}": version(name) for name in ("torch", "diffusers")}
+    return flat | {"model": fingerprint(pipeline.folder), "seed": seed}
+
+
+def collect(
+    model: Any, pipeline: PipelineConfig, task: Task, task_config: Any, probe: Any, seed: int, folder: Path
+) -> ActivationStore:
+    """Collects what is not on disk yet. With several processes, chunk i belongs to process i modulo their number.
+
+    Chunks are cut by global index, so one process and many write the same shards.
+    """
+    drawn = draw_samples(task, task_config.problems, task_config.seeds, seed)
+    chunks = [drawn[i : i + pipeline.batch] for i in range(0, len(drawn), pipeline.batch)]
+    store = ActivationStore(folder, settings(pipeline, task_config, probe, seed), len(chunks))
+    size = store_bytes(model, pipeline, task, probe, len(drawn))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if rank == 0:
+        store.begin(size)
+    _barrier()
+    missing = store.missing()
+    if not missing:
+        rank_zero_info(f"store: {len(drawn)} samples are already in {folder}; re-using them")
+    else:
+        done = "" if len(missing) == len(chunks) else f"; {len(chunks) - len(missing)} of {len(chunks)} shards are there"
+        rank_zero_info(f"store: {len(drawn)} samples, {size / 1e6:.0f} MB in {folder}{done}")
+        with _progress(rank) as bar:
+            for index in bar.track([i for i in missing if i % world == rank], description="sampling under capture"):
+                store.write(index, *_chunk(model, pipeline, task, probe, chunks[index]))
+        _barrier()
+    if rank == 0 and not store.complete:
+        store.finish()
+    _barrier()
+    return store
+
+
+def store_bytes(model: Any, pipeline: PipelineConfig, task: Task, probe: Any, samples: int) -> int:
+    """Bytes the features will take, from the model's shape alone."""
+    transformer = next(iter(experts(model).values()))
+    layers = parse_selection(probe.layers, len(block_list(transformer)), "probe.layers")
+    steps = parse_selection(probe.steps, pipeline.steps, "probe.steps")
+    config = transformer.config
+    width = config.num_attention_heads * config.attention_head_dim
+    latent_frames = (pipeline.frames - 1) // model.vae_scale_factor_temporal + 1
+    boxes = [[(0.0, 0.0, 1.0, 1.0)] * task.candidates]
+    pooling = Pooling(probe.pooling, probe.frames, boxes if probe.pooling == "region" else ())
+    cells = len(steps) * (len(layers) + len(SOURCES)) * (2 if pipeline.guidance > 1 else 1)
+    size = next(transformer.parameters()).element_size()
+    return samples * cells * len(pooling.places(latent_frames)) * pooling.regions * width * size
+
+
+@torch.no_grad()
+def _chunk(
+    model: Any, pipeline: PipelineConfig, task: Task, probe: Any, chunk: list[Sample]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    problems = [s.problem for s in chunk]
+    layers = parse_selection(probe.layers, len(block_list(next(iter(experts(model).values())))), "probe.layers")
+    decoded = decode_steps(probe.decode, pipeline.steps)
+    boxes = [p.regions for p in problems] if probe.pooling == "region" else ()
+    pooling = Pooling(probe.pooling, probe.frames, boxes)
+    before_last = [step for step in decoded if step < pipeline.steps - 1]
+    sites = [*(str(layer) for layer in layers), *SOURCES]
+    with capture(model, sites, pooling, probe.steps, clean=before_last) as tape:
+        video = sample(model, pipeline, images(task, problems), [p.prompt for p in problems], [s.seed for s in chunk])
+    scores, answers = _readouts(task, problems, video)
+    x0_scores = torch.full((len(chunk), pipeline.steps, task.candidates), float("nan"))
+    x0_answer = torch.full((len(chunk), pipeline.steps), -2, dtype=torch.int64)  # -2: not decoded
+    for step in before_last:
+        x0_scores[:, step], x0_answer[:, step] = _readouts(task, problems, decode(model, tape.clean[step]))
+    if pipeline.steps - 1 in decoded:  # nothing is left to remove after the last step: x0-hat is the video
+        x0_scores[:, -1], x0_answer[:, -1] = scores, answers
+    tensors = {
+        "features": tape.features(),
+        "x0_readout": x0_scores,
+        "x0_answer": x0_answer,
+        "final": scores,
+        "choice": answers,
+        "solved": torch.tensor([int(a) in task.solutions(p) for a, p in zip(answers, problems, strict=True)]),
+    }
+    return tensors | _labels(task, problems), _notes(tape)
+
+
+def _readouts(task: Task, problems: list[Problem], video: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Forced-choice scores [sample, candidate] and answers [sample], -1 for none."""
+    read = [task.readout(problem, clip) for problem, clip in zip(problems, video, strict=True)]
+    answers = [-1 if r.answer is None else r.answer for r in read]
+    return torch.tensor([r.scores for r in read]), torch.tensor(answers)
+
+
+def _labels(task: Task, problems: list[Problem]) -> dict[str, Tensor]:
+    tensors = {}
+    for target in task.targets:
+        if target.role == "choice":
+            continue
+        missing = (-1,) * task.candidates if target.form == "region" else -1
+        rows = [p.labels.get(target.name, missing) if p.kind in target.kinds else missing for p in problems]
+        tensors[f"label.{target.name}"] = torch.tensor(rows)
+    tensors["key"] = torch.tensor([int(p.key[:15], 16) for p in problems])
+    tensors["split"] = torch.tensor([SPLIT_ORDER.index(p.split) for p in problems])
+    tensors["kind"] = torch.tensor([task.kinds.index(p.kind) for p in problems])
+    return tensors
+
+
+def _notes(tape: Tape) -> dict[str, Any]:
+    return {
+        "steps": list(tape.steps),
+        "sites": list(tape.sites),
+        "branches": list(tape.branches),
+        "places": list(tape.places),
+        "experts": [tape.experts[step] for step in tape.steps],
+    }
+
+
+def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, list[str]]:
+    """What probes are trained on, and the expert that ran at each step kept."""
+    tensors, notes = store.read()
+    features = tensors["features"].flatten(1, 4)
+    cells = tuple(
+        Cell(step, site, branch, place)
+        for step in notes["steps"]
+        for site in notes["sites"]
+        for branch in notes["branches"]
+        for place in notes["places"]
+    )
+    kinds = np.array(task.kinds)[tensors["kind"].numpy()]
+    labels = {}
+    for target in task.targets:
+        if target.role == "choice":
+            labels[target.name] = torch.where(torch.from_numpy(np.isin(kinds, target.kinds)), tensors["choice"], -1)
+        else:
+            labels[target.name] = tensors[f"label.{target.name}"]
+    samples = ProbeSamples(
+        features=features,
+        cells=cells,
+        targets=task.targets,
+        labels=labels,
+        split=np.array(SPLIT_ORDER)[tensors["split"].numpy()],
+        keys=np.array([f"{key:015x}" for key in tensors["key"].tolist()]),
+        kinds=kinds,
+        scores={name: tensors[name].numpy() for name in ("x0_readout", "final", "choice", "solved")},
+    )
+    return samples, notes["experts"]
+
+
+def _progress(rank: int) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, disable=rank != 0)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,140 @@
+"""Flow matching of a video transformer on latents that were encoded once.
+
+x_sigma = (1 - sigma) x0 + sigma noise, and the transformer learns the velocity noise - x0, which is what
+diffusers' `FlowMatchEulerDiscreteScheduler` integrates. Source: Lipman et al., arXiv 2210.02747, with the
+time shift of Esser et al., arXiv 2403.03206 (the same shift in training and in sampling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, IterableDataset
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Recipe. lr: AdamW, for everything that is not a matrix of a block; muon_lr: `torch.optim.Muon`, for
+    those that are. emphasis: weight of the tokens a video may change against 1 elsewhere. dropout: share of
+    samples that see the empty prompt, so that guidance can be used. decay_from: share of the run after which
+    the rate falls linearly to zero."""
+
+    steps: int = 4000
+    batch: int = 32
+    lr: float = 1.5e-3
+    muon_lr: float = 0.02
+    weight_decay: float = 0.01
+    warmup: int = 100
+    decay_from: float = 0.5
+    shift: float = 3.0
+    emphasis: float = 5.0
+    dropout: float = 0.1
+    ema: float = 0.999
+
+
+@dataclass(frozen=True)
+class LatentClips:
+    """Pre-encoded clips, normalised. condition: the model's image condition (mask and encoded first frame),
+    appended to the noisy channels. active: tokens that a video of this problem may change."""
+
+    latent: Float[Tensor, "clip channel frame height width"]
+    condition: Float[Tensor, "clip condition frame height width"]
+    active: UInt8[Tensor, "clip frame height width"]
+    prompt: Float[Tensor, "clip token width"]
+    empty: Float[Tensor, "token width"]
+
+
+class FlowBatches(IterableDataset):
+    """Endless batches, in epochs of a seeded order; batch `i` depends on (seed, i) alone."""
+
+    def __init__(self, clips: LatentClips, batch: int, seed: int, start: int):
+        self.clips, self.batch, self.seed, self.start = clips, batch, seed, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        count = len(self.clips.latent)
+        per_epoch = max(1, count // self.batch)
+        step = self.start
+        while True:
+            epoch, place = divmod(step, per_epoch)
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1009 + epoch))
+            for i in range(place, per_epoch):
+                chosen = order[i * self.batch : (i + 1) * self.batch]
+                noise = torch.Generator().manual_seed((self.seed * 1009 + step) * 7919 + 1)
+                shape = self.clips.latent[chosen].shape
+                yield {
+                    "latent": self.clips.latent[chosen].float(),
+                    "condition": self.clips.condition[chosen].float(),
+                    "active": self.clips.active[chosen].float(),
+                    "prompt": self.clips.prompt[chosen],
+                    "noise": torch.randn(shape, generator=noise),
+                    "time": torch.rand(shape[0], generator=noise),
+                    "drop": torch.rand(shape[0], generator=noise),
+                }
+                step += 1
+
+
+class FlowMatching(L.LightningModule):
+    """Trains a diffusers video transformer; keeps a running average of its weights, which is what ships."""
+
+    def __init__(self, transformer: torch.nn.Module, clips: LatentClips, config: FlowConfig, seed: int = 0):
+        super().__init__()
+        self.automatic_optimization = False  # two optimisers on disjoint parameters of one loss
+        self.config, self.clips, self.seed = config, clips, seed
+        self.transformer = transformer
+        self.average = AveragedModel(transformer, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.average.requires_grad_(False)
+        self.register_buffer("empty", clips.empty, persistent=False)
+
+    def train_dataloader(self) -> DataLoader:
+        batches = FlowBatches(self.clips, self.config.batch, self.seed, self.global_step)
+        return DataLoader(batches, batch_size=None)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Velocity error; latent frame 0 is given, not generated, and does not count."""
+        config, latent, noise = self.config, batch["latent"], batch["noise"]
+        sigma = config.shift * batch["time"] / (1 + (config.shift - 1) * batch["time"])
+        s = sigma[:, None, None, None, None]
+        noisy = torch.cat([(1 - s) * latent + s * noise, batch["condition"]], dim=1)
+        prompt = torch.where((batch["drop"] < config.dropout)[:, None, None], self.empty, batch["prompt"])
+        velocity = self.transformer(noisy, sigma * 1000.0, prompt, return_dict=False)[0].float()
+        weight = (1 + (config.emphasis - 1) * batch["active"])[:, None, 1:]
+        error = (velocity - (noise - latent))[:, :, 1:].square()
+        return (weight * error).sum() / (weight.expand_as(error)).sum()
+
+    def training_step(self, batch: Batch, batch_index: int) -> None:
+        muon, adam = self.optimizers()
+        factor = self._rate(self.global_step)
+        for optimizer, base in ((muon, self.config.muon_lr), (adam, self.config.lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = base * factor
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
+        adam.optimizer.step()  # the bare optimiser: Lightning counts a step for each wrapped one
+        muon.step()
+        self.transformer.zero_grad(set_to_none=True)
+        self.average.update_parameters(self.transformer)
+        self.log_dict({"loss": loss.detach(), "rate": factor}, prog_bar=True)
+
+    def _rate(self, step: int) -> float:
+        left = (self.config.steps - step) / ((1 - self.config.decay_from) * self.config.steps)
+        return min(1.0, (step + 1) / self.config.warmup, max(0.0, left))
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        matrices, others = [], []
+        for name, parameter in self.transformer.named_parameters():
+            inside = ".blocks." in f".{name}" and parameter.ndim == 2
+            (matrices if inside else others).append(parameter)
+        config = self.config
+        return [
+            torch.optim.Muon(matrices, lr=config.muon_lr, momentum=0.95, weight_decay=config.weight_decay),
+            torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay),
+        ]

@@ -1,0 +1,169 @@
+"""Activations on disk: sharded safetensors, each shard complete or absent, a manifest written last.
+
+A store belongs to one fingerprint, the settings that shaped its contents. It can be killed at any moment: a
+shard is written under another name and renamed, so the next run finds whole shards and goes on from there.
+Every shard carries the store's fingerprint and a checksum; one that is damaged or comes from elsewhere is
+named in the error and never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ActivationStore:
+    """A folder of shards. settings: everything that shaped the contents; shards: how many there will be."""
+
+    folder: Path
+    settings: dict[str, Any]
+    shards: int
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    @classmethod
+    def open(cls, folder: Path) -> ActivationStore:
+        """A finished store. Raises ValueError when there is none or it is half-written."""
+        manifest = folder / MANIFEST
+        if not manifest.is_file():
+            state = "half-written" if folder.is_dir() and any(folder.glob("shard-*")) else "missing"
+            raise ValueError(f"store {str(folder)!r} is {state}: expected a {MANIFEST}; run train.py again to finish it")
+        try:
+            content = json.loads(manifest.read_text())
+            return cls(folder, content["settings"], content["shards"])
+        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            raise ValueError(f"{str(manifest)!r} is damaged: expected json with settings and shards") from error
+
+    def begin(self, size: int) -> None:
+        """Makes the folder; refuses one that holds other settings, or a disk with less than `size` bytes free."""
+        for name in (MANIFEST, "settings.json"):
+            path = self.folder / name
+            if path.is_file():
+                content = json.loads(path.read_text())
+                self._same(content["settings"] if name == MANIFEST else content)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free, missing = shutil.disk_usage(self.folder).free, self.missing()
+        needed = size * len(missing) // max(1, self.shards)
+        if needed > free:
+            raise ValueError(
+                f"the store needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on the disk of {str(self.folder)!r}: "
+                "choose another run_dir, fewer problems, layers or steps"
+            )
+        _write(self.folder / "settings.json", json.dumps(self.settings, indent=1, sort_keys=True))
+
+    @property
+    def complete(self) -> bool:
+        return (self.folder / MANIFEST).is_file() and not self.missing()
+
+    def missing(self) -> list[int]:
+        """Shards still to be written. Raises ValueError for one that is there and can't be trusted."""
+        absent = []
+        for index in range(self.shards):
+            if not self._path(index).is_file():
+                absent.append(index)
+            else:
+                self._open(index)
+        return absent
+
+    def write(self, index: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        """Writes one shard; dtypes are kept (bf16 stays bf16). notes: what the axes mean, the same in every shard."""
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        metadata = {
+            "fingerprint": self.fingerprint,
+            "index": str(index),
+            "checksum": _checksum(tensors),
+            "notes": json.dumps(notes, sort_keys=True),
+        }
+        part = self._path(index).with_suffix(".part")
+        save_file(tensors, part, metadata)
+        part.rename(self._path(index))
+
+    def finish(self) -> None:
+        """Writes the manifest. Raises ValueError while shards are missing."""
+        missing = self.missing()
+        if missing:
+            raise ValueError(f"store {str(self.folder)!r} lacks shards {missing[:5]}: expected all {self.shards}")
+        content = {"fingerprint": self.fingerprint, "shards": self.shards, "settings": self.settings}
+        _write(self.folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True))
+        for part in self.folder.glob("*.part"):
+            part.unlink()
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All shards, joined along the sample axis, each checked against its checksum; and their notes."""
+        parts, notes = [], set()
+        for index in range(self.shards):
+            if not self._path(index).is_file():
+                raise ValueError(f"shard {str(self._path(index))!r} is missing: run train.py again to collect it")
+            metadata, tensors = self._open(index, load=True)
+            if metadata["checksum"] != _checksum(tensors):
+                raise self._damaged(index, "its checksum differs")
+            parts.append(tensors)
+            notes.add(metadata["notes"])
+        if len(notes) != 1:
+            raise ValueError(f"store {str(self.folder)!r}: its shards disagree on what their axes mean; delete it")
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, json.loads(notes.pop())
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"shard-{index:05d}.safetensors"
+
+    def _open(self, index: int, load: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
+        try:
+            with safe_open(self._path(index), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()} if load else {}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(index, str(error).splitlines()[0]) from error
+        if metadata.get("fingerprint") != self.fingerprint or metadata.get("index") != str(index):
+            raise ValueError(
+                f"shard {str(self._path(index))!r} belongs to another store: expected fingerprint {self.fingerprint}, "
+                f"found {metadata.get('fingerprint', 'none')}; delete it and run train.py again"
+            )
+        return metadata, tensors
+
+    def _damaged(self, index: int, reason: str) -> ValueError:
+        return ValueError(
+            f"shard {str(self._path(index))!r} is damaged ({reason}): delete it and run train.py again to collect it anew"
+        )
+
+    def _same(self, other: dict[str, Any]) -> None:
+        wanted = json.loads(json.dumps(self.settings))
+        for name in sorted({*wanted, *other}):
+            if wanted.get(name) != other.get(name):
+                raise ValueError(
+                    f"run_dir: {str(self.folder)!r} was made with {name}={_short(other.get(name))}, now "
+                    f"{name}={_short(wanted.get(name))}; choose another run_dir or delete that folder"
+                )
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.contiguous().view(torch.uint8).numpy() if value.ndim else b"")
+    return digest.hexdigest()[:16]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.rename(path)

@@ -1,0 +1,142 @@
+"""What a task is: problems with exact labels, pictures of them, and a rule that reads answers from video.
+
+A task is generated, never downloaded: `problems(split, count)` gives the same problems on every machine.
+Which split a problem belongs to is decided by a hash of its canonical `key`, so no problem (nor any mirror
+image of one) can be in two splits, however many are drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+# Share of canonical problems, in percent. `model` is what the video model itself may be trained on.
+SPLITS = {"model": 50, "train": 20, "validation": 10, "calibration": 10, "test": 10}
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the image
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a probe decodes.
+
+    form: `candidate` - the label is the index of a region, scored by one function shared by all regions;
+    `region` - one label per region; `problem` - one label per problem, read from all regions jointly.
+    role: `answer`, `choice`, `perception`, `nuisance` or `control`. kinds: problem kinds that carry the label.
+    """
+
+    name: str
+    classes: int
+    form: str
+    role: str
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One puzzle with exact labels. `key` is its identity under the task's symmetries; splits are by key."""
+
+    task: str
+    kind: str
+    split: str
+    index: int
+    key: str
+    prompt: str
+    answer: int | None
+    labels: dict[str, int | tuple[int, ...]]
+    difficulty: dict[str, int]
+    regions: tuple[Box, ...]
+    layout: Any = field(repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.kind}/{self.split}/{self.index}"
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What a rule reads from a video.
+
+    answer: index of the candidate, or None when the video settles on none or on several.
+    scores: forced-choice score per candidate, defined for any video however blurry; higher is more likely.
+    path: agreement of everything drawn with a right solution, 0 to 1.
+    """
+
+    answer: int | None
+    scores: tuple[float, ...]
+    path: float
+
+    @property
+    def forced(self) -> int:
+        return int(np.argmax(self.scores))
+
+
+class Task(Protocol):
+    """The contract every family of problems keeps."""
+
+    name: str
+    kinds: tuple[str, ...]
+    targets: tuple[Target, ...]
+    candidates: int
+
+    def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]: ...
+
+    def image(self, problem: Problem) -> UInt8[np.ndarray, "height width 3"]: ...
+
+    def video(self, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"]: ...
+
+    def workspace(self, problem: Problem) -> Bool[np.ndarray, "height width"]:
+        """Pixels that a sensible video may change; a function of the first frame, never of the answer."""
+        ...
+
+    def solutions(self, problem: Problem) -> tuple[int, ...]:
+        """Candidates that count as right: one or several."""
+        ...
+
+    def readout(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> Readout: ...
+
+
+def split_of(key: str) -> str:
+    """The split a canonical key belongs to: its hash picks one of 100 buckets."""
+    bucket = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 100
+    for split, share in SPLITS.items():
+        if bucket < share:
+            return split
+        bucket -= share
+    raise AssertionError("SPLITS must add up to 100")
+
+
+def check_request(split: str, count: int) -> None:
+    """Raises ValueError for an unknown split or a request for no problems."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+    if count < 1:
+        raise ValueError(f"task.problems={count}: expected at least 1 problem; ask for more")
+
+
+def distinct(candidates: Iterator[Problem], split: str, count: int, patience: int = 20_000) -> list[Problem]:
+    """The first `count` problems of `split` with different keys.
+
+    Raises ValueError when `patience` draws in a row bring nothing new: the difficulty asked for has too
+    few distinct problems.
+    """
+    found: dict[str, Problem] = {}
+    since = 0
+    for problem in candidates:
+        since += 1
+        if problem.split == split and problem.key not in found:
+            found[problem.key] = problem
+            since = 0
+        if len(found) == count:
+            break
+        if since > patience:
+            raise ValueError(
+                f"task.problems={count}: only {len(found)} distinct problems exist in split {split!r} at this "
+                "difficulty; ask for fewer or widen task.rooms and task.length"
+            )
+    return list(found.values())
