@@ -1,0 +1,44 @@
+"""Where, inside a video diffusion transformer, does the answer become decodable?
+
+In the order of the data:
+  tasks       problems with exact labels, and rules that read answers from video
+  pipelines   frozen diffusers pipelines; batches of different problems
+  capture     every block at every denoising step, labelled, pooled on the device
+  pooling     from tokens to features
+  store       activations on disk: sharded, fingerprinted, resumable
+  collect     problems through the pipeline under capture, into a store
+  data, training, solvers, probes     fit every probe of a grid at once; keep them
+  evaluation, metrics, grid           accuracy, intervals, baselines, significance
+  figures, film, report               what a person sees
+  early       trained probes at work
+  mini, autoencoding, flowmatching, card     the model in the package, and how it was trained
+"""
+
+from cosprobe.capture import Tape, capture
+from cosprobe.collect import collect, load_samples
+from cosprobe.grid import Grid
+from cosprobe.pipelines import PipelineConfig, load_pipeline, sample
+from cosprobe.pooling import Pooling
+from cosprobe.probes import ProbeBank, load_probes
+from cosprobe.store import ActivationStore
+from cosprobe.training import ProbeConfig, TrainerConfig, fit
+from cosprobe.types import Cell
+
+__all__ = [
+    "ActivationStore",
+    "Cell",
+    "Grid",
+    "PipelineConfig",
+    "Pooling",
+    "ProbeBank",
+    "ProbeConfig",
+    "Tape",
+    "TrainerConfig",
+    "capture",
+    "collect",
+    "fit",
+    "load_pipeline",
+    "load_probes",
+    "load_samples",
+    "sample",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import lightning as L
 import numpy as np
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from cosprobe.tasks import Problem, Task
 
 
-@dataclass(frozen=True)
+@dataclass
 class AutoencoderConfig:
     """Size and recipe. stages: (frames, batch, steps) trained one after another, single frames first.
 
@@ -26,10 +26,10 @@ class AutoencoderConfig:
     """
 
     base_dim: int = 16
-    dim_mult: tuple[int, ...] = (1, 2, 4)
+    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4])
     z_dim: int = 12
     patch_size: int = 2
-    stages: tuple[tuple[int, int, int], ...] = ((1, 32, 1400), (5, 12, 900), (13, 8, 1000))
+    stages: list[list[int]] = field(default_factory=lambda: [[1, 32, 1400], [5, 12, 900], [13, 8, 1000]])
     lr: float = 4e-4
     warmup: int = 100
     kl: float = 1e-5

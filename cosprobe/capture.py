@@ -164,10 +164,11 @@ class _Watcher:
         return int(match)
 
     def _context(self) -> str:
+        guided = getattr(self.pipeline, "guidance_scale", 1.0) > 1
+        if self.context in ("", "cond_uncond") and not guided:
+            return "cond"  # CogVideoX names its context `cond_uncond` even when it does not double the batch
         if self.context in BRANCHES:
             return self.context
-        if self.context == "" and not getattr(self.pipeline, "do_classifier_free_guidance", False):
-            return "cond"
         raise RuntimeError(f"guidance branch {self.context!r} is not known: expected one of {', '.join(BRANCHES)}")
 
     def _keep_tokens(self, site: str, tokens: Tensor) -> None:

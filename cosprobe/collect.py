@@ -23,7 +23,7 @@ from cosprobe.pipelines import PipelineConfig, block_list, decode, experts, fing
 from cosprobe.pooling import Pooling
 from cosprobe.store import ActivationStore
 from cosprobe.tasks import Problem, Task
-from cosprobe.types import SOURCES, SPLIT_ORDER, Cell, parse_selection
+from cosprobe.types import SOURCES, SPLIT_ORDER, X0, Cell, parse_selection
 
 SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}
 
@@ -161,6 +161,18 @@ def _chunk(
     return tensors | _labels(task, problems), _notes(tape)
 
 
+@torch.no_grad()
+def watch(model: Any, pipeline: PipelineConfig, task: Task, drawn: Sequence[Sample], steps: Sequence[int]) -> np.ndarray:
+    """The decoded x0-hat of each sample at each step: float [sample, step, frame, height, width, 3] in [0, 1]."""
+    problems = [s.problem for s in drawn]
+    with capture(model, [X0], Pooling("clip"), "last", clean=steps) as tape:
+        sample(
+            model, pipeline, images(task, problems), [p.prompt for p in problems], [s.seed for s in drawn],
+            output_type="latent",
+        )  # fmt: skip
+    return np.stack([decode(model, tape.clean[step]) for step in steps], axis=1)
+
+
 def _readouts(task: Task, problems: list[Problem], video: np.ndarray) -> tuple[Tensor, Tensor]:
     """Forced-choice scores [sample, candidate] and answers [sample], -1 for none."""
     read = [task.readout(problem, clip) for problem, clip in zip(problems, video, strict=True)]
@@ -210,17 +222,28 @@ def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, list
             labels[target.name] = torch.where(torch.from_numpy(np.isin(kinds, target.kinds)), tensors["choice"], -1)
         else:
             labels[target.name] = tensors[f"label.{target.name}"]
+    split = np.array(SPLIT_ORDER)[tensors["split"].numpy()]
     samples = ProbeSamples(
         features=features,
         cells=cells,
-        targets=task.targets,
+        targets=tuple(t for t in task.targets if t.role != "choice" or _settles(labels[t.name].numpy(), split, t.name)),
         labels=labels,
-        split=np.array(SPLIT_ORDER)[tensors["split"].numpy()],
+        split=split,
         keys=np.array([f"{key:015x}" for key in tensors["key"].tolist()]),
         kinds=kinds,
-        scores={name: tensors[name].numpy() for name in ("x0_readout", "final", "choice", "solved")},
+        choice=tensors["choice"].numpy(),
+        scores={name: tensors[name].numpy() for name in ("x0_readout", "final", "solved")},
     )
     return samples, notes["experts"]
+
+
+def _settles(labels: np.ndarray, split: np.ndarray, name: str) -> bool:
+    """Whether the model settles on answers often enough to train probes of them; says so when it does not."""
+    classes = len(np.unique(labels[(split == "train") & (labels >= 0)]))
+    empty = [part for part in SPLIT_ORDER if not (labels[split == part] >= 0).any()]
+    if classes < 2 or empty:
+        rank_zero_info(f"target {name!r} is left out: the model settles on {classes} different answers in training samples")
+    return classes >= 2 and not empty
 
 
 def _progress(rank: int) -> Progress:

@@ -14,20 +14,20 @@ import lightning as L
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset
 
 Batch = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class FlowConfig:
     """Recipe. lr: AdamW, for everything that is not a matrix of a block; muon_lr: `torch.optim.Muon`, for
     those that are. emphasis: weight of the tokens a video may change against 1 elsewhere. dropout: share of
     samples that see the empty prompt, so that guidance can be used. decay_from: share of the run after which
     the rate falls linearly to zero."""
 
-    steps: int = 4000
+    steps: int = 3000
     batch: int = 32
     lr: float = 1.5e-3
     muon_lr: float = 0.02
@@ -37,7 +37,7 @@ class FlowConfig:
     shift: float = 3.0
     emphasis: float = 5.0
     dropout: float = 0.1
-    ema: float = 0.999
+    ema: float = 0.998
 
 
 @dataclass(frozen=True)
@@ -89,24 +89,32 @@ class FlowMatching(L.LightningModule):
         self.automatic_optimization = False  # two optimisers on disjoint parameters of one loss
         self.config, self.clips, self.seed = config, clips, seed
         self.transformer = transformer
-        self.average = AveragedModel(transformer, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.average = AveragedModel(transformer, multi_avg_fn=self._average)
         self.average.requires_grad_(False)
         self.register_buffer("empty", clips.empty, persistent=False)
+
+    @torch.no_grad()
+    def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        """Exponential average that starts short, so that the first weights are forgotten."""
+        keep = min(self.config.ema, (1 + int(count)) / (10 + int(count)))
+        torch._foreach_lerp_(averaged, current, 1 - keep)
 
     def train_dataloader(self) -> DataLoader:
         batches = FlowBatches(self.clips, self.config.batch, self.seed, self.global_step)
         return DataLoader(batches, batch_size=None)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Velocity error; latent frame 0 is given, not generated, and does not count."""
+        """Velocity error, weighted. Frame 0 is given, yet it counts: the pipeline samples it like the others, and
+        the causal decoder builds every later frame on it."""
         config, latent, noise = self.config, batch["latent"], batch["noise"]
         sigma = config.shift * batch["time"] / (1 + (config.shift - 1) * batch["time"])
         s = sigma[:, None, None, None, None]
         noisy = torch.cat([(1 - s) * latent + s * noise, batch["condition"]], dim=1)
         prompt = torch.where((batch["drop"] < config.dropout)[:, None, None], self.empty, batch["prompt"])
         velocity = self.transformer(noisy, sigma * 1000.0, prompt, return_dict=False)[0].float()
-        weight = (1 + (config.emphasis - 1) * batch["active"])[:, None, 1:]
-        error = (velocity - (noise - latent))[:, :, 1:].square()
+        weight = (1 + (config.emphasis - 1) * batch["active"])[:, None]
+        weight[:, :, 0] = 1.0
+        error = (velocity - (noise - latent)).square()
         return (weight * error).sum() / (weight.expand_as(error)).sum()
 
     def training_step(self, batch: Batch, batch_index: int) -> None:

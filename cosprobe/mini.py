@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -41,14 +45,14 @@ TEXT_TOKENS = 32  # every prompt is padded to this many tokens, in training and 
 TEXT_WIDTH = 64
 
 
-@dataclass(frozen=True)
+@dataclass
 class MiniConfig:
     """Everything that shapes the weights. clips: size of the training set; choice_share: how much of it is
     choice problems, each drawn once with a random reachable exit."""
 
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
-    clips: int = 25_600
+    clips: int = 20_480
     choice_share: float = 0.35
     layers: int = 8
     heads: int = 4
@@ -57,22 +61,29 @@ class MiniConfig:
     seed: int = 0
 
 
-def train_mini(config: MiniConfig, task: Task, folder: Path, precision: str = "bf16-mixed") -> Path:
-    """Trains and exports the model; returns the pipeline's folder. Finished stages are not repeated."""
+def train_mini(
+    config: MiniConfig, task: Task, folder: Path, precision: str = "bf16-mixed", every: int = 100
+) -> Path:
+    """Trains and exports the model; returns the pipeline's folder. Finished stages are not repeated, and a stage
+    goes on from its newest checkpoint, written `every` so many steps."""
     folder.mkdir(parents=True, exist_ok=True)
     autoencoder = AutoencoderTraining(config.autoencoder, task, task.problems("model", 8000), config.seed)
-    _fit(autoencoder, folder / "autoencoder", config.autoencoder.steps, precision, clip=1.0)
-    vae = autoencoder.vae.half().float().eval()  # what ships is stored in half precision: train on that
+    with _timed(folder, "autoencoder"):
+        _fit(autoencoder, folder / "autoencoder", config.autoencoder.steps, precision, every, clip=1.0)
+    vae = autoencoder.vae.half().float().eval()  # stored in half precision: train on what will ship
 
     tokenizer, text_encoder = build_text([_prompt(task), ""], config.seed)
-    clips = encode_clips(config, task, vae, folder / "latents")
+    with _timed(folder, "encoding"):
+        clips = encode_clips(config, task, vae, folder / "latents")
     prompt, empty = embed([_prompt(task), ""], tokenizer, text_encoder)
     clips = LatentClips(**clips, prompt=prompt.expand(config.clips, -1, -1), empty=empty)
 
     torch.manual_seed(config.seed)
     flow = FlowMatching(build_transformer(config, vae), clips, config.flow, config.seed)
-    _fit(flow, folder / "flow", config.flow.steps, precision, clip=None)
-    return export(flow.average.module, vae, tokenizer, text_encoder, config, folder / "pipeline")
+    with _timed(folder, "flow matching"):
+        _fit(flow, folder / "flow", config.flow.steps, precision, every, clip=None)
+    recipe = {"settings": asdict(config), "task": asdict(task), "minutes": _minutes(folder)}
+    return export(flow.average.module, vae, tokenizer, text_encoder, config.flow.shift, recipe, folder / "pipeline")
 
 
 def build_transformer(config: MiniConfig, vae: AutoencoderKLWan) -> WanTransformer3DModel:
@@ -206,7 +217,9 @@ def _prompt(task: Task) -> str:
     return task.problems("model", 1)[0].prompt
 
 
-def _fit(module: L.LightningModule, folder: Path, steps: int, precision: str, clip: float | None) -> None:
+def _fit(
+    module: L.LightningModule, folder: Path, steps: int, precision: str, every: int, clip: float | None
+) -> None:
     """Runs to `steps`, from the newest checkpoint when there is one."""
     last = folder / "last.ckpt"
     trainer = L.Trainer(
@@ -218,7 +231,7 @@ def _fit(module: L.LightningModule, folder: Path, steps: int, precision: str, cl
         gradient_clip_val=clip,
         logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
         callbacks=[
-            ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=100, enable_version_counter=False),
+            ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every, enable_version_counter=False),
             RichProgressBar(),
         ],
         log_every_n_steps=20,
@@ -233,20 +246,38 @@ def _fit(module: L.LightningModule, folder: Path, steps: int, precision: str, cl
     trainer.save_checkpoint(last)
 
 
+@contextmanager
+def _timed(folder: Path, stage: str) -> Iterator[None]:
+    """Adds the wall time spent inside to the stage's minutes, over all the runs it took."""
+    begin = time.monotonic()
+    try:
+        yield
+    finally:
+        minutes = _minutes(folder)
+        minutes[stage] = round(minutes.get(stage, 0.0) + (time.monotonic() - begin) / 60, 2)
+        (folder / "minutes.json").write_text(json.dumps(minutes))
+
+
+def _minutes(folder: Path) -> dict[str, float]:
+    path = folder / "minutes.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def export(
     transformer: WanTransformer3DModel,
     vae: AutoencoderKLWan,
     tokenizer: PreTrainedTokenizerFast,
     text_encoder: UMT5EncoderModel,
-    config: MiniConfig,
+    shift: float,
+    recipe: dict[str, Any],
     folder: Path,
 ) -> Path:
     """Writes a diffusers folder, the two large parts in half precision; loads back in fp32 by default."""
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
-    pipeline = assemble(transformer.half(), vae.half(), tokenizer, text_encoder, config.flow.shift)
+    pipeline = assemble(transformer.half(), vae.half(), tokenizer, text_encoder, shift)
     pipeline.save_pretrained(part, safe_serialization=True)
-    (part / "recipe.json").write_text(json.dumps(asdict(config), indent=1))
+    (part / "recipe.json").write_text(json.dumps(recipe, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     transformer.float(), vae.float()

@@ -229,12 +229,12 @@ def sample(
     prompts: Sequence[str],
     seeds: Sequence[int],
     **overrides: Any,
-) -> np.ndarray:
+) -> np.ndarray | Tensor:
     """Samples a batch of different problems through the pipeline's `__call__`.
 
     images: first frames in [0, 1]. seeds: one per sample; a sample's noise depends on its seed alone.
     Returns float video [batch, frame, height, width, 3] in [0, 1]; `overrides` go to the pipeline (with
-    `output_type="latent"` the result is the latent).
+    `output_type="latent"` the result is the latent tensor).
     """
     check_prompts(pipeline, [*prompts, config.negative_prompt], config.prompt_tokens)
     transformer = next(iter(experts(pipeline).values()))

@@ -24,6 +24,7 @@ BOARD = 8  # tiles a side
 WALL, FLOOR, START, EXIT, TRAIL = range(5)
 PALETTE = np.array([[35, 35, 48], [236, 236, 230], [46, 160, 67], [52, 102, 214], [222, 62, 40]], dtype=np.uint8)
 PROMPT = "draw a red trail from the green start through the corridors to a blue exit that can be reached"
+REST = 2  # frames the finished trail is shown
 LENGTH_BINS = (5, 7)  # rooms walked: short < 5, 5 <= medium < 7, long >= 7
 
 Edge = tuple[int, int]
@@ -138,14 +139,18 @@ class Maze:
         return PALETTE[self._board(problem.layout)]
 
     def video(self, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"]:
-        """The reference: the trail grows evenly from the start and fills the exit in the last frame."""
+        """The reference: the trail grows evenly from the start, fills the exit and rests there.
+
+        The rest is for the autoencoder, which joins four frames in one latent: an exit filled in the very
+        last frame alone is averaged away (4 % of reconstructions read as none, against 0 with the rest).
+        """
         layout = problem.layout
         board = self._board(layout)
         cells = trail_cells(layout.solutions[layout.exit])
         video = np.empty((self.frames, *board.shape), dtype=np.intp)
         drawn = 0
         for frame in range(self.frames):
-            until = round(frame / (self.frames - 1) * len(cells))
+            until = round(min(1.0, frame / max(1, self.frames - 1 - REST)) * len(cells))
             for cell in cells[drawn:until]:
                 board[self._pixels(layout, cell)] = TRAIL
             drawn = until
@@ -210,6 +215,30 @@ class Maze:
             return slice(int((start + 4 * offset) * quarter + 0.5), int((stop + 4 * offset) * quarter + 0.5))
 
         return span(ra, rb), span(ca, cb)
+
+
+@dataclass
+class MazeConfig:
+    """problems: how many, over all splits. seeds: noise seeds of each. The rest as in `Maze`; checked at once."""
+
+    problems: int = 640
+    seeds: int = 1
+    image_size: int = 64
+    frames: int = 13
+    rooms: list[int] = field(default_factory=lambda: [4, 5])
+    length: list[int] = field(default_factory=lambda: [1, 64])
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("problems", 1), ("seeds", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"task.{name}={getattr(self, name)}: expected at least {least}")
+        self.build()
+
+    def build(self) -> Maze:
+        if len(self.length) != 2:
+            raise ValueError(f"task.length={self.length}: expected [shortest, longest]")
+        return Maze(self.image_size, self.frames, tuple(self.rooms), (self.length[0], self.length[1]), self.seed)
 
 
 def trail_cells(walk: tuple[int, ...]) -> list[int | Edge]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -76,6 +76,7 @@ class Readout:
         return int(np.argmax(self.scores))
 
 
+@runtime_checkable
 class Task(Protocol):
     """The contract every family of problems keeps."""
 

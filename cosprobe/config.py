@@ -1,0 +1,341 @@
+"""Settings of `train.py` and `probe.py`: the root dataclasses, and the only module that knows Hydra.
+
+Hydra composes the groups of `configs/` onto typed dataclasses. Overrides are set here, one by one, because
+Hydra's own grammar takes any name behind a `+`, reads `probe.steps=0,10,20` as a sweep and ends in tracebacks.
+Nothing is written unless `save_config` is called: no output folders, no change of directory, no logging set-up.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cosprobe.mini import MiniConfig
+from cosprobe.pipelines import PipelineConfig
+from cosprobe.tasks import MazeConfig
+from cosprobe.training import ProbeConfig, TrainerConfig
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+FLAGS = {"--help": "this text, for the groups chosen", "--cfg": "print every setting and stop"}
+RUN_FILE = "config.yaml"
+
+
+@dataclass
+class ProbeExperiment:
+    """Train probes on a frozen pipeline; everything it needs stands in the other groups."""
+
+
+@dataclass
+class PredictConfig:
+    """Read answers of `problems` new problems after sampler step `step` (a step index), at block `layer`;
+    no layer: the one that was best on validation."""
+
+    step: int = 0
+    problems: int = 16
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("step", 0), ("problems", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"use.{name}={getattr(self, name)}: expected at least {least}")
+
+
+# Groups whose options are different classes. The other groups only choose values of one class.
+SCHEMAS: dict[str, dict[str, type]] = {
+    "task": {"maze": MazeConfig},
+    "experiment": {"probes": ProbeExperiment, "mini": MiniConfig},
+    "use": {"predict": PredictConfig},
+}
+
+
+@dataclass
+class TrainRun:
+    """What `train.py` does. run_dir: empty = `runs/<task>-<probe>`; the same command continues its own run."""
+
+    entry: ClassVar[str] = "train"
+    task: Any = MISSING
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    experiment: Any = MISSING
+    run_dir: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+
+
+@dataclass
+class UseRun:
+    """What `probe.py` does with the finished run in folder `run`."""
+
+    entry: ClassVar[str] = "probe"
+    use: Any = MISSING
+    run: str = MISSING
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+
+
+Run = TypeVar("Run", TrainRun, UseRun)
+
+
+def command(root: type[Run], body: Callable[[Run], None], about: str, argv: Sequence[str] | None = None) -> int:
+    """Runs `body` on the settings `argv` asks for (default: the command line); returns the exit code.
+
+    0: done. 2: a setting or an input was wrong, told in one line on stderr. 130: stopped by ctrl-C.
+    A ValueError raised by other people's code is a defect, not an answer: it keeps its traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    wanted = [a for a in arguments if a in ("--help", "-h", "--cfg")]
+    settings = [a for a in arguments if a not in wanted]
+    try:
+        if "--cfg" in wanted:
+            print(_text(load(root, settings)), end="")
+        elif wanted:
+            print(describe(root, settings, about))
+        else:
+            body(load(root, settings))
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from what is on disk", file=sys.stderr)
+        return 130
+    return 0
+
+
+def load(root: type[Run], argv: Sequence[str]) -> Run:
+    """The settings `argv` asks for, as dataclasses. Raises ValueError with one line per mistake."""
+    choices, cfg = _composed(root, argv)
+    missing = OmegaConf.missing_keys(cfg)
+    if missing:
+        raise ValueError(f"{min(missing)}: expected {min(missing)}=FOLDER, the folder of a finished train.py run")
+    run = _instantiate(cfg)
+    if isinstance(run, TrainRun) and not run.run_dir:
+        last = choices["probe"] if choices["experiment"] == "probes" else choices["experiment"]
+        run.run_dir = f"runs/{choices['task']}-{last}"
+    return run
+
+
+def describe(root: type[Run], argv: Sequence[str], about: str) -> str:
+    """The help text: purpose and examples (`about`), groups with their options, every setting and its value."""
+    choices, cfg = _composed(root, argv)
+    lines: list[str] = [about.strip(), "", "Groups (group=option; * = chosen):"]
+    for group, chosen in choices.items():
+        marked = [f"{option}*" if option == chosen else option for option in _options(group)]
+        lines.append(f"  {group:<12}{', '.join(marked)}")
+    lines += ["", "Settings (name=value):"]
+    needed = OmegaConf.missing_keys(cfg)
+    for name in _names(cfg):
+        if not isinstance(OmegaConf.select(cfg, name), DictConfig):
+            lines.append(f"  {name}={'(needed)' if name in needed else _shown(cfg, name)}")
+    return "\n".join([*lines, "", "Flags:", *(f"  {flag:<12}{meaning}" for flag, meaning in FLAGS.items())])
+
+
+def save_config(run: TrainRun, folder: Path) -> Path:
+    """Writes every setting of `run` to `folder/config.yaml`, whole or not at all; `read_run` reads it back."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run_dir={str(folder)!r}: is a file; expected a folder, or a name that is free")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{RUN_FILE}.{os.getpid()}.part"  # every process of a distributed run writes the same text
+    part.write_text(_text(run))
+    return part.rename(folder / RUN_FILE)
+
+
+def read_run(folder: str | Path) -> TrainRun:
+    """The settings of a run. Raises ValueError when the folder holds no run, or one that cannot be read."""
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        raise ValueError(f"run={str(folder)!r}: expected the folder of a train.py run, found no {RUN_FILE}")
+    try:
+        saved = yaml.safe_load(path.read_text())
+        if not isinstance(saved, dict):
+            raise TypeError("no settings in it")
+        cfg = OmegaConf.structured(TrainRun)
+        for group, option in saved.pop("groups").items():
+            cfg[group] = OmegaConf.structured(SCHEMAS[group][option])
+        cfg.merge_with(saved)
+        return _instantiate(cfg)
+    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, KeyError, TypeError) as error:
+        reason = str(error).strip("'").splitlines()[0]
+        raise ValueError(f"run={str(folder)!r}: {RUN_FILE} is damaged or of another version ({reason})") from error
+
+
+def _composed(root: type[Run], argv: Sequence[str]) -> tuple[dict[str, str], DictConfig]:
+    """Option chosen in each group, and the settings with every override of `argv` in them."""
+    defaults = OmegaConf.load(CONFIGS / f"{root.entry}.yaml").defaults
+    pairs = [pair for entry in defaults if isinstance(entry, DictConfig) for pair in entry.items()]
+    choices = {str(group): str(option) for group, option in pairs if not str(group).startswith("/")}
+    values = []
+    for argument in argv:
+        if argument.startswith("-"):
+            raise ValueError(f"{argument}: unknown flag; flags: {', '.join(FLAGS)}; settings are name=value")
+        name, equals, text = argument.partition("=")
+        if not equals or not name or name.startswith("~"):
+            raise ValueError(f"{argument}: expected name=value, such as seed=0")
+        if name.lstrip("+") not in choices:
+            values.append((argument, name, text))
+            continue
+        group = name.lstrip("+")
+        if text not in _options(group):
+            raise ValueError(
+                f"{argument}: unknown option.{_guess(text, _options(group), group + '=')} "
+                f"Options of {group}: {', '.join(_options(group))}"
+            )
+        choices[group] = text
+    cfg = _compose(root, choices)
+    for argument, name, text in values:
+        _assign(cfg, argument, name, text)
+    return choices, cfg
+
+
+def _compose(root: type[Run], choices: dict[str, str]) -> DictConfig:
+    store = ConfigStore.instance()
+    for kind in (TrainRun, UseRun):
+        store.store(group="schema/root", name=kind.entry, node=kind)
+    for group, options in SCHEMAS.items():
+        for name, schema in options.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+    overrides = [f"{group}={option}" for group, option in choices.items()]
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose(root.entry, overrides)
+    except (HydraException, OmegaConfBaseException) as error:  # a mistake in a file of configs/
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"configs/ ({', '.join(overrides)}): {reason}") from error
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def _assign(cfg: DictConfig, argument: str, name: str, text: str) -> None:
+    """Sets one option. Text stays as typed; any other type is read as YAML and checked by OmegaConf."""
+    plain = name.lstrip("+")
+    try:
+        parent, leaf = _locate(cfg, plain)
+    except KeyError as error:
+        here, options = error.args
+        raise ValueError(
+            f"{argument}: unknown option.{_guess(plain, list(_names(cfg)))} "
+            f"Options{' of ' + here if here else ''}: {', '.join(options) or 'none'}"
+        ) from None
+    if name != plain:
+        raise ValueError(f"{argument}: {plain} exists; write {plain}={text}, without the +")
+    inside = OmegaConf.select(parent, leaf)
+    if isinstance(inside, DictConfig):
+        several = ", ".join(_names(inside, f"{plain}."))
+        raise ValueError(f"{argument}: {plain} holds several options, set one of {several}")
+    if "${" in text or "???" in text:
+        raise ValueError(f"{argument}: expected a value; interpolations belong into configs/")
+    hint = get_type_hints(OmegaConf.get_type(parent))[leaf]
+    try:
+        parent[leaf] = text if hint is str else yaml.safe_load(text)
+    except (yaml.YAMLError, OmegaConfBaseException):
+        raise ValueError(f"{argument}: expected {_words(hint)}; now it is {_shown(cfg, plain)}") from None
+
+
+def _locate(cfg: DictConfig, name: str) -> tuple[DictConfig, str]:
+    """The dict that holds the option `name`, and its last word. Raises KeyError(deepest dict, its options)."""
+    *path, leaf = name.split(".")
+    here = ""
+    for part in path:
+        inner = OmegaConf.select(cfg, part)
+        if not isinstance(inner, DictConfig):
+            raise KeyError(here, sorted(map(str, cfg.keys())))
+        cfg, here = inner, f"{here}.{part}".strip(".")
+    if leaf not in list(cfg.keys()):  # `in cfg` denies options that have no value yet
+        raise KeyError(here, sorted(map(str, cfg.keys())))
+    return cfg, leaf
+
+
+def _names(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all options and groups."""
+    for key in map(str, cfg.keys()):
+        yield f"{prefix}{key}"
+        node = OmegaConf.select(cfg, key)
+        if isinstance(node, DictConfig):
+            yield from _names(node, f"{prefix}{key}.")
+
+
+def _shown(cfg: DictConfig, name: str) -> str:
+    """The value of an option as it would be typed."""
+    value = OmegaConf.select(cfg, name)
+    value = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _guess(word: str, options: Sequence[str], prefix: str = "") -> str:
+    """` Did you mean X?` for the option nearest by its full name or by its last word."""
+
+    def likeness(option: str) -> tuple[float, float]:
+        whole = difflib.SequenceMatcher(None, word, option).ratio()
+        tail = difflib.SequenceMatcher(None, word.rpartition(".")[2], option.rpartition(".")[2]).ratio()
+        return max(whole, tail), whole
+
+    close = max((o for o in options if not word.startswith(f"{o}.")), key=likeness, default="")
+    return f" Did you mean {prefix}{close}?" if close and likeness(close)[0] >= 0.6 else ""
+
+
+def _words(hint: Any, many: bool = False) -> str:
+    """A type in words: `a whole number`, `a list of numbers`."""
+    known = {int: "whole number", float: "number", str: "text"}
+    if hint in known:
+        return f"{known[hint]}s" if many else f"a {known[hint]}"
+    if hint is bool:
+        return "true or false"
+    if hint is NoneType:
+        return "null"
+    inner = [part for part in get_args(hint) if part is not ...]
+    if get_origin(hint) in (list, tuple):
+        return f"{'lists' if many else 'a list'} of {_words(inner[0], many=True)}"
+    return " or ".join(_words(part) for part in inner)
+
+
+def _instantiate(cfg: DictConfig) -> Any:
+    try:
+        return OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _text(run: TrainRun | UseRun) -> str:
+    """YAML of every setting, headed by the options of the groups whose options are different classes."""
+    groups = {
+        group: next(name for name, schema in SCHEMAS[group].items() if schema is type(getattr(run, group)))
+        for group in SCHEMAS
+        if hasattr(run, group)
+    }
+    return OmegaConf.to_yaml(OmegaConf.create({"groups": groups})) + OmegaConf.to_yaml(OmegaConf.structured(run))
+
+
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise ValueError(f"seed={seed}: expected 0 or more")
+
+
+def _is_ours(error: BaseException) -> bool:
+    """True when the line that raised stands in this package or in an entry file."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return module.partition(".")[0] in ("cosprobe", "train", "probe", "__main__")

@@ -1,0 +1,135 @@
+"""Trained probes at work: the answer read from inside a run that is stopped early."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cosprobe.capture import capture
+from cosprobe.collect import Sample, images, noise_seed
+from cosprobe.grid import Grid
+from cosprobe.pipelines import PipelineConfig, fingerprint, load_pipeline, sample
+from cosprobe.pooling import Pooling
+from cosprobe.probes import ProbeBank
+from cosprobe.tasks import Problem, Task
+from cosprobe.types import SOURCES, Cell
+
+
+@dataclass(frozen=True)
+class EarlyAnswer:
+    """What a probe said of one problem. probability: the softmax of the probe, not calibrated. drawn: what the
+    finished run ends on, None for none; right: the candidates that count as right."""
+
+    problem: Problem
+    answer: int
+    probability: float
+    drawn: int | None
+    right: tuple[int, ...]
+
+
+@torch.no_grad()
+def early_answers(
+    model: Any, pipeline: PipelineConfig, task: Task, bank: ProbeBank, target: str, cell: Cell, drawn: Sequence[Sample]
+) -> list[EarlyAnswer]:
+    """Runs every sample up to the step of `cell` and asks its probe; then lets a full run of the same seed draw."""
+    found = []
+    for first in range(0, len(drawn), pipeline.batch):
+        batch = drawn[first : first + pipeline.batch]
+        problems = [s.problem for s in batch]
+        arguments = (images(task, problems), [p.prompt for p in problems], [s.seed for s in batch])
+        features = _features_at(model, pipeline, bank, cell, problems, arguments)
+        odds = bank.probabilities(features[:, None], target, [cell])[0]
+        video = sample(model, pipeline, *arguments)
+        for problem, chances, clip in zip(problems, odds, video, strict=True):
+            end = task.readout(problem, clip).answer
+            found.append(EarlyAnswer(problem, int(chances.argmax()), float(chances.max()), end, task.solutions(problem)))
+    return found
+
+
+def _features_at(
+    model: Any, pipeline: PipelineConfig, bank: ProbeBank, cell: Cell, problems: list[Problem], arguments: tuple
+) -> torch.Tensor:
+    """[sample, region, channel] at one cell, of runs that end after its step; nothing is decoded."""
+
+    def stop(running: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        running._interrupt = step >= cell.step
+        return {}
+
+    store = bank.provenance["store"]
+    kind = store["probe.pooling"]
+    pooling = Pooling(kind, store["probe.frames"], [p.regions for p in problems] if kind == "region" else ())
+    with capture(model, [cell.site], pooling, str(cell.step)) as tape:
+        sample(model, pipeline, *arguments, callback_on_step_end=stop, output_type="latent")
+    at = tape.branches.index(cell.branch), tape.places.index(cell.place)
+    features = tape.features()[:, 0, 0, at[0], at[1]]
+    return torch.nn.functional.pad(features, (0, bank.mean.shape[1] - features.shape[-1]))
+
+
+def predict(trained: Any, bank: ProbeBank, use: Any, seed: int, folder: Path, console: Console | None = None) -> None:
+    """Prints early answers to problems no probe has seen, beside what the full run draws.
+
+    trained: settings of the run in `folder`; use: step, layer (None: best on validation at that step) and number
+    of problems. Raises ValueError when the bank was made for another model, or the step or layer is not in it.
+    """
+    store = bank.provenance["store"]
+    found = fingerprint(trained.pipeline.folder)
+    if found != store["model"]:
+        raise ValueError(f"run={str(folder)!r}: its probes were made for model {store['model']}, found {found}; retrain")
+    grid, task = Grid.load(folder), trained.task.build()
+    model = load_pipeline(trained.pipeline)
+    console = console or Console()
+    table = Table("problem", "from", "probe says", "probability", "full run draws", "right", box=None, padding=(0, 2, 0, 0))
+    table.title = f"read after step {use.step} of {trained.pipeline.steps} (0 = noisiest)"
+    lines = []
+    for name in grid.with_role("answer", "choice"):
+        cell = _best_at(grid, bank, name, use.step, use.layer)
+        kinds = bank.target(name).kinds
+        drawn = fresh_samples(task, trained.task.problems, kinds[0], use.problems, seed)
+        answers = early_answers(model, trained.pipeline, task, bank, name, cell, drawn)
+        for a in answers:
+            end = "none" if a.drawn is None else str(a.drawn)
+            table.add_row(
+                a.problem.name, f"{name}, layer {cell.site}", str(a.answer), f"{a.probability:.2f}", end,
+                " or ".join(map(str, a.right)),
+            )  # fmt: skip
+        same = np.mean([a.answer == a.drawn for a in answers])
+        right = np.mean([a.answer in a.right for a in answers])
+        own = np.mean([a.drawn in a.right for a in answers])
+        lines.append(
+            f"{name}: probe and full run agree on {same:.2f} of {len(answers)} problems; "
+            f"right: probe {right:.2f}, full run {own:.2f}"
+        )
+    console.print(table)
+    for line in lines:
+        console.print(line, highlight=False)
+
+
+def fresh_samples(task: Task, used: int, kind: str, count: int, seed: int) -> list[Sample]:
+    """`count` test problems of a kind beyond those a run with `used` problems has seen."""
+    problems = task.problems("test", used + count, kind)[used:]
+    return [Sample(problem, noise_seed(problem, 0, seed)) for problem in problems]
+
+
+def _best_at(grid: Grid, bank: ProbeBank, target: str, step: int, layer: int | None) -> Cell:
+    """The cell of a target at a step: at `layer`, or at the layer that was best on validation there."""
+    cells = [cell for cell in bank.cells if cell.site not in SOURCES]
+    steps, layers = sorted({c.step for c in cells}), sorted({int(c.site) for c in cells})
+    if step not in steps:
+        raise ValueError(f"use.step={step}: expected a step these probes were trained at: {_ranges(steps)}")
+    if layer is not None and layer not in layers:
+        raise ValueError(f"use.layer={layer}: expected a layer these probes were trained at: {_ranges(layers)}")
+    here = [c for c in cells if c.step == step and (layer is None or int(c.site) == layer)]
+    return max(here, key=lambda cell: float(grid.at(target, cell).validation_accuracy))
+
+
+def _ranges(values: list[int]) -> str:
+    """`0 to 19`, or the values themselves when some are missing."""
+    whole = values == list(range(values[0], values[-1] + 1))
+    return f"{values[0]} to {values[-1]}" if whole else ", ".join(map(str, values))

@@ -1,0 +1,228 @@
+"""What a person gets from a run: a folder with figures and a summary, TensorBoard charts, a table in the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from cosprobe.figures import ALPHA, curves, frame_maps, headline, maps
+from cosprobe.film import Film, film_strip
+from cosprobe.grid import FILE, Best, Grid
+from cosprobe.types import EMBED, X_T
+
+HEADLINE = ("answer", "choice")  # roles shown first
+COLUMNS = ("target", "best cell", "accuracy [95 %]", "chance", "best input", "x0-hat shows", "evidence", "n")
+WIDTH = 110  # of the printed table where the output is no terminal
+
+CAPTIONS = {
+    "headline.png": "Where the answer can be read. One square per layer and denoising step; the colour is skill, the "
+    "share of the gap between the strongest of chance and the inputs (`embed`, `x_t`) and perfect that a linear probe "
+    "closes. Hatched: no evidence after correction for all squares. Orange outline: the probe reads more than the "
+    "picture (x0-hat) already shows at that step, the 95 % interval of the difference being above zero. Star: the cell "
+    "with the best validation accuracy.",
+    "curves.png": "Accuracy along the denoising steps, with 95 % intervals by problem, beside every baseline.",
+    "others.png": "The same maps for targets that are visible in the first frame, for nuisances, and for the control "
+    "target, whose labels are random: it must show no evidence. For perception targets skill starts at chance.",
+    "film.png": "What the model would draw if it stopped: the last frame of x0-hat at the decoded steps. Boxed: the "
+    "candidate that a forced choice reads from it.",
+}
+FRAMES_CAPTION = "Where in the video {} can be read: latent frames by layer and by step, through its best cell."
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One target at its best cell. inputs, visible: test accuracy and name of the strongest input (`embed`, `x_t`)
+    and of the visible baseline at that step and place, NaN and "" where there is none."""
+
+    best: Best
+    where: str
+    chance: float
+    inputs: tuple[float, str]
+    visible: tuple[float, str]
+    samples: int
+    problems: int
+    left_out: int
+
+    @property
+    def found(self) -> bool:
+        return self.best.p <= ALPHA
+
+    def cells(self) -> tuple[str, ...]:
+        """Text of every column."""
+        b = self.best
+        evidence = f"p = {b.p:.3f}" if self.found else "no evidence"
+        accuracy = f"{b.accuracy:.2f} [{b.lower:.2f}, {b.upper:.2f}]"
+        inputs, visible = (f"{value:.2f} {name}" if name else "-" for value, name in (self.inputs, self.visible))
+        return (b.target, self.where, accuracy, f"{self.chance:.2f}", inputs, visible, evidence, str(self.samples))
+
+
+def summarise(grid: Grid) -> list[SummaryRow]:
+    """One row per target."""
+    rows = []
+    for target in grid.targets:
+        best = grid.best(target)
+        cell = grid.at(target, best.cell)
+        where = f"layer {best.cell.site}, step {best.cell.step}"
+        where += f", place {best.cell.place}" if grid.dataset.sizes["place"] > 1 else ""
+        where += f", {best.cell.branch}" if "branch" in grid.dataset.dims else ""
+        trial = {name: float(cell.baseline_validation.sel(baseline=name)) for name in (EMBED, X_T)}
+        known = {name: value for name, value in trial.items() if np.isfinite(value)}
+        source = max(known, key=lambda name: known[name]) if known else ""
+        inputs = float(cell.baseline_accuracy.sel(baseline=source)) if source else math.nan
+        visible = (float(cell.visible), str(cell.visible_source.values))
+        counts = (int(cell[name]) for name in ("n_test", "n_test_problems", "n_none"))
+        rows.append(SummaryRow(best, where, float(cell.chance), (inputs, source), visible, *counts))
+    return rows
+
+
+def remarks(grid: Grid) -> list[str]:
+    """What a reader must know beside the table, a sentence each."""
+    own, lower, upper = (float(grid.dataset.attrs[f"model_accuracy{end}"]) for end in ("", "_lower", "_upper"))
+    lines = []
+    if np.isfinite(own):
+        lines.append(f"The model's own final answer is right on {own:.2f} [{lower:.2f}, {upper:.2f}] of test samples.")
+        for target in grid.with_role("answer"):
+            best = grid.best(target)
+            if own > 0 and best.p <= ALPHA:
+                where = f"layer {best.cell.site}, step {best.cell.step}"
+                lines.append(f"The best probe of {target} ({where}) reaches {best.accuracy / own:.2f} of that.")
+    for row in summarise(grid):
+        if row.left_out:
+            lines.append(f"{row.best.target}: {row.left_out} samples left out, the model settled on no answer in them.")
+    for target in grid.with_role("control"):
+        count = int((grid.dataset.p_permutation.sel(target=target) <= ALPHA).sum())
+        verdict = "as it should" if count == 0 else "which should not be: distrust this grid"
+        lines.append(f"{target} (random labels) is decodable in {count} cells after correction, {verdict}.")
+    return lines
+
+
+def write_report(grid: Grid, run_dir: Path, films: Film | None = None) -> Path:
+    """Writes the folder run_dir/report: grid.nc, figures as PNG, and summary.md last. Returns the folder."""
+    folder = Path(run_dir) / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    grid.save(folder / FILE)
+    shown = grid.with_role(*HEADLINE) or grid.targets[:2]
+    others = [target for target in grid.targets if target not in shown]
+    figures: dict[str, Callable[[], Figure]] = {
+        "headline.png": partial(headline, grid),
+        "curves.png": partial(curves, grid, shown),
+    }
+    if grid.dataset.sizes["place"] > 1:
+        figures |= {f"frames_{target}.png": partial(frame_maps, grid, target) for target in shown}
+    if others:
+        figures["others.png"] = partial(maps, grid, others)
+    if films is not None:
+        figures["film.png"] = partial(film_strip, films.rows, films.steps)
+    for name, draw in figures.items():
+        _whole(folder / name, draw().savefig)
+    text = summary_markdown(grid, tuple(figures))
+    _whole(folder / "summary.md", lambda path: path.write_text(text, encoding="utf-8"))
+    return folder
+
+
+def summary_markdown(grid: Grid, figures: tuple[str, ...] = ()) -> str:
+    """The report's page: the table, remarks, every figure with how to read it, and provenance."""
+    rows = [row.cells() for row in summarise(grid)]
+    table = [COLUMNS, tuple("-" * len(name) for name in COLUMNS), *rows]
+    out = ["# Where the answer becomes decodable", ""]
+    out += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    out += [
+        "", "Best cells are chosen on validation and read on test; intervals are bootstrapped by problem; `p` is "
+        "corrected for all cells of a target (above 0.05: no evidence). `best input` and `x0-hat shows` are baselines "
+        "at the same step and place.", "",
+    ]  # fmt: skip
+    out += [f"* {line}" for line in remarks(grid)]
+    for name in figures:
+        target = name.removeprefix("frames_").removesuffix(".png")
+        caption = CAPTIONS.get(name) or FRAMES_CAPTION.format(f"`{target}`")
+        out += ["", f"![{name}]({name})", "", caption]
+    out += ["", "## Provenance", ""]
+    out += [f"* `{key}`: {value}" for key, value in _flat(grid.provenance).items()] or ["none recorded"]
+    return "\n".join(out) + "\n"
+
+
+def log_tensorboard(grid: Grid, folder: Path, hparams: Mapping[str, Any]) -> Path:
+    """Writes the run `grid` into a TensorBoard folder, in place of an earlier one; returns its folder.
+
+    Scalars `answer/layer 3` and `answer/baseline x_t` run over denoising steps; Custom Scalars shows one chart per
+    target with all of them; Images holds one map per target; HParams holds `hparams` (flattened) and the accuracy of
+    each target's best cell.
+    """
+    run = Path(folder) / "grid"
+    for old in run.glob("events.out.tfevents.*"):
+        old.unlink()
+    charts = {}
+    with SummaryWriter(str(run)) as writer:
+        for target in grid.targets:
+            plane = grid.plane(target).transpose("step", ...)
+            lines = {f"layer {int(n)}": plane.accuracy.sel(layer=n) for n in plane.layer.values}
+            lines |= {f"baseline {n}": plane.baseline_accuracy.sel(baseline=n) for n in plane.baseline.values}
+            for name, line in lines.items():
+                for step, value in zip(plane.step.values, line.values, strict=True):
+                    if np.isfinite(value):
+                        writer.add_scalar(f"{target}/{name}", value, int(step))
+            title = f"accuracy of {target} by denoising step"
+            charts[target] = {title: ["Multiline", [rf"^{target}/(layer|baseline) .*$"]]}
+            writer.add_image(f"maps/{target}", _pixels(maps(grid, [target])), dataformats="HWC")
+        writer.add_image("maps/headline", _pixels(headline(grid)), dataformats="HWC")
+        writer.add_custom_scalars(charts)
+        metrics = {f"best/{target}": grid.best(target).accuracy for target in grid.targets}
+        settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in _flat(hparams).items()}
+        writer.add_hparams(settings, metrics, run_name=".")  # any other name would open a run of its own
+    return run
+
+
+def print_summary(grid: Grid, run_dir: Path, console: Console | None = None) -> None:
+    """The table, the remarks, and where to look next."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=max(WIDTH, console.width))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
+    for name in COLUMNS:
+        side = "right" if name in ("chance", "n") else "left"
+        table.add_column(escape(name), justify=side, no_wrap=name.startswith("accuracy"))
+    for row in summarise(grid):
+        table.add_row(*map(escape, row.cells()), style="" if row.found else "dim")
+    console.print(table)
+    for line in remarks(grid):
+        console.print(line, markup=False, highlight=False)
+    run_dir = Path(run_dir)
+    for name, path in (("report", run_dir / "report" / "summary.md"), ("TensorBoard", run_dir / "tensorboard")):
+        text = f"{name}: {'tensorboard --logdir ' if name == 'TensorBoard' else ''}{path}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)  # a path is never cut in two
+
+
+def _whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes under another name, then renames: the file is whole or absent."""
+    unfinished = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        write(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    figure.set_dpi(110)
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,366 @@
+"""Fitting every probe of a grid at once.
+
+`logistic`: one LightningModule holds all cells, targets and penalties. Its loss is a sum of separate problems,
+each a convex one, so the result is what separate fits would give. `ridge`: closed form.
+
+Penalty: mean cross-entropy + lambda / 2 * |w|^2 over the n rows that carry the target, intercept free. This is
+scikit-learn's `LogisticRegression` with C = 1 / (n lambda); for two classes, where scikit-learn keeps one
+vector instead of two opposite ones, C = 2 / (n lambda). For ridge, alpha = lambda * n, so that one list of
+lambdas serves both kinds.
+
+Optimiser: gradient descent with Nesterov momentum along the principal axes of the features, each axis scaled by
+an upper bound of the curvature on it (Boehning 1992, "Multinomial logistic regression algorithm"). Steps of
+size lr <= 1 cannot diverge, whatever the features; Adam on raw channels needs several times the epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torchmetrics
+from jaxtyping import Float, Int
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy as FabricDDP
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from cosprobe.data import ProbeBatch, ProbeData, ProbeSamples, check_targets, shared
+from cosprobe.pooling import POOLINGS
+from cosprobe.probes import ProbeBank, affine, classes_last, readable_targets
+from cosprobe.solvers import Fitted, curvature, design, fit_ridge, row_sums, spread, standardise
+from cosprobe.tasks import Target
+
+KINDS = ("logistic", "ridge")
+MOMENTUM = 0.9
+FLAT = 0.7  # share of the steps at the full rate, which then falls to zero in a line
+VALIDATIONS = 20  # points on the validation curves
+
+
+@dataclass
+class ProbeConfig:
+    """What is captured, and the recipe of the probes.
+
+    layers, steps: selections (`all`, `last`, `0:30:5`, `0,10,20`). pooling: `clip`, `frame`, `grid` or `region`;
+    frames: with `region`, every latent frame by itself too. decode: steps whose x0-hat is decoded and read;
+    `auto` is at most five.
+    lambdas: penalties to try, on standardised features; validation chooses one per target and cell.
+    epochs, lr, batch: of the logistic fit; lr is a share of the largest safe step, and a batch as large as the
+    training set takes the best steps (smaller ones only save memory). memory: GB that the features of the
+    cells fitted together may take, with their copies and optimiser state.
+    """
+
+    layers: str = "all"
+    steps: str = "all"
+    pooling: str = "region"
+    frames: bool = False
+    decode: str = "auto"
+    kind: str = "logistic"
+    lambdas: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0])
+    epochs: int = 60
+    lr: float = 1.0
+    batch: int = 4096
+    memory: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"probe.pooling={self.pooling!r}: expected one of {', '.join(POOLINGS)}")
+        if self.kind not in KINDS:
+            raise ValueError(f"probe.kind={self.kind!r}: expected one of {', '.join(KINDS)}")
+        if not self.lambdas or min(self.lambdas) <= 0:
+            raise ValueError(f"probe.lambdas={list(self.lambdas)}: expected one or more penalties above 0")
+        if self.epochs < 1:
+            raise ValueError(f"probe.epochs={self.epochs}: expected at least 1")
+        if not 0 < self.lr <= 1:
+            raise ValueError(f"probe.lr={self.lr}: expected a share of the largest safe step, above 0 and up to 1")
+        if self.batch < 1:
+            raise ValueError(f"probe.batch={self.batch}: expected at least 1 sample")
+        if self.memory <= 0:
+            raise ValueError(f"probe.memory={self.memory}: expected GB above 0")
+
+
+@dataclass
+class TrainerConfig:
+    """Where fitting runs, in Lightning's words: accelerator, number of devices (processes), precision."""
+
+    accelerator: str = "cpu"
+    devices: int = 1
+    precision: str = "32-true"
+
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise ValueError(f"trainer.devices={self.devices}: expected at least 1")
+
+
+def launch(config: TrainerConfig) -> Fabric:
+    """Starts one process per device, each of which runs the script from its top and returns from here.
+
+    The trainer that fits the probes later finds the processes running and joins them.
+    """
+    strategy: Any = FabricDDP(process_group_backend=_backend(config)) if config.devices > 1 else "auto"
+    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=strategy)
+    fabric.launch()
+    return fabric
+
+
+def _backend(config: TrainerConfig) -> str | None:
+    return "gloo" if config.accelerator == "cpu" else None
+
+
+class CellScores(torchmetrics.Metric):
+    """Accuracy and mean cross-entropy of every cell and penalty; rows without a label do not count."""
+
+    full_state_update = False
+
+    def __init__(self, cells: int, settings: int):
+        super().__init__()
+        self.add_state("correct", torch.zeros(cells, settings), dist_reduce_fx="sum")
+        self.add_state("loss", torch.zeros(cells, settings), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        loss: Float[Tensor, "cell setting"],
+        correct: Float[Tensor, "cell setting"],
+        count: Int[Tensor, ""],
+    ) -> None:
+        """Sums over rows, as `row_sums` gives them."""
+        self.loss += loss.detach()
+        self.correct += correct
+        self.count += count
+
+    def compute(self) -> tuple[Float[Tensor, "cell setting"], Float[Tensor, "cell setting"]]:
+        return self.correct / self.count.clamp(min=1), self.loss / self.count.clamp(min=1)
+
+
+class ProbeTraining(L.LightningModule):
+    """Every cell, target and penalty of a logistic bank.
+
+    The loss is a sum over all of them, so their gradients are separate and each ends where it would alone;
+    nothing here may couple them (no gradient clipping by norm, no early stopping). Parameters are made from the
+    data module in `setup`: per form [cell, axis, lambda, out], in principal axes, with the outputs of all targets
+    of that form side by side.
+    """
+
+    def __init__(self, config: ProbeConfig):
+        super().__init__()
+        self.config = config
+
+    def setup(self, stage: str) -> None:
+        data: ProbeData = self.trainer.datamodule
+        train = data.whole["train"]
+        steeper = train.size / min(train.size, data.batch)  # a small batch may be that much steeper than the whole
+        settings = len(self.config.lambdas)
+        self.targets = data.targets
+        self.penalties = torch.tensor(self.config.lambdas, device=data.mean.device)[:, None]
+        self.weights, self.biases = torch.nn.ParameterDict(), torch.nn.ParameterDict()
+        self.weight_bounds: dict[str, Float[Tensor, "cell axis setting out"]] = {}
+        self.bias_bounds: dict[str, Float[Tensor, " out"]] = {}
+        self.columns: dict[str, slice] = {}
+        self.labelled: dict[str, float] = {}  # rows with a label, per sample
+        self.metrics = torch.nn.ModuleDict()
+        for form in data.forms:
+            cells, _, regions, axis = train.rows[form].shape
+            steep: list[float] = []
+            for target in (t for t in data.targets if t.form == form):
+                labels = train.labels[target.name]
+                self.labelled[target.name] = int((labels >= 0).sum()) / train.size
+                rarer = labels[0].numel() / self.labelled[target.name]
+                out = 1 if form == "candidate" else target.classes
+                self.columns[target.name] = slice(len(steep), len(steep) + out)
+                steep += [curvature(form, regions) * rarer * steeper] * out
+                for split in ("train", "validation"):
+                    self.metrics[f"{split}/{target.name}"] = CellScores(cells, settings)
+            bound = torch.tensor(steep, device=data.mean.device)
+            self.weight_bounds[form] = data.axes[form].variance[:, :, None, None] * bound + self.penalties
+            self.weights[form] = torch.nn.Parameter(torch.zeros(cells, axis, settings, len(steep)))
+            if form != "candidate":  # the same bias for every candidate would change nothing
+                self.bias_bounds[form] = bound
+                self.biases[form] = torch.nn.Parameter(torch.zeros(cells, settings, len(steep)))
+
+    def forward(self, rows: dict[str, Float[Tensor, "cell sample row axis"]]) -> dict[str, Tensor]:
+        """Decision values of every target, classes last, penalties before them."""
+        values = {}
+        for form, weight in self.weights.items():
+            bias = self.biases.get(form, None)
+            values[form] = affine(rows[form], weight, bias)
+        return {t.name: classes_last(values[t.form][..., self.columns[t.name]], t.form) for t in self.targets}
+
+    def training_step(self, batch: ProbeBatch, index: int) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        for name, values in self(batch.rows).items():
+            loss, correct, count = row_sums(values, batch.labels[name])
+            self.metrics[f"train/{name}"].update(loss, correct, count)
+            # Divided by the labels a batch of this size carries on average, not by those it happens to carry:
+            # that is unbiased, and the mean over processes of these gradients is the gradient of one process.
+            total = total + loss.sum() * (self.trainer.world_size / (batch.size * self.labelled[name]))
+        for weight in self.weights.values():
+            total = total + (self.penalties * weight.square()).sum() / 2
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for form, weight in self.weights.items():
+            weight.grad /= self.weight_bounds[form]
+        for form, bias in self.biases.items():
+            bias.grad /= self.bias_bounds[form]
+
+    def validation_step(self, batch: ProbeBatch, index: int) -> None:
+        for name, values in self(batch.rows).items():
+            self.metrics[f"validation/{name}"].update(*row_sums(values, batch.labels[name]))
+
+    def on_train_epoch_end(self) -> None:
+        self._log("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log("validation")
+
+    def _log(self, split: str) -> None:
+        """Few curves: a grid has thousands of cells, and a tag for each of them would drown TensorBoard."""
+        for target in self.targets:
+            metric = self.metrics[f"{split}/{target.name}"]
+            accuracy, loss = metric.compute()
+            metric.reset()
+            best = accuracy.amax(dim=1)
+            self.log(f"accuracy/{target.name}/{split}_best", best.max())
+            self.log(f"accuracy/{target.name}/{split}_mean", best.mean())
+            self.log(f"loss/{target.name}/{split}", loss.amin(dim=1).mean())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.config.lr, momentum=MOMENTUM, nesterov=True)
+        steps = self.trainer.estimated_stepping_batches
+        falling = max(1.0, (1 - FLAT) * steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (steps - step) / falling))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def fitted(self, data: ProbeData) -> Fitted:
+        """Weights and biases on standardised features, out of the principal axes."""
+        result = {}
+        for target in self.targets:
+            axes, part = data.axes[target.form], self.columns[target.name]
+            weight = self.weights[target.form].detach()[..., part].to(axes.basis.device)
+            weight = torch.einsum("cwa,caso->cwso", axes.basis, weight)
+            bias = weight.new_zeros(weight.shape[0], *weight.shape[2:])
+            if target.form in self.biases:
+                bias = self.biases[target.form].detach()[..., part].to(weight.device)
+                bias = bias - torch.einsum("cw,cwso->cso", axes.mean, weight)
+            result[target.name] = (weight, bias)
+        return result
+
+
+class FitProgress(L.Callback):
+    """One bar for the whole fit, all chunks of cells included, so that the time left is the time left."""
+
+    def __init__(self, total: int):
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, transient=True)
+        self.task = self.progress.add_task("fitting probes, epoch", total=total)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero and self.progress.console.is_terminal:
+            self.progress.start()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.progress.advance(self.task)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.progress.stop()
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self.progress.stop()
+
+
+def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, folder: Path, seed: int) -> ProbeBank:
+    """Standardises on the training samples, fits every penalty, keeps per target and cell the one with the best
+    validation accuracy (ties: the lower validation cross-entropy).
+
+    Curves go to TensorBoard files in `folder`. With several devices every process calls this and gets the
+    same bank. Cells are fitted in chunks when all together would need more than `config.memory`; the result
+    does not depend on it. Raises ValueError when a target cannot be fitted, naming it.
+    """
+    train, validation = samples.subset("train"), samples.subset("validation")
+    targets = readable_targets(samples.targets, samples.regions)
+    check_targets(targets, train, validation)
+    parts = chunks(samples, targets, config)
+    progress = FitProgress(config.epochs * len(parts))
+    banks = []
+    for number, part in enumerate(parts):
+        here = Path(folder) / f"cells_{number}" if len(parts) > 1 else Path(folder)
+        runner = _runner(config, trainer, here, progress)
+        chunk, held_out = train.at(part), validation.at(part)
+        if config.kind == "ridge":
+            device = runner.strategy.root_device
+            mean, std = (stat.to(device) for stat in spread(chunk.features))
+            x = standardise(chunk.features, mean, std)
+            fitted = fit_ridge(x, chunk.labels, targets, config.lambdas, shared)
+        else:
+            data, module = ProbeData(chunk, held_out, config.batch, seed), ProbeTraining(config)
+            runner.fit(module, datamodule=data)
+            mean, std, fitted = data.mean, data.std, module.fitted(data)
+        banks.append(_chosen(fitted, mean, std, held_out, targets, config.lambdas))
+    provenance = {"probe": asdict(config), "trainer": asdict(trainer), "seed": seed, "train": len(train)}
+    return replace(ProbeBank.join(banks), provenance=provenance | {"validation": len(validation)})
+
+
+def chunks(samples: ProbeSamples, targets: Sequence[Target], config: ProbeConfig) -> list[slice]:
+    """Slices of cells that fit into `config.memory` together; a function of sizes alone, not of the machine."""
+    count, cells, regions, channels = samples.features.shape
+    numbers = count * regions * channels  # the standardised features, and then each form's coordinates
+    for form in {t.form for t in targets}:
+        width = regions * channels if form == "problem" else channels
+        outs = sum(1 if form == "candidate" else t.classes for t in targets if t.form == form)
+        axis = min(width, count * (1 if form == "problem" else regions))
+        numbers += 2 * count * regions * channels + width * axis + 4 * axis * outs * len(config.lambdas)
+    size = max(1, int(config.memory * 1e9 / (4 * numbers)))
+    return [slice(start, min(start + size, cells)) for start in range(0, cells, size)]
+
+
+def _runner(config: ProbeConfig, trainer: TrainerConfig, folder: Path, progress: L.Callback) -> L.Trainer:
+    strategy: Any = "auto"
+    if trainer.devices > 1:  # nothing but parameters may be synchronised: the rest is the same everywhere already
+        strategy = DDPStrategy(process_group_backend=_backend(trainer), broadcast_buffers=False)
+    return L.Trainer(
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        precision=trainer.precision,
+        strategy=strategy,
+        max_epochs=config.epochs,
+        check_val_every_n_epoch=max(1, config.epochs // VALIDATIONS),
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        logger=TensorBoardLogger(folder, name="", version=""),
+        callbacks=[progress],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _chosen(
+    fitted: Fitted,
+    mean: Float[Tensor, "cell channel"],
+    std: Float[Tensor, "cell channel"],
+    validation: ProbeSamples,
+    targets: Sequence[Target],
+    lambdas: Sequence[float],
+) -> ProbeBank:
+    x = standardise(validation.features, mean, std)
+    penalties = torch.tensor(lambdas)
+    tables: dict[str, dict[str, Tensor]] = {"weights": {}, "biases": {}, "lambdas": {}}
+    for target in targets:
+        weight, bias = fitted[target.name]
+        values = classes_last(affine(design(x, target.form), weight, bias), target.form)
+        loss, correct, _ = row_sums(values, validation.labels[target.name].to(x.device))
+        tied = correct == correct.amax(dim=1, keepdim=True)
+        best = loss.masked_fill(~tied, torch.inf).argmin(dim=1)
+        cell = torch.arange(len(best), device=best.device)
+        tables["weights"][target.name] = weight[cell, :, best].cpu()
+        tables["biases"][target.name] = bias[cell, best].cpu()
+        tables["lambdas"][target.name] = penalties[best.cpu()]
+    return ProbeBank(validation.cells, tuple(targets), validation.regions, mean.cpu(), std.cpu(), **tables)

@@ -1,0 +1,35 @@
+"""Uses trained probes: reads a model's answers from inside, before it has drawn them.
+
+  python probe.py use=predict run=FOLDER [name=value ...]
+
+Examples:
+  python probe.py use=predict run=runs/maze-layers                     at step 0, from the best layer
+  python probe.py use=predict run=runs/maze-layers use.step=2 use.layer=5 use.problems=8
+
+FOLDER is the run folder of a finished train.py run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import would stand beside our one line
+
+from cosprobe.config import UseRun, command, read_run
+from cosprobe.early import predict
+from cosprobe.probes import load_probes
+
+
+def use(run: UseRun) -> None:
+    predict(read_run(run.run), load_probes(run.run), run.use, run.seed, Path(run.run))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(UseRun, use, __doc__, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

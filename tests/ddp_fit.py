@@ -1,0 +1,73 @@
+"""Planted samples, and as a script the fit of them by two processes (see test_training.py).
+
+`python ddp_fit.py FOLDER` saves each process's decision values. Lightning starts the same script again for the
+second process, which is why this cannot happen inside pytest.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cosprobe.data import ProbeSamples
+from cosprobe.tasks import Target
+from cosprobe.training import ProbeConfig, TrainerConfig, fit
+from cosprobe.types import Cell
+
+RECIPE = {"lambdas": [0.01, 1.0], "epochs": 6, "batch": 101, "memory": 2e-3}  # memory: two chunks of the cells
+TARGETS = (
+    Target("answer", 3, "candidate", "answer", ("one",)),
+    Target("doors", 2, "region", "perception", ("one", "two")),
+    Target("start", 5, "problem", "perception", ("one", "two")),
+    Target("control", 3, "candidate", "control", ("one", "two")),
+)
+PLANTED = 4  # the cell that knows the answer
+
+
+@cache
+def planted(count: int = 700, regions: int = 3, channels: int = 10, cells: int = 6) -> ProbeSamples:
+    """Correlated noise; `answer` in one cell, `doors` and `start` a little in all, `control` nowhere."""
+    rng = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng)
+
+    answer = torch.randint(0, regions, (count,), generator=rng)
+    doors = torch.randint(0, 2, (count, regions), generator=rng)
+    start = torch.randint(0, 5, (count,), generator=rng)
+    x = normal(count, cells, regions, channels) @ (normal(channels, channels) * torch.logspace(0, -1, channels))
+    x[torch.arange(count), PLANTED, answer] += 1.5 * normal(channels)
+    x += 0.6 * (2 * doors - 1)[:, None, :, None] * normal(channels)
+    x[:, :, 0] += 0.8 * normal(5, channels)[start][:, None]
+    third = count // 3
+    return ProbeSamples(
+        features=x * 3 + 1,
+        cells=tuple(Cell(0, str(layer), "cond", "all") for layer in range(cells)),
+        targets=TARGETS,
+        labels={
+            "answer": torch.where(torch.arange(count) % 2 == 0, answer, -1),
+            "doors": doors,
+            "start": start,
+            "control": torch.randint(0, regions, (count,), generator=rng),
+        },
+        split=np.array(["train"] * third + ["validation"] * third + ["test"] * (count - 2 * third)),
+        keys=np.array([f"k{i}" for i in range(count)]),
+        kinds=np.where(np.arange(count) % 2 == 0, "one", "two"),
+    )
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    samples = planted()
+    bank = fit(samples, ProbeConfig(**RECIPE), TrainerConfig(devices=2), folder / "fit", seed=0)
+    values = {t.name: bank.decision(samples.features, t.name) for t in bank.targets}
+    torch.save(values, folder / f"values_{os.environ['LOCAL_RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,146 @@
+"""The whole line on a toy pipeline with random weights, through the command people type."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cosprobe import Grid, load_probes
+from cosprobe.config import read_run
+from cosprobe.collect import load_samples
+from cosprobe.store import ActivationStore
+
+from tests.tiny import wan
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "wan"
+    wan().save_pretrained(path)
+    return path
+
+
+def command(script, *settings):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *settings], capture_output=True, text=True, env=environment, timeout=400
+    )
+
+
+def train(model, folder, *settings):
+    result = command(
+        "train.py", "probe=layers", f"pipeline.path={model}", "pipeline.steps=3", "pipeline.frames=5", "pipeline.batch=8",
+        "task.frames=5", "task.problems=40", "probe.epochs=5", f"run_dir={folder}", *settings,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    return folder, train(model, folder)
+
+
+@pytest.mark.slow
+def test_the_run_folder_is_complete(run):
+    folder, output = run
+    for name in ("config.yaml", "store/manifest.json", "probes/bank.safetensors", "probes/bank.json", "tensorboard"):
+        assert (folder / name).exists(), name
+    for name in ("grid.nc", "summary.md", "headline.png", "curves.png", "film.png", "others.png"):
+        assert (folder / "report" / name).stat().st_size > 1000, name
+    assert str(folder / "report" / "summary.md") in output and str(folder / "tensorboard") in output
+    assert "20 samples" in output or "40 samples" in output
+
+
+@pytest.mark.slow
+def test_the_grid_has_the_promised_names(run):
+    grid = Grid.load(run[0]).dataset
+    assert {"target", "step", "layer", "place"} <= set(grid.dims) and "branch" not in grid.dims
+    assert {"accuracy", "lower", "upper", "chance", "skill", "p_permutation"} <= set(grid.data_vars)
+    assert {"embed", "x_t", "x0_readout", "x0_latent"} <= set(grid.baseline.values)
+    assert grid.sizes["step"] == 3 and grid.sizes["layer"] == 3
+    assert list(grid.target.values) == ["answer", "choice", "start", "corridors", "length", "control"] or "control" in grid.target.values
+    assert (grid.p_permutation.sel(target="control") > 0.05).all()
+
+
+@pytest.mark.slow
+def test_random_weights_decode_no_answer_beyond_what_goes_in(run):
+    """The pipeline is random: whatever its probes read they read from the input."""
+    grid = Grid.load(run[0])
+    best = grid.best("answer")
+    assert best.lower <= float(grid.at("answer", best.cell).baseline_accuracy.max()) + 0.25
+
+
+@pytest.mark.slow
+def test_a_second_run_reuses_the_store_and_gives_the_same_grid(model, run):
+    before = Grid.load(run[0]).dataset.load()
+    written = {path: path.stat().st_mtime_ns for path in (run[0] / "store").iterdir()}
+    output = train(model, run[0])
+    assert "re-using" in output
+    assert {path: path.stat().st_mtime_ns for path in (run[0] / "store").iterdir()} == written
+    after = Grid.load(run[0]).dataset
+    for name in ("accuracy", "skill", "p_permutation"):
+        np.testing.assert_array_equal(before[name].values, after[name].values)
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_processes_give_the_same_grid(model, run, tmp_path):
+    train(model, tmp_path / "two", "trainer.devices=2")
+    one, two = (ActivationStore.open(folder / "store") for folder in (run[0], tmp_path / "two"))
+    assert one.fingerprint == two.fingerprint
+    tensors = one.read()[0], two.read()[0]
+    for name in tensors[0]:
+        torch.testing.assert_close(tensors[0][name], tensors[1][name], rtol=0, atol=1e-6, equal_nan=True)
+    samples, _ = load_samples(one, read_run(run[0]).task.build())
+    banks = load_probes(run[0]), load_probes(tmp_path / "two")
+    for target in banks[0].targets:
+        values = [bank.decision(samples.features, target.name) for bank in banks]
+        torch.testing.assert_close(*values, rtol=0, atol=1e-4)
+    grids = Grid.load(run[0]).dataset, Grid.load(tmp_path / "two").dataset
+    np.testing.assert_allclose(grids[0].accuracy.values, grids[1].accuracy.values)
+
+
+@pytest.mark.slow
+def test_predict_reads_early_and_compares(run):
+    result = command("probe.py", "use=predict", f"run={run[0]}", "use.step=1", "use.problems=3")
+    assert result.returncode == 0, result.stderr
+    assert "read after step 1 of 3" in result.stdout
+    assert "answer: probe and full run agree on" in result.stdout
+
+
+@pytest.mark.slow
+def test_predict_refuses_what_does_not_fit(run, tmp_path):
+    for settings, message in (
+        ([f"run={run[0]}", "use.step=7"], "use.step=7: expected a step these probes were trained at: 0 to 2"),
+        ([f"run={run[0]}", "use.layer=9"], "use.layer=9: expected a layer these probes were trained at: 0 to 2"),
+        ([f"run={tmp_path}"], "expected the folder of a train.py run"),
+    ):
+        result = command("probe.py", "use=predict", *settings)
+        assert result.returncode == 2
+        assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+@pytest.mark.slow
+def test_another_model_is_refused(model, run, tmp_path):
+    settings = json.loads((run[0] / "probes" / "bank.json").read_text())["provenance"]["store"]
+    weights = next((model / "transformer").glob("*.safetensors"))
+    original = weights.read_bytes()
+    changed = bytearray(original)
+    changed[-3] ^= 1
+    try:
+        weights.write_bytes(changed)
+        result = command("probe.py", "use=predict", f"run={run[0]}")
+    finally:
+        weights.write_bytes(original)
+    assert result.returncode == 2
+    assert f"its probes were made for model {settings['model']}" in result.stderr

@@ -1,0 +1,171 @@
+"""Intervals and significance against slow and obvious versions of themselves, and against their promises."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cosprobe import metrics
+from cosprobe.metrics import cluster_bootstrap, correctness, majority, max_t_permutation, permuted_blocks
+
+problem_lists = st.lists(st.integers(0, 6), min_size=1, max_size=25).map(np.array)
+SETTINGS = settings(max_examples=40, deadline=None)
+
+
+def one(rows) -> np.ndarray:
+    return np.asarray(rows, dtype=float).reshape(1, -1)
+
+
+def test_bootstrap_equals_drawing_problems_one_by_one():
+    rng = np.random.default_rng(1)
+    keys = rng.choice(list("abcdefg"), size=30)
+    correct = rng.integers(0, 2, (3, 30)).astype(float)
+    names = np.unique(keys)
+    means = []
+    for times in np.random.default_rng(5).multinomial(len(names), [1 / len(names)] * len(names), size=200):
+        drawn = np.concatenate([np.tile(np.flatnonzero(keys == name), k) for name, k in zip(names, times, strict=True)])
+        means.append(correct[:, drawn.astype(int)].mean(axis=1))
+    lower, upper = cluster_bootstrap(correct, keys, draws=200, seed=5)
+    np.testing.assert_allclose(lower, np.quantile(means, 0.025, axis=0), atol=1e-12)
+    np.testing.assert_allclose(upper, np.quantile(means, 0.975, axis=0), atol=1e-12)
+
+
+def test_bootstrap_of_independent_samples_has_the_textbook_width():
+    correct = one(np.arange(500) % 10 < 7)
+    lower, upper = cluster_bootstrap(correct, np.arange(500), draws=4000)
+    assert upper[0] - lower[0] == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 500), rel=0.08)
+    assert lower[0] < 0.7 < upper[0]
+
+
+@SETTINGS
+@given(problem_lists, st.integers(2, 4), st.integers(0, 100))
+def test_more_seeds_of_the_same_problems_do_not_narrow_the_interval(keys, seeds, seed):
+    correct = one(np.random.default_rng(seed).integers(0, 2, len(keys)))
+    few = cluster_bootstrap(correct, keys, 50, seed)
+    many = cluster_bootstrap(np.repeat(correct, seeds, axis=1), np.repeat(keys, seeds), 50, seed)
+    np.testing.assert_allclose(few, many, atol=1e-12)
+
+
+@SETTINGS
+@given(problem_lists, st.integers(0, 100))
+def test_interval_is_ordered_inside_the_values_and_blind_to_sample_order(keys, seed):
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(2, len(keys)))
+    lower, upper = cluster_bootstrap(values, keys, 50, seed)
+    assert (lower <= upper).all()
+    assert (values.min(1) - 1e-12 <= lower).all()
+    assert (upper <= values.max(1) + 1e-12).all()
+    order = rng.permutation(len(keys))
+    np.testing.assert_allclose(cluster_bootstrap(values[:, order], keys[order], 50, seed), (lower, upper), atol=1e-12)
+
+
+def test_cells_share_their_draws_so_differences_are_paired(monkeypatch):
+    rng = np.random.default_rng(0)
+    a, keys = one(rng.integers(0, 2, 40)), np.arange(40)
+    both = cluster_bootstrap(np.concatenate([a, a + 1]), keys, 100)
+    np.testing.assert_allclose(both[0][0] + 1, both[0][1])
+    monkeypatch.setattr(metrics, "CHUNK", 1)  # cells worked on one at a time see the same draws
+    np.testing.assert_allclose(cluster_bootstrap(np.concatenate([a, a + 1]), keys, 100), both)
+
+
+@SETTINGS
+@given(problem_lists, st.integers(0, 100))
+def test_labels_move_as_whole_problems(keys, seed):
+    source = permuted_blocks(keys, 5, seed)
+    assert (source[0] == np.arange(len(keys))).all()
+    for row in source:
+        assert sorted(row) == list(range(len(keys)))
+        for name in np.unique(keys):
+            given_by = keys[row[keys == name]]
+            assert len(set(given_by)) == 1
+            assert (keys == given_by[0]).sum() == len(given_by)
+            assert (np.diff(row[keys == name]) > 0).all()  # seeds keep their order
+
+
+def test_every_order_of_problems_is_equally_likely():
+    orders = permuted_blocks(np.arange(3), 6000, seed=0)[1:]
+    counts = np.unique(orders, axis=0, return_counts=True)[1]
+    assert len(counts) == 6
+    assert abs(counts - 1000).max() < 120
+
+
+@pytest.mark.parametrize("shape", [(24,), (24, 4)])
+def test_permutation_equals_a_loop_over_draws_and_cells(shape, monkeypatch):
+    rng = np.random.default_rng(2)
+    labels, keys = rng.integers(0, 3, shape), np.repeat(np.arange(12), 2)
+    keys[-1] = 99  # two problems with a single seed
+    predictions = rng.integers(0, 3, (7, *shape))
+    predictions[2] = np.where(rng.random(shape) < 0.7, labels, predictions[2])
+    predictions[3] = 1
+    accuracy = np.array(
+        [[np.mean(cell == labels[row]) for row in permuted_blocks(keys, 99, 3)] for cell in predictions]
+    )
+    spread = accuracy.std(1)
+    spread[spread < 1e-9] = np.inf
+    score = (accuracy - accuracy.mean(1, keepdims=True)) / spread[:, None]
+    expected = [(1 + sum(score[:, 1:].max(0) >= z - 1e-9)) / 100 for z in score[:, 0]]
+    np.testing.assert_allclose(max_t_permutation(predictions, labels, keys, 99, 3), expected, atol=1e-12)
+    monkeypatch.setattr(metrics, "CHUNK", 3)
+    np.testing.assert_allclose(max_t_permutation(predictions, labels, keys, 99, 3), expected, atol=1e-12)
+
+
+def test_p_is_that_of_all_permutations():
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    # as many ones in no two cells, or ties between cells would be broken by sampling error of their spreads
+    predictions = np.array([[0, 1, 1, 1, 1, 1], [0, 1, 0, 0, 1, 0], [0, 0, 0, 1, 1, 1]])
+    hits = np.array([[(cell == labels[list(o)]).mean() for cell in predictions] for o in permutations(range(6))])
+    score = (hits - hits.mean(0)) / hits.std(0)
+    exact = [(score.max(1) >= z - 1e-9).mean() for z in score[0]]  # the first permutation is the identity
+    found = max_t_permutation(predictions, labels, np.arange(6), draws=20_000)
+    np.testing.assert_allclose(found, exact, atol=0.015)
+
+
+def false_alarms(worlds: int, cells: int, problems: int, seeds: int, by_problem: bool) -> float:
+    """Share of worlds without any signal in which some cell is called significant."""
+    alarms = 0
+    for world in range(worlds):
+        rng = np.random.default_rng(world)
+        labels = np.repeat(rng.integers(0, 2, problems), seeds)
+        predictions = np.repeat(rng.integers(0, 2, (cells, problems)), seeds, axis=1)  # seeds agree
+        keys = np.repeat(np.arange(problems), seeds) if by_problem else np.arange(problems * seeds)
+        alarms += bool((max_t_permutation(predictions, labels, keys, 99, world) <= 0.05).any())
+    return alarms / worlds
+
+
+def test_without_signal_a_whole_grid_gives_a_false_alarm_in_one_of_twenty():
+    assert false_alarms(200, cells=40, problems=60, seeds=1, by_problem=True) < 0.10
+    assert false_alarms(200, cells=10, problems=30, seeds=6, by_problem=True) < 0.10
+    assert false_alarms(50, cells=10, problems=30, seeds=6, by_problem=False) > 0.5  # what ignoring problems would do
+
+
+def test_a_planted_cell_is_found_and_only_that_one():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 120)
+    predictions = rng.integers(0, 4, (50, 120))
+    predictions[17] = np.where(rng.random(120) < 0.4, labels, predictions[17])
+    p = max_t_permutation(predictions, labels, np.arange(120))
+    assert p[17] == pytest.approx(1 / 1001)
+    assert (np.delete(p, 17) > 0.05).all()
+
+
+def test_a_constant_prediction_is_no_evidence_however_often_right():
+    labels = np.array([1] * 95 + [0] * 5)
+    assert max_t_permutation(np.ones((2, 100), dtype=int), labels, np.arange(100), 50).tolist() == [1.0, 1.0]
+
+
+def test_correctness_averages_over_regions_and_majority_skips_missing_labels():
+    assert correctness(np.array([[[1, 0, 1, 1]]]), np.array([[1, 1, 1, 1]])).tolist() == [[0.75]]
+    assert correctness(np.array([[1, 0]]), np.array([1, 1])).tolist() == [[1.0, 0.0]]
+    assert majority(np.array([[-1, -1], [2, 0], [2, 0]])) == 0
+    assert majority(np.array([-1, -1, -1, 3])) == 3
+
+
+def test_no_samples_is_an_error():
+    with pytest.raises(ValueError, match="no samples: expected at least one"):
+        cluster_bootstrap(np.zeros((2, 0)), np.array([]))
+    with pytest.raises(ValueError, match="no samples: expected at least one"):
+        max_t_permutation(np.zeros((2, 0), dtype=int), np.zeros(0, dtype=int), np.array([]))

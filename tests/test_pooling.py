@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from cosprobe.pooling import GRID, Pooling, box_masks
+from hypothesis import given
+from hypothesis import strategies as st
+
+SIZE = (3, 4, 8)
+BOXES = [[(0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0)]] * 2
+
+
+def tokens(seed=0, dtype=torch.float32):
+    return torch.randn(2, 96, 5, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def poolings():
+    return [Pooling("clip"), Pooling("frame"), Pooling("grid"), Pooling("region", boxes=BOXES), Pooling("region", True, BOXES)]
+
+
+def test_against_plain_indexing():
+    x = tokens().unflatten(1, SIZE)
+    clip, frame, grid, region, frames = (p(tokens(), SIZE) for p in poolings())
+    torch.testing.assert_close(clip[:, 0, 0], x.mean((1, 2, 3)))
+    torch.testing.assert_close(frame[:, :, 0], x.mean((2, 3)))
+    torch.testing.assert_close(grid[:, 5, 0], x[:, :, 1:2, 2:4].mean((1, 2, 3)))  # r1c1 of 4 x 4
+    torch.testing.assert_close(region[:, 0, 1], x[:, :, 2:, 4:].mean((1, 2, 3)))
+    torch.testing.assert_close(frames[:, 3, 0], x[:, 2, :2, :4].mean((1, 2)))
+    torch.testing.assert_close(frames[:, 0], region[:, 0])
+
+
+@pytest.mark.parametrize("pooling", poolings())
+def test_shapes_and_places_agree(pooling):
+    assert pooling(tokens(), SIZE).shape == (2, len(pooling.places(3)), pooling.regions, 5)
+
+
+@given(seed=st.integers(0, 99), scale=st.floats(-3, 3))
+def test_linear_and_blind_to_the_order_inside_a_frame(seed, scale):
+    a, b = tokens(seed), tokens(seed + 100)
+    for pooling in poolings():
+        torch.testing.assert_close(
+            pooling(a + scale * b, SIZE), pooling(a, SIZE) + scale * pooling(b, SIZE), atol=1e-4, rtol=1e-4
+        )
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(seed))
+    shuffled = a.unflatten(1, (3, 32))[:, :, order].flatten(1, 2)
+    torch.testing.assert_close(Pooling("frame")(shuffled, SIZE), Pooling("frame")(a, SIZE))
+
+
+def test_sums_run_in_fp32():
+    x = (1000 + tokens()).bfloat16()
+    torch.testing.assert_close(Pooling("clip")(x, SIZE)[:, 0, 0], x.float().mean(1))
+
+
+@given(x=st.floats(0, 0.9), y=st.floats(0, 0.9), w=st.floats(0.001, 0.1))
+def test_every_box_gets_a_token(x, y, w):
+    assert box_masks([(x, y, x + w, y + w)], 4, 8).sum() >= 1
+
+
+def test_grid_cells_share_the_tokens_out():
+    masks = Pooling("grid").masks(1, 8, 8)
+    assert masks.shape == (1, GRID * GRID, 64) and torch.equal(masks.sum(1), torch.ones(1, 64))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="a block gave 96 tokens, expected 3 x 4 x 7"):
+        Pooling("clip")(tokens(), (3, 4, 7))
+    with pytest.raises(ValueError, match="boxes for 1 samples in a batch of 2"):
+        Pooling("region", boxes=BOXES[:1])(tokens(), SIZE)
+    with pytest.raises(ValueError, match="every sample needs the same number of regions"):
+        Pooling("region", boxes=[BOXES[0], BOXES[0][:1]])

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cosprobe.probes import ProbeBank, affine, classes_last, load_probes, readable_targets
+from cosprobe.tasks import Target
+from cosprobe.types import Cell
+
+REGIONS, CHANNELS = 3, 4
+CELLS = tuple(Cell(step, str(layer), "cond", "all") for step in range(2) for layer in range(2))
+TARGETS = (
+    Target("answer", 3, "candidate", "answer", ("one",)),
+    Target("doors", 2, "region", "perception", ("one", "two")),
+    Target("start", 5, "problem", "perception", ("one",)),
+)
+
+
+@pytest.fixture
+def bank() -> ProbeBank:
+    rng = torch.Generator().manual_seed(1)
+    shapes = {"answer": (CHANNELS, 1), "doors": (CHANNELS, 2), "start": (REGIONS * CHANNELS, 5)}
+    return ProbeBank(
+        CELLS,
+        TARGETS,
+        REGIONS,
+        mean=torch.randn(4, CHANNELS, generator=rng),
+        std=torch.rand(4, CHANNELS, generator=rng) + 0.5,
+        weights={name: torch.randn(4, *shape, generator=rng) for name, shape in shapes.items()},
+        biases={name: torch.randn(4, shape[1], generator=rng) for name, shape in shapes.items()},
+        lambdas={name: torch.full((4,), 0.1) for name in shapes},
+        provenance={"model": "tiny", "seed": 3},
+    )
+
+
+@pytest.fixture
+def features() -> torch.Tensor:
+    return torch.randn(7, 4, REGIONS, CHANNELS, generator=torch.Generator().manual_seed(2))
+
+
+def test_decision_is_the_scalar_definition_of_each_form(bank, features):
+    n, c, r = 2, 3, 1
+    x = (features[n, c] - bank.mean[c]) / bank.std[c]
+    answer, doors, start = (bank.decision(features, t.name) for t in TARGETS)
+    assert answer.shape == (4, 7, REGIONS)
+    assert doors.shape == (4, 7, REGIONS, 2)
+    assert start.shape == (4, 7, 5)
+    close = {"atol": 1e-5}
+    assert torch.allclose(answer[c, n], x @ bank.weights["answer"][c][:, 0] + bank.biases["answer"][c], **close)
+    assert torch.allclose(doors[c, n, r], x[r] @ bank.weights["doors"][c] + bank.biases["doors"][c], **close)
+    assert torch.allclose(start[c, n], x.flatten() @ bank.weights["start"][c] + bank.biases["start"][c], **close)
+
+
+def test_settings_stay_between_samples_and_classes(bank, features):
+    rows = features.transpose(0, 1)
+    weight = torch.stack([bank.weights["doors"], 2 * bank.weights["doors"]], dim=2)
+    bias = torch.stack([bank.biases["doors"], 2 * bank.biases["doors"]], dim=1)
+    both = classes_last(affine(rows, weight, bias), "region")
+    one = classes_last(affine(rows, bank.weights["doors"], bank.biases["doors"]), "region")
+    assert both.shape == (4, 7, REGIONS, 2, 2)
+    assert torch.allclose(both[..., 1, :], 2 * one, atol=1e-5)
+
+
+def test_predictions_are_the_most_probable_labels(bank, features):
+    probabilities = bank.probabilities(features, "doors")
+    assert torch.allclose(probabilities.sum(-1), torch.ones(4, 7, REGIONS))
+    assert torch.equal(bank.predict(features, "doors"), probabilities.argmax(-1))
+
+
+def test_a_bank_read_in_parts_is_the_whole_bank(bank, features, monkeypatch):
+    whole = bank.decision(features, "start")
+    monkeypatch.setattr("cosprobe.probes.CHUNK", features[:, 0].numel())
+    assert torch.allclose(bank.decision(features, "start"), whole, atol=1e-6)
+
+
+def test_selected_cells_decide_as_in_the_whole_bank(bank, features):
+    some = (CELLS[3], CELLS[1])
+    expected = bank.decision(features, "answer")[[3, 1]]
+    assert torch.equal(bank.select(some).decision(features[:, [3, 1]], "answer"), expected)
+    assert torch.equal(bank.decision(features[:, [3, 1]], "answer", some), expected)
+    with pytest.raises(ValueError, match=r"cell \(step 9, 0, cond, all\): not among the 4 cells"):
+        bank.select([Cell(9, "0", "cond", "all")])
+
+
+def test_joined_parts_are_the_bank(bank, features):
+    joined = ProbeBank.join([bank.select(CELLS[:1]), bank.select(CELLS[1:])])
+    assert joined.cells == CELLS
+    assert torch.equal(joined.decision(features, "start"), bank.decision(features, "start"))
+
+
+def test_features_of_another_shape_are_refused(bank, features):
+    with pytest.raises(ValueError, match=r"features\[7, 3, 3, 4\]: expected \[sample, cell, region, channel\]"):
+        bank.decision(features[:, :3], "answer")
+
+
+def test_an_unknown_target_is_refused_with_the_known_ones(bank, features):
+    with pytest.raises(ValueError, match="target='anwser'.*answer, doors, start"):
+        bank.predict(features, "anwser")
+
+
+def test_without_regions_candidates_are_classes_and_region_targets_do_not_exist():
+    read = readable_targets(TARGETS, 1)
+    assert [(t.name, t.form) for t in read] == [("answer", "problem"), ("start", "problem")]
+    assert readable_targets(TARGETS, 2) == TARGETS
+
+
+def test_a_bank_survives_the_disk(bank, features, tmp_path):
+    bank.save(tmp_path / "run" / "probes")
+    for path in (tmp_path / "run", tmp_path / "run" / "probes"):
+        loaded = load_probes(path)
+        assert (loaded.cells, loaded.targets, loaded.regions) == (bank.cells, bank.targets, bank.regions)
+        assert loaded.provenance == {"model": "tiny", "seed": 3}
+        assert torch.equal(loaded.lambdas["start"], bank.lambdas["start"])
+        assert torch.equal(loaded.decision(features, "start"), bank.decision(features, "start"))
+    assert sorted(p.name for p in (tmp_path / "run" / "probes").iterdir()) == ["bank.json", "bank.safetensors"]
+
+
+def test_a_missing_bank_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"bank\.json is missing; fit the probes first"):
+        load_probes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "bank.safetensors").unlink(), r"bank\.safetensors is missing"),
+        (lambda d: (d / "bank.safetensors").write_bytes(b"half"), "damaged or from another fit"),
+        (lambda d: (d / "bank.json").write_text('{"format": 1,'), "not the description of a probe bank"),
+        (lambda d: (d / "bank.json").write_text("[]"), "not the description of a probe bank"),
+    ],
+)
+def test_damage_is_found_and_named(bank, tmp_path, damage, message):
+    bank.save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_probes(tmp_path)
+
+
+def test_tensors_of_another_fit_are_found(bank, tmp_path):
+    bank.save(tmp_path / "a")
+    replace(bank, mean=bank.mean + 1).save(tmp_path / "b")
+    (tmp_path / "a" / "bank.safetensors").write_bytes((tmp_path / "b" / "bank.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="from another fit"):
+        load_probes(tmp_path / "a")
+
+
+def test_another_format_is_refused(bank, tmp_path):
+    bank.save(tmp_path)
+    description = json.loads((tmp_path / "bank.json").read_text())
+    (tmp_path / "bank.json").write_text(json.dumps(description | {"format": 99}))
+    with pytest.raises(ValueError, match="bank format 99, expected 1"):
+        load_probes(tmp_path)

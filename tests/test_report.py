@@ -1,0 +1,175 @@
+"""The report: every number it prints is the grid's, and every file it names exists."""
+
+from __future__ import annotations
+
+import re
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+from test_film import film
+from test_grid import ANSWER, CHOICE, CONTROL, START, synthetic
+
+from cosprobe import report
+from cosprobe.grid import Grid, build_grid
+from cosprobe.report import log_tensorboard, print_summary, remarks, summarise, summary_markdown, write_report
+
+FIGURES = {"headline.png", "curves.png", "others.png", "film.png"}
+
+
+@pytest.fixture(scope="module")
+def grid() -> Grid:
+    evaluated = synthetic(3, 4, 120, targets=(ANSWER, CHOICE, START, CONTROL))
+    return build_grid(evaluated, draws=100, provenance={"model": {"name": "mini"}, "seed": 3})
+
+
+@pytest.fixture(scope="module")
+def run(grid, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    assert write_report(grid, run, film()) == run / "report"
+    return run
+
+
+def printed(grid: Grid, run: Path) -> str:
+    out = StringIO()
+    print_summary(grid, run, Console(file=out, width=80))
+    return out.getvalue()
+
+
+def test_report_holds_grid_summary_and_figures_and_nothing_half_written(grid, run):
+    assert {p.name for p in (run / "report").iterdir()} == {"grid.nc", "summary.md"} | FIGURES
+    for name in FIGURES:
+        assert (run / "report" / name).read_bytes().startswith(b"\x89PNG")
+    assert Grid.load(run).best("answer") == grid.best("answer")
+    text = (run / "report" / "summary.md").read_text()
+    assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == FIGURES
+    assert "* `model.name`: mini" in text
+    assert "* `seed`: 3" in text
+
+
+def test_a_grid_with_several_places_gets_frame_maps(tmp_path):
+    framed = build_grid(synthetic(2, 2, 60, places=("all", "0", "1"), targets=(ANSWER,)), draws=30)
+    folder = write_report(framed, tmp_path)
+    assert {p.name for p in folder.iterdir()} == {
+        "grid.nc", "summary.md", "headline.png", "curves.png", "frames_answer.png",
+    }  # fmt: skip
+    assert "Where in the video `answer` can be read" in (folder / "summary.md").read_text()
+    assert "place " in summarise(framed)[0].where
+
+
+def test_a_kill_while_drawing_leaves_no_summary_and_no_half_figure(grid, tmp_path, monkeypatch):
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "curves", broken)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(grid, tmp_path)
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {"grid.nc", "headline.png"}
+
+
+def test_summary_rows_are_the_grids_numbers(grid):
+    for row in summarise(grid):
+        target, cell = row.best.target, row.best.cell
+        plane = grid.dataset.sel(target=target, step=cell.step, place=cell.place)
+        baselines = plane.baseline_accuracy
+        assert row.best == grid.best(target)
+        assert row.chance == float(plane.chance)
+        assert row.inputs[0] == float(baselines.sel(baseline=row.inputs[1]))
+        trial = plane.baseline_validation.sel(baseline=["embed", "x_t"])
+        assert row.inputs[1] == str(trial.baseline.values[trial.values.argmax()])
+        assert row.visible == (float(plane.visible), str(plane.visible_source.values))
+        assert (row.samples, row.problems) == (120, 120)
+        assert row.found == (row.best.p <= 0.05)
+
+
+def test_targets_without_evidence_say_so(grid):
+    lines = {line.split("|")[1].strip(): line for line in summary_markdown(grid).splitlines() if line.startswith("| ")}
+    best = grid.best("answer")
+    assert f"| {best.accuracy:.2f} [{best.lower:.2f}, {best.upper:.2f}] |" in lines["answer"]
+    assert f"| p = {best.p:.3f} |" in lines["answer"]
+    assert "| no evidence |" in lines["control"]
+    weak = grid.dataset.copy(deep=True)
+    weak.p_permutation.loc[{"target": "answer"}] = 0.051
+    assert not summarise(Grid(weak))[0].found
+    assert "no evidence" in summarise(Grid(weak))[0].cells()
+    assert not any("reaches" in line for line in remarks(Grid(weak)))
+
+
+def test_remarks_tell_model_accuracy_samples_left_out_and_control(grid):
+    text = "\n".join(remarks(grid))
+    own = grid.dataset.attrs["model_accuracy"]
+    assert f"own final answer is right on {own:.2f} [" in text
+    assert f"reaches {grid.best('answer').accuracy / own:.2f} of that" in text
+    assert "choice: 7 samples left out" in text
+    assert "control (random labels) is decodable in 0 cells after correction, as it should." in text
+    false = grid.dataset.copy(deep=True)
+    false.p_permutation.loc[{"target": "control", "layer": 1}] = 0.01
+    assert "decodable in 4 cells after correction, which should not be" in "\n".join(remarks(Grid(false)))
+
+
+def test_printed_table_is_aligned_and_whole_where_there_is_no_terminal(grid, run):
+    lines = printed(grid, run).splitlines()
+    header = next(line for line in lines if "best cell" in line)
+    rows = [next(line for line in lines if line.strip().startswith(target)) for target in grid.targets]
+    for row, line in zip(summarise(grid), rows, strict=True):
+        words = row.cells()
+        assert all(word in line for word in words)
+        for name, word in (("best cell", words[1]), ("accuracy [95 %]", words[2]), ("evidence", words[6])):
+            assert line.index(word) == header.index(name)
+
+
+def test_printed_paths_are_never_broken(grid, tmp_path):
+    deep = tmp_path / ("a-very-long-name-" * 12)
+    text = printed(grid, deep)
+    assert f"report: {deep}/report/summary.md\n" in text
+    assert f"TensorBoard: tensorboard --logdir {deep}/tensorboard\n" in text
+
+
+@pytest.fixture(scope="module")
+def events(grid, tmp_path_factory) -> EventAccumulator:
+    folder = tmp_path_factory.mktemp("tensorboard")
+    settings = {"probe": {"kind": "logistic", "lambdas": [0.1, 1.0]}, "seed": 0}
+    log_tensorboard(grid, folder, settings)
+    run = log_tensorboard(grid, folder, settings)  # a second report replaces the first
+    assert [p.name for p in folder.iterdir()] == ["grid"]
+    return EventAccumulator(str(run)).Reload()
+
+
+def test_tensorboard_has_one_curve_per_layer_over_steps(grid, events):
+    for layer in range(3):
+        curve = events.Scalars(f"answer/layer {layer}")
+        assert [event.step for event in curve] == [0, 1, 2, 3]
+        expected = grid.plane("answer").accuracy.sel(layer=layer).values
+        np.testing.assert_allclose([event.value for event in curve], expected, rtol=1e-6)
+    assert len(events.Tags()["scalars"]) <= 4 * (3 + 5 + 1)
+
+
+def test_tensorboard_opens_on_one_chart_per_target(grid, events):
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == list(grid.targets)
+    for category in layout.category:
+        (pattern,) = category.chart[0].multiline.tag
+        matched = [tag for tag in events.Tags()["scalars"] if re.match(pattern, tag)]
+        assert {f"{category.title}/layer {n}" for n in range(3)} <= set(matched)
+        assert all(tag.startswith(f"{category.title}/") for tag in matched)
+
+
+def test_tensorboard_holds_maps_and_hparams(grid, events):
+    assert set(events.Tags()["images"]) == {"maps/headline", *(f"maps/{target}" for target in grid.targets)}
+    picture = events.Images("maps/answer")[0]
+    assert 400 < picture.width < 900
+    hparams = {}
+    for tag in events.PluginTagToContent("hparams").items():
+        content = plugin_data_pb2.HParamsPluginData.FromString(tag[1])
+        if content.HasField("session_start_info"):
+            hparams = dict(content.session_start_info.hparams)
+    assert hparams["probe.kind"].string_value == "logistic"
+    assert hparams["probe.lambdas"].string_value == "[0.1, 1.0]"
+    assert hparams["seed"].number_value == 0
+    best = events.Scalars("best/answer")[0].value
+    assert best == pytest.approx(grid.best("answer").accuracy, rel=1e-6)

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cosprobe.data import ProbeSamples
+from cosprobe.probes import ProbeBank
+from cosprobe.solvers import design, spread, standardise
+from cosprobe.training import ProbeConfig, TrainerConfig, chunks, fit
+from tests.ddp_fit import PLANTED, RECIPE, TARGETS, planted
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def run(samples: ProbeSamples, folder: Path, seed: int = 0, **changes) -> ProbeBank:
+    trainer = TrainerConfig(precision=changes.pop("precision", "32-true"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fit(samples, ProbeConfig(**changes), trainer, folder, seed)
+
+
+def accuracy(bank: ProbeBank, samples: ProbeSamples, target: str) -> torch.Tensor:
+    labels = samples.labels[target]
+    right = (bank.predict(samples.features, target) == labels)[:, labels >= 0]
+    return right.float().flatten(1).mean(1)
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory) -> ProbeBank:
+    return run(planted(), tmp_path_factory.mktemp("fit"))
+
+
+def standard_rows(samples: ProbeSamples, cell: int, form: str) -> dict[str, np.ndarray]:
+    stats = spread(samples.subset("train").features)
+    x = design(standardise(samples.features, *stats), form)[cell]
+    return {s: x[torch.from_numpy(samples.split == s)].flatten(0, 1).numpy() for s in ("train", "test")}
+
+
+@pytest.mark.parametrize("value", [0.01, 0.1])
+@pytest.mark.parametrize(("name", "form"), [("doors", "region"), ("start", "problem")])
+def test_logistic_probes_equal_sklearn(tmp_path, name, form, value):
+    samples, cell = planted(), 2
+    ours = run(samples, tmp_path, lambdas=[value])
+    labels = {s: samples.subset(s).labels[name].flatten().numpy() for s in ("train", "test")}
+    rows = standard_rows(samples, cell, form)
+    vectors = 2 if name == "doors" else 1  # scikit-learn keeps one vector for two classes
+    oracle = LogisticRegression(C=vectors / (value * len(labels["train"])), max_iter=2000, tol=1e-8)
+    oracle.fit(rows["train"], labels["train"])
+    test = samples.subset("test")
+    expected = np.mean(oracle.predict(rows["test"]) == labels["test"])
+    assert abs(float(accuracy(ours, test, name)[cell]) - expected) <= 0.01
+    probabilities = ours.probabilities(test.features, name)[cell].flatten(0, -2).numpy()
+    assert np.abs(probabilities - oracle.predict_proba(rows["test"])).mean() < 0.005
+
+
+def test_two_candidates_are_a_logistic_regression_of_their_difference(tmp_path):
+    source, value = planted(), 0.02
+    labels = {"answer": source.labels["answer"].clamp(max=1)}
+    samples = replace(source, features=source.features[:, :, :2], labels=labels, targets=TARGETS[:1])
+    ours = run(samples, tmp_path, lambdas=[value], epochs=150)
+    train, test = samples.subset("train"), samples.subset("test")
+    x = {s.split[0]: standardise(s.features, ours.mean, ours.std)[PLANTED] for s in (train, test)}
+    keep = train.labels["answer"] >= 0
+    gap = {split: (rows[:, 1] - rows[:, 0]).numpy() for split, rows in x.items()}
+    oracle = LogisticRegression(C=1 / (value * int(keep.sum())), fit_intercept=False, max_iter=2000, tol=1e-8)
+    oracle.fit(gap["train"][keep], train.labels["answer"][keep])
+    decision = ours.decision(test.features, "answer")[PLANTED]
+    assert np.allclose((decision[:, 1] - decision[:, 0]).numpy(), oracle.decision_function(gap["test"]), atol=0.02)
+
+
+def test_the_planted_cell_is_found_and_the_control_stays_at_chance(bank):
+    test = planted().subset("test")
+    answer = accuracy(bank, test, "answer")
+    assert int(answer.argmax()) == PLANTED
+    assert answer[PLANTED] > 0.9
+    others = answer[torch.arange(6) != PLANTED]
+    assert others.max() < 0.55
+    assert accuracy(bank, test, "control").max() < 0.45
+
+
+@pytest.mark.parametrize("kind", ["logistic", "ridge"])
+def test_a_bank_of_many_cells_is_the_separate_runs(tmp_path, kind):
+    samples, recipe = planted(), {"kind": kind, "lambdas": [0.01, 1.0], "epochs": 10}
+    whole = run(samples, tmp_path / "whole", **recipe)
+    for cell in (0, PLANTED):
+        alone = run(samples.at(slice(cell, cell + 1)), tmp_path / "one", **recipe)
+        for target in TARGETS:
+            theirs = whole.select(alone.cells)
+            assert torch.allclose(theirs.weights[target.name], alone.weights[target.name], atol=1e-4)
+            assert torch.equal(theirs.lambdas[target.name], alone.lambdas[target.name])
+
+
+@pytest.mark.parametrize("kind", ["logistic", "ridge"])
+def test_chunks_of_cells_do_not_change_the_bank(tmp_path, kind):
+    samples, recipe = planted(), {"kind": kind, "epochs": 5}
+    small = ProbeConfig(memory=1e-3)
+    assert len(chunks(samples, TARGETS, small)) > 2
+    whole, parts = run(samples, tmp_path, **recipe), run(samples, tmp_path, memory=1e-3, **recipe)
+    assert whole.cells == parts.cells
+    for target in TARGETS:
+        a, b = (x.decision(samples.features, target.name) for x in (whole, parts))
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bank(tmp_path):
+    torch.manual_seed(1)
+    first = run(planted(), tmp_path, epochs=4, batch=64)
+    torch.manual_seed(2)
+    again, other = run(planted(), tmp_path, epochs=4, batch=64), run(planted(), tmp_path, 1, epochs=4, batch=64)
+    assert all(torch.equal(first.weights[name], again.weights[name]) for name in first.weights)
+    assert not torch.equal(first.weights["start"], other.weights["start"])
+
+
+def test_small_batches_stay_stable_and_reach_the_same_accuracy(tmp_path, bank):
+    test = planted().subset("test")
+    small = run(planted(), tmp_path, epochs=40, batch=50)
+    for name in ("answer", "start", "doors"):
+        assert abs(float(accuracy(small, test, name).mean() - accuracy(bank, test, name).mean())) < 0.02
+
+
+def test_more_columns_than_rows_with_wild_scales_converges(tmp_path):
+    """Padding, one huge channel and fewer samples than channels, as with wide models."""
+    source = planted()
+    keep = np.flatnonzero(np.arange(len(source)) % 8 == 0)
+    wide = torch.cat([source.features[keep], torch.zeros(len(keep), 6, 3, 30)], dim=-1)
+    wide[..., 3] *= 1e4
+    labels = {name: y[keep] for name, y in source.labels.items()}
+    samples = replace(
+        source,
+        features=wide,
+        labels=labels,
+        split=source.split[keep],
+        keys=source.keys[keep],
+        kinds=source.kinds[keep],
+    )
+    found = run(samples, tmp_path)
+    assert all(weight.isfinite().all() for weight in found.weights.values())
+    assert (found.std[:, 10:] == 0).all()
+    assert int(accuracy(found, samples.subset("test"), "answer").argmax()) == PLANTED
+
+
+def test_each_cell_gets_the_penalty_that_validates_best(tmp_path):
+    samples, lambdas = planted(), [0.001, 30.0]
+    chosen = run(samples, tmp_path, lambdas=lambdas, epochs=20)
+    held_out = samples.subset("validation")
+    singles = [accuracy(run(samples, tmp_path, lambdas=[v], epochs=20), held_out, "start") for v in lambdas]
+    best = torch.stack(singles).amax(0)
+    assert torch.allclose(accuracy(chosen, held_out, "start"), best)
+    assert set(chosen.lambdas["start"].tolist()) <= {torch.tensor(v).item() for v in lambdas}
+
+
+def test_bf16_mixed_precision_reads_the_same(tmp_path, bank):
+    test = planted().subset("test")
+    mixed = run(planted(), tmp_path, precision="bf16-mixed")
+    for name in ("answer", "start"):
+        assert torch.allclose(accuracy(mixed, test, name), accuracy(bank, test, name), atol=0.04)
+
+
+def test_without_a_region_axis_the_answer_is_a_class_of_the_clip(tmp_path):
+    source = planted()
+    pooled = replace(source, features=source.features.flatten(2)[:, :, None])
+    for kind in ("logistic", "ridge"):
+        found = run(pooled, tmp_path, kind=kind)
+        assert [t.name for t in found.targets] == ["answer", "start", "control"]
+        assert found.decision(pooled.features, "answer").shape[-1] == 3
+        assert int(accuracy(found, pooled.subset("test"), "answer").argmax()) == PLANTED
+
+
+def test_curves_are_few_and_fall(tmp_path):
+    run(planted(), tmp_path, epochs=20)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = events.Tags()["scalars"]
+    assert {"accuracy/start/validation_best", "accuracy/start/train_mean", "loss/start/train"} <= set(tags)
+    assert len(tags) <= 6 * len(TARGETS) + 1
+    losses = [e.value for e in events.Scalars("loss/start/train")]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "deep"}, r"probe\.kind='deep': expected one of logistic, ridge"),
+        ({"lambdas": [0.0]}, r"probe\.lambdas=\[0\.0\]"),
+        ({"epochs": 0}, r"probe\.epochs=0: expected at least 1"),
+        ({"lr": 3.0}, r"probe\.lr=3\.0"),
+        ({"batch": 0}, r"probe\.batch=0"),
+        ({"memory": 0.0}, r"probe\.memory=0\.0"),
+    ],
+)
+def test_impossible_recipes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        ProbeConfig(**change)
+
+
+def test_a_target_that_cannot_be_fitted_is_named(tmp_path):
+    source = planted()
+    samples = replace(source, labels=source.labels | {"start": torch.zeros(len(source), dtype=torch.long)})
+    with pytest.raises(ValueError, match="target 'start': 1 classes"):
+        run(samples, tmp_path)
+
+
+@pytest.mark.ddp
+def test_two_processes_give_the_bank_of_one(tmp_path):
+    """With an uneven last batch and several chunks of cells. Lightning's launcher starts the second process."""
+    script = Path(__file__).with_name("ddp_fit.py")
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    samples = planted()
+    assert len(chunks(samples, TARGETS, ProbeConfig(**RECIPE))) == 2
+    alone = run(samples, tmp_path / "alone", **RECIPE)
+    for rank in range(2):
+        together = torch.load(tmp_path / f"values_{rank}.pt")
+        for target in TARGETS:
+            expected = alone.decision(samples.features, target.name)
+            assert torch.allclose(together[target.name], expected, atol=1e-4)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cosprobe.types import SOURCES, Cell, parse_selection
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("all", (0, 1, 2, 3, 4, 5, 6)),
+        ("last", (6,)),
+        ("3", (3,)),
+        ("-1", (6,)),
+        ("5,0,5,last", (0, 5, 6)),
+        ("0:7:3", (0, 3, 6)),
+        ("2:4", (2, 3)),
+        (":2,-2:", (0, 1, 5, 6)),
+        ("::-3", (0, 3, 6)),
+        ("[0, 4]", (0, 4)),
+        (" 1 , 2 ", (1, 2)),
+    ],
+)
+def test_grammar(spec, expected):
+    assert parse_selection(spec, 7, "probe.steps") == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("7", "probe.layers='7': expected indices from 0 to 6; there are 7"),
+        ("-8", "probe.layers='-8': expected indices from 0 to 6; there are 7"),
+        ("0:8", "probe.layers='0:8': expected indices from 0 to 6; there are 7"),
+        ("4:4", "probe.layers='4:4': selects nothing; expected indices from 0 to 6"),
+        *(
+            (
+                spec,
+                f"probe.layers={spec!r}: expected all, last, 3, 0,10,20 or start:stop:stride, with indices from 0 to 6",
+            )
+            for spec in ("", "first", "1.5", "1,,2", "0:4:0", "a:b")
+        ),
+    ],
+)
+def test_errors_name_axis_text_and_range(spec, message):
+    with pytest.raises(ValueError, match=r"^probe\.layers=") as caught:
+        parse_selection(spec, 7, "probe.layers")
+    assert str(caught.value) == message
+
+
+@given(st.integers(1, 60), st.data())
+def test_a_list_of_indices_is_read_back_sorted_and_without_repeats(size, data):
+    chosen = data.draw(st.lists(st.integers(-size, size - 1), min_size=1))
+    parsed = parse_selection(",".join(map(str, chosen)), size, "axis")
+    assert parsed == tuple(sorted({i % size for i in chosen}))
+    assert parse_selection(",".join(map(str, parsed)), size, "axis") == parsed
+
+
+@given(st.integers(1, 60), st.data())
+def test_slices_mean_what_they_mean_in_python(size, data):
+    start, stop = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, size))
+    stride = data.draw(st.integers(1, size))
+    expected = tuple(range(size)[start:stop:stride])
+    if expected:
+        assert parse_selection(f"{start}:{stop}:{stride}", size, "axis") == expected
+
+
+def test_cells_sort_by_step_and_read_as_words():
+    early, late = Cell(0, "7", "cond", "all"), Cell(3, "0", "cond", "all")
+    assert sorted([late, early]) == [early, late]
+    assert str(late) == "step 3, 0, cond, all"
+    assert not set(SOURCES) & {str(layer) for layer in range(100)}
