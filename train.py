@@ -15,11 +15,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import would stand beside our one line
 
+from cosprobe.card import measure, write_card
 from cosprobe.collect import collect, draw_samples, load_samples
 from cosprobe.config import TrainRun, command, save_config
 from cosprobe.evaluation import evaluate

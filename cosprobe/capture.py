@@ -113,7 +113,7 @@ class _Watcher:
         def hook(model: nn.Module, args: tuple, kwargs: dict) -> None:
             self.step = self._step_index()
             self.expert = expert
-            self.size = token_grid(model, kwargs.get("hidden_states", args[0] if args else None))
+            self.size = token_grid(model, _first(args, kwargs))
             self.tape.experts[self.step] = expert
             self.tape.calls[(self.step, expert, self._context())] += 1
 
@@ -121,7 +121,7 @@ class _Watcher:
 
     def on_embed(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         if EMBED in self.tape.sites:
-            self._keep_tokens(EMBED, kwargs.get("hidden_states", args[0] if args else None))
+            self._keep_tokens(EMBED, _first(args, kwargs))
 
     def on_block(self, site: str) -> Callable:
         def hook(block: nn.Module, args: tuple, output: Any) -> None:
@@ -202,7 +202,9 @@ class _Watcher:
         expected = Counter((step, tape.experts.get(step, "none"), c) for step in range(last + 1) for c in contexts)
         if seen != expected:
             extra = sorted((seen - expected).items()) + sorted((expected - seen).items())
-            raise RuntimeError(f"block calls differ from one per step and branch, e.g. (step, expert, branch) {extra[0]}")
+            raise RuntimeError(
+                f"block calls differ from one per step and branch, e.g. (step, expert, branch) {extra[0]}"
+            )
         tape.steps = tuple(s for s in self.keep if s <= last)
         tape.branches = tuple(b for b in ("cond", "uncond") if any(b in BRANCHES[name] for name in contexts))
         tape.places = self.pooling.places(self.size[0])
@@ -210,6 +212,11 @@ class _Watcher:
             for step in tape.steps:
                 if not any((step, site, b) in tape.parts for b in ("", *tape.branches)):
                     raise RuntimeError(f"site {site} never ran at step {step}; sites: {', '.join(tape.sites)}")
+
+
+def _first(args: tuple, kwargs: dict) -> Tensor:
+    """The hidden states a model or a block was called with."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
 def _sites(spec: str | Sequence[str], models: dict[str, nn.Module]) -> tuple[str, ...]:

@@ -92,8 +92,8 @@ def write_card(folder: Path, measured: Measured, pipeline: PipelineConfig) -> Pa
         "# The mini model",
         "",
         "A complete `WanImageToVideoPipeline`, small enough for a laptop, that solves mazes by drawing the way out.",
-        f"`WanImageToVideoPipeline.from_pretrained(folder)` loads it; {size:.1f} MB. Sample it with {pipeline.steps} steps, "
-        f"guidance {pipeline.guidance:g}, {pipeline.frames} frames of 64 x 64 pixels and "
+        f"`WanImageToVideoPipeline.from_pretrained(folder)` loads it; {size:.1f} MB. Sample it with "
+        f"{pipeline.steps} steps, guidance {pipeline.guidance:g}, {pipeline.frames} frames of 64 x 64 pixels and "
         f"`max_sequence_length={pipeline.prompt_tokens}`.",
         "",
         "## Accuracy",
@@ -111,9 +111,9 @@ def write_card(folder: Path, measured: Measured, pipeline: PipelineConfig) -> Pa
             for low, high in LENGTHS
         ),
         "",
-        f"Videos that end on no exit, or on several: {measured.none.mean():.3f}. Agreement of all that is drawn with a right",
-        f"path (intersection over union, mean): {measured.path.mean():.3f}. Autoencoder: {measured.misread} of "
-        f"{measured.reconstructed} reconstructed references are read differently.",
+        f"Videos that end on no exit, or on several: {measured.none.mean():.3f}. Agreement of all that is drawn",
+        f"with a right path (intersection over union, mean): {measured.path.mean():.3f}. Autoencoder: "
+        f"{measured.misread} of {measured.reconstructed} reconstructed references are read differently.",
         "",
         "## Recipe",
         "",
@@ -125,8 +125,8 @@ def write_card(folder: Path, measured: Measured, pipeline: PipelineConfig) -> Pa
         json.dumps({name: recipe[name] for name in ("settings", "task")}, indent=1),
         "```",
         "",
-        "Limits: it knows one prompt and one kind of picture; mazes of other sizes than it was trained on are at its own",
-        "risk. It is made for studying how video diffusion transformers compute answers, not for making videos.",
+        "Limits: it knows one prompt, one kind of picture, and mazes of the sizes above. It is made for studying how",
+        "video diffusion transformers compute answers, not for making videos.",
         "",
     ]
     path = folder / "README.md"

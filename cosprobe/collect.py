@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -64,7 +65,9 @@ def noise_seed(problem: Problem, which: int, seed: int) -> int:
 def decode_steps(spec: str, total: int) -> tuple[int, ...]:
     """Steps whose x0-hat is decoded and read: `auto` is at most 5, dense where things happen, early."""
     if spec == "auto":
-        return tuple(sorted({0, round(0.1 * total), round(0.25 * total), round(0.5 * total), total - 1} & set(range(total))))
+        return tuple(
+            sorted({0, round(0.1 * total), round(0.25 * total), round(0.5 * total), total - 1} & set(range(total)))
+        )
     return parse_selection(spec, total, "probe.decode")
 
 
@@ -78,7 +81,9 @@ def settings(pipeline: PipelineConfig, task: Any, probe: Any, seed: int) -> dict
     """Everything that shapes a store, flat, so that a difference can be named. The order of samples and the
     batch they ran in are part of it: a batch's shape changes the last bits."""
     flat = {f"task.{f.name}": getattr(task, f.name) for f in fields(task)}
-    flat |= {f"pipeline.{f.name}": getattr(pipeline, f.name) for f in fields(pipeline) if f.name not in ("name", "path")}
+    flat |= {
+        f"pipeline.{f.name}": getattr(pipeline, f.name) for f in fields(pipeline) if f.name not in ("name", "path")
+    }
     flat |= {f"probe.{name}": getattr(probe, name) for name in ("layers", "steps", "pooling", "frames", "decode")}
     flat |= {f"version.{name}": version(name) for name in ("torch", "diffusers")}
     return flat | {"model": fingerprint(pipeline.folder), "seed": seed}
@@ -101,10 +106,12 @@ def collect(
     _barrier()
     missing = store.missing()
     if not missing:
-        rank_zero_info(f"store: {len(drawn)} samples are already in {folder}; re-using them")
+        _say(f"store: {len(drawn)} samples are already in {folder}; re-using them")
     else:
-        done = "" if len(missing) == len(chunks) else f"; {len(chunks) - len(missing)} of {len(chunks)} shards are there"
-        rank_zero_info(f"store: {len(drawn)} samples, {size / 1e6:.0f} MB in {folder}{done}")
+        done = (
+            "" if len(missing) == len(chunks) else f"; {len(chunks) - len(missing)} of {len(chunks)} shards are there"
+        )
+        _say(f"store: {len(drawn)} samples, {size / 1e6:.0f} MB in {folder}{done}")
         with _progress(rank) as bar:
             for index in bar.track([i for i in missing if i % world == rank], description="sampling under capture"):
                 store.write(index, *_chunk(model, pipeline, task, probe, chunks[index]))
@@ -143,7 +150,7 @@ def _chunk(
     sites = [*(str(layer) for layer in layers), *SOURCES]
     with capture(model, sites, pooling, probe.steps, clean=before_last) as tape:
         video = sample(model, pipeline, images(task, problems), [p.prompt for p in problems], [s.seed for s in chunk])
-    scores, answers = _readouts(task, problems, video)
+    scores, answers = _readouts(task, problems, np.asarray(video))
     x0_scores = torch.full((len(chunk), pipeline.steps, task.candidates), float("nan"))
     x0_answer = torch.full((len(chunk), pipeline.steps), -2, dtype=torch.int64)  # -2: not decoded
     for step in before_last:
@@ -162,7 +169,9 @@ def _chunk(
 
 
 @torch.no_grad()
-def watch(model: Any, pipeline: PipelineConfig, task: Task, drawn: Sequence[Sample], steps: Sequence[int]) -> np.ndarray:
+def watch(
+    model: Any, pipeline: PipelineConfig, task: Task, drawn: Sequence[Sample], steps: Sequence[int]
+) -> np.ndarray:
     """The decoded x0-hat of each sample at each step: float [sample, step, frame, height, width, 3] in [0, 1]."""
     problems = [s.problem for s in drawn]
     with capture(model, [X0], Pooling("clip"), "last", clean=steps) as tape:
@@ -242,13 +251,24 @@ def _settles(labels: np.ndarray, split: np.ndarray, name: str) -> bool:
     classes = len(np.unique(labels[(split == "train") & (labels >= 0)]))
     empty = [part for part in SPLIT_ORDER if not (labels[split == part] >= 0).any()]
     if classes < 2 or empty:
-        rank_zero_info(f"target {name!r} is left out: the model settles on {classes} different answers in training samples")
+        _say(f"target {name!r} is left out: the model settles on {classes} different answers in training samples")
     return classes >= 2 and not empty
 
 
 def _progress(rank: int) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, disable=rank != 0)
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    Console().print(line, highlight=False, soft_wrap=True)
 
 
 def _barrier() -> None:

@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +102,8 @@ def command(root: type[Run], body: Callable[[Run], None], about: str, argv: Sequ
     0: done. 2: a setting or an input was wrong, told in one line on stderr. 130: stopped by ctrl-C.
     A ValueError raised by other people's code is a defect, not an answer: it keeps its traceback.
     """
+    for module in ("lightning", "torch", "diffusers"):  # their deprecations are for us to mend, not to read in a run
+        warnings.filterwarnings("ignore", module=rf"{module}\b")
     arguments = list(sys.argv[1:] if argv is None else argv)
     wanted = [a for a in arguments if a in ("--help", "-h", "--cfg")]
     settings = [a for a in arguments if a not in wanted]

@@ -49,7 +49,9 @@ def early_answers(
         video = sample(model, pipeline, *arguments)
         for problem, chances, clip in zip(problems, odds, video, strict=True):
             end = task.readout(problem, clip).answer
-            found.append(EarlyAnswer(problem, int(chances.argmax()), float(chances.max()), end, task.solutions(problem)))
+            found.append(
+                EarlyAnswer(problem, int(chances.argmax()), float(chances.max()), end, task.solutions(problem))
+            )
     return found
 
 
@@ -81,11 +83,15 @@ def predict(trained: Any, bank: ProbeBank, use: Any, seed: int, folder: Path, co
     store = bank.provenance["store"]
     found = fingerprint(trained.pipeline.folder)
     if found != store["model"]:
-        raise ValueError(f"run={str(folder)!r}: its probes were made for model {store['model']}, found {found}; retrain")
+        raise ValueError(
+            f"run={str(folder)!r}: its probes were made for model {store['model']}, found {found}; retrain"
+        )
     grid, task = Grid.load(folder), trained.task.build()
     model = load_pipeline(trained.pipeline)
     console = console or Console()
-    table = Table("problem", "from", "probe says", "probability", "full run draws", "right", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        "problem", "from", "probe says", "probability", "full run draws", "right", box=None, padding=(0, 2, 0, 0)
+    )
     table.title = f"read after step {use.step} of {trained.pipeline.steps} (0 = noisiest)"
     lines = []
     for name in grid.with_role("answer", "choice"):

@@ -16,10 +16,11 @@ def evaluate(samples: ProbeSamples, experts: Sequence[str], bank: ProbeBank) -> 
     """Predictions of every cell for every target of the bank. experts: the transformer of each step kept."""
     steps = sorted({cell.step for cell in samples.cells})
     train, validation, test = (samples.subset(split) for split in ("train", "validation", "test"))
+    settled = np.zeros(len(samples)) if samples.choice is None else samples.choice
     results = []
     for target in bank.targets:
         kinds = np.isin(samples.kinds, target.kinds)
-        none = int((kinds & (samples.choice < 0)).sum()) if target.role == "choice" else 0
+        none = int((kinds & (settled < 0)).sum()) if target.role == "choice" else 0
         results.append(
             TargetPredictions(
                 target,

@@ -69,6 +69,7 @@ def record(
     free = {kind for t in task.targets if t.role == "choice" for kind in t.kinds}
     solved, several = samples.scores["solved"].astype(bool), np.isin(samples.kinds, list(free))
     sorts = {"right": solved & ~several, "wrong": ~solved & ~several, "choice": several}
+    ends = [None] * len(drawn) if samples.choice is None else [None if c < 0 else int(c) for c in samples.choice]
     test = samples.split == "test"
     chosen = {title: int(np.flatnonzero(test & sort)[0]) for title, sort in sorts.items() if (test & sort).any()}
     if not chosen:
@@ -86,7 +87,7 @@ def record(
                 tuple(task.readout(problem, clip).forced for clip in clips),
                 problem.regions,
                 problem.answer,
-                None if samples.choice[i] < 0 else int(samples.choice[i]),
+                ends[i],
             )
         )
     return Film(tuple(rows), steps)

@@ -7,7 +7,7 @@ time shift of Esser et al., arXiv 2403.03206 (the same shift in training and in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import lightning as L
@@ -94,10 +94,10 @@ class FlowMatching(L.LightningModule):
         self.register_buffer("empty", clips.empty, persistent=False)
 
     @torch.no_grad()
-    def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def _average(self, averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
         """Exponential average that starts short, so that the first weights are forgotten."""
         keep = min(self.config.ema, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(averaged, current, 1 - keep)
+        torch._foreach_lerp_(list(averaged), list(current), 1 - keep)
 
     def train_dataloader(self) -> DataLoader:
         batches = FlowBatches(self.clips, self.config.batch, self.seed, self.global_step)
@@ -137,7 +137,8 @@ class FlowMatching(L.LightningModule):
         return min(1.0, (step + 1) / self.config.warmup, max(0.0, left))
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        matrices, others = [], []
+        matrices: list[Tensor] = []
+        others: list[Tensor] = []
         for name, parameter in self.transformer.named_parameters():
             inside = ".blocks." in f".{name}" and parameter.ndim == 2
             (matrices if inside else others).append(parameter)

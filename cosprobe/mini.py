@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -61,9 +61,7 @@ class MiniConfig:
     seed: int = 0
 
 
-def train_mini(
-    config: MiniConfig, task: Task, folder: Path, precision: str = "bf16-mixed", every: int = 100
-) -> Path:
+def train_mini(config: MiniConfig, task: Task, folder: Path, precision: str = "bf16-mixed", every: int = 100) -> Path:
     """Trains and exports the model; returns the pipeline's folder. Finished stages are not repeated, and a stage
     goes on from its newest checkpoint, written `every` so many steps."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,15 +72,15 @@ def train_mini(
 
     tokenizer, text_encoder = build_text([_prompt(task), ""], config.seed)
     with _timed(folder, "encoding"):
-        clips = encode_clips(config, task, vae, folder / "latents")
+        encoded = encode_clips(config, task, vae, folder / "latents")
     prompt, empty = embed([_prompt(task), ""], tokenizer, text_encoder)
-    clips = LatentClips(**clips, prompt=prompt.expand(config.clips, -1, -1), empty=empty)
+    clips = LatentClips(**encoded, prompt=prompt.expand(config.clips, -1, -1), empty=empty)
 
     torch.manual_seed(config.seed)
     flow = FlowMatching(build_transformer(config, vae), clips, config.flow, config.seed)
     with _timed(folder, "flow matching"):
         _fit(flow, folder / "flow", config.flow.steps, precision, every, clip=None)
-    recipe = {"settings": asdict(config), "task": asdict(task), "minutes": _minutes(folder)}
+    recipe = {"settings": asdict(config), "task": asdict(cast(Any, task)), "minutes": _minutes(folder)}
     return export(flow.average.module, vae, tokenizer, text_encoder, config.flow.shift, recipe, folder / "pipeline")
 
 
@@ -217,9 +215,7 @@ def _prompt(task: Task) -> str:
     return task.problems("model", 1)[0].prompt
 
 
-def _fit(
-    module: L.LightningModule, folder: Path, steps: int, precision: str, every: int, clip: float | None
-) -> None:
+def _fit(module: L.LightningModule, folder: Path, steps: int, precision: str, every: int, clip: float | None) -> None:
     """Runs to `steps`, from the newest checkpoint when there is one."""
     last = folder / "last.ckpt"
     trainer = L.Trainer(
@@ -231,7 +227,7 @@ def _fit(
         gradient_clip_val=clip,
         logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
         callbacks=[
-            ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every, enable_version_counter=False),
+            ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every),
             RichProgressBar(),
         ],
         log_every_n_steps=20,

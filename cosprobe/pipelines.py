@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -152,9 +153,10 @@ def load_pipeline(config: PipelineConfig, device: str = "cpu") -> DiffusionPipel
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"pipeline.path={str(folder)!r}: expected a diffusers folder with a model_index.json")
     diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=DTYPES[config.dtype], local_files_only=True, use_safetensors=True
+            folder, dtype=DTYPES[config.dtype], local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:160]

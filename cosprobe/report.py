@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -191,7 +191,7 @@ def print_summary(grid: Grid, run_dir: Path, console: Console | None = None) -> 
         console = Console(file=console.file, width=max(WIDTH, console.width))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
     for name in COLUMNS:
-        side = "right" if name in ("chance", "n") else "left"
+        side: Literal["left", "right"] = "right" if name in ("chance", "n") else "left"
         table.add_column(escape(name), justify=side, no_wrap=name.startswith("accuracy"))
     for row in summarise(grid):
         table.add_row(*map(escape, row.cells()), style="" if row.found else "dim")

@@ -41,7 +41,9 @@ class ActivationStore:
         manifest = folder / MANIFEST
         if not manifest.is_file():
             state = "half-written" if folder.is_dir() and any(folder.glob("shard-*")) else "missing"
-            raise ValueError(f"store {str(folder)!r} is {state}: expected a {MANIFEST}; run train.py again to finish it")
+            raise ValueError(
+                f"store {str(folder)!r} is {state}: expected a {MANIFEST}; run train.py again to finish it"
+            )
         try:
             content = json.loads(manifest.read_text())
             return cls(folder, content["settings"], content["shards"])
@@ -60,7 +62,7 @@ class ActivationStore:
         needed = size * len(missing) // max(1, self.shards)
         if needed > free:
             raise ValueError(
-                f"the store needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on the disk of {str(self.folder)!r}: "
+                f"the store needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free at {str(self.folder)!r}: "
                 "choose another run_dir, fewer problems, layers or steps"
             )
         _write(self.folder / "settings.json", json.dumps(self.settings, indent=1, sort_keys=True))
@@ -135,9 +137,7 @@ class ActivationStore:
         return metadata, tensors
 
     def _damaged(self, index: int, reason: str) -> ValueError:
-        return ValueError(
-            f"shard {str(self._path(index))!r} is damaged ({reason}): delete it and run train.py again to collect it anew"
-        )
+        return ValueError(f"shard {str(self._path(index))!r} is damaged ({reason}): delete it and run train.py again")
 
     def _same(self, other: dict[str, Any]) -> None:
         wanted = json.loads(json.dumps(self.settings))
@@ -154,7 +154,7 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.contiguous().view(torch.uint8).numpy() if value.ndim else b"")
+        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -15,6 +15,7 @@ size lr <= 1 cannot diverge, whatever the features; Adam on raw channels needs s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -92,7 +93,6 @@ class TrainerConfig:
     accelerator: str = "cpu"
     devices: int = 1
     precision: str = "32-true"
-
 
     def __post_init__(self) -> None:
         if self.devices < 1:
@@ -288,6 +288,7 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
     targets = readable_targets(samples.targets, samples.regions)
     check_targets(targets, train, validation)
     parts = chunks(samples, targets, config)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which devices there are was said before
     progress = FitProgress(config.epochs * len(parts))
     banks = []
     for number, part in enumerate(parts):

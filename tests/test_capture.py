@@ -5,11 +5,11 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
+
 from cosprobe.capture import capture
 from cosprobe.pipelines import block_list, clean_estimate, decode, latent_tokens, sample
 from cosprobe.pooling import Pooling
-from diffusers import UniPCMultistepScheduler
-
 from tests.tiny import CONFIG, PROMPT, cogvideox, wan
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -156,7 +156,8 @@ def test_guidance_in_two_calls_is_labelled(pipeline):
 
 def test_guidance_in_one_doubled_call_is_labelled():
     pipeline = cogvideox()
-    calls = dict(num_inference_steps=2, height=32, width=32, num_frames=9, max_sequence_length=32, output_type="latent")
+    calls = {"num_inference_steps": 2, "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 32}
+    calls["output_type"] = "latent"
     seen = []
     handle = block_list(pipeline.transformer)[1].register_forward_hook(lambda m, a, out: seen.append(out[0].mean(1)))
     try:
@@ -299,7 +300,10 @@ def test_clean_estimate_inverts_what_schedulers_mix():
     ddim.set_timesteps(4)
     for step in range(1, 4):
         alpha = ddim.alphas_cumprod[int(ddim.timesteps[step])]
-        noisy, velocity = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+        noisy, velocity = (
+            alpha.sqrt() * clean + (1 - alpha).sqrt() * noise,
+            alpha.sqrt() * noise - (1 - alpha).sqrt() * clean,
+        )
         ddim.register_to_config(prediction_type="v_prediction")
         torch.testing.assert_close(clean_estimate(ddim, step, velocity, noisy), clean, atol=1e-4, rtol=0)
         ddim.register_to_config(prediction_type="epsilon")

@@ -5,13 +5,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
 from cosprobe import collect as module
 from cosprobe.capture import capture
-from cosprobe.collect import collect, decode_steps, draw_samples, images, load_samples, noise_seed, settings, store_bytes, watch
+from cosprobe.collect import (
+    collect,
+    decode_steps,
+    draw_samples,
+    images,
+    load_samples,
+    noise_seed,
+    settings,
+    store_bytes,
+    watch,
+)
 from cosprobe.pipelines import PipelineConfig, sample
 from cosprobe.pooling import Pooling
 from cosprobe.tasks import MazeConfig
-
 from tests.tiny import wan
 
 PROBE = SimpleNamespace(layers="0,2", steps="all", pooling="region", frames=False, decode="auto")
@@ -93,7 +103,9 @@ def test_what_is_stored_is_what_capture_gives(model, config, store):
 def test_labels_belong_to_their_kinds(store):
     samples, _ = load_samples(store, TASK.build())
     one_exit = samples.kinds == "one_exit"
-    assert (samples.labels["answer"].numpy()[one_exit] >= 0).all() and (samples.labels["answer"].numpy()[~one_exit] < 0).all()
+    assert (samples.labels["answer"].numpy()[one_exit] >= 0).all() and (
+        samples.labels["answer"].numpy()[~one_exit] < 0
+    ).all()
     assert (samples.labels["choice"].numpy()[one_exit] < 0).all()
     assert samples.labels["choice"].numpy()[~one_exit].tolist() == samples.choice[~one_exit].tolist()
     problems = [s.problem for s in draw_samples(TASK.build(), 20, 1, seed=0)]

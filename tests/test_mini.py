@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from cosprobe.autoencoding import AutoencoderConfig, AutoencoderTraining, ClipBatches, to_model_range
-from cosprobe.flowmatching import FlowBatches, FlowConfig, FlowMatching, LatentClips
-from cosprobe.mini import MiniConfig, TEXT_TOKENS, build_text, embed, train_mini
-from cosprobe.tasks import Maze
 from diffusers import WanImageToVideoPipeline
 from safetensors.torch import load_file
 
+from cosprobe.autoencoding import AutoencoderConfig, AutoencoderTraining, ClipBatches, to_model_range
+from cosprobe.flowmatching import FlowBatches, FlowConfig, FlowMatching, LatentClips
+from cosprobe.mini import TEXT_TOKENS, MiniConfig, build_text, embed, train_mini
+from cosprobe.tasks import Maze
 from tests.tiny import wan
 
 TASK = Maze(frames=5)
@@ -64,7 +64,8 @@ def test_batches_depend_on_their_number_alone():
     late = list(ClipBatches(TASK, problems, CONFIG.autoencoder, 0, 3))
     assert [tuple(b.shape) for b in whole] == [(2, 3, 1, 64, 64)] * 2 + [(2, 3, 5, 64, 64)] * 2
     assert len(late) == 1 and torch.equal(late[0], whole[3])
-    clips = LatentClips(*(torch.randn(10, 2, 2, 1, 1) for _ in range(2)), torch.ones(10, 2, 1, 1), torch.randn(10, 3, 4), torch.zeros(3, 4))  # fmt: skip
+    latents = (torch.randn(10, 2, 2, 1, 1) for _ in range(2))
+    clips = LatentClips(*latents, torch.ones(10, 2, 1, 1), torch.randn(10, 3, 4), torch.zeros(3, 4))
     stream, resumed = iter(FlowBatches(clips, 4, 0, 0)), iter(FlowBatches(clips, 4, 0, 3))
     batches = [next(stream) for _ in range(5)]
     for step in (3, 4):
@@ -77,7 +78,12 @@ def test_clips_are_scaled_to_the_models_range():
     frames = np.zeros((2, 5, 8, 8, 3), dtype=np.uint8)
     frames[1, 2, 3, 4, 1] = 255
     clips = to_model_range(frames)
-    assert clips.shape == (2, 3, 5, 8, 8) and clips.min() == -1 and clips[1, 1, 2, 3, 4] == 1 and clips.sum() == 2 - clips.numel()
+    assert (
+        clips.shape == (2, 3, 5, 8, 8)
+        and clips.min() == -1
+        and clips[1, 1, 2, 3, 4] == 1
+        and clips.sum() == 2 - clips.numel()
+    )
 
 
 def test_embeddings_are_the_pipelines_own():
@@ -108,7 +114,8 @@ def test_the_loss_is_zero_for_the_true_velocity_and_counts_every_frame():
     clean = torch.randn(1, 3, 2, 4, 4)
     active = torch.zeros(4, 2, 4, 4)
     active[:, :, :2] = 1
-    clips = LatentClips(clean.expand(4, -1, -1, -1, -1), torch.zeros(4, 1, 2, 4, 4), active, torch.zeros(4, 2, 3), torch.zeros(2, 3))  # fmt: skip
+    prompt, empty = torch.zeros(4, 2, 3), torch.zeros(2, 3)
+    clips = LatentClips(clean.expand(4, -1, -1, -1, -1), torch.zeros(4, 1, 2, 4, 4), active, prompt, empty)
     batch = next(iter(FlowBatches(clips, 4, 0, 0)))
 
     def loss(frame, row):

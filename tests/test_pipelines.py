@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cosprobe.mini import encode_condition
-from cosprobe.pipelines import PipelineConfig, batched_images, experts, fingerprint, load_pipeline, sample
 from diffusers import WanImageToVideoPipeline
 
+from cosprobe.mini import encode_condition
+from cosprobe.pipelines import PipelineConfig, batched_images, experts, fingerprint, load_pipeline, sample
 from tests.tiny import CONFIG, PROMPT, wan
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -90,7 +90,9 @@ def test_fingerprint_follows_weights_and_configs(tmp_path, folder):
 
 
 def test_a_prompt_that_would_be_cut_off_is_refused():
-    with pytest.raises(ValueError, match=r"prompt 'draw draw.*'... has 41 tokens: expected at most 32; shorten it or raise"):
+    with pytest.raises(
+        ValueError, match=r"prompt 'draw draw.*'... has 41 tokens: expected at most 32; shorten it or raise"
+    ):
         sample(wan(), CONFIG, IMAGES[:1], ["draw " * 40], [0])
 
 

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cosprobe.pooling import GRID, Pooling, box_masks
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cosprobe.pooling import GRID, Pooling, box_masks
 
 SIZE = (3, 4, 8)
 BOXES = [[(0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0)]] * 2
@@ -15,7 +16,13 @@ def tokens(seed=0, dtype=torch.float32):
 
 
 def poolings():
-    return [Pooling("clip"), Pooling("frame"), Pooling("grid"), Pooling("region", boxes=BOXES), Pooling("region", True, BOXES)]
+    return [
+        Pooling("clip"),
+        Pooling("frame"),
+        Pooling("grid"),
+        Pooling("region", boxes=BOXES),
+        Pooling("region", True, BOXES),
+    ]
 
 
 def test_against_plain_indexing():

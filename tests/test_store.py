@@ -10,9 +10,10 @@ import time
 
 import pytest
 import torch
-from cosprobe.store import ActivationStore
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cosprobe.store import ActivationStore
 
 NOTES = {"steps": [0, 1]}
 
@@ -95,7 +96,9 @@ def test_a_truncated_shard_is_named(tmp_path):
     store = filled(tmp_path / "store")
     path = tmp_path / "store" / "shard-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"shard-00001.safetensors' is damaged \(.*\): delete it and run train.py again"):
+    with pytest.raises(
+        ValueError, match=r"shard-00001.safetensors' is damaged \(.*\): delete it and run train.py again"
+    ):
         store.missing()
     with pytest.raises(ValueError, match="shard-00001"):
         store.read()

@@ -127,9 +127,7 @@ class Maze:
         }
         if answer is not None:
             labels["answer"] = answer
-        regions = tuple(
-            _tile_box(offset + corner // n, offset + corner % n) for corner in layout.corners
-        )
+        regions = tuple(_tile_box(offset + corner // n, offset + corner % n) for corner in layout.corners)
         return Problem(
             "maze", kind, split, index, key, PROMPT, answer, labels,
             {"rooms": n, "length": walked, "reachable": len(layout.solutions)}, regions, layout,
@@ -160,10 +158,11 @@ class Maze:
     def workspace(self, problem: Problem) -> Bool[np.ndarray, "height width"]:
         """Rooms and doorways that can be walked to from the start."""
         layout: Layout = problem.layout
-        everything = {*range(layout.rooms**2), *layout.passages}
+        everything: set[int | Edge] = {*range(layout.rooms**2), *layout.passages}
         rooms = _flood(layout.start, set(layout.passages), everything)
         mask = np.zeros((self.image_size, self.image_size), dtype=bool)
-        for cell in [*rooms, *(edge for edge in layout.passages if edge[0] in rooms)]:
+        walkable: list[int | Edge] = [*rooms, *(edge for edge in layout.passages if edge[0] in rooms)]
+        for cell in walkable:
             mask[self._pixels(layout, cell)] = True
         return mask
 

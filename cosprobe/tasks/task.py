@@ -84,6 +84,7 @@ class Task(Protocol):
     kinds: tuple[str, ...]
     targets: tuple[Target, ...]
     candidates: int
+    frames: int
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]: ...
 
