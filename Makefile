@@ -8,18 +8,25 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train.py probe=layers
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the figures of README.md and docs/, from real runs
+docs: $(INSTALLED)
+	$(BIN)/python train.py probe=layers
+	$(BIN)/python train.py probe=frames probe.steps=0:20:5
+	cp runs/maze-layers/report/headline.png runs/maze-layers/report/curves.png runs/maze-layers/report/film.png docs/figures/
+	cp runs/maze-frames/report/frames_answer.png docs/figures/
 
 # torch first and alone: what follows then finds the build that was chosen and keeps it
 $(INSTALLED): pyproject.toml constraints.txt

@@ -23,13 +23,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import 
 from cosprobe.card import measure, write_card
 from cosprobe.collect import collect, draw_samples, load_samples
 from cosprobe.config import TrainRun, command, save_config
+from cosprobe.devices import launch
 from cosprobe.evaluation import evaluate
 from cosprobe.film import record
-from cosprobe.grid import build_grid
 from cosprobe.mini import MiniConfig, train_mini
 from cosprobe.pipelines import load_pipeline
 from cosprobe.report import log_tensorboard, print_summary, write_report
-from cosprobe.training import fit, launch
+from cosprobe.scoring import build_grid
+from cosprobe.training import fit
 
 
 def train(run: TrainRun) -> None:

@@ -7,8 +7,8 @@ In the order of the data:
   pooling     from tokens to features
   store       activations on disk: sharded, fingerprinted, resumable
   collect     problems through the pipeline under capture, into a store
-  data, training, solvers, probes     fit every probe of a grid at once; keep them
-  evaluation, metrics, grid           accuracy, intervals, baselines, significance
+  data, devices, training, solvers, probes     fit every probe of a grid at once; keep them
+  evaluation, scoring, metrics, grid  accuracy, intervals, baselines, significance
   figures, film, report               what a person sees
   early       trained probes at work
   mini, autoencoding, flowmatching, card     the model in the package, and how it was trained
@@ -16,12 +16,13 @@ In the order of the data:
 
 from cosprobe.capture import Tape, capture
 from cosprobe.collect import collect, load_samples
+from cosprobe.devices import TrainerConfig
 from cosprobe.grid import Grid
 from cosprobe.pipelines import PipelineConfig, load_pipeline, sample
 from cosprobe.pooling import Pooling
 from cosprobe.probes import ProbeBank, load_probes
 from cosprobe.store import ActivationStore
-from cosprobe.training import ProbeConfig, TrainerConfig, fit
+from cosprobe.training import ProbeConfig, fit
 from cosprobe.types import Cell
 
 __all__ = [

@@ -25,10 +25,11 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cosprobe.devices import TrainerConfig
 from cosprobe.mini import MiniConfig
 from cosprobe.pipelines import PipelineConfig
 from cosprobe.tasks import MazeConfig
-from cosprobe.training import ProbeConfig, TrainerConfig
+from cosprobe.training import ProbeConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FLAGS = {"--help": "this text, for the groups chosen", "--cfg": "print every setting and stop"}

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from cosprobe.data import ProbeSamples
-from cosprobe.grid import Evaluated, SplitPredictions, TargetPredictions
 from cosprobe.probes import ProbeBank
+from cosprobe.scoring import Evaluated, SplitPredictions, TargetPredictions
 from cosprobe.tasks import Target
 
 

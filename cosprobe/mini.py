@@ -43,6 +43,7 @@ from cosprobe.tasks import Problem, Task
 
 TEXT_TOKENS = 32  # every prompt is padded to this many tokens, in training and in sampling
 TEXT_WIDTH = 64
+BATCH = 16  # clips encoded at a time
 
 
 @dataclass
@@ -172,7 +173,8 @@ def encode_clips(config: MiniConfig, task: Task, vae: AutoencoderKLWan, folder: 
     scale = folder / "scale.json"
     if not scale.exists():
         sample = np.random.default_rng(config.seed).permutation(len(problems))[:512]
-        latents = [_latent(vae, task, [problems[i] for i in part]) for part in np.array_split(sample, 16)]
+        batches = [sample[i : i + BATCH] for i in range(0, len(sample), BATCH)]
+        latents = [_latent(vae, task, [problems[i] for i in part]) for part in batches]
         pixels = torch.cat(latents)
         values = {
             "latents_mean": pixels.mean(dim=(0, 2, 3, 4)).tolist(),
@@ -186,8 +188,8 @@ def encode_clips(config: MiniConfig, task: Task, vae: AutoencoderKLWan, folder: 
         shard = folder / f"{begin:06d}.safetensors"
         if not shard.exists():
             parts: dict[str, list[Tensor]] = {"latent": [], "condition": [], "active": []}
-            for first in range(begin, min(begin + 1024, len(problems)), 32):
-                batch = problems[first : min(first + 32, begin + 1024)]
+            for first in range(begin, min(begin + 1024, len(problems)), BATCH):
+                batch = problems[first : min(first + BATCH, begin + 1024)]
                 latent = normalise(vae, _latent(vae, task, batch))
                 images = to_model_range(np.stack([task.image(p)[None] for p in batch]))[:, :, 0]
                 parts["latent"].append(latent.half())

@@ -25,14 +25,13 @@ import lightning as L
 import torch
 import torchmetrics
 from jaxtyping import Float, Int
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy as FabricDDP
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from cosprobe.data import ProbeBatch, ProbeData, ProbeSamples, check_targets, shared
+from cosprobe.devices import TrainerConfig, backend
 from cosprobe.pooling import POOLINGS
 from cosprobe.probes import ProbeBank, affine, classes_last, readable_targets
 from cosprobe.solvers import Fitted, curvature, design, fit_ridge, row_sums, spread, standardise
@@ -84,34 +83,6 @@ class ProbeConfig:
             raise ValueError(f"probe.batch={self.batch}: expected at least 1 sample")
         if self.memory <= 0:
             raise ValueError(f"probe.memory={self.memory}: expected GB above 0")
-
-
-@dataclass
-class TrainerConfig:
-    """Where fitting runs, in Lightning's words: accelerator, number of devices (processes), precision."""
-
-    accelerator: str = "cpu"
-    devices: int = 1
-    precision: str = "32-true"
-
-    def __post_init__(self) -> None:
-        if self.devices < 1:
-            raise ValueError(f"trainer.devices={self.devices}: expected at least 1")
-
-
-def launch(config: TrainerConfig) -> Fabric:
-    """Starts one process per device, each of which runs the script from its top and returns from here.
-
-    The trainer that fits the probes later finds the processes running and joins them.
-    """
-    strategy: Any = FabricDDP(process_group_backend=_backend(config)) if config.devices > 1 else "auto"
-    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=strategy)
-    fabric.launch()
-    return fabric
-
-
-def _backend(config: TrainerConfig) -> str | None:
-    return "gloo" if config.accelerator == "cpu" else None
 
 
 class CellScores(torchmetrics.Metric):
@@ -325,7 +296,7 @@ def chunks(samples: ProbeSamples, targets: Sequence[Target], config: ProbeConfig
 def _runner(config: ProbeConfig, trainer: TrainerConfig, folder: Path, progress: L.Callback) -> L.Trainer:
     strategy: Any = "auto"
     if trainer.devices > 1:  # nothing but parameters may be synchronised: the rest is the same everywhere already
-        strategy = DDPStrategy(process_group_backend=_backend(trainer), broadcast_buffers=False)
+        strategy = DDPStrategy(process_group_backend=backend(trainer), broadcast_buffers=False)
     return L.Trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from cosprobe.data import ProbeSamples
+from cosprobe.devices import TrainerConfig
 from cosprobe.tasks import Target
-from cosprobe.training import ProbeConfig, TrainerConfig, fit
+from cosprobe.training import ProbeConfig, fit
 from cosprobe.types import Cell
 
 RECIPE = {"lambdas": [0.01, 1.0], "epochs": 6, "batch": 101, "memory": 2e-3}  # memory: two chunks of the cells

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     0: {"types"},
-    1: {"tasks", "pooling", "solvers", "metrics", "grid", "store"},
+    1: {"tasks", "pooling", "solvers", "metrics", "grid", "scoring", "store"},
     2: {"pipelines", "capture", "interventions", "probes"},
-    3: {"collect", "data", "training", "evaluation", "flowmatching", "autoencoding", "mini"},
+    3: {"collect", "data", "devices", "training", "evaluation", "flowmatching", "autoencoding", "mini"},
     4: {"early", "card", "ensemble", "causal", "behaviour"},
     5: {"report", "figures", "film"},
     6: {"config"},
@@ -20,14 +20,16 @@ LAYERS = {
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 SAME_LAYER = {
-    ("grid", "metrics"),
-    ("grid", "tasks"),
+    ("scoring", "metrics"),
+    ("scoring", "grid"),
+    ("scoring", "tasks"),
     ("solvers", "tasks"),
     ("capture", "pipelines"),
     ("interventions", "capture"),
     ("interventions", "pipelines"),
     ("collect", "data"),
     ("training", "data"),
+    ("training", "devices"),
     ("evaluation", "data"),
     ("mini", "autoencoding"),
     ("mini", "flowmatching"),
@@ -45,7 +47,7 @@ ONLY_IN = {  # library: the modules that may import it
     "diffusers": {"pipelines", "autoencoding", "mini"},
     "transformers": {"pipelines", "mini"},
     "tokenizers": {"mini"},
-    "xarray": {"grid", *LAYERS[4], *LAYERS[5]},
+    "xarray": {"grid", "scoring", *LAYERS[4], *LAYERS[5]},
     "sklearn": set(),
     "pandas": set(),
 }

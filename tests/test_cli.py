@@ -14,9 +14,10 @@ import pytest
 import probe
 import train
 from cosprobe.config import TrainRun, UseRun, command
+from cosprobe.devices import TrainerConfig
 from cosprobe.pipelines import PipelineConfig
 from cosprobe.tasks import MazeConfig
-from cosprobe.training import ProbeConfig, TrainerConfig
+from cosprobe.training import ProbeConfig
 
 ROOT = Path(train.__file__).parent
 TOP = "experiment, pipeline, probe, run_dir, seed, task, trainer"

@@ -24,7 +24,8 @@ from cosprobe.figures import (
     maps,
     skill_colours,
 )
-from cosprobe.grid import Grid, build_grid
+from cosprobe.grid import Grid
+from cosprobe.scoring import build_grid
 
 
 @pytest.fixture(scope="module")

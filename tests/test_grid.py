@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from cosprobe.grid import Evaluated, Grid, SplitPredictions, TargetPredictions, build_grid
+from cosprobe.grid import Grid
 from cosprobe.metrics import cluster_bootstrap, max_t_permutation
+from cosprobe.scoring import Evaluated, SplitPredictions, TargetPredictions, build_grid
 from cosprobe.tasks import Target
 from cosprobe.types import SOURCES, Cell
 

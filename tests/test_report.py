@@ -16,8 +16,9 @@ from test_film import film
 from test_grid import ANSWER, CHOICE, CONTROL, START, synthetic
 
 from cosprobe import report
-from cosprobe.grid import Grid, build_grid
+from cosprobe.grid import Grid
 from cosprobe.report import log_tensorboard, print_summary, remarks, summarise, summary_markdown, write_report
+from cosprobe.scoring import build_grid
 
 FIGURES = {"headline.png", "curves.png", "others.png", "film.png"}
 

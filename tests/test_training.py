@@ -15,9 +15,10 @@ from sklearn.linear_model import LogisticRegression
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cosprobe.data import ProbeSamples
+from cosprobe.devices import TrainerConfig
 from cosprobe.probes import ProbeBank
 from cosprobe.solvers import design, spread, standardise
-from cosprobe.training import ProbeConfig, TrainerConfig, chunks, fit
+from cosprobe.training import ProbeConfig, chunks, fit
 from tests.ddp_fit import PLANTED, RECIPE, TARGETS, planted
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -1,0 +1,123 @@
+"""Random mazes as graphs: rooms on a square lattice, doors between neighbours, candidate exits at the corners."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+Edge = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A maze of `rooms` x `rooms` rooms, numbered row by row.
+
+    passages: open doors as sorted pairs of rooms. solutions: the walk from start to each reachable exit.
+    exit: the exit the reference video walks to.
+    """
+
+    rooms: int
+    start: int
+    passages: frozenset[Edge]
+    solutions: dict[int, tuple[int, ...]]
+    exit: int
+
+    @property
+    def corners(self) -> tuple[int, int, int, int]:
+        n = self.rooms
+        return 0, n - 1, n * n - n, n * n - 1
+
+
+def canonical_key(layout: Layout) -> str:
+    """Identity under the 8 symmetries of the square: the smallest description over all of them."""
+    n = layout.rooms
+    rooms = np.arange(n * n).reshape(n, n)
+    descriptions = []
+    for turned in (rooms, rooms.T):
+        for flipped in (turned, turned[::-1], turned[:, ::-1], turned[::-1, ::-1]):
+            # flipped[i, j] is the room that lands at (i, j); invert it to send rooms to their new places
+            place = np.empty(n * n, dtype=int)
+            place[flipped.ravel()] = np.arange(n * n)
+            edges = sorted(tuple(sorted((int(place[a]), int(place[b])))) for a, b in layout.passages)
+            descriptions.append((int(place[layout.start]), edges))
+    return hashlib.sha256(repr((n, min(descriptions))).encode()).hexdigest()[:16]
+
+
+def draw_layout(n: int, kind: str, rng: np.random.Generator) -> Layout:
+    """Draws a spanning tree, then cuts branches.
+
+    Whether a tree is used is decided before the answer is drawn and must not depend on it, or the places of
+    start and walls would tell the answer: a tree is kept only if every choice of answer could be cut out of it.
+    """
+    corners = (0, n - 1, n * n - n, n * n - 1)
+    while True:
+        tree = _spanning_tree(n, rng)
+        start = int(rng.integers(n * n))
+        if start in corners:
+            continue
+        walks = _walks(start, tree, corners)
+        steps = [[_edge(a, b) for a, b in pairwise(walk)] for walk in walks]
+        if any(corner in walk[1:-1] for corner in corners for walk in walks):
+            continue
+        if all(len(set(steps[j]) - set(steps[k])) >= 2 for j in range(4) for k in range(4) if j != k):
+            break
+    order = [int(k) for k in rng.permutation(4)]
+    kept = order[: 1 if kind == "one_exit" else int(rng.integers(2, 4))]
+    shared = {edge for k in kept for edge in steps[k]}
+    passages = set(tree)
+    for j in order[len(kept) :]:
+        branch = [edge for edge in steps[j] if edge not in shared][:-1]  # never the exit's own doorstep
+        if branch and all(edge in passages for edge in steps[j]):
+            passages.remove(branch[rng.integers(len(branch))])
+    alive = {k for k in range(4) if all(edge in passages for edge in steps[k])}
+    if alive != set(kept):  # two kept exits may leave a third no private branch: draw again
+        return draw_layout(n, kind, rng)
+    return Layout(n, start, frozenset(passages), {corners[k]: walks[k] for k in kept}, corners[kept[0]])
+
+
+def _spanning_tree(n: int, rng: np.random.Generator) -> set[Edge]:
+    edges = [(a, a + 1) for a in range(n * n) if a % n < n - 1] + [(a, a + n) for a in range(n * n - n)]
+    group = list(range(n * n))
+
+    def root(a: int) -> int:
+        while group[a] != a:
+            group[a] = group[group[a]]
+            a = group[a]
+        return a
+
+    tree: set[Edge] = set()
+    for i in rng.permutation(len(edges)):
+        a, b = edges[i]
+        if root(a) != root(b):
+            group[root(a)] = root(b)
+            tree.add((a, b))
+    return tree
+
+
+def _walks(start: int, tree: set[Edge], ends: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The unique walk in the tree from start to each end, both included."""
+    doors: dict[int, list[int]] = {}
+    for a, b in tree:
+        doors.setdefault(a, []).append(b)
+        doors.setdefault(b, []).append(a)
+    came_from, frontier = {start: start}, [start]
+    while frontier:
+        a = frontier.pop()
+        for b in doors[a]:
+            if b not in came_from:
+                came_from[b] = a
+                frontier.append(b)
+    walks = []
+    for end in ends:
+        walk = [end]
+        while walk[-1] != start:
+            walk.append(came_from[walk[-1]])
+        walks.append(tuple(reversed(walk)))
+    return walks
+
+
+def _edge(a: int, b: int) -> Edge:
+    return (a, b) if a < b else (b, a)
