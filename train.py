@@ -3,7 +3,6 @@ video diffusion transformer while the real pipeline samples puzzles with exact l
 
   python train.py [group=option ...] [name=value ...]
 
-Examples:
   python train.py probe=layers                               every layer x every step of the model in the package
   python train.py probe=frames task.problems=1000 probe.steps=0:20:5 run_dir=runs/frames
 
@@ -15,12 +14,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import would stand beside our one line
 
-from cosprobe.card import measure, write_card
+from cosprobe.card import describe
 from cosprobe.collect import collect, draw_samples, load_samples
 from cosprobe.config import TrainRun, command, save_config
 from cosprobe.devices import launch
@@ -37,9 +35,8 @@ def train(run: TrainRun) -> None:
     task, folder = run.task.build(), Path(run.run_dir)
     if isinstance(run.experiment, MiniConfig):
         save_config(run, folder)
-        pipeline = replace(run.pipeline, path=str(train_mini(run.experiment, task, folder)))
-        measured = measure(load_pipeline(pipeline), pipeline, task, 512, 2000, run.seed)
-        print(f"the model and its card: {write_card(pipeline.folder, measured, pipeline).parent}")
+        model = train_mini(run.experiment, task, folder)
+        print(f"the model and its card: {describe(model, run.pipeline, task, run.seed)}")
         return
 
     fabric = launch(run.trainer)  # one process per device from here on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.progress import track
 from cosprobe.autoencoding import to_model_range
 from cosprobe.collect import images, noise_seed
 from cosprobe.metrics import cluster_bootstrap
-from cosprobe.pipelines import PipelineConfig, sample
+from cosprobe.pipelines import PipelineConfig, load_pipeline, sample
 from cosprobe.tasks import Problem, Task
 
 LENGTHS = ((1, 4), (5, 6), (7, 8), (9, 64))  # rooms walked
@@ -68,6 +68,12 @@ def measure(model: Any, pipeline: PipelineConfig, task: Task, count: int, recons
         for problem, clip, reference in zip(batch, shown, clips, strict=True):
             misread += task.readout(problem, clip).answer != task.readout(problem, reference / 255).answer
     return Measured(problems, np.array(right), np.array(none), np.array(path), len(references), misread)
+
+
+def describe(folder: Path, pipeline: PipelineConfig, task: Task, seed: int) -> Path:
+    """Measures the model in `folder` on 512 unseen problems of each kind and 2,000 references, and writes its card."""
+    pipeline = replace(pipeline, path=str(folder))
+    return write_card(folder, measure(load_pipeline(pipeline), pipeline, task, 512, 2000, seed), pipeline)
 
 
 def _batches(problems: Sequence[Problem], size: int) -> list[Sequence[Problem]]:

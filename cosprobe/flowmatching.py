@@ -48,8 +48,8 @@ class LatentClips:
     latent: Float[Tensor, "clip channel frame height width"]
     condition: Float[Tensor, "clip condition frame height width"]
     active: UInt8[Tensor, "clip frame height width"]
-    prompt: Float[Tensor, "clip token width"]
-    empty: Float[Tensor, "token width"]
+    prompt: Float[Tensor, "clip token feature"]
+    empty: Float[Tensor, "token feature"]
 
 
 class FlowBatches(IterableDataset):

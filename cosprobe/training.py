@@ -9,8 +9,8 @@ vector instead of two opposite ones, C = 2 / (n lambda). For ridge, alpha = lamb
 lambdas serves both kinds.
 
 Optimiser: gradient descent with Nesterov momentum along the principal axes of the features, each axis scaled by
-an upper bound of the curvature on it (Boehning 1992, "Multinomial logistic regression algorithm"). Steps of
-size lr <= 1 cannot diverge, whatever the features; Adam on raw channels needs several times the epochs.
+an upper bound of the curvature on it (Boehning 1992, "Multinomial logistic regression algorithm"). It
+needs no tuning to the scale of the features; 60 epochs reach scikit-learn's optimum within the tests' tolerances.
 """
 
 from __future__ import annotations
