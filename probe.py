@@ -11,12 +11,9 @@ FOLDER is the run folder of a finished train.py run.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import would stand beside our one line
 
 from cosprobe.config import UseRun, command, read_run
 from cosprobe.early import predict

@@ -2,21 +2,17 @@
 video diffusion transformer while the real pipeline samples puzzles with exact labels.
 
   python train.py [group=option ...] [name=value ...]
-
   python train.py probe=layers                               every layer x every step of the model in the package
   python train.py probe=frames task.problems=1000 probe.steps=0:20:5 run_dir=runs/frames
 
-The same command continues its own run folder. A run folder is what `python probe.py run=FOLDER` uses.
+The same command continues its own run folder, which is what `python probe.py run=FOLDER` uses.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import would stand beside our one line
 
 from cosprobe.card import describe
 from cosprobe.collect import collect, draw_samples, load_samples

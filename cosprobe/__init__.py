@@ -14,6 +14,10 @@ In the order of the data:
   mini, autoencoding, flowmatching, card     the model in the package, and how it was trained
 """
 
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import would stand beside our one line
+
 from cosprobe.capture import Tape, capture
 from cosprobe.collect import collect, load_samples
 from cosprobe.devices import TrainerConfig

@@ -98,7 +98,8 @@ class AutoencoderTraining(L.LightningModule):
 
     def training_step(self, clips: Tensor, batch_index: int) -> Tensor:
         posterior = self.vae.encode(clips).latent_dist
-        noise = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + self.global_step)  # as if never stopped
+        step = self.seed * 1_000_003 + self.global_step  # so that a resumed run goes on as if it had never stopped
+        noise = torch.Generator(self.device).manual_seed(step)
         error = self.vae.decode(posterior.sample(noise)).sample.float() - clips
         loss = error.abs().mean() + error.square().mean() + self.config.kl * posterior.kl().mean()
         self.log_dict({"mse": error.square().mean(), "loss": loss}, prog_bar=True)

@@ -62,13 +62,13 @@ def record(
     model: Any, pipeline: PipelineConfig, task: Task, drawn: Sequence[Sample], samples: ProbeSamples, spec: str
 ) -> Film | None:
     """Samples three test problems again and watches them: the first the model solved, the first it did not, and
-    the first with several right answers; fewer when there is none of a sort, None without any.
+    the first solved one with several right answers; fewer when there is none of a sort, None without any.
 
     drawn: what `samples` were collected from, in order. spec: steps to decode, as in `probe.decode`.
     """
     free = {kind for t in task.targets if t.role == "choice" for kind in t.kinds}
     solved, several = samples.scores["solved"].astype(bool), np.isin(samples.kinds, list(free))
-    sorts = {"right": solved & ~several, "wrong": ~solved & ~several, "choice": several}
+    sorts = {"right": solved & ~several, "wrong": ~solved & ~several, "choice": solved & several}
     ends = [None] * len(drawn) if samples.choice is None else [None if c < 0 else int(c) for c in samples.choice]
     test = samples.split == "test"
     chosen = {title: int(np.flatnonzero(test & sort)[0]) for title, sort in sorts.items() if (test & sort).any()}

@@ -65,7 +65,8 @@ class ActivationStore:
                 f"the store needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free at {str(self.folder)!r}: "
                 "choose another run_dir, fewer problems, layers or steps"
             )
-        _write(self.folder / "settings.json", json.dumps(self.settings, indent=1, sort_keys=True))
+        if not (self.folder / "settings.json").is_file():
+            _write(self.folder / "settings.json", json.dumps(self.settings, indent=1, sort_keys=True))
 
     @property
     def complete(self) -> bool:

@@ -186,7 +186,11 @@ def test_two_experts_are_told_apart():
 
 
 def test_region_pooling_reads_each_samples_own_boxes(pipeline):
-    boxes = [[(0, 0, 0.25, 0.25), (0.75, 0.75, 1, 1)], [(0.5, 0, 1, 0.5), (0, 0, 1, 1)], [(0, 0.5, 0.5, 1)] * 2]
+    boxes = [
+        [(0.0, 0.0, 0.25, 0.25), (0.75, 0.75, 1.0, 1.0)],
+        [(0.5, 0.0, 1.0, 0.5), (0.0, 0.0, 1.0, 1.0)],
+        [(0.0, 0.5, 0.5, 1.0)] * 2,
+    ]
     seen = []
     handle = block_list(pipeline.transformer)[2].register_forward_hook(lambda m, a, out: seen.append(out.clone()))
     try:

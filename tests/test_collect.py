@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from cosprobe import collect as module
 from cosprobe.capture import capture
 from cosprobe.collect import (
     collect,
@@ -24,6 +24,7 @@ from cosprobe.pooling import Pooling
 from cosprobe.tasks import MazeConfig
 from tests.tiny import wan
 
+module = import_module("cosprobe.collect")  # the package names the function alike
 PROBE = SimpleNamespace(layers="0,2", steps="all", pooling="region", frames=False, decode="auto")
 TASK = MazeConfig(problems=20, frames=5)
 
