@@ -24,9 +24,7 @@ lint: $(INSTALLED)
 # the figures of README.md and docs/, from real runs
 docs: $(INSTALLED)
 	$(BIN)/python train.py probe=layers
-	$(BIN)/python train.py probe=frames probe.steps=0:20:5
 	cp runs/maze-layers/report/headline.png runs/maze-layers/report/curves.png runs/maze-layers/report/film.png docs/figures/
-	cp runs/maze-frames/report/frames_answer.png docs/figures/
 
 # torch first and alone: what follows then finds the build that was chosen and keeps it
 $(INSTALLED): pyproject.toml constraints.txt

@@ -89,32 +89,33 @@ def predict(trained: Any, bank: ProbeBank, use: Any, seed: int, folder: Path, co
     grid, task = Grid.load(folder), trained.task.build()
     model = load_pipeline(trained.pipeline)
     console = console or Console()
-    table = Table(
-        "problem", "from", "probe says", "probability", "full run draws", "right", box=None, padding=(0, 2, 0, 0)
-    )
-    table.title = f"read after step {use.step} of {trained.pipeline.steps} (0 = noisiest)"
-    lines = []
     for name in grid.with_role("answer", "choice"):
         cell = _best_at(grid, bank, name, use.step, use.layer)
-        kinds = bank.target(name).kinds
-        drawn = fresh_samples(task, trained.task.problems, kinds[0], use.problems, seed)
+        kind = bank.target(name).kinds[0]
+        drawn = fresh_samples(task, trained.task.problems, kind, use.problems, seed)
         answers = early_answers(model, trained.pipeline, task, bank, name, cell, drawn)
+        table = Table("problem", "probe says", "probability", "full run draws", "right", box=None, padding=(0, 3, 0, 0))
+        table.title = (
+            f"{name}: read after step {use.step} of {trained.pipeline.steps} (0 = noisiest), layer {cell.site}"
+        )
         for a in answers:
             end = "none" if a.drawn is None else str(a.drawn)
-            table.add_row(
-                a.problem.name, f"{name}, layer {cell.site}", str(a.answer), f"{a.probability:.2f}", end,
-                " or ".join(map(str, a.right)),
-            )  # fmt: skip
+            right = " or ".join(map(str, a.right))
+            table.add_row(f"{kind} {a.problem.index}", str(a.answer), f"{a.probability:.2f}", end, right)
+        console.print(table)
         same = np.mean([a.answer == a.drawn for a in answers])
-        right = np.mean([a.answer in a.right for a in answers])
-        own = np.mean([a.drawn in a.right for a in answers])
-        lines.append(
-            f"{name}: probe and full run agree on {same:.2f} of {len(answers)} problems; "
-            f"right: probe {right:.2f}, full run {own:.2f}"
+        solved = [np.mean([said in a.right for a, said in zip(answers, says, strict=True)]) for says in _both(answers)]
+        console.print(
+            f"probe and full run agree on {same:.2f} of {len(answers)} problems; right: probe {solved[0]:.2f}, "
+            f"full run {solved[1]:.2f}\n",
+            highlight=False,
+            soft_wrap=True,
         )
-    console.print(table)
-    for line in lines:
-        console.print(line, highlight=False)
+
+
+def _both(answers: list[EarlyAnswer]) -> tuple[list[int], list[int | None]]:
+    """What the probe said, and what the full run drew."""
+    return [a.answer for a in answers], [a.drawn for a in answers]
 
 
 def fresh_samples(task: Task, used: int, kind: str, count: int, seed: int) -> list[Sample]:

@@ -311,8 +311,8 @@ def test_doors_of_the_exits_tell_nothing(many):
 
 def test_rooms_beside_the_exits_hint_but_do_not_tell(many):
     """A branch may be cut right behind the doorstep, and on small mazes it often has nowhere else to be: the room
-    before an exit is then a dead end. What that hint is worth (0.42 with chance at 0.25) is what the `embed`
-    baseline subtracts; it must not grow towards the answer itself."""
+    before an exit is then a dead end. That hint is worth 0.42 with chance at 0.25; it must not grow
+    towards the answer itself."""
     ends = np.zeros((len(many), 4, 3))
     for row, problem in zip(ends, many, strict=True):
         passages = problem.layout.passages
