@@ -22,6 +22,8 @@ from cosprobe.solvers import Axes, design, principal_axes, spread, standardise
 from cosprobe.tasks import Target
 from cosprobe.types import SPLIT_ORDER, Cell
 
+OPTIONAL = ("choice", "replica")  # columns that samples may lack
+
 
 @dataclass(frozen=True)
 class ProbeSamples:
@@ -31,8 +33,9 @@ class ProbeSamples:
     does not carry the target. split: `train`, `validation` or `test`. keys: canonical problem of each sample,
     which is the unit splits and intervals respect. choice: what the model itself finally answered, -1 for none.
     scores: more arrays per sample, `x0_readout` [sample, step, candidate] (NaN at steps not decoded) and
-    `final` [sample, candidate].
-    Raises ValueError when shapes disagree, a split is unknown or a label is out of range.
+    `final` [sample, candidate]. replica: which of its problem's noise seeds a sample has, from 0. difficulty:
+    what makes a problem hard, by name, a whole number per sample; also the nuisances that are partialled out.
+    Raises ValueError when shapes disagree, a split is unknown, a label is out of range or a problem is in two splits.
     """
 
     features: Float[Tensor, "sample cell region channel"]
@@ -44,19 +47,21 @@ class ProbeSamples:
     kinds: np.ndarray
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     choice: np.ndarray | None = None
+    replica: np.ndarray | None = None
+    difficulty: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count, cells, regions = self.features.shape[:3]
         if cells != len(self.cells):
             raise ValueError(f"features{list(self.features.shape)}: expected {len(self.cells)} cells on axis 1")
-        columns = {"split": self.split, "keys": self.keys, "kinds": self.kinds, **self.scores}
-        if self.choice is not None:
-            columns["choice"] = self.choice
+        columns = {"split": self.split, "keys": self.keys, "kinds": self.kinds, **self.scores, **self.difficulty}
+        columns |= {name: getattr(self, name) for name in OPTIONAL if getattr(self, name) is not None}
         for name, column in columns.items():
             if len(column) != count:
                 raise ValueError(f"{name}: {len(column)} entries, expected one for each of {count} samples")
         if unknown := sorted(set(map(str, self.split)) - set(SPLIT_ORDER)):
             raise ValueError(f"split={unknown[0]!r}: expected one of {', '.join(SPLIT_ORDER)}")
+        check_apart(self.keys, self.split)
         for target in readable_targets(self.targets, regions):
             if target.name not in self.labels:
                 raise ValueError(f"target {target.name!r}: no labels; expected one for each of {count} samples")
@@ -89,12 +94,26 @@ class ProbeSamples:
             keys=self.keys[keep],
             kinds=self.kinds[keep],
             scores={name: array[keep] for name, array in self.scores.items()},
-            choice=None if self.choice is None else self.choice[keep],
+            difficulty={name: array[keep] for name, array in self.difficulty.items()},
+            **{name: None if getattr(self, name) is None else getattr(self, name)[keep] for name in OPTIONAL},
         )
 
     def at(self, part: slice) -> ProbeSamples:
         """The same samples, some of the cells."""
         return replace(self, features=self.features[:, part], cells=self.cells[part])
+
+
+def check_apart(keys: np.ndarray, split: np.ndarray) -> None:
+    """Raises ValueError naming the problems that stand in more than one split."""
+    pairs = np.unique(np.stack([np.asarray(keys, str), np.asarray(split, str)]), axis=1)
+    names, times = np.unique(pairs[0], return_counts=True)
+    if twice := names[times > 1].tolist():
+        where = " and ".join(pairs[1][pairs[0] == twice[0]])
+        more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""
+        raise ValueError(
+            f"problems {', '.join(twice[:3])}{more} stand in more than one split ({where}): expected each canonical "
+            "problem in one; split by key"
+        )
 
 
 def check_targets(targets: Sequence[Target], train: ProbeSamples, validation: ProbeSamples) -> None:

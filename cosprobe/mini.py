@@ -229,7 +229,9 @@ def _fit(module: L.LightningModule, folder: Path, steps: int, precision: str, ev
         gradient_clip_val=clip,
         logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
         callbacks=[
-            ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every),
+            ModelCheckpoint(
+                folder, save_last=True, save_top_k=0, every_n_train_steps=every, enable_version_counter=False
+            ),
             RichProgressBar(),
         ],
         log_every_n_steps=20,

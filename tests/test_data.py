@@ -29,22 +29,26 @@ def samples() -> ProbeSamples:
             "answer": torch.arange(count) % 3,
             "doors": torch.randint(0, 2, (count, 3), generator=rng),
         },
-        split=np.array(["train"] * 12 + ["validation"] * 5 + ["test"] * 3),
+        split=np.array(["train"] * 12 + ["validation"] * 4 + ["test"] * 4),
         keys=np.array([f"k{i // 2}" for i in range(count)]),
         kinds=np.array(["one"] * count),
         scores={"final": np.arange(count * 3, dtype=np.float32).reshape(count, 3)},
         choice=np.arange(count) % 3,
+        replica=np.arange(count) % 2,
+        difficulty={"rooms": np.arange(count) % 5},
     )
 
 
 def test_subset_takes_the_same_samples_of_everything(samples):
     part = samples.subset("validation")
-    assert len(part) == 5
-    assert torch.equal(part.features, samples.features[12:17])
-    assert torch.equal(part.labels["doors"], samples.labels["doors"][12:17])
-    assert part.keys.tolist() == samples.keys[12:17].tolist()
-    assert np.array_equal(part.scores["final"], samples.scores["final"][12:17])
-    assert part.choice.tolist() == samples.choice[12:17].tolist()
+    assert len(part) == 4
+    assert torch.equal(part.features, samples.features[12:16])
+    assert torch.equal(part.labels["doors"], samples.labels["doors"][12:16])
+    assert part.keys.tolist() == samples.keys[12:16].tolist()
+    assert np.array_equal(part.scores["final"], samples.scores["final"][12:16])
+    assert part.choice.tolist() == samples.choice[12:16].tolist()
+    assert part.replica.tolist() == samples.replica[12:16].tolist()
+    assert part.difficulty["rooms"].tolist() == samples.difficulty["rooms"][12:16].tolist()
     with pytest.raises(ValueError, match="split='dev': expected one of train, validation, test"):
         samples.subset("dev")
 
@@ -55,6 +59,11 @@ def test_subset_takes_the_same_samples_of_everything(samples):
         ({"cells": (Cell(0, "0", "cond", "all"),)}, "expected 1 cells on axis 1"),
         ({"keys": np.array(["k"])}, "keys: 1 entries, expected one for each of 20 samples"),
         ({"split": np.array(["dev"] * 20)}, "split='dev'"),
+        (
+            {"split": np.array(["train"] * 11 + ["test"] * 9)},
+            r"problems k5 stand in more than one split \(test and train\): expected each canonical problem in one",
+        ),
+        ({"difficulty": {"rooms": np.zeros(3)}}, "rooms: 3 entries, expected one for each of 20 samples"),
         ({"labels": {"answer": torch.zeros(20, dtype=torch.long)}}, "target 'doors': no labels"),
     ],
 )
