@@ -19,12 +19,13 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import would stand beside our one line
 
 from cosprobe.capture import Tape, capture
-from cosprobe.collect import collect, load_samples
+from cosprobe.collect import collect
 from cosprobe.devices import TrainerConfig
 from cosprobe.grid import Grid
 from cosprobe.pipelines import PipelineConfig, load_pipeline, sample
 from cosprobe.pooling import Pooling
 from cosprobe.probes import ProbeBank, load_probes
+from cosprobe.samples import load_samples
 from cosprobe.store import ActivationStore
 from cosprobe.training import ProbeConfig, fit
 from cosprobe.types import Cell

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cosprobe.pipelines import architecture, block_list, clean_estimate, experts, latent_tokens, token_grid
 from cosprobe.pooling import Pooling
-from cosprobe.types import EMBED, SOURCES, X0, X_T, parse_selection
+from cosprobe.types import EMBED, FIRST_FRAME, NOISE, PROMPT, SOURCES, X0, X_T, parse_selection
 
 BRANCHES = {"cond": ("cond",), "uncond": ("uncond",), "cond_uncond": ("uncond", "cond")}  # order inside a batch
 
@@ -34,7 +34,9 @@ class Tape:
     """What one pipeline call left behind.
 
     sites: layer numbers as text, then sources. steps: the step indices kept. experts: per kept step, the
-    transformer that ran. clean: x0-hat latents at the steps asked for.
+    transformer that ran. clean: x0-hat latents at the steps asked for. fixed: what the run was given, `noise` and
+    `first_frame` pooled like the sites and `prompt` [sample, channel], where the transformer has such inputs.
+    recorded: per kept step the guidance context and the arguments of the transformer call that served `cond`.
     """
 
     sites: tuple[str, ...]
@@ -43,6 +45,8 @@ class Tape:
     places: tuple[str, ...] = ()
     experts: dict[int, str] = field(default_factory=dict)
     clean: dict[int, Tensor] = field(default_factory=dict)
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+    recorded: dict[int, tuple[str, tuple, dict]] = field(default_factory=dict)
     parts: dict[tuple[int, str, str], Tensor] = field(default_factory=dict)
     calls: Counter[tuple[int, str, str]] = field(default_factory=Counter)
 
@@ -69,12 +73,13 @@ def capture(
     pooling: Pooling | None = None,
     steps: str = "all",
     clean: Sequence[int] = (),
+    record: bool = False,
 ) -> Iterator[Tape]:
     """Captures one call of `pipeline` made inside the block; undone on exit, whatever happens.
 
     sites: a layer selection (`all`, `0:30:5`) or a list of layer numbers and sources (`embed`, `x_t`,
     `x0_latent`). pooling: default one mean per clip. steps: step indices to keep. clean: step indices at
-    which the x0-hat latent itself is kept.
+    which the x0-hat latent itself is kept. record: also keep the arguments of transformer calls, for `replay`.
 
     Raises ValueError for what can't be captured right: an unknown transformer class, a step cache, a
     compiled block, a sampler that calls the model more than once a step, a selection out of range; and
@@ -82,7 +87,8 @@ def capture(
     """
     models = experts(pipeline)
     _refuse(pipeline, models)
-    watcher = _Watcher(pipeline, models, _sites(sites, models), pooling or Pooling("clip"), steps, set(clean))
+    chosen = _sites(sites, models)
+    watcher = _Watcher(pipeline, models, chosen, pooling or Pooling("clip"), steps, set(clean), record)
     with ExitStack() as undo:
         for expert, model in models.items():
             undo.callback(model.register_forward_pre_hook(watcher.on_model(expert), with_kwargs=True).remove)
@@ -100,8 +106,18 @@ def capture(
 class _Watcher:
     """State shared by the hooks of one capture."""
 
-    def __init__(self, pipeline: Any, models: dict, sites: tuple[str, ...], pooling: Pooling, steps: str, clean: set):
+    def __init__(
+        self,
+        pipeline: Any,
+        models: dict,
+        sites: tuple[str, ...],
+        pooling: Pooling,
+        steps: str,
+        clean: set,
+        record: bool,
+    ):
         self.pipeline, self.models, self.pooling, self.spec, self.clean = pipeline, models, pooling, steps, clean
+        self.record = record
         self.tape = Tape(sites)
         self.context = ""
         self.step = -1
@@ -116,8 +132,23 @@ class _Watcher:
             self.size = token_grid(model, _first(args, kwargs))
             self.tape.experts[self.step] = expert
             self.tape.calls[(self.step, expert, self._context())] += 1
+            if self._context() != "uncond":
+                if self.step == 0:
+                    self._keep_inputs(model, _first(args, kwargs), kwargs.get("encoder_hidden_states"))
+                if self.record and self.step in self.keep:
+                    self.tape.recorded[self.step] = (self._context(), args, kwargs)
 
         return hook
+
+    def _keep_inputs(self, model: nn.Module, latent: Tensor, prompt: Tensor | None) -> None:
+        """What the run starts from: the noise, and whatever stands beside it on the channel axis."""
+        latent, channel = conditional(self._context(), latent), architecture(model).layout.split().index("c")
+        noise, beside = latent.tensor_split([model.config.out_channels], dim=channel)
+        for name, part in ((NOISE, noise), (FIRST_FRAME, beside)):
+            if part.shape[channel]:
+                self.tape.fixed[name] = self.pooling(latent_tokens(model, part), self.size).cpu()
+        if prompt is not None:
+            self.tape.fixed[PROMPT] = conditional(self._context(), prompt).float().mean(dim=1).cpu()
 
     def on_embed(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         if EMBED in self.tape.sites:
@@ -212,6 +243,11 @@ class _Watcher:
             for step in tape.steps:
                 if not any((step, site, b) in tape.parts for b in ("", *tape.branches)):
                     raise RuntimeError(f"site {site} never ran at step {step}; sites: {', '.join(tape.sites)}")
+
+
+def conditional(context: str, tensor: Tensor) -> Tensor:
+    """The part of a batch that served the `cond` branch. context: name of the guidance context."""
+    return tensor.chunk(len(BRANCHES[context]))[-1]
 
 
 def _first(args: tuple, kwargs: dict) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,30 +20,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from cosprobe.capture import Tape, capture
-from cosprobe.data import ProbeSamples
 from cosprobe.pipelines import PipelineConfig, block_list, decode, experts, fingerprint, sample
 from cosprobe.pooling import Pooling
 from cosprobe.store import ActivationStore
 from cosprobe.tasks import Problem, Task
-from cosprobe.types import SOURCES, SPLIT_ORDER, X0, Cell, parse_selection
+from cosprobe.types import SOURCES, SPLIT_ORDER, X0, parse_selection
 
 SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A problem and a noise seed."""
+    """A problem and a noise seed, the `replica`-th of that problem."""
 
     problem: Problem
     seed: int
+    replica: int = 0
 
 
-def draw_samples(task: Task, problems: int, seeds: int, seed: int) -> list[Sample]:
-    """`problems` problems over the splits, each with `seeds` noise seeds; the seeds of a problem stay together.
+def draw_samples(task: Task, config: Any, seed: int) -> list[Sample]:
+    """`config.problems` problems over the splits, each with `config.seeds` noise seeds, which stay together.
 
     A noise seed depends on (seed, problem, which of its seeds), never on the place in a batch.
     Raises ValueError when a split would be empty.
     """
+    problems, seeds = config.problems, config.seeds
     counts = {split: round(problems * share) for split, share in SHARES.items()}
     counts["train"] += problems - sum(counts.values())
     if min(counts.values()) < 2 or seeds < 1:
@@ -51,7 +53,7 @@ def draw_samples(task: Task, problems: int, seeds: int, seed: int) -> list[Sampl
             "and at least 1 seed"
         )
     return [
-        Sample(problem, noise_seed(problem, which, seed))
+        Sample(problem, noise_seed(problem, which, seed), which)
         for split in SPLIT_ORDER
         for problem in task.problems(split, counts[split])
         for which in range(seeds)
@@ -92,29 +94,37 @@ def settings(pipeline: PipelineConfig, task: Any, probe: Any, seed: int) -> dict
 def collect(
     model: Any, pipeline: PipelineConfig, task: Task, task_config: Any, probe: Any, seed: int, folder: Path
 ) -> ActivationStore:
-    """Collects what is not on disk yet. With several processes, chunk i belongs to process i modulo their number.
-
-    Chunks are cut by global index, so one process and many write the same shards.
-    """
-    drawn = draw_samples(task, task_config.problems, task_config.seeds, seed)
+    """Collects what is not on disk yet. Chunks are cut by global index: one process and many write the same shards."""
+    drawn = draw_samples(task, task_config, seed)
     chunks = [drawn[i : i + pipeline.batch] for i in range(0, len(drawn), pipeline.batch)]
     store = ActivationStore(folder, settings(pipeline, task_config, probe, seed), len(chunks))
     size = store_bytes(model, pipeline, task, probe, len(drawn))
+    return fill(store, size, f"{len(drawn)} samples", partial(_chunk, model, pipeline, task, probe), chunks)
+
+
+def fill(
+    store: ActivationStore, size: int, what: str, write: Callable[[list], tuple[dict, dict]], chunks: Sequence[list]
+) -> ActivationStore:
+    """Writes the shards that are not on disk yet, one per chunk, saying first how large the whole will be.
+
+    With several processes, chunk i belongs to process i modulo their number.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if rank == 0:
         store.begin(size)
     _barrier()
     missing = store.missing()
+    name = store.folder.name
     if not missing:
-        _say(f"store: {len(drawn)} samples are already in {folder}; re-using them")
+        say(f"{name}: {what} are already in {store.folder}; re-using them")
     else:
-        done = (
-            "" if len(missing) == len(chunks) else f"; {len(chunks) - len(missing)} of {len(chunks)} shards are there"
-        )
-        _say(f"store: {len(drawn)} samples, {size / 1e6:.0f} MB in {folder}{done}")
+        there = len(chunks) - len(missing)
+        done = f"; {there} of {len(chunks)} shards are there" if there else ""
+        say(f"{name}: {what}, {size / 1e6:.0f} MB in {store.folder}{done}")
         with _progress(rank) as bar:
-            for index in bar.track([i for i in missing if i % world == rank], description="sampling under capture"):
-                store.write(index, *_chunk(model, pipeline, task, probe, chunks[index]))
+            mine = [i for i in missing if i % world == rank]
+            for index in bar.track(mine, description=f"{name}: sampling under capture"):
+                store.write(index, *write(chunks[index]))
         _barrier()
     if rank == 0 and not store.complete:
         store.finish()
@@ -165,7 +175,8 @@ def _chunk(
         "choice": answers,
         "solved": torch.tensor([int(a) in task.solutions(p) for a, p in zip(answers, problems, strict=True)]),
     }
-    return tensors | _labels(task, problems), _notes(tape)
+    tensors |= {f"fixed.{name}": value for name, value in tape.fixed.items()}
+    return tensors | _labels(task, problems) | {"replica": torch.tensor([s.replica for s in chunk])}, _notes(tape)
 
 
 @torch.no_grad()
@@ -197,6 +208,8 @@ def _labels(task: Task, problems: list[Problem]) -> dict[str, Tensor]:
         missing = (-1,) * task.candidates if target.form == "region" else -1
         rows = [p.labels.get(target.name, missing) if p.kind in target.kinds else missing for p in problems]
         tensors[f"label.{target.name}"] = torch.tensor(rows)
+    for name in problems[0].difficulty:
+        tensors[f"difficulty.{name}"] = torch.tensor([p.difficulty[name] for p in problems])
     tensors["key"] = torch.tensor([int(p.key[:15], 16) for p in problems])
     tensors["split"] = torch.tensor([SPLIT_ORDER.index(p.split) for p in problems])
     tensors["kind"] = torch.tensor([task.kinds.index(p.kind) for p in problems])
@@ -213,48 +226,6 @@ def _notes(tape: Tape) -> dict[str, Any]:
     }
 
 
-def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, list[str]]:
-    """What probes are trained on, and the expert that ran at each step kept."""
-    tensors, notes = store.read()
-    features = tensors["features"].flatten(1, 4)
-    cells = tuple(
-        Cell(step, site, branch, place)
-        for step in notes["steps"]
-        for site in notes["sites"]
-        for branch in notes["branches"]
-        for place in notes["places"]
-    )
-    kinds = np.array(task.kinds)[tensors["kind"].numpy()]
-    labels = {}
-    for target in task.targets:
-        if target.role == "choice":
-            labels[target.name] = torch.where(torch.from_numpy(np.isin(kinds, target.kinds)), tensors["choice"], -1)
-        else:
-            labels[target.name] = tensors[f"label.{target.name}"]
-    split = np.array(SPLIT_ORDER)[tensors["split"].numpy()]
-    samples = ProbeSamples(
-        features=features,
-        cells=cells,
-        targets=tuple(t for t in task.targets if t.role != "choice" or _settles(labels[t.name].numpy(), split, t.name)),
-        labels=labels,
-        split=split,
-        keys=np.array([f"{key:015x}" for key in tensors["key"].tolist()]),
-        kinds=kinds,
-        choice=tensors["choice"].numpy(),
-        scores={name: tensors[name].numpy() for name in ("x0_readout", "final", "solved")},
-    )
-    return samples, notes["experts"]
-
-
-def _settles(labels: np.ndarray, split: np.ndarray, name: str) -> bool:
-    """Whether the model settles on answers often enough to train probes of them; says so when it does not."""
-    classes = len(np.unique(labels[(split == "train") & (labels >= 0)]))
-    empty = [part for part in SPLIT_ORDER if not (labels[split == part] >= 0).any()]
-    if classes < 2 or empty:
-        _say(f"target {name!r} is left out: the model settles on {classes} different answers in training samples")
-    return classes >= 2 and not empty
-
-
 def _progress(rank: int) -> Progress:
     columns = (
         TextColumn("{task.description}"),
@@ -267,7 +238,8 @@ def _progress(rank: int) -> Progress:
 
 
 @rank_zero_only
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """One line on the terminal, from the first process only."""
     Console().print(line, highlight=False, soft_wrap=True)
 
 

@@ -84,7 +84,10 @@ class ProbeSamples:
         """The samples of one split. Raises ValueError for an unknown split."""
         if split not in SPLIT_ORDER:
             raise ValueError(f"split={split!r}: expected one of {', '.join(SPLIT_ORDER)}")
-        keep = np.flatnonzero(np.asarray(self.split) == split)
+        return self.rows(np.flatnonzero(np.asarray(self.split) == split))
+
+    def rows(self, keep: Int[np.ndarray, " kept"]) -> ProbeSamples:
+        """The samples at these places."""
         at = torch.from_numpy(keep)
         return replace(
             self,

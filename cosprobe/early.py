@@ -15,11 +15,11 @@ from rich.table import Table
 from cosprobe.capture import capture
 from cosprobe.collect import Sample, images, noise_seed
 from cosprobe.grid import Grid
-from cosprobe.pipelines import PipelineConfig, fingerprint, load_pipeline, sample
+from cosprobe.pipelines import PipelineConfig, fingerprint, load_pipeline, sample, stop_after
 from cosprobe.pooling import Pooling
 from cosprobe.probes import ProbeBank
 from cosprobe.tasks import Problem, Task
-from cosprobe.types import SOURCES, Cell
+from cosprobe.types import Cell
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,11 @@ def _features_at(
 ) -> torch.Tensor:
     """[sample, region, channel] at one cell, of runs that end after its step; nothing is decoded."""
 
-    def stop(running: Any, step: int, timestep: Any, tensors: dict) -> dict:
-        running._interrupt = step >= cell.step
-        return {}
-
     store = bank.provenance["store"]
     kind = store["probe.pooling"]
     pooling = Pooling(kind, store["probe.frames"], [p.regions for p in problems] if kind == "region" else ())
     with capture(model, [cell.site], pooling, str(cell.step)) as tape:
-        sample(model, pipeline, *arguments, callback_on_step_end=stop, output_type="latent")
+        sample(model, pipeline, *arguments, callback_on_step_end=stop_after(cell.step), output_type="latent")
     at = tape.branches.index(cell.branch), tape.places.index(cell.place)
     features = tape.features()[:, 0, 0, at[0], at[1]]
     return torch.nn.functional.pad(features, (0, bank.mean.shape[1] - features.shape[-1]))
@@ -126,7 +122,7 @@ def fresh_samples(task: Task, used: int, kind: str, count: int, seed: int) -> li
 
 def _best_at(grid: Grid, bank: ProbeBank, target: str, step: int, layer: int | None) -> Cell:
     """The cell of a target at a step: at `layer`, or at the layer that was best on validation there."""
-    cells = [cell for cell in bank.cells if cell.site not in SOURCES]
+    cells = [cell for cell in bank.cells if cell.is_layer]
     steps, layers = sorted({c.step for c in cells}), sorted({int(c.site) for c in cells})
     if step not in steps:
         raise ValueError(f"use.step={step}: expected a step these probes were trained at: {_ranges(steps)}")

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cosprobe.calibration import brier, ece
 from cosprobe.data import ProbeSamples
+from cosprobe.predictions import Evaluated, SplitPredictions, TargetPredictions
 from cosprobe.probes import ProbeBank
-from cosprobe.scoring import Evaluated, SplitPredictions, TargetPredictions
 from cosprobe.tasks import Target
+from cosprobe.types import EVERY_STEP
 
 
 def evaluate(samples: ProbeSamples, experts: Sequence[str], bank: ProbeBank) -> Evaluated:
     """Predictions of every cell for every target of the bank. experts: the transformer of each step kept."""
-    steps = sorted({cell.step for cell in samples.cells})
+    steps = sorted({cell.step for cell in samples.cells} - {EVERY_STEP})
     train, validation, test = (samples.subset(split) for split in ("train", "validation", "test"))
     settled = np.zeros(len(samples)) if samples.choice is None else samples.choice
     results = []
@@ -29,6 +31,7 @@ def evaluate(samples: ProbeSamples, experts: Sequence[str], bank: ProbeBank) -> 
                 _predictions(test, target, bank, steps),
                 bank.lambdas[target.name].numpy(),
                 none,
+                _trust(test, target, bank),
             )
         )
     return Evaluated(samples.cells, tuple(experts), tuple(results))
@@ -46,3 +49,15 @@ def _predictions(samples: ProbeSamples, target: Target, bank: ProbeBank, steps: 
         readout=readout,
         drawn=samples.choice,
     )
+
+
+def _trust(test: ProbeSamples, target: Target, bank: ProbeBank) -> dict[str, np.ndarray]:
+    """How far the probabilities of every cell can be trusted, on test; nothing for a bank without temperatures."""
+    labels = test.labels[target.name].flatten()
+    if target.name not in bank.temperatures or not (labels >= 0).any():
+        return {}
+    raw = bank.decision(test.features, target.name).reshape(len(bank.cells), len(labels), -1)
+    heat = bank.temperatures[target.name]
+    odds = (raw / heat[:, None, None]).softmax(dim=-1)
+    found = {"temperature": heat, "ece": ece(odds, labels), "ece_raw": ece(raw.softmax(-1), labels)}
+    return {name: value.numpy() for name, value in (found | {"brier": brier(odds, labels)}).items()}

@@ -22,10 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from cosprobe.grid import CHANCE, READOUT, Grid
+from cosprobe.grid import ALPHA, MAJORITY, READOUT, Grid
 from cosprobe.types import EMBED, X0, X_T
 
-ALPHA = 0.05  # corrected p above this is no evidence
 WORST = -0.5  # skill below this is drawn as if it were this
 STYLE = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
@@ -47,7 +46,7 @@ BASELINE_STYLE = {
     EMBED: ("probe on embed, input of block 0", {"color": "#444444", "linestyle": "--"}),
     X0: ("probe on the latent of x0-hat", {"color": OUTLINE, "linestyle": "--"}),
     READOUT: ("forced-choice readout of decoded x0-hat", {"color": OUTLINE, "linestyle": "-", "marker": "o"}),
-    CHANCE: ("chance", {"color": "#9a9a9a", "linestyle": "-"}),
+    MAJORITY: ("most frequent label", {"color": "#9a9a9a", "linestyle": "-"}),
 }
 
 
@@ -66,7 +65,7 @@ def maps(grid: Grid, targets: Sequence[str], place: str | None = None, branch: s
     than x0-hat shows, and the best cell. Default plane: that of each target's best cell."""
     columns, rows = (1 if len(targets) == 1 else 2), -(-len(targets) // 2)
     with rc_context(STYLE):
-        figure = _figure(4.8 if columns == 1 else 8.0, 0.85 + 2.75 * rows)
+        figure = new_figure(4.8 if columns == 1 else 8.0, 0.85 + 2.75 * rows)
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         notes = set()
         for axes, target in zip(panels, targets, strict=False):
@@ -103,7 +102,7 @@ def frame_maps(grid: Grid, target: str) -> Figure:
     data = data.sel(branch=best.cell.branch) if "branch" in data.dims else data
     place = _rank(data, "place", best.cell.place)
     with rc_context(STYLE):
-        figure = _figure(8.0, 3.8)
+        figure = new_figure(8.0, 3.8)
         panels = figure.subplots(1, 2)
         at_step, at_layer = data.sel(step=best.cell.step), data.sel(layer=int(best.cell.site))
         notes = _map(panels[0], at_step.transpose("layer", "place", ...), "layer", "place")
@@ -114,8 +113,8 @@ def frame_maps(grid: Grid, target: str) -> Figure:
         where = "latent frame (all = mean over frames)" if "all" in data.place.values else "place"
         panels[0].set(xlabel=where, ylabel=LAYER_LABEL)
         panels[1].set(xlabel=STEP_LABEL, ylabel=where)
-        panels[0].set_title(f"$\\bf{{{_bold(target)}}}$, at step {best.cell.step}", loc="left")
-        panels[1].set_title(f"$\\bf{{{_bold(target)}}}$, at layer {best.cell.site}", loc="left")
+        panels[0].set_title(f"$\\bf{{{bold(target)}}}$, at step {best.cell.step}", loc="left")
+        panels[1].set_title(f"$\\bf{{{bold(target)}}}$, at layer {best.cell.site}", loc="left")
         _colorbar(figure, panels)
         _map_legend(figure, notes, 2)
     return figure
@@ -127,7 +126,7 @@ def curves(grid: Grid, targets: Sequence[str], layers: Sequence[int] | None = No
     layers = default_layers(grid, targets) if layers is None else sorted(layers)
     depth = max(1, int(grid.dataset.layer.values.max()))
     with rc_context(STYLE):
-        figure = _figure(4.8 if len(targets) == 1 else 8.0, 4.3)
+        figure = new_figure(4.8 if len(targets) == 1 else 8.0, 4.3)
         panels = figure.subplots(1, len(targets), sharey=True, squeeze=False).ravel()
         for axes, target in zip(panels, targets, strict=True):
             plane = grid.plane(target).transpose("step", ...)
@@ -146,7 +145,7 @@ def curves(grid: Grid, targets: Sequence[str], layers: Sequence[int] | None = No
                 axes.axhline(own, color="#cc79a7", linewidth=1.3, linestyle="-.", label="the model's own final answer")
             axes.set_title(_title(grid, target, plane), loc="left", linespacing=1.35)
             axes.set(xlabel=STEP_LABEL, ylim=(0, 1.02))
-            axes.set_xticks(_ticks(plane.step.values))
+            axes.set_xticks(ticks(plane.step.values))
             axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
             axes.set_axisbelow(True)
         panels[0].set_ylabel("test accuracy (band: 95 % interval)")
@@ -163,13 +162,13 @@ def default_layers(grid: Grid, targets: Sequence[str]) -> list[int]:
     return sorted({*map(int, spread), *(int(grid.best(target).cell.site) for target in targets)})
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: nothing is kept alive, no display is needed
     return figure
 
 
-def _bold(text: str) -> str:
+def bold(text: str) -> str:
     return text.replace("_", r"\_").replace(" ", r"\ ")
 
 
@@ -183,14 +182,14 @@ def _title(grid: Grid, target: str, plane: xr.Dataset) -> str:
     where += f", {plane.branch.values}" if "branch" in grid.dataset.dims else ""
     question = QUESTIONS.get(str(plane.role.values), "")
     result = f"best accuracy {best.accuracy:.2f}" if best.p <= ALPHA else "no evidence"
-    return f"$\\bf{{{_bold(target)}}}$: {question}\n{kinds} problems, n = {int(plane.n_test)}, {result}{where}"
+    return f"$\\bf{{{bold(target)}}}$: {question}\n{kinds} problems, n = {int(plane.n_test)}, {result}{where}"
 
 
 def _map(axes: Axes, data: xr.Dataset, rows: str, columns: str) -> set[str]:
     """Draws skill with its marks; returns which marks occur."""
-    skill, p, excess = (data[name].values for name in ("skill", "p_permutation", "excess_lower"))
+    skill, p, p_excess = (data[name].values for name in ("skill", "p_permutation", "p_excess"))
     axes.pcolormesh(np.ma.masked_invalid(skill), cmap=skill_colours(), vmin=WORST, vmax=1, edgecolors="none")
-    blind, ahead, undefined = p > ALPHA, (excess > 0) & (p <= ALPHA), np.isnan(skill)
+    blind, ahead, undefined = p > ALPHA, (p_excess <= ALPHA) & (p <= ALPHA), np.isnan(skill)
     notes = {name for name, mask in (("blind", blind), ("ahead", ahead), ("undefined", undefined)) if mask.any()}
     if blind.any():
         hatched = axes.pcolor(np.ma.masked_where(~blind, np.zeros(skill.shape)), hatch="/////", linewidth=0)
@@ -198,7 +197,7 @@ def _map(axes: Axes, data: xr.Dataset, rows: str, columns: str) -> set[str]:
     axes.add_collection(LineCollection(_border(ahead), colors=OUTLINE, linewidths=1.8, capstyle="round"))
     for axis, name in ((axes.xaxis, columns), (axes.yaxis, rows)):
         names = data[name].values
-        shown = range(len(names)) if names.dtype.kind in "UO" else [list(names).index(t) for t in _ticks(names)]
+        shown = range(len(names)) if names.dtype.kind in "UO" else [list(names).index(t) for t in ticks(names)]
         axis.set_ticks([i + 0.5 for i in shown], [str(names[i]) for i in shown])
     axes.tick_params(length=2)
     return notes
@@ -235,7 +234,7 @@ def _experts(axes: Axes, plane: xr.Dataset) -> None:
             )  # fmt: skip
 
 
-def _ticks(values: np.ndarray, most: int = 8) -> list[int]:
+def ticks(values: np.ndarray, most: int = 8) -> list[int]:
     """At most `most` of the values, evenly spaced from the first."""
     stride = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if -(-len(values) // s) <= most or s == 1000)
     return [int(value) for value in values[::stride]]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import lightning as L
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset
@@ -43,13 +43,15 @@ class FlowConfig:
 @dataclass(frozen=True)
 class LatentClips:
     """Pre-encoded clips, normalised. condition: the model's image condition (mask and encoded first frame),
-    appended to the noisy channels. active: tokens that a video of this problem may change."""
+    appended to the noisy channels. active: tokens that a video of this problem may change. repeats: how often a clip
+    is seen in an epoch."""
 
     latent: Float[Tensor, "clip channel frame height width"]
     condition: Float[Tensor, "clip condition frame height width"]
     active: UInt8[Tensor, "clip frame height width"]
     prompt: Float[Tensor, "clip token feature"]
     empty: Float[Tensor, "token feature"]
+    repeats: Int[Tensor, " clip"]
 
 
 class FlowBatches(IterableDataset):
@@ -59,12 +61,13 @@ class FlowBatches(IterableDataset):
         self.clips, self.batch, self.seed, self.start = clips, batch, seed, start
 
     def __iter__(self) -> Iterator[Batch]:
-        count = len(self.clips.latent)
-        per_epoch = max(1, count // self.batch)
+        every = torch.arange(len(self.clips.latent)).repeat_interleave(self.clips.repeats)
+        per_epoch = max(1, len(every) // self.batch)
         step = self.start
         while True:
             epoch, place = divmod(step, per_epoch)
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1009 + epoch))
+            shuffle = torch.Generator().manual_seed(self.seed * 1009 + epoch)
+            order = every[torch.randperm(len(every), generator=shuffle)]
             for i in range(place, per_epoch):
                 chosen = order[i * self.batch : (i + 1) * self.batch]
                 noise = torch.Generator().manual_seed((self.seed * 1009 + step) * 7919 + 1)

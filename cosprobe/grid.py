@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from cosprobe.types import EMBED, X0, X_T, Cell
+from cosprobe.types import EMBED, FIXED, X0, X_T, Cell
 
-CHANCE, READOUT = "chance", "x0_readout"
-BASELINES = (CHANCE, EMBED, X_T, READOUT, X0)
-INPUTS = (CHANCE, EMBED, X_T)  # the reference that skill is measured from: what needs no block of the model
+CHANCE, MAJORITY, READOUT = "chance", "majority", "x0_readout"
+WEIGHTS = ("permuted_weights", "fresh_weights")  # on few samples: listed, never the reference
+GUESSES = (CHANCE, MAJORITY)  # what needs no input at all
+INPUTS = (*GUESSES, *FIXED, EMBED, X_T)  # the reference that skill is measured from: what needs no block of the model
 VISIBLE = (READOUT, X0)  # what the picture already shows
+BASELINES = (*INPUTS, *VISIBLE, *WEIGHTS)
+ALPHA = 0.05  # corrected p above this is no evidence
 CEILING = 0.95  # above this reference there is no room left: skill is NaN
 FILE = "grid.nc"
 

@@ -49,12 +49,14 @@ BATCH = 16  # clips encoded at a time
 @dataclass
 class MiniConfig:
     """Everything that shapes the weights. clips: size of the training set; choice_share: how much of it is
-    choice problems, each drawn once with a random reachable exit."""
+    choice problems, each drawn once with a random reachable exit; choice_repeats: how often each of them is seen
+    while a one-exit problem is seen once."""
 
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     clips: int = 20_480
     choice_share: float = 0.35
+    choice_repeats: int = 1
     layers: int = 8
     heads: int = 4
     head_dim: int = 32
@@ -75,7 +77,9 @@ def train_mini(config: MiniConfig, task: Task, folder: Path, precision: str = "b
     with _timed(folder, "encoding"):
         encoded = encode_clips(config, task, vae, folder / "latents")
     prompt, empty = embed([_prompt(task), ""], tokenizer, text_encoder)
-    clips = LatentClips(**encoded, prompt=prompt.expand(config.clips, -1, -1), empty=empty)
+    repeats = torch.ones(config.clips, dtype=torch.int64)
+    repeats[config.clips - round(config.clips * config.choice_share) :] = config.choice_repeats
+    clips = LatentClips(**encoded, prompt=prompt.expand(config.clips, -1, -1), empty=empty, repeats=repeats)
 
     torch.manual_seed(config.seed)
     flow = FlowMatching(build_transformer(config, vae), clips, config.flow, config.seed)

@@ -7,7 +7,7 @@ different problems.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -262,6 +262,16 @@ def sample(
     }
     with batched_images(pipeline):
         return pipeline(**(arguments | overrides)).frames
+
+
+def stop_after(step: int) -> Callable[[Any, int, Any, dict], dict]:
+    """A `callback_on_step_end` that lets a run end after `step` (a step index)."""
+
+    def callback(running: Any, now: int, timestep: Any, tensors: dict) -> dict:
+        running._interrupt = now >= step
+        return {}
+
+    return callback
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
+from cosprobe.calibration import temperatures
 from cosprobe.solvers import design, standardise
 from cosprobe.tasks import Target
 from cosprobe.types import Cell
 
-FORMAT = 1
+FORMAT = 2
+TABLES = ("weights", "biases", "lambdas", "temperatures")
 TENSORS, DESCRIPTION = "bank.safetensors", "bank.json"
 CHUNK = 2**26  # numbers standardised at a time, 256 MB in fp32
 
@@ -70,7 +72,8 @@ class ProbeBank:
 
     weights, biases: per target name, [cell, width, out] and [cell, out]; width is channel, for form `problem`
     region * channel; out is 1 for form `candidate` and the number of classes otherwise.
-    mean, std: standardisation from the training rows. lambdas: the penalty validation chose, per target.
+    mean, std: standardisation from the training rows. lambdas: the penalty that was chosen, per target.
+    temperatures: what decision values are divided by to give probabilities, per target; from `calibrated`.
     targets: in the form they were fitted. provenance: where the bank comes from, anything JSON can hold.
     """
 
@@ -82,6 +85,7 @@ class ProbeBank:
     weights: dict[str, Float[Tensor, "cell _width _out"]]
     biases: dict[str, Float[Tensor, "cell _out"]]
     lambdas: dict[str, Float[Tensor, " cell"]]
+    temperatures: dict[str, Float[Tensor, " cell"]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def signed(self, **provenance: Any) -> ProbeBank:
@@ -110,9 +114,7 @@ class ProbeBank:
             cells=tuple(cells),
             mean=self.mean[at],
             std=self.std[at],
-            weights={name: value[at] for name, value in self.weights.items()},
-            biases={name: value[at] for name, value in self.biases.items()},
-            lambdas={name: value[at] for name, value in self.lambdas.items()},
+            **{table: {name: value[at] for name, value in getattr(self, table).items()} for table in TABLES},
         )
 
     @classmethod
@@ -124,10 +126,25 @@ class ProbeBank:
             cells=tuple(cell for bank in banks for cell in bank.cells),
             mean=torch.cat([bank.mean for bank in banks]),
             std=torch.cat([bank.std for bank in banks]),
-            weights={name: torch.cat([bank.weights[name] for bank in banks]) for name in first.weights},
-            biases={name: torch.cat([bank.biases[name] for bank in banks]) for name in first.biases},
-            lambdas={name: torch.cat([bank.lambdas[name] for bank in banks]) for name in first.lambdas},
+            **{
+                table: {
+                    name: torch.cat([getattr(bank, table)[name] for bank in banks]) for name in getattr(first, table)
+                }
+                for table in TABLES
+            },
         )
+
+    def calibrated(
+        self,
+        features: Float[Tensor, "sample cell region channel"],
+        labels: Mapping[str, Int[Tensor, " sample *region"]],
+    ) -> ProbeBank:
+        """The same bank with a temperature for every cell and target, from samples it was not fitted to."""
+        found = {}
+        for target in self.targets:
+            values, label = self.decision(features, target.name), labels[target.name].flatten()
+            found[target.name] = temperatures(values.reshape(len(self.cells), len(label), -1), label)
+        return replace(self, temperatures=found)
 
     def decision(
         self,
@@ -160,8 +177,12 @@ class ProbeBank:
         target: str,
         cells: Sequence[Cell] | None = None,
     ) -> Float[Tensor, "cell sample *region out"]:
-        """Softmax of the decision values; not calibrated."""
-        return self.decision(features, target, cells).softmax(dim=-1)
+        """Softmax of the decision values, each cell's divided by its temperature if the bank is calibrated."""
+        values = self.decision(features, target, cells)
+        if target in self.temperatures:
+            heat = (self if cells is None else self.select(cells)).temperatures[target]
+            values = values / heat.view(-1, *[1] * (values.ndim - 1))
+        return values.softmax(dim=-1)
 
     def predict(
         self,
@@ -177,7 +198,7 @@ class ProbeBank:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"mean": self.mean, "std": self.std}
-        for name in ("weights", "biases", "lambdas"):
+        for name in TABLES:
             tensors |= {f"{name}/{key}": value for key, value in getattr(self, name).items()}
         data = tensor_bytes({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
         description = {
@@ -209,7 +230,7 @@ class ProbeBank:
         if hashlib.sha256(data).hexdigest() != digest:
             raise ValueError(f"{folder / TENSORS}: damaged or from another fit than {DESCRIPTION}; fit again")
         tensors = read_tensors(data)
-        tables: dict[str, dict[str, Tensor]] = {"weights": {}, "biases": {}, "lambdas": {}}
+        tables: dict[str, dict[str, Tensor]] = {name: {} for name in TABLES}
         for key, value in tensors.items():
             if "/" in key:
                 table, name = key.split("/", 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,13 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from cosprobe.figures import ALPHA, curves, frame_maps, headline, maps
+from cosprobe.checks import Checks
+from cosprobe.diagnostics import check_panels, generalisation
+from cosprobe.figures import curves, frame_maps, headline, maps
 from cosprobe.film import Film, film_strip
-from cosprobe.grid import FILE, Best, Grid
-from cosprobe.types import EMBED, X_T
+from cosprobe.grid import ALPHA, FILE, GUESSES, INPUTS, Best, Grid
+from cosprobe.scoring import RELABELLED
+from cosprobe.summary import check_table
 
 HEADLINE = ("answer", "choice")  # roles shown first
 COLUMNS = ("target", "best cell", "accuracy [95 %]", "chance", "best input", "x0-hat shows", "evidence", "n")
@@ -30,11 +33,17 @@ CAPTIONS = {
     "headline.png": "Where the answer can be read. One square per layer and denoising step; the colour is skill, the "
     "share of the gap between the strongest of chance and the inputs (`embed`, `x_t`) and perfect that a linear probe "
     "closes. Hatched: no evidence after correction for all squares. Orange outline: the probe reads more than the "
-    "picture (x0-hat) already shows at that step, the 95 % interval of the difference being above zero. Star: the cell "
-    "with the best validation accuracy.",
+    "picture (x0-hat) already shows at that step, after correction for all squares. Star: the cell with the best "
+    "validation accuracy.",
     "curves.png": "Accuracy along the denoising steps, with 95 % intervals by problem, beside every baseline.",
     "others.png": "The same maps for targets that are visible in the first frame, for nuisances, and for the control "
     "target, whose labels are random: it must show no evidence. For perception targets skill starts at chance.",
+    "generalisation.png": "Frozen probes read where they were not trained: rows name what a probe was trained on, "
+    "columns what it is read on. A probe that works on its own step only reads something that other steps hold in "
+    "another form or not at all.",
+    "checks.png": "For the best cell of each target: accuracy by number of training problems; confidence against "
+    "accuracy, with and without the temperature; what the same architecture gives with permuted and fresh weights; and "
+    "when each layer becomes readable, beside the picture.",
     "film.png": "What the model would draw if it stopped: the last frame of x0-hat at the decoded steps. Boxed: the "
     "candidate that a forced choice reads from it.",
 }
@@ -71,13 +80,14 @@ class SummaryRow:
 def summarise(grid: Grid) -> list[SummaryRow]:
     """One row per target."""
     rows = []
-    for target in grid.targets:
+    for target in shown_targets(grid):
         best = grid.best(target)
         cell = grid.at(target, best.cell)
         where = f"layer {best.cell.site}, step {best.cell.step}"
         where += f", place {best.cell.place}" if grid.dataset.sizes["place"] > 1 else ""
         where += f", {best.cell.branch}" if "branch" in grid.dataset.dims else ""
-        trial = {name: float(cell.baseline_validation.sel(baseline=name)) for name in (EMBED, X_T)}
+        names = [name for name in INPUTS if name not in GUESSES]
+        trial = {name: float(cell.baseline_validation.sel(baseline=name)) for name in names}
         known = {name: value for name, value in trial.items() if np.isfinite(value)}
         source = max(known, key=lambda name: known[name]) if known else ""
         inputs = float(cell.baseline_accuracy.sel(baseline=source)) if source else math.nan
@@ -87,7 +97,7 @@ def summarise(grid: Grid) -> list[SummaryRow]:
     return rows
 
 
-def remarks(grid: Grid) -> list[str]:
+def remarks(grid: Grid, checks: Checks) -> list[str]:
     """What a reader must know beside the table, a sentence each."""
     own, lower, upper = (float(grid.dataset.attrs[f"model_accuracy{end}"]) for end in ("", "_lower", "_upper"))
     lines = []
@@ -105,45 +115,61 @@ def remarks(grid: Grid) -> list[str]:
         count = int((grid.dataset.p_permutation.sel(target=target) <= ALPHA).sum())
         verdict = "as it should" if count == 0 else "which should not be: distrust this grid"
         lines.append(f"{target} (random labels) is decodable in {count} cells after correction, {verdict}.")
+    lines += [f"Left out of the checks: {reason}." for reason in checks.skipped]
+    if checks.weights is not None:
+        w = checks.weights
+        lines.append(
+            f"Permuted and fresh weights were asked about {w.samples} samples: {w.evaluations} more network "
+            f"evaluations, {w.seconds:.0f} s when they were sampled."
+        )
     return lines
 
 
-def write_report(grid: Grid, run_dir: Path, films: Film | None = None) -> Path:
+def shown_targets(grid: Grid) -> list[str]:
+    """All but the relabelled controls, which enter through selectivity."""
+    relabelled = grid.with_role(RELABELLED)
+    return [target for target in grid.targets if target not in relabelled]
+
+
+def write_report(grid: Grid, checks: Checks, run_dir: Path, films: Film | None = None) -> Path:
     """Writes the folder run_dir/report: grid.nc, figures as PNG, and summary.md last. Returns the folder."""
     folder = Path(run_dir) / "report"
     folder.mkdir(parents=True, exist_ok=True)
     grid.save(folder / FILE)
     shown = grid.with_role(*HEADLINE) or grid.targets[:2]
-    others = [target for target in grid.targets if target not in shown]
+    others = [target for target in shown_targets(grid) if target not in shown]
     figures: dict[str, Callable[[], Figure]] = {
         "headline.png": partial(headline, grid),
         "curves.png": partial(curves, grid, shown),
     }
     if grid.dataset.sizes["place"] > 1:
         figures |= {f"frames_{target}.png": partial(frame_maps, grid, target) for target in shown}
+    if checks.best:
+        figures["checks.png"] = partial(check_panels, grid, checks)
+    if checks.matrices:
+        figures["generalisation.png"] = partial(generalisation, checks.matrices)
     if others:
         figures["others.png"] = partial(maps, grid, others)
     if films is not None:
         figures["film.png"] = partial(film_strip, films.rows, films.steps)
     for name, draw in figures.items():
         _whole(folder / name, draw().savefig)
-    text = summary_markdown(grid, tuple(figures))
+    text = summary_markdown(grid, checks, tuple(figures))
     _whole(folder / "summary.md", lambda path: path.write_text(text, encoding="utf-8"))
     return folder
 
 
-def summary_markdown(grid: Grid, figures: tuple[str, ...] = ()) -> str:
+def summary_markdown(grid: Grid, checks: Checks, figures: tuple[str, ...] = ()) -> str:
     """The report's page: the table, remarks, every figure with how to read it, and provenance."""
-    rows = [row.cells() for row in summarise(grid)]
-    table = [COLUMNS, tuple("-" * len(name) for name in COLUMNS), *rows]
-    out = ["# Where the answer becomes decodable", ""]
-    out += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    out = ["# Where the answer becomes decodable", "", *_markdown(COLUMNS, [row.cells() for row in summarise(grid)])]
     out += [
         "", "Best cells are chosen on validation and read on test; intervals are bootstrapped by problem; `p` is "
         "corrected for all cells of a target (above 0.05: no evidence). `best input` and `x0-hat shows` are baselines "
         "at the same step and place.", "",
     ]  # fmt: skip
-    out += [f"* {line}" for line in remarks(grid)]
+    out += [f"* {line}" for line in remarks(grid, checks)]
+    if checks.best:
+        out += ["", "## What the best cells survive", "", *_markdown(*check_table(grid, checks))]
     for name in figures:
         target = name.removeprefix("frames_").removesuffix(".png")
         caption = CAPTIONS.get(name) or FRAMES_CAPTION.format(f"`{target}`")
@@ -151,6 +177,11 @@ def summary_markdown(grid: Grid, figures: tuple[str, ...] = ()) -> str:
     out += ["", "## Provenance", ""]
     out += [f"* `{key}`: {value}" for key, value in _flat(grid.provenance).items()] or ["none recorded"]
     return "\n".join(out) + "\n"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    table = [head, ["-" * max(3, len(name)) for name in head], *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
 
 
 def log_tensorboard(grid: Grid, folder: Path, hparams: Mapping[str, Any]) -> Path:
@@ -165,7 +196,7 @@ def log_tensorboard(grid: Grid, folder: Path, hparams: Mapping[str, Any]) -> Pat
         old.unlink()
     charts = {}
     with SummaryWriter(str(run)) as writer:
-        for target in grid.targets:
+        for target in shown_targets(grid):
             plane = grid.plane(target).transpose("step", ...)
             lines = {f"layer {int(n)}": plane.accuracy.sel(layer=n) for n in plane.layer.values}
             lines |= {f"baseline {n}": plane.baseline_accuracy.sel(baseline=n) for n in plane.baseline.values}
@@ -178,30 +209,44 @@ def log_tensorboard(grid: Grid, folder: Path, hparams: Mapping[str, Any]) -> Pat
             writer.add_image(f"maps/{target}", _pixels(maps(grid, [target])), dataformats="HWC")
         writer.add_image("maps/headline", _pixels(headline(grid)), dataformats="HWC")
         writer.add_custom_scalars(charts)
-        metrics = {f"best/{target}": grid.best(target).accuracy for target in grid.targets}
+        metrics = {f"best/{target}": grid.best(target).accuracy for target in shown_targets(grid)}
         settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in _flat(hparams).items()}
         writer.add_hparams(settings, metrics, run_name=".")  # any other name would open a run of its own
     return run
 
 
-def print_summary(grid: Grid, run_dir: Path, console: Console | None = None) -> None:
-    """The table, the remarks, and where to look next."""
+def print_summary(grid: Grid, checks: Checks, run_dir: Path, console: Console | None = None) -> None:
+    """The tables, the remarks, and where to look next."""
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=max(WIDTH, console.width))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
+    table = _table()
     for name in COLUMNS:
         side: Literal["left", "right"] = "right" if name in ("chance", "n") else "left"
         table.add_column(escape(name), justify=side, no_wrap=name.startswith("accuracy"))
     for row in summarise(grid):
         table.add_row(*map(escape, row.cells()), style="" if row.found else "dim")
     console.print(table)
-    for line in remarks(grid):
+    if checks.best:
+        head, rows = check_table(grid, checks)
+        survived = Table(
+            box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold"
+        )
+        for name in head:
+            survived.add_column(escape(name), no_wrap=True)
+        for cells in rows:
+            survived.add_row(*map(escape, cells))
+        console.print(survived)
+    for line in remarks(grid, checks):
         console.print(line, markup=False, highlight=False)
     run_dir = Path(run_dir)
     for name, path in (("report", run_dir / "report" / "summary.md"), ("TensorBoard", run_dir / "tensorboard")):
         text = f"{name}: {'tensorboard --logdir ' if name == 'TensorBoard' else ''}{path}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)  # a path is never cut in two
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
 
 
 def _whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -1,4 +1,4 @@
-"""Linear algebra of probes, batched over cells: standardisation, designs, principal axes, ridge, losses.
+"""What every solver of probes works with, batched over cells: standardisation, designs, principal axes, losses.
 
 Pure torch, no state. A *design* is what a form of target reads, always laid out as
 [cell, sample, row, width]: for `candidate` and `region` targets one row per region, as wide as the channels;
@@ -10,21 +10,41 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.nn import functional as F
-
-from cosprobe.tasks import Target
 
 # Weights and biases of every target and setting (penalty), on standardised features.
 Fitted = dict[str, tuple[Float[Tensor, "cell width setting out"], Float[Tensor, "cell setting out"]]]
 Divide = Callable[[Callable[[slice], tuple[Tensor, ...]], int], tuple[Tensor, ...]]
 
+CHUNK = 2**25  # numbers of fp64 worked on at once, 256 MB
 NEGLIGIBLE = 1e-6  # a channel whose spread is below this share of its mean is constant up to rounding
-ROUNDING = 1e-5  # in the dual form, axes with less than this share of the largest variance are fp32 noise
+# In the dual form, axes with less than this share of the largest variance are rounding noise of the rows.
+ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The probe that is kept of every cell, of one target, and the penalty it was fitted with."""
+
+    weights: Float[Tensor, "cell width out"]
+    biases: Float[Tensor, "cell out"]
+    lambdas: Float[Tensor, " cell"]
+
+    @classmethod
+    def of(
+        cls,
+        weight: Float[Tensor, "cell width setting out"],
+        bias: Float[Tensor, "cell setting out"],
+        lambdas: Sequence[float],
+        best: Int[Tensor, " cell"],
+    ) -> Chosen:
+        """Of each cell the setting `best`."""
+        cell = torch.arange(len(best), device=best.device)
+        return cls(weight[cell, :, best], bias[cell, best], torch.tensor(lambdas, device=best.device)[best])
 
 
 @dataclass(frozen=True)
@@ -74,7 +94,10 @@ def design(x: Float[Tensor, "cell sample region channel"], form: str) -> Float[T
 
 
 def principal_axes(rows: Float[Tensor, "cell row width"]) -> Axes:
-    """Axes of the centred rows, largest variance last; from the Gram matrix when rows are fewer than columns."""
+    """Axes of the centred rows, largest variance last; from the Gram matrix when rows are no more than columns.
+
+    In the precision of the rows (fp32 or fp64); the decomposition itself is fp64.
+    """
     count, width = rows.shape[1:]
     mean = rows.mean(dim=1)
     centred = rows - mean[:, None]
@@ -82,39 +105,10 @@ def principal_axes(rows: Float[Tensor, "cell row width"]) -> Axes:
     square = centred.mT @ centred if primal else centred @ centred.mT
     energy, vectors = _eigh(square)
     if primal:
-        return Axes(mean, vectors.float().contiguous(), (energy.clamp(min=0) / count).float())
-    energy = torch.where(energy > ROUNDING * energy[:, -1:].clamp(min=0), energy, 0.0)
+        return Axes(mean, vectors.to(rows.dtype).contiguous(), (energy.clamp(min=0) / count).to(rows.dtype))
+    energy = torch.where(energy > ROUNDING[rows.dtype] * energy[:, -1:].clamp(min=0), energy, 0.0)
     length = torch.where(energy > 0, energy.rsqrt(), 0.0)
-    return Axes(mean, centred.mT @ (vectors * length[:, None]).float(), (energy / count).float())
-
-
-def ridge(
-    rows: Float[Tensor, "cell row width"], wanted: Float[Tensor, "row out"], alphas: Sequence[float]
-) -> tuple[Float[Tensor, "cell width alpha out"], Float[Tensor, "cell alpha out"]]:
-    """Exact ridge regression with an unpenalised intercept: weight and bias for every alpha.
-
-    Minimises |rows w + b - wanted|^2 + alpha |w|^2, as scikit-learn's `Ridge`. One eigendecomposition per cell
-    serves all alphas and outputs: of the Gram matrix (dual form) when there are no more rows than columns, of
-    the covariance (primal form) otherwise. Statistics in fp32, decomposition and solution in fp64.
-    Raises ValueError for an alpha that is not positive.
-    """
-    if not alphas or min(alphas) <= 0:
-        raise ValueError(f"alphas={list(alphas)}: expected positive penalties; alpha 0 has no unique solution")
-    mean, level = rows.mean(dim=1), wanted.double().mean(dim=0)
-    centred = rows - mean[:, None]
-    aim = wanted.double() - level
-    dual = rows.shape[1] <= rows.shape[2]
-    square = centred @ centred.mT if dual else centred.mT @ centred
-    energy, vectors = _eigh(square)
-    energy = energy.clamp(min=0)
-    projected = vectors.mT @ (aim if dual else centred.mT.double() @ aim)
-    weights = []
-    for alpha in alphas:
-        solution = vectors @ (projected / (energy + alpha)[..., None])
-        weights.append(centred.mT.double() @ solution if dual else solution)
-    weight = torch.stack(weights, dim=2)
-    bias = level - torch.einsum("cw,cwao->cao", mean.double(), weight)
-    return weight.float(), bias.float()
+    return Axes(mean, centred.mT @ (vectors * length[:, None]).to(rows.dtype), (energy / count).to(rows.dtype))
 
 
 def curvature(form: str, regions: int) -> float:
@@ -137,55 +131,34 @@ def row_sums(
     return loss.view(label.shape).sum(dim=1), correct.sum(dim=1).float(), (labels >= 0).sum()
 
 
-def fit_ridge(
-    x: Float[Tensor, "cell sample region channel"],
-    labels: dict[str, Int[Tensor, " sample *region"]],
-    targets: Sequence[Target],
-    lambdas: Sequence[float],
-    divide: Divide | None = None,
-) -> Fitted:
-    """Exact ridge classifiers: +1 for the class (or the region that is the answer), -1 for the others.
-
-    Weights [cell, width, lambda, out] for alpha = lambda * rows. Targets carried by the same rows share one
-    decomposition. `divide(solve, cells)` may hand out the cells to several processes.
-    """
-    groups: dict[tuple[bool, bytes], list[tuple[str, Tensor]]] = {}
-    for target in targets:
-        label = labels[target.name].to(x.device)
-        wanted = F.one_hot(label.clamp(min=0), x.shape[2] if target.form == "candidate" else target.classes) * 2.0 - 1
-        if target.form == "candidate":
-            label, wanted = label[:, None].expand(-1, x.shape[2]), wanted[..., None]
-        keep = label.flatten() >= 0
-        key = (target.form == "problem", keep.cpu().numpy().tobytes())
-        groups.setdefault(key, []).append((target.name, wanted.flatten(0, -2)[keep]))
-    fitted: Fitted = {}
-    for (joint, mask), members in groups.items():
-        keep = torch.frombuffer(bytearray(mask), dtype=torch.bool).to(x.device)
-        rows = design(x, "problem" if joint else "region").flatten(1, 2)[:, keep]
-        wanted = torch.cat([aim for _, aim in members], dim=1)
-        alphas = [value * rows.shape[1] for value in lambdas]
-        solve = partial(_ridge_part, rows, wanted, alphas)
-        weight, bias = solve(slice(None)) if divide is None else divide(solve, len(rows))
-        outs = [aim.shape[1] for _, aim in members]
-        for (name, _), w, b in zip(members, weight.split(outs, -1), bias.split(outs, -1), strict=True):
-            fitted[name] = (w, b)
-    return fitted
+def best_setting(right: Num[Tensor, "cell setting"], loss: Float[Tensor, "cell setting"]) -> Int[Tensor, " cell"]:
+    """Of each cell the setting that is right most often; on a tie the one with the lower loss."""
+    tied = right == right.amax(dim=1, keepdim=True)
+    return loss.masked_fill(~tied, torch.inf).argmin(dim=1)
 
 
-def _ridge_part(rows: Tensor, wanted: Tensor, alphas: Sequence[float], part: slice) -> tuple[Tensor, Tensor]:
-    return ridge(rows[part], wanted, alphas)
+def blocks(cells: int, numbers: int) -> Iterator[slice]:
+    """Slices of cells worked on at once, when each cell needs that many numbers of fp64 memory."""
+    size = max(1, CHUNK // max(1, numbers))
+    return (slice(start, min(start + size, cells)) for start in range(0, cells, size))
+
+
+def check_penalties(lambdas: Sequence[float]) -> None:
+    """Raises ValueError unless there is at least one penalty and all are positive."""
+    if not lambdas or min(lambdas) <= 0:
+        raise ValueError(f"lambdas={list(lambdas)}: expected one or more penalties above 0; at 0 no fit is unique")
 
 
 def _eigh(
     square: Float[Tensor, "cell size size"],
 ) -> tuple[Float[Tensor, "cell size"], Float[Tensor, "cell size size"]]:
-    with _one_thread(square.device):
+    with one_thread(square.device):
         energy, vectors = torch.linalg.eigh(square.double())
     return energy, vectors
 
 
 @contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
+def one_thread(device: torch.device) -> Iterator[None]:
     """LAPACK gains nothing from threads at these sizes and loses a factor of 10 to 100 on busy cores."""
     threads = torch.get_num_threads()
     try:

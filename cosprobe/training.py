@@ -1,12 +1,12 @@
 """Fitting every probe of a grid at once.
 
 `logistic`: one LightningModule holds all cells, targets and penalties. Its loss is a sum of separate problems,
-each a convex one, so the result is what separate fits would give. `ridge`: closed form.
+each a convex one, so the result is what separate fits would give. `newton`: the same by second-order steps, with
+reported convergence. `ridge`: closed form.
 
 Penalty: mean cross-entropy + lambda / 2 * |w|^2 over the n rows that carry the target, intercept free. This is
-scikit-learn's `LogisticRegression` with C = 1 / (n lambda); for two classes, where scikit-learn keeps one
-vector instead of two opposite ones, C = 2 / (n lambda). For ridge, alpha = lambda * n, so that one list of
-lambdas serves both kinds.
+scikit-learn's `LogisticRegression` with C = 1 / (n lambda); for two classes, where scikit-learn keeps one vector
+instead of two opposite ones, C = 2 / (n lambda). For ridge, alpha = lambda * n: one list of lambdas serves all kinds.
 
 Optimiser: gradient descent with Nesterov momentum along the principal axes of the features, each axis scaled by
 an upper bound of the curvature on it (Boehning 1992, "Multinomial logistic regression algorithm"). It
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,20 @@ import torchmetrics
 from jaxtyping import Float, Int
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from cosprobe.data import ProbeBatch, ProbeData, ProbeSamples, check_targets, shared
 from cosprobe.devices import TrainerConfig, backend
+from cosprobe.newton import Tally, add_tallies, newton_targets, shortfall
 from cosprobe.pooling import POOLINGS
 from cosprobe.probes import ProbeBank, affine, classes_last, readable_targets
-from cosprobe.solvers import Fitted, curvature, design, fit_ridge, row_sums, spread, standardise
+from cosprobe.ridge import fit_ridge
+from cosprobe.solvers import Chosen, Fitted, best_setting, curvature, design, row_sums, spread, standardise
 from cosprobe.tasks import Target
 
-KINDS = ("logistic", "ridge")
+KINDS = ("logistic", "newton", "ridge")
 MOMENTUM = 0.9
 FLAT = 0.7  # share of the steps at the full rate, which then falls to zero in a line
 VALIDATIONS = 20  # points on the validation curves
@@ -50,10 +53,12 @@ class ProbeConfig:
     layers, steps: selections (`all`, `last`, `0:30:5`, `0,10,20`). pooling: `clip`, `frame`, `grid` or `region`;
     frames: with `region`, every latent frame by itself too. decode: steps whose x0-hat is decoded and read;
     `auto` is at most five.
-    lambdas: penalties to try, on standardised features; validation chooses one per target and cell.
-    epochs, lr, batch: of the logistic fit; lr is a share of the largest safe step, and a batch as large as the
+    kind: `logistic`, `newton` (the same probes) or `ridge`. lambdas: penalties to try, on standardised features; one is
+    chosen per target and cell, by validation or, for `ridge`, by folds of whole problems inside train.
+    epochs, lr, batch: of `logistic`; lr is a share of the largest safe step, and a batch as large as the
     training set takes the best steps (smaller ones only save memory). memory: GB that the features of the
     cells fitted together may take, with their copies and optimiser state.
+    randomised: on how many samples at most permuted and fresh transformer weights are tried; 0 = none.
     """
 
     layers: str = "all"
@@ -67,6 +72,7 @@ class ProbeConfig:
     lr: float = 1.0
     batch: int = 4096
     memory: float = 4.0
+    randomised: int = 128
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
@@ -81,6 +87,8 @@ class ProbeConfig:
             raise ValueError(f"probe.lr={self.lr}: expected a share of the largest safe step, above 0 and up to 1")
         if self.batch < 1:
             raise ValueError(f"probe.batch={self.batch}: expected at least 1 sample")
+        if self.randomised < 0:
+            raise ValueError(f"probe.randomised={self.randomised}: expected 0 or more samples")
         if self.memory <= 0:
             raise ValueError(f"probe.memory={self.memory}: expected GB above 0")
 
@@ -158,10 +166,7 @@ class ProbeTraining(L.LightningModule):
 
     def forward(self, rows: dict[str, Float[Tensor, "cell sample row axis"]]) -> dict[str, Tensor]:
         """Decision values of every target, classes last, penalties before them."""
-        values = {}
-        for form, weight in self.weights.items():
-            bias = self.biases.get(form, None)
-            values[form] = affine(rows[form], weight, bias)
+        values = {f: affine(rows[f], weight, self.biases.get(f, None)) for f, weight in self.weights.items()}
         return {t.name: classes_last(values[t.form][..., self.columns[t.name]], t.form) for t in self.targets}
 
     def training_step(self, batch: ProbeBatch, index: int) -> Tensor:
@@ -248,12 +253,13 @@ class FitProgress(L.Callback):
 
 
 def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, folder: Path, seed: int) -> ProbeBank:
-    """Standardises on the training samples, fits every penalty, keeps per target and cell the one with the best
-    validation accuracy (ties: the lower validation cross-entropy).
+    """Standardises on the training samples, fits every penalty, keeps one per target and cell: for `ridge` the best
+    on folds inside train, else the one with the best validation accuracy (ties: the lower cross-entropy).
 
-    Curves go to TensorBoard files in `folder`. With several devices every process calls this and gets the
-    same bank. Cells are fitted in chunks when all together would need more than `config.memory`; the result
-    does not depend on it. Raises ValueError when a target cannot be fitted, naming it.
+    Temperatures are fitted on validation. Curves go to TensorBoard files in `folder`. With several devices every
+    process calls this and gets the same bank. Cells are fitted in chunks when all together need more than
+    `config.memory`, with the same result. The provenance of `newton` has how many fits `converged`, of how many, per
+    target. Raises ValueError when a target cannot be fitted, naming it.
     """
     train, validation = samples.subset("train"), samples.subset("validation")
     targets = readable_targets(samples.targets, samples.regions)
@@ -261,23 +267,31 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
     parts = chunks(samples, targets, config)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which devices there are was said before
     progress = FitProgress(config.epochs * len(parts))
-    banks = []
+    banks: list[ProbeBank] = []
+    converged: Tally = {}
     for number, part in enumerate(parts):
-        here = Path(folder) / f"cells_{number}" if len(parts) > 1 else Path(folder)
-        runner = _runner(config, trainer, here, progress)
+        runner = _runner(config, trainer, Path(folder) / (f"cells_{number}" if len(parts) > 1 else ""), progress)
         chunk, held_out = train.at(part), validation.at(part)
-        if config.kind == "ridge":
-            device = runner.strategy.root_device
-            mean, std = (stat.to(device) for stat in spread(chunk.features))
-            x = standardise(chunk.features, mean, std)
-            fitted = fit_ridge(x, chunk.labels, targets, config.lambdas, shared)
-        else:
+        if config.kind == "logistic":
             data, module = ProbeData(chunk, held_out, config.batch, seed), ProbeTraining(config)
             runner.fit(module, datamodule=data)
             mean, std, fitted = data.mean, data.std, module.fitted(data)
-        banks.append(_chosen(fitted, mean, std, held_out, targets, config.lambdas))
+        else:
+            mean, std = (stat.to(runner.strategy.root_device) for stat in spread(chunk.features))
+            x = standardise(chunk.features, mean, std)
+            if config.kind == "ridge":
+                chosen = fit_ridge(x, chunk.labels, chunk.keys, targets, config.lambdas, seed, shared)
+            else:
+                fitted, tally = newton_targets(x, chunk.labels, targets, config.lambdas, shared)
+                converged = add_tallies(converged, tally)
+        if config.kind != "ridge":
+            chosen = _validated(fitted, mean, std, held_out, targets, config.lambdas)
+        banks.append(ProbeBank(chunk.cells, tuple(targets), samples.regions, mean.cpu(), std.cpu(), **_tables(chosen)))
+    if (line := shortfall(converged)) and runner.is_global_zero:
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
     provenance = {"probe": asdict(config), "trainer": asdict(trainer), "seed": seed, "train": len(train)}
-    return replace(ProbeBank.join(banks), provenance=provenance | {"validation": len(validation)})
+    provenance |= {"validation": len(validation), **({"converged": converged} if converged else {})}
+    return ProbeBank.join(banks).calibrated(validation.features, validation.labels).signed(**provenance)
 
 
 def chunks(samples: ProbeSamples, targets: Sequence[Target], config: ProbeConfig) -> list[slice]:
@@ -298,9 +312,7 @@ def _runner(config: ProbeConfig, trainer: TrainerConfig, folder: Path, progress:
     if trainer.devices > 1:  # nothing but parameters may be synchronised: the rest is the same everywhere already
         strategy = DDPStrategy(process_group_backend=backend(trainer), broadcast_buffers=False)
     return L.Trainer(
-        accelerator=trainer.accelerator,
-        devices=trainer.devices,
-        precision=trainer.precision,
+        **asdict(trainer),
         strategy=strategy,
         max_epochs=config.epochs,
         check_val_every_n_epoch=max(1, config.epochs // VALIDATIONS),
@@ -314,25 +326,23 @@ def _runner(config: ProbeConfig, trainer: TrainerConfig, folder: Path, progress:
     )
 
 
-def _chosen(
+def _validated(
     fitted: Fitted,
     mean: Float[Tensor, "cell channel"],
     std: Float[Tensor, "cell channel"],
     validation: ProbeSamples,
     targets: Sequence[Target],
     lambdas: Sequence[float],
-) -> ProbeBank:
+) -> dict[str, Chosen]:
     x = standardise(validation.features, mean, std)
-    penalties = torch.tensor(lambdas)
-    tables: dict[str, dict[str, Tensor]] = {"weights": {}, "biases": {}, "lambdas": {}}
+    found = {}
     for target in targets:
         weight, bias = fitted[target.name]
         values = classes_last(affine(design(x, target.form), weight, bias), target.form)
         loss, correct, _ = row_sums(values, validation.labels[target.name].to(x.device))
-        tied = correct == correct.amax(dim=1, keepdim=True)
-        best = loss.masked_fill(~tied, torch.inf).argmin(dim=1)
-        cell = torch.arange(len(best), device=best.device)
-        tables["weights"][target.name] = weight[cell, :, best].cpu()
-        tables["biases"][target.name] = bias[cell, best].cpu()
-        tables["lambdas"][target.name] = penalties[best.cpu()]
-    return ProbeBank(validation.cells, tuple(targets), validation.regions, mean.cpu(), std.cpu(), **tables)
+        found[target.name] = Chosen.of(weight, bias, lambdas, best_setting(correct, loss))
+    return found
+
+
+def _tables(chosen: dict[str, Chosen]) -> dict[str, dict[str, Tensor]]:
+    return {f.name: {name: getattr(one, f.name).cpu() for name, one in chosen.items()} for f in fields(Chosen)}

@@ -2,8 +2,8 @@
 
 Axes, in the order tensors carry them: `sample` (a problem and a noise seed), `step` (index of the sampler
 step, 0 = noisiest; never a timestep), `site`, `branch` (`cond`/`uncond`), `place`, `region`, `channel`.
-A site is where features come from: a layer (`"0"`, `"1"`, ... = output of that transformer block) or one of
-SOURCES, which serve as baselines.
+A site is where features come from: a layer (`"0"`, `"1"`, ... = output of that transformer block), one of
+SOURCES, which change from step to step, or one of FIXED, which do not. Sources serve as baselines.
 """
 
 from __future__ import annotations
@@ -15,17 +15,29 @@ X_T = "x_t"  # the noisy latent the step starts from
 X0 = "x0_latent"  # the clean latent estimated at that step
 SOURCES = (EMBED, X_T, X0)
 
+NOISE = "noise"  # the latent the first step starts from
+FIRST_FRAME = "first_frame"  # the image condition given beside the noisy latent
+PROMPT = "prompt"  # mean of the prompt's token embeddings
+NUISANCE = "nuisance"  # the problem's difficulty (size, path length, ...), nothing of the model
+FIXED = (NOISE, FIRST_FRAME, PROMPT, NUISANCE)
+EVERY_STEP = -1  # `step` of a cell whose features belong to the whole run
+
 SPLIT_ORDER = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """The unit a probe is trained on. `step` is a sampler step index; `site` a layer number or a source."""
+    """The unit a probe is trained on. `step` is a sampler step index, EVERY_STEP for the sources of FIXED; `site` a
+    layer number or a source."""
 
     step: int
     site: str
     branch: str
     place: str
+
+    @property
+    def is_layer(self) -> bool:
+        return self.site.isdigit()
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.site}, {self.branch}, {self.place}"

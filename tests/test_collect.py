@@ -13,7 +13,6 @@ from cosprobe.collect import (
     decode_steps,
     draw_samples,
     images,
-    load_samples,
     noise_seed,
     settings,
     store_bytes,
@@ -21,6 +20,7 @@ from cosprobe.collect import (
 )
 from cosprobe.pipelines import PipelineConfig, sample
 from cosprobe.pooling import Pooling
+from cosprobe.samples import load_samples
 from cosprobe.tasks import MazeConfig
 from tests.tiny import wan
 
@@ -52,7 +52,7 @@ def store(model, config, tmp_path_factory):
 
 
 def test_problems_are_shared_out_and_the_seeds_of_one_stay_together():
-    drawn = draw_samples(TASK.build(), 40, 2, seed=0)
+    drawn = draw_samples(TASK.build(), MazeConfig(problems=40, seeds=2), seed=0)
     counts = {}
     for s in drawn:
         counts[s.problem.split] = counts.get(s.problem.split, 0) + 1
@@ -87,7 +87,7 @@ def test_the_announced_size_is_the_size_on_disk(model, config, store):
 def test_what_is_stored_is_what_capture_gives(model, config, store):
     samples, experts = load_samples(store, TASK.build())
     assert experts == ["only"] * 3
-    drawn = draw_samples(TASK.build(), 20, 1, seed=0)[8:16]
+    drawn = draw_samples(TASK.build(), TASK, seed=0)[8:16]
     problems = [s.problem for s in drawn]
     with capture(model, ["2"], Pooling("region", boxes=[p.regions for p in problems]), "1") as tape:
         video = sample(
@@ -109,7 +109,7 @@ def test_labels_belong_to_their_kinds(store):
     ).all()
     assert (samples.labels["choice"].numpy()[one_exit] < 0).all()
     assert samples.labels["choice"].numpy()[~one_exit].tolist() == samples.choice[~one_exit].tolist()
-    problems = [s.problem for s in draw_samples(TASK.build(), 20, 1, seed=0)]
+    problems = [s.problem for s in draw_samples(TASK.build(), TASK, seed=0)]
     assert samples.labels["corridors"].tolist() == [list(p.labels["corridors"]) for p in problems]
     assert samples.keys.tolist() == [p.key[:15] for p in problems]
 
@@ -149,13 +149,13 @@ def test_everything_that_shapes_a_store_is_in_its_fingerprint(config):
 
 def test_too_few_problems():
     with pytest.raises(ValueError, match="task.problems=5, task.seeds=1: expected at least 10 problems"):
-        draw_samples(TASK.build(), 5, 1, 0)
+        draw_samples(TASK.build(), MazeConfig(problems=5), 0)
     with pytest.raises(ValueError, match="task.problems=0"):
-        draw_samples(TASK.build(), 0, 1, 0)
+        draw_samples(TASK.build(), SimpleNamespace(problems=0, seeds=1), 0)
 
 
 def test_watch_shows_the_finished_video_at_the_last_step(model, config):
-    drawn = draw_samples(TASK.build(), 20, 1, seed=0)[:2]
+    drawn = draw_samples(TASK.build(), TASK, seed=0)[:2]
     seen = watch(model, config, TASK.build(), drawn, (0, 2))
     problems = [s.problem for s in drawn]
     video = sample(model, config, images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in drawn])

@@ -16,13 +16,13 @@ from cosprobe.figures import (
     UNDEFINED,
     WORST,
     _border,
-    _ticks,
     curves,
     default_layers,
     frame_maps,
     headline,
     maps,
     skill_colours,
+    ticks,
 )
 from cosprobe.grid import Grid
 from cosprobe.scoring import build_grid
@@ -199,7 +199,7 @@ def test_every_word_is_legible_and_inside_the_picture(grid, framed, draw):
     hidden = {t for axes in figure.axes if not axes.get_visible() for t in axes.findobj(Text)}
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         low, high = sorted(axis.get_view_interval())  # ticks beyond the limits exist but are not drawn
-        hidden |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+        hidden |= {tick.label1 for tick in axis.get_majorticks() if not low <= tick.get_loc() <= high}
     titles = []
     for text in shown:
         if text in hidden:
@@ -216,7 +216,7 @@ def test_every_word_is_legible_and_inside_the_picture(grid, framed, draw):
 
 
 def test_ticks_are_few_and_round():
-    assert _ticks(np.arange(8)) == list(range(8))
-    assert _ticks(np.arange(20)) == [0, 5, 10, 15]
-    assert _ticks(np.array([0, 10, 20])) == [0, 10, 20]
-    assert all(len(_ticks(np.arange(n))) <= 8 for n in range(1, 300))
+    assert ticks(np.arange(8)) == list(range(8))
+    assert ticks(np.arange(20)) == [0, 5, 10, 15]
+    assert ticks(np.array([0, 10, 20])) == [0, 10, 20]
+    assert all(len(ticks(np.arange(n))) <= 8 for n in range(1, 300))

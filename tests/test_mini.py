@@ -65,7 +65,13 @@ def test_batches_depend_on_their_number_alone():
     assert [tuple(b.shape) for b in whole] == [(2, 3, 1, 64, 64)] * 2 + [(2, 3, 5, 64, 64)] * 2
     assert len(late) == 1 and torch.equal(late[0], whole[3])
     latents = (torch.randn(10, 2, 2, 1, 1) for _ in range(2))
-    clips = LatentClips(*latents, torch.ones(10, 2, 1, 1, dtype=torch.uint8), torch.randn(10, 3, 4), torch.zeros(3, 4))
+    clips = LatentClips(
+        *latents,
+        torch.ones(10, 2, 1, 1, dtype=torch.uint8),
+        torch.randn(10, 3, 4),
+        torch.zeros(3, 4),
+        torch.tensor([1, 2] * 5),
+    )
     stream, resumed = iter(FlowBatches(clips, 4, 0, 0)), iter(FlowBatches(clips, 4, 0, 3))
     batches = [next(stream) for _ in range(5)]
     for step in (3, 4):
@@ -115,7 +121,14 @@ def test_the_loss_is_zero_for_the_true_velocity_and_counts_every_frame():
     active = torch.zeros(4, 2, 4, 4, dtype=torch.uint8)
     active[:, :, :2] = 1
     prompt, empty = torch.zeros(4, 2, 3), torch.zeros(2, 3)
-    clips = LatentClips(clean.expand(4, -1, -1, -1, -1), torch.zeros(4, 1, 2, 4, 4), active, prompt, empty)
+    clips = LatentClips(
+        clean.expand(4, -1, -1, -1, -1),
+        torch.zeros(4, 1, 2, 4, 4),
+        active,
+        prompt,
+        empty,
+        torch.ones(4, dtype=torch.int64),
+    )
     batch = next(iter(FlowBatches(clips, 4, 0, 0)))
 
     def loss(frame, row):

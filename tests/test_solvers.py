@@ -1,14 +1,20 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import Ridge, RidgeClassifier
 
-from cosprobe.solvers import curvature, design, fit_ridge, principal_axes, ridge, row_sums, spread, standardise
-from cosprobe.tasks import Target
-
-LAMBDAS = [0.01, 1.0]
+from cosprobe.solvers import (
+    Chosen,
+    best_setting,
+    blocks,
+    check_penalties,
+    curvature,
+    design,
+    principal_axes,
+    row_sums,
+    spread,
+    standardise,
+)
 
 
 @pytest.fixture
@@ -58,58 +64,39 @@ def test_axes_of_repeated_rows_carry_no_rounding_noise(rng):
     assert axes.basis.isfinite().all()
 
 
-@pytest.mark.parametrize(("rows", "width"), [(60, 10), (20, 50), (25, 25)])
-def test_ridge_equals_sklearn_in_primal_and_dual_form(rng, rows, width):
-    x = torch.randn(3, rows, width, generator=rng) + 1
-    wanted = torch.randn(rows, 4, generator=rng)
-    weight, bias = ridge(x, wanted, [0.5, 20.0])
-    for cell in range(3):
-        for i, alpha in enumerate([0.5, 20.0]):
-            oracle = Ridge(alpha=alpha).fit(x[cell].numpy(), wanted.numpy())
-            ours = x[cell] @ weight[cell, :, i] + bias[cell, i]
-            assert np.allclose(ours.numpy(), oracle.predict(x[cell].numpy()), atol=1e-4)
+def test_axes_of_fp64_rows_keep_what_fp32_could_not(rng):
+    """Axes of a ten-thousandth of the largest spread survive in the dual form."""
+    x = torch.randn(1, 10, 30, generator=rng).double() * torch.logspace(0, -4, 10)[:, None]
+    single, double = principal_axes(x.float()), principal_axes(x)
+    assert (single.basis.dtype, double.basis.dtype) == (torch.float32, torch.float64)
+    assert int((double.variance > 0).sum()) == 9
+    assert int((single.variance > 0).sum()) < 9
+    assert torch.allclose((x - double.mean[:, None]) @ double.basis @ double.basis.mT + double.mean[:, None], x)
 
 
-@pytest.mark.parametrize("alphas", [[], [1.0, 0.0]])
-def test_ridge_refuses_penalties_without_a_unique_solution(rng, alphas):
-    with pytest.raises(ValueError, match="expected positive penalties"):
-        ridge(torch.randn(1, 5, 2, generator=rng), torch.randn(5, 1, generator=rng), alphas)
+def test_the_best_setting_is_right_most_often_and_ties_go_to_the_lower_loss():
+    right = torch.tensor([[3, 5, 5], [9, 1, 1], [2, 2, 2]])
+    loss = torch.tensor([[0.1, 0.9, 0.4], [9.0, 0.0, 0.0], [0.5, 0.5, 0.7]])
+    best = best_setting(right, loss)
+    assert best.tolist() == [2, 0, 0]
+    weight, bias = torch.arange(18.0).view(3, 2, 3, 1), torch.arange(9.0).view(3, 3, 1)
+    chosen = Chosen.of(weight, bias, [0.1, 1.0, 10.0], best)
+    assert torch.equal(chosen.weights[:, :, 0], torch.tensor([[2.0, 5.0], [6.0, 9.0], [12.0, 15.0]]))
+    assert torch.equal(chosen.biases[:, 0], torch.tensor([2.0, 3.0, 6.0]))
+    assert torch.allclose(chosen.lambdas, torch.tensor([10.0, 0.1, 0.1]))
 
 
-@pytest.mark.parametrize("channels", [6, 40])
-@pytest.mark.parametrize("form", ["candidate", "region", "problem"])
-def test_ridge_probes_equal_sklearn_classifiers(rng, form, channels):
-    samples, regions, classes = 50, 3, 3
-    x = torch.randn(2, samples, regions, channels, generator=rng)
-    shape = (samples, regions) if form == "region" else (samples,)
-    labels = torch.randint(-1, classes, shape, generator=rng)
-    target = Target("t", classes, form, "answer", ("a",))
-    weight, bias = fit_ridge(x, {"t": labels}, (target,), LAMBDAS)["t"]
-    rows = design(x, form).flatten(1, 2)
-    if form == "candidate":
-        keep = (labels >= 0).repeat_interleave(regions)
-        y = torch.nn.functional.one_hot(labels.clamp(min=0), regions).flatten()
-    else:
-        keep, y = labels.flatten() >= 0, labels.flatten()
-    for i, value in enumerate(LAMBDAS):
-        alpha = value * int(keep.sum())
-        oracle = RidgeClassifier(alpha=alpha).fit(rows[1][keep].numpy(), y[keep].numpy())
-        ours = (rows[1] @ weight[1, :, i] + bias[1, i]).numpy()
-        expected = oracle.decision_function(rows[1].numpy())
-        assert np.allclose(ours[:, 0] if form == "candidate" else ours, expected, atol=1e-4)
+@pytest.mark.parametrize(("numbers", "sizes"), [(1, [7]), (2**24, [2, 2, 2, 1]), (2**30, [1] * 7)])
+def test_blocks_cover_all_cells_within_the_memory(numbers, sizes):
+    parts = list(blocks(7, numbers))
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [i for part in parts for i in range(7)[part]] == list(range(7))
 
 
-def test_targets_on_the_same_rows_are_fitted_as_if_alone(rng):
-    x = torch.randn(2, 30, 2, 5, generator=rng)
-    targets = (Target("a", 2, "candidate", "answer", ("k",)), Target("b", 3, "region", "nuisance", ("k",)))
-    labels = {
-        "a": torch.randint(0, 2, (30,), generator=rng),
-        "b": torch.randint(0, 3, (30, 2), generator=rng),
-    }
-    both = fit_ridge(x, labels, targets, LAMBDAS)
-    for target in targets:
-        alone = fit_ridge(x, labels, (target,), LAMBDAS)[target.name]
-        assert torch.allclose(both[target.name][0], alone[0], atol=1e-6)
+@pytest.mark.parametrize("lambdas", [[], [1.0, 0.0], [-1.0]])
+def test_penalties_must_be_positive(lambdas):
+    with pytest.raises(ValueError, match="expected one or more penalties above 0"):
+        check_penalties(lambdas)
 
 
 @pytest.mark.parametrize("form", ["candidate", "problem"])

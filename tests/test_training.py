@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from sklearn.linear_model import LogisticRegression
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,7 +19,7 @@ from cosprobe.data import ProbeSamples
 from cosprobe.devices import TrainerConfig
 from cosprobe.probes import ProbeBank
 from cosprobe.solvers import design, spread, standardise
-from cosprobe.training import ProbeConfig, chunks, fit
+from cosprobe.training import KINDS, ProbeConfig, chunks, fit
 from tests.ddp_fit import PLANTED, RECIPE, TARGETS, planted
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -61,7 +62,7 @@ def test_logistic_probes_equal_sklearn(tmp_path, name, form, value):
     test = samples.subset("test")
     expected = np.mean(oracle.predict(rows["test"]) == labels["test"])
     assert abs(float(accuracy(ours, test, name)[cell]) - expected) <= 0.01
-    probabilities = ours.probabilities(test.features, name)[cell].flatten(0, -2).numpy()
+    probabilities = ours.decision(test.features, name)[cell].softmax(-1).flatten(0, -2).numpy()  # as fitted
     assert np.abs(probabilities - oracle.predict_proba(rows["test"])).mean() < 0.005
 
 
@@ -90,7 +91,7 @@ def test_the_planted_cell_is_found_and_the_control_stays_at_chance(bank):
     assert accuracy(bank, test, "control").max() < 0.45
 
 
-@pytest.mark.parametrize("kind", ["logistic", "ridge"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_bank_of_many_cells_is_the_separate_runs(tmp_path, kind):
     samples, recipe = planted(), {"kind": kind, "lambdas": [0.01, 1.0], "epochs": 10}
     whole = run(samples, tmp_path / "whole", **recipe)
@@ -102,7 +103,7 @@ def test_a_bank_of_many_cells_is_the_separate_runs(tmp_path, kind):
             assert torch.equal(theirs.lambdas[target.name], alone.lambdas[target.name])
 
 
-@pytest.mark.parametrize("kind", ["logistic", "ridge"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_chunks_of_cells_do_not_change_the_bank(tmp_path, kind):
     samples, recipe = planted(), {"kind": kind, "epochs": 5}
     small = ProbeConfig(memory=1e-3)
@@ -171,11 +172,48 @@ def test_bf16_mixed_precision_reads_the_same(tmp_path, bank):
 def test_without_a_region_axis_the_answer_is_a_class_of_the_clip(tmp_path):
     source = planted()
     pooled = replace(source, features=source.features.flatten(2)[:, :, None])
-    for kind in ("logistic", "ridge"):
+    for kind in KINDS:
         found = run(pooled, tmp_path, kind=kind)
         assert [t.name for t in found.targets] == ["answer", "start", "control"]
         assert found.decision(pooled.features, "answer").shape[-1] == 3
         assert int(accuracy(found, pooled.subset("test"), "answer").argmax()) == PLANTED
+
+
+def test_newton_finds_the_probes_that_training_approaches(tmp_path, bank, capsys):
+    found = run(planted(), tmp_path, kind="newton")
+    fits = 6 * len(ProbeConfig().lambdas)
+    assert found.provenance["converged"] == {target.name: [fits, fits] for target in TARGETS}
+    assert "converge" not in capsys.readouterr().out
+    assert "converged" not in bank.provenance
+    test = planted().subset("test")
+    for target in TARGETS:
+        same = found.lambdas[target.name] == bank.lambdas[target.name]
+        assert same.sum() >= 4
+        ours, theirs = (b.decision(test.features, target.name)[same].softmax(-1) for b in (found, bank))
+        assert (ours - theirs).abs().mean() < 0.005
+
+
+def test_newton_says_what_did_not_converge(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cosprobe.newton.PRODUCTS", 1)  # a step of steepest descent each: 50 do not suffice
+    found = run(planted(), tmp_path, kind="newton", lambdas=[1e-4])
+    done, of = found.provenance["converged"]["doors"]
+    assert done < of == 6
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert f"did not converge: doors {of - done} of {of}" in printed
+
+
+def test_ridge_chooses_its_penalty_without_a_look_at_validation(tmp_path):
+    source = planted()
+    held_out = source.split == "validation"
+    labels = {name: y.clone() for name, y in source.labels.items()}
+    for y in labels.values():  # validation now says the opposite
+        y[held_out] = torch.where(y[held_out] >= 0, (y[held_out] + 1) % (int(y.max()) + 1), -1)
+    recipe = {"kind": "ridge", "lambdas": [1e-3, 0.1, 10.0]}
+    one, other = run(source, tmp_path, **recipe), run(replace(source, labels=labels), tmp_path, **recipe)
+    for target in TARGETS:
+        assert torch.equal(one.lambdas[target.name], other.lambdas[target.name])
+        assert torch.equal(one.weights[target.name], other.weights[target.name])
 
 
 def test_curves_are_few_and_fall(tmp_path):
@@ -192,7 +230,7 @@ def test_curves_are_few_and_fall(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "deep"}, r"probe\.kind='deep': expected one of logistic, ridge"),
+        ({"kind": "deep"}, r"probe\.kind='deep': expected one of logistic, newton, ridge"),
         ({"lambdas": [0.0]}, r"probe\.lambdas=\[0\.0\]"),
         ({"epochs": 0}, r"probe\.epochs=0: expected at least 1"),
         ({"lr": 3.0}, r"probe\.lr=3\.0"),
@@ -210,6 +248,26 @@ def test_a_target_that_cannot_be_fitted_is_named(tmp_path):
     samples = replace(source, labels=source.labels | {"start": torch.zeros(len(source), dtype=torch.long)})
     with pytest.raises(ValueError, match="target 'start': 1 classes"):
         run(samples, tmp_path)
+
+
+def divided_fit(rank: int, folder: str) -> None:
+    """One of two processes, which divide the cells of the closed-form kinds and hand each other the weights."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for kind in ("newton", "ridge"):
+        torch.save(run(planted(), Path(folder), kind=kind).weights, f"{folder}/{kind}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.ddp
+def test_two_processes_divide_the_cells_and_end_with_the_same_bank(tmp_path):
+    torch.multiprocessing.spawn(divided_fit, (str(tmp_path),), nprocs=2)
+    for kind in ("newton", "ridge"):
+        alone = run(planted(), tmp_path, kind=kind)
+        ranks = [torch.load(tmp_path / f"{kind}_{rank}.pt") for rank in range(2)]
+        for target in TARGETS:
+            assert torch.equal(ranks[0][target.name], ranks[1][target.name])
+            assert torch.allclose(ranks[0][target.name], alone.weights[target.name], atol=1e-6)
 
 
 @pytest.mark.ddp

@@ -1,0 +1,95 @@
+"""The same architecture without what it has learned: transformer weights shuffled or drawn anew.
+
+A probe that reads as much from such a network tells about the architecture and the inputs, not about learning.
+Randomised transformers are asked about the very inputs the trained one saw (recorded by `capture`): left to
+sample by themselves they would only ever see their own noise, a weaker control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cosprobe.capture import Tape, conditional
+from cosprobe.pipelines import architecture, block_list, experts, token_grid
+from cosprobe.pooling import Pooling
+
+PERMUTED, FRESH = "permuted", "fresh"
+RANDOMISED = (PERMUTED, FRESH)
+
+
+@contextmanager
+def randomised(pipeline: Any, how: str, seed: int) -> Iterator[None]:
+    """Replaces the weights of every transformer of `pipeline`; puts the trained ones back on exit.
+
+    how: `permuted`, the entries of each parameter shuffled within it, so that its distribution stays (Chen,
+    Viegas and Wattenberg 2023, arXiv 2306.05720); `fresh`, drawn as the class itself initialises.
+    Raises ValueError for another word.
+    """
+    if how not in RANDOMISED:
+        raise ValueError(f"weights={how!r}: expected one of {', '.join(RANDOMISED)}")
+    trained = {name: [p.detach().clone() for p in model.parameters()] for name, model in experts(pipeline).items()}
+    try:
+        for place, model in enumerate(experts(pipeline).values()):
+            _fill(model, how, seed + place)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, model in experts(pipeline).items():
+                for parameter, value in zip(model.parameters(), trained[name], strict=True):
+                    parameter.copy_(value)
+
+
+@torch.no_grad()
+def _fill(model: Any, how: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    if how == PERMUTED:
+        for parameter in model.parameters():
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        other = type(model).from_config(model.config)
+    for parameter, value in zip(model.parameters(), other.parameters(), strict=True):
+        parameter.copy_(value)
+
+
+@torch.no_grad()
+def replay(
+    pipeline: Any, tape: Tape, layers: tuple[int, ...], pooling: Pooling
+) -> Float[Tensor, "sample step layer place region channel"]:
+    """Block outputs for the transformer calls recorded on `tape`, by the weights the pipeline has now (`cond` only).
+
+    Raises ValueError when the tape was made without `record=True`.
+    """
+    if not tape.recorded:
+        raise ValueError("the tape holds no transformer calls: expected capture(..., record=True)")
+    return torch.stack([_replayed(pipeline, tape, step, layers, pooling) for step in tape.steps], dim=1)
+
+
+def _replayed(pipeline: Any, tape: Tape, step: int, layers: tuple[int, ...], pooling: Pooling) -> Tensor:
+    model = experts(pipeline)[tape.experts[step]]
+    context, args, kwargs = tape.recorded[step]
+    latent = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    size, index = token_grid(model, latent), architecture(model).video
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(block: nn.Module, inputs: tuple, output: Any) -> None:
+            tokens = output if index is None else output[index]
+            found[layer] = pooling(conditional(context, tokens), size).cpu()
+
+        return hook
+
+    blocks = block_list(model)
+    with ExitStack() as undo:
+        for layer in layers:
+            undo.callback(blocks[layer].register_forward_hook(keep(layer)).remove)
+        model(*args, **kwargs)
+    return torch.stack([found[layer] for layer in layers], dim=1)

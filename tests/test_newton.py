@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
+
+from cosprobe.newton import NewtonFit, add_tallies, fit_newton, newton_targets, shortfall
+from cosprobe.solvers import design
+from cosprobe.tasks import Target
+
+LAMBDAS = [0.003, 1.0, 0.05]  # not in the order they are solved in
+DATA = st.integers(0, 2**31)
+
+
+def target(form: str, classes: int = 3) -> Target:
+    return Target("t", classes, form, "answer", ("a",))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def cells(seed: int, samples: int = 60, count: int = 3, regions: int = 3, channels: int = 5) -> torch.Tensor:
+    rng = generator(seed)
+    x = torch.randn(count, samples, regions, channels, generator=rng, dtype=torch.float64)
+    x = x @ torch.randn(channels, channels, generator=rng, dtype=torch.float64)
+    return (x - x.mean(dim=(1, 2), keepdim=True)) / x.std(dim=(1, 2), keepdim=True)
+
+
+def draw_labels(seed: int, form: str, samples: int = 60, regions: int = 3, classes: int = 3) -> torch.Tensor:
+    """Every class occurs, and some rows carry nothing."""
+    shape = (samples, regions) if form == "region" else (samples,)
+    labels = torch.randint(-1, regions if form == "candidate" else classes, shape, generator=generator(seed + 1))
+    labels.view(-1)[:classes] = torch.arange(classes)
+    return labels
+
+
+def objective(
+    x: torch.Tensor, labels: torch.Tensor, form: str, value: float, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """Written out from its definition for one cell, in the original coordinates."""
+    rows = design(x[None], form)[0]
+    logits = rows @ weight + bias
+    logits = logits[..., 0] if form == "candidate" else logits.flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=-1)
+    return loss + value / 2 * weight.square().sum()
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("channels", [5, 60])
+@pytest.mark.parametrize("form", ["region", "problem"])
+def test_decision_values_equal_sklearn(form, channels, classes):
+    x, labels = cells(0, channels=channels), draw_labels(0, form, classes=classes)
+    found = fit_newton(x, labels, target(form, classes), LAMBDAS)
+    assert found.converged.all()
+    rows, keep = design(x, form).flatten(1, 2), labels.flatten() >= 0
+    for cell in range(len(x)):
+        for i, value in enumerate(LAMBDAS):
+            strength = (2 if classes == 2 else 1) / (value * int(keep.sum()))
+            oracle = LogisticRegression(C=strength, solver="newton-cholesky", max_iter=2000, tol=1e-10)
+            oracle.fit(rows[cell][keep].numpy(), labels.flatten()[keep].numpy())
+            values = (rows[cell] @ found.weight[cell, :, i] + found.bias[cell, i]).numpy()
+            ours = values[:, 1] - values[:, 0] if classes == 2 else values
+            assert np.abs(ours - oracle.decision_function(rows[cell].numpy())).max() < 1e-4
+
+
+@pytest.mark.parametrize("channels", [6, 100])
+@pytest.mark.parametrize("regions", [2, 4])
+def test_candidates_equal_a_general_minimiser_of_the_same_objective(regions, channels):
+    x, labels = cells(2, 30, 2, regions, channels), draw_labels(2, "candidate", 30, regions, 2)
+    found = fit_newton(x, labels, target("candidate", regions), LAMBDAS)
+    assert not found.bias.any()
+    for i, value in enumerate(LAMBDAS):
+
+        def both(w: np.ndarray, value: float = value) -> tuple[float, np.ndarray]:
+            weight = torch.from_numpy(w)[:, None].requires_grad_()
+            loss = objective(x[1], labels, "candidate", value, weight, torch.zeros(1, dtype=torch.float64))
+            loss.backward()
+            return loss.item(), weight.grad[:, 0].numpy()
+
+        oracle = minimize(both, np.zeros(channels), jac=True, method="L-BFGS-B", options={"gtol": 1e-10, "ftol": 1e-16})
+        ours = x[1] @ found.weight[1, :, i, 0]
+        theirs = x[1] @ torch.from_numpy(oracle.x)
+        gaps = [v - v.mean(dim=1, keepdim=True) for v in (ours, theirs)]  # what the softmax sees
+        assert (gaps[0] - gaps[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("form", ["candidate", "region", "problem"])
+def test_it_ends_at_the_optimum_of_the_documented_objective(form):
+    x, labels = cells(3), draw_labels(3, form)
+    found = fit_newton(x, labels, target(form), LAMBDAS)
+    assert found.weight.shape[2] == len(LAMBDAS)
+    assert (found.gradient <= 1e-6).all()
+    for cell in range(len(x)):
+        for i, value in enumerate(LAMBDAS):
+            weight = found.weight[cell, :, i].clone().requires_grad_()
+            bias = found.bias[cell, i].clone().requires_grad_()
+            objective(x[cell], labels, form, value, weight, bias).backward()
+            assert weight.grad.abs().max() < 1e-5  # entries along other axes than the ones it stops by
+            if form != "candidate":
+                assert bias.grad.abs().max() <= 1.1e-6
+                assert abs(float(found.bias[cell, i].mean())) < 1e-12
+
+
+def test_a_separable_cell_beside_noise_converges_and_changes_nothing_there():
+    x, labels = cells(4, samples=80), draw_labels(4, "problem", samples=80)
+    labels = labels.clamp(min=0)
+    x[1, torch.arange(80), 0, :3] += 50.0 * torch.nn.functional.one_hot(labels, 3)
+    x[1] *= torch.logspace(0, -6, 5)  # and as badly conditioned as features get
+    found = fit_newton(x, labels, target("problem"), [1e-5, 1e-2])
+    assert found.converged.all()
+    right = (design(x, "problem")[1, :, 0] @ found.weight[1, :, 0] + found.bias[1, 0]).argmax(1) == labels
+    assert right.all()
+    noise = fit_newton(x[[0, 2]], labels, target("problem"), [1e-5, 1e-2])
+    assert torch.allclose(noise.weight, found.weight[[0, 2]], atol=1e-9)
+
+
+def test_fewer_steps_than_needed_are_reported_not_hidden():
+    x, labels = cells(5), draw_labels(5, "candidate")
+    x[0] = 0.0  # nothing to learn
+    short = fit_newton(x, labels, target("candidate"), [1e-4], iterations=1)
+    assert short.converged[:, 0].tolist() == [True, False, False]
+    assert short.iterations == 1
+    assert (short.gradient[1:] > 1e-6).all()
+    assert not short.weight[0].any()
+    whole = fit_newton(x, labels, target("candidate"), [1e-4])
+    assert whole.converged.all() and 1 < whole.iterations < 20
+
+
+def test_a_class_without_rows_is_never_predicted():
+    x, labels = cells(6), draw_labels(6, "problem", classes=3)
+    found = fit_newton(x, labels, target("problem", 5), [0.01])
+    assert found.converged.all()
+    values = design(x, "problem")[:, :, 0] @ found.weight[:, :, 0] + found.bias[:, None, 0]
+    assert values.softmax(-1)[..., 3:].max() < 1e-4
+    three = fit_newton(x, labels, target("problem", 3), [0.01])
+    alone = design(x, "problem")[:, :, 0] @ three.weight[:, :, 0] + three.bias[:, None, 0]
+    assert torch.allclose(alone.softmax(-1), values.softmax(-1)[..., :3], atol=1e-4)
+
+
+def test_the_precision_of_the_features_is_kept():
+    x, labels = cells(7), draw_labels(7, "problem")
+    single = fit_newton(x.float(), labels, target("problem"), [0.1])
+    assert {single.weight.dtype, single.bias.dtype, single.gradient.dtype} == {torch.float32}
+    assert torch.allclose(single.weight.double(), fit_newton(x, labels, target("problem"), [0.1]).weight, atol=1e-5)
+
+
+def test_blocks_of_cells_do_not_change_the_fit(monkeypatch):
+    x, labels = cells(8, count=5), draw_labels(8, "region")
+    whole = fit_newton(x, labels, target("region"), LAMBDAS)
+    monkeypatch.setattr("cosprobe.solvers.CHUNK", 1)
+    assert torch.allclose(fit_newton(x, labels, target("region"), LAMBDAS).weight, whole.weight, atol=1e-9)
+
+
+def close(one: NewtonFit, other: NewtonFit, at: float = 1e-5) -> bool:
+    return torch.allclose(one.weight, other.weight, atol=at) and torch.allclose(one.bias, other.bias, atol=at)
+
+
+@given(DATA, st.sampled_from(["candidate", "region", "problem"]))
+def test_the_order_of_samples_does_not_matter(seed, form):
+    x, labels = cells(seed, 30), draw_labels(seed, form, 30)
+    order = torch.randperm(30, generator=generator(seed))
+    fit = fit_newton(x, labels, target(form), [0.05], tolerance=1e-8)
+    assert close(fit, fit_newton(x[:, order], labels[order], target(form), [0.05], tolerance=1e-8))
+
+
+@given(DATA, st.floats(0.1, 10.0), st.sampled_from(["candidate", "region", "problem"]))
+def test_rescaled_features_give_rescaled_weights(seed, scale, form):
+    """(x, w, lambda) and (s x, w / s, s^2 lambda) are the same problem."""
+    x, labels = cells(seed, 30), draw_labels(seed, form, 30)
+    fit = fit_newton(x, labels, target(form), [0.05], tolerance=1e-8)
+    scaled = fit_newton(scale * x, labels, target(form), [0.05 * scale**2], tolerance=1e-8)
+    assert torch.allclose(scaled.weight * scale, fit.weight, atol=1e-5)
+    assert torch.allclose(scaled.bias, fit.bias, atol=1e-5)
+
+
+@given(DATA, st.sampled_from(["candidate", "region", "problem"]))
+def test_a_cell_and_a_penalty_do_not_depend_on_their_company(seed, form):
+    x, labels = cells(seed, 30, count=4), draw_labels(seed, form, 30)
+    x[3] *= 30
+    together = fit_newton(x, labels, target(form), LAMBDAS, tolerance=1e-8)
+    for cell in range(4):
+        alone = fit_newton(x[cell : cell + 1], labels, target(form), LAMBDAS, tolerance=1e-8)
+        assert torch.allclose(alone.weight[0], together.weight[cell], atol=1e-9)
+    single = fit_newton(x, labels, target(form), LAMBDAS[:1], tolerance=1e-8)
+    assert torch.allclose(single.weight[:, :, 0], together.weight[:, :, 0], atol=1e-5)
+
+
+@given(DATA)
+def test_rows_without_a_label_do_not_count(seed):
+    x, labels = cells(seed, 30), draw_labels(seed, "problem", 30)
+    keep = labels >= 0
+    fit = fit_newton(x, labels, target("problem"), [0.05], tolerance=1e-8)
+    assert close(fit, fit_newton(x[:, keep], labels[keep], target("problem"), [0.05], tolerance=1e-8))
+
+
+@given(DATA, st.sampled_from(["candidate", "region", "problem"]))
+def test_a_larger_penalty_gives_smaller_weights(seed, form):
+    x, labels = cells(seed, 30), draw_labels(seed, form, 30)
+    size = fit_newton(x, labels, target(form), [0.01, 0.1, 1.0]).weight.square().sum(dim=(1, 3))
+    assert (size[:, 1:] <= size[:, :-1] + 1e-9).all()
+
+
+def test_the_same_input_gives_the_same_bits():
+    x, labels = cells(9), draw_labels(9, "region")
+    one, other = (fit_newton(x, labels, target("region"), LAMBDAS) for _ in range(2))
+    assert torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
+
+
+def test_targets_together_are_tallied_by_name():
+    x = cells(10)
+    labels = {"a": draw_labels(10, "problem"), "b": draw_labels(11, "region")}
+    targets = (Target("a", 3, "problem", "answer", ("k",)), Target("b", 3, "region", "answer", ("k",)))
+    fitted, tally = newton_targets(x, labels, targets, LAMBDAS, lambda solve, count: solve(slice(0, count)))
+    assert tally == {"a": [9, 9], "b": [9, 9]}
+    assert torch.equal(fitted["b"][0], fit_newton(x, labels["b"], targets[1], LAMBDAS).weight)
+    assert shortfall(tally) == ""
+    both = add_tallies(tally, {"a": [7, 9], "b": [9, 9]})
+    assert both == {"a": [16, 18], "b": [18, 18]}
+    assert "did not converge: a 2 of 18;" in shortfall(both)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lambdas": []}, r"lambdas=\[\]: expected one or more penalties above 0"),
+        ({"lambdas": [0.1, 0.0]}, r"lambdas=\[0\.1, 0\.0\]: expected one or more penalties above 0"),
+        ({"tolerance": 0.0}, r"tolerance=0\.0, iterations=50: expected both above 0"),
+        ({"iterations": 0}, r"iterations=0: expected both above 0"),
+        ({"labels": torch.full((60,), -1)}, r"target 't': no label among 60 samples, expected at least 1"),
+        ({"labels": torch.full((60,), 3)}, r"target 't': label 3, expected -1 to 2"),
+        ({"labels": torch.arange(60) % 3 - 2}, r"target 't': label -2, expected -1 to 2"),
+        ({"target": target("region")}, r"target 't': labels\[60\], expected \[60, 3\]"),
+        ({"target": target("problem", 1)}, r"target 't': 1 choices, expected at least 2"),
+        ({"x": cells(0).index_fill(0, torch.tensor([2]), torch.nan)}, r"features of cell 2: not all finite"),
+    ],
+)
+def test_impossible_fits_are_refused(change, message):
+    good = {"x": cells(0), "labels": draw_labels(0, "problem"), "target": target("problem"), "lambdas": [0.1]}
+    with pytest.raises(ValueError, match=message):
+        fit_newton(**good | change)
