@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -83,8 +84,9 @@ def examine(
         lengths += _tried(skipped, partial(description_length, samples, name, cells, penalties, seed))
         residuals += _tried(skipped, partial(residualised, samples, name, cells[:1], penalties[:1]))
         curves[name] = _curves(samples, bank, name, cell)
-    found = matrices(samples, bank, best, dict(zip(evaluated.steps, evaluated.experts, strict=True)))
-    checks = Checks(best, tuple(found), tuple(lengths), tuple(residuals), curves, weights, tuple(skipped))
+    experts = dict(zip(evaluated.steps, evaluated.experts, strict=True))
+    found = _tried(skipped, partial(matrices, samples, bank, best, experts))
+    checks = Checks(best, tuple(chain(*found)), tuple(lengths), tuple(residuals), curves, weights, tuple(skipped))
     return with_checks(grid, checks), checks
 
 

@@ -26,6 +26,7 @@ from cosprobe.store import ActivationStore
 from cosprobe.tasks import Problem, Task
 from cosprobe.types import SOURCES, SPLIT_ORDER, X0, parse_selection
 
+FORMAT = 2  # of what a shard holds
 SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}
 
 
@@ -88,7 +89,7 @@ def settings(pipeline: PipelineConfig, task: Any, probe: Any, seed: int) -> dict
     }
     flat |= {f"probe.{name}": getattr(probe, name) for name in ("layers", "steps", "pooling", "frames", "decode")}
     flat |= {f"version.{name}": version(name) for name in ("torch", "diffusers")}
-    return flat | {"model": fingerprint(pipeline.folder), "seed": seed}
+    return flat | {"model": fingerprint(pipeline.folder), "seed": seed, "format": FORMAT}
 
 
 def collect(
@@ -163,8 +164,10 @@ def _chunk(
     scores, answers = _readouts(task, problems, np.asarray(video))
     x0_scores = torch.full((len(chunk), pipeline.steps, task.candidates), float("nan"))
     x0_answer = torch.full((len(chunk), pipeline.steps), -2, dtype=torch.int64)  # -2: not decoded
-    for step in before_last:
-        x0_scores[:, step], x0_answer[:, step] = _readouts(task, problems, decode(model, tape.clean[step]))
+    read = [i for i, problem in enumerate(problems) if problem.split != "train"]  # no probe is trained on a readout
+    for step in before_last if read else ():
+        clips = decode(model, tape.clean[step][read])
+        x0_scores[read, step], x0_answer[read, step] = _readouts(task, [problems[i] for i in read], clips)
     if pipeline.steps - 1 in decoded:  # nothing is left to remove after the last step: x0-hat is the video
         x0_scores[:, -1], x0_answer[:, -1] = scores, answers
     tensors = {

@@ -80,6 +80,15 @@ def test_batches_depend_on_their_number_alone():
     assert not torch.equal(batches[0]["noise"], batches[1]["noise"])
 
 
+def test_an_epoch_holds_every_clip_as_often_as_it_is_repeated():
+    number = torch.arange(6.0)[:, None, None, None, None].expand(-1, 1, 1, 1, 1)
+    active, repeats = torch.ones(6, 1, 1, 1, dtype=torch.uint8), torch.tensor([1, 1, 1, 3, 3, 3])
+    clips = LatentClips(number, number, active, torch.zeros(6, 2, 4), torch.zeros(2, 4), repeats)
+    stream = iter(FlowBatches(clips, 4, 0, 0))
+    seen = torch.cat([next(stream)["latent"].flatten() for _ in range(3)])
+    assert seen.long().bincount().tolist() == repeats.tolist()
+
+
 def test_clips_are_scaled_to_the_models_range():
     frames = np.zeros((2, 5, 8, 8, 3), dtype=np.uint8)
     frames[1, 2, 3, 4, 1] = 255
