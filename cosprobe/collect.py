@@ -141,7 +141,7 @@ def store_bytes(model: Any, pipeline: PipelineConfig, task: Task, probe: Any, sa
     config = transformer.config
     width = config.num_attention_heads * config.attention_head_dim
     latent_frames = (pipeline.frames - 1) // model.vae_scale_factor_temporal + 1
-    boxes = [[(0.0, 0.0, 1.0, 1.0)] * task.candidates]
+    boxes = [[(0.0, 0.0, 1.0, 1.0)] * task.regions]
     pooling = Pooling(probe.pooling, probe.frames, boxes if probe.pooling == "region" else ())
     cells = len(steps) * (len(layers) + len(SOURCES)) * (2 if pipeline.guidance > 1 else 1)
     size = next(transformer.parameters()).element_size()
@@ -208,7 +208,7 @@ def _labels(task: Task, problems: list[Problem]) -> dict[str, Tensor]:
     for target in task.targets:
         if target.role == "choice":
             continue
-        missing = (-1,) * task.candidates if target.form == "region" else -1
+        missing = (-1,) * task.regions if target.form == "region" else -1
         rows = [p.labels.get(target.name, missing) if p.kind in target.kinds else missing for p in problems]
         tensors[f"label.{target.name}"] = torch.tensor(rows)
     for name in problems[0].difficulty:

@@ -131,7 +131,9 @@ def _latency(axes: Axes, grid: Grid, checks: Checks, name: str) -> None:
     axes.set(xlabel="layer", ylabel="latency, steps")
     known = np.isfinite(plane.latency.values)
     if not known.any():
-        _absent(axes)
+        _absent(axes, "no evidence")
+        axes.set_xticks([])
+        axes.set_yticks([])
         return
     layers, value = plane.layer.values[known], plane.latency.values[known]
     spread = np.abs(np.stack([plane.latency_lower.values[known], plane.latency_upper.values[known]]) - value)
@@ -142,5 +144,5 @@ def _latency(axes: Axes, grid: Grid, checks: Checks, name: str) -> None:
     axes.set_ylim(bottom=-0.3)
 
 
-def _absent(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "too few samples", transform=axes.transAxes, ha="center", va="center", color="#8a8a8a")
+def _absent(axes: Axes, reason: str = "too few samples") -> None:
+    axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", color="#8a8a8a")

@@ -46,6 +46,7 @@ class Maze:
     name: str = field(default="maze", init=False)
     kinds: tuple[str, ...] = field(default=("one_exit", "choice"), init=False)
     candidates: int = field(default=4, init=False)
+    regions: int = field(default=4, init=False)
 
     def __post_init__(self) -> None:
         if self.image_size % 16 or self.image_size < 64:
@@ -169,6 +170,10 @@ class Maze:
     def solutions(self, problem: Problem) -> tuple[int, ...]:
         """Candidates that count as right: one for one-exit problems, several for choice problems."""
         return tuple(k for k, corner in enumerate(problem.layout.corners) if corner in problem.layout.solutions)
+
+    def admissible(self, problem: Problem) -> tuple[int, ...]:
+        """All four exits: which of them can be reached is the puzzle."""
+        return tuple(range(self.candidates))
 
     def _board(self, layout: Layout) -> np.ndarray:
         board = np.full((self.image_size, self.image_size), WALL, dtype=np.intp)

@@ -78,12 +78,14 @@ class Readout:
 
 @runtime_checkable
 class Task(Protocol):
-    """The contract every family of problems keeps."""
+    """The contract every family of problems keeps. candidates: answers a readout scores; regions: of every problem,
+    as many as candidates where the answer is one of them."""
 
     name: str
     kinds: tuple[str, ...]
     targets: tuple[Target, ...]
     candidates: int
+    regions: int
     frames: int
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]: ...
@@ -98,6 +100,10 @@ class Task(Protocol):
 
     def solutions(self, problem: Problem) -> tuple[int, ...]:
         """Candidates that count as right: one or several."""
+        ...
+
+    def admissible(self, problem: Problem) -> tuple[int, ...]:
+        """Candidates that the first frame leaves possible before it is solved."""
         ...
 
     def readout(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> Readout: ...
