@@ -27,7 +27,7 @@ class FlowConfig:
     samples that see the empty prompt, so that guidance can be used. decay_from: share of the run after which
     the rate falls linearly to zero."""
 
-    steps: int = 2400
+    steps: int = 4400
     batch: int = 32
     lr: float = 1.5e-3
     muon_lr: float = 0.02

@@ -56,7 +56,7 @@ class MiniConfig:
     flow: FlowConfig = field(default_factory=FlowConfig)
     clips: int = 20_480
     choice_share: float = 0.35
-    choice_repeats: int = 1
+    choice_repeats: int = 2
     layers: int = 8
     heads: int = 4
     head_dim: int = 32
