@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train.py probe=layers
@@ -25,6 +25,10 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python train.py probe=layers
 	cp runs/maze-layers/report/headline.png runs/maze-layers/report/curves.png runs/maze-layers/report/film.png docs/figures/
+
+# ratios: capture, fit and run against what they replace or cannot avoid
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
 
 # torch first and alone: what follows then finds the build that was chosen and keeps it
 $(INSTALLED): pyproject.toml constraints.txt

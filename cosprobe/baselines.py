@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cosprobe.capture import capture
-from cosprobe.collect import Sample, decode_steps, draw_samples, fill, images, settings
+from cosprobe.collect import Sample, decode_steps, draw_samples, fill, images, say, settings
 from cosprobe.data import ProbeSamples
 from cosprobe.devices import TrainerConfig
 from cosprobe.metrics import cluster_bootstrap, correctness
@@ -64,18 +64,22 @@ def few_steps(probe: Any, total: int) -> tuple[int, ...]:
     """Steps of the first half at which x0-hat is decoded too; the first kept step when there is none."""
     kept = parse_selection(probe.steps, total, "probe.steps")
     shown = decode_steps(probe.decode, total)
-    return tuple(step for step in kept if step in shown and step <= total // 2) or kept[:1]
+    return tuple(step for step in kept if step in shown and step < total / 2) or kept[:1]
 
 
 def collect_weights(
     model: Any, pipeline: PipelineConfig, task: Task, task_config: Any, probe: Any, seed: int, folder: Path
 ) -> ActivationStore | None:
     """Features [sample, weights, step, layer, place, region, channel] of the few samples, on disk; None when
-    `probe.randomised` is 0. Runs end after the last of the few steps and nothing is decoded."""
+    `probe.randomised` is 0, or so small that a split would be empty. Runs end after the last of the few steps and
+    nothing is decoded."""
     if not probe.randomised:
         return None
     drawn = draw_samples(task, task_config, seed)
     places = few_samples(drawn, probe.randomised)
+    if len({drawn[i].problem.split for i in places}) < len(SPLIT_ORDER):
+        say(f"random weights are left out: probe.randomised={probe.randomised} of {len(drawn)} samples is too few")
+        return None
     chunks = [places[i : i + pipeline.batch] for i in range(0, len(places), pipeline.batch)]
     steps = few_steps(probe, pipeline.steps)
     identity = settings(pipeline, task_config, probe, seed) | {"probe.randomised": probe.randomised}
@@ -107,7 +111,7 @@ def _chunk(
     problems = [s.problem for s in chunk]
     pooling = Pooling(probe.pooling, probe.frames, [p.regions for p in problems] if probe.pooling == "region" else ())
     arguments = (images(task, problems), [p.prompt for p in problems], [s.seed for s in chunk])
-    stop = {"callback_on_step_end": stop_after(steps[-1]), "output_type": "latent"}
+    stop: dict[str, Any] = {"callback_on_step_end": stop_after(steps[-1]), "output_type": "latent"}
     with capture(model, ",".join(map(str, layers)), pooling, ",".join(map(str, steps)), record=True) as tape:
         sample(model, pipeline, *arguments, **stop)
     features = [tape.features()[:, :, :, tape.branches.index("cond")].float()]

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-COLDEST, HOTTEST = 0.05, 20.0  # a perfect classifier would get temperature 0, one worse than chance infinity
+COLDEST, HOTTEST = 0.05, 20.0  # one worse than chance would get an infinite temperature
 ITERATIONS = 100
 PRECISION = 1e-8  # of log T
 TIE = 1e-9  # accuracies closer than this are equal: only rounding separates them
@@ -37,13 +37,19 @@ def temperatures(decision: Float[Tensor, "cell row out"], labels: Int[Tensor, " 
     on T (decision values equal for all classes, or so far apart that the loss is 0 in fp64) keep T = 1.
     Newton's method on log T, in fp64, all cells together; a bracket around the only minimum (the cross-entropy is
     convex in 1 / T) takes over wherever Newton would leave it or slow down.
+    One uniform pseudo-label is counted among the labels (as Platt 1999, section 2.2, smooths his targets): a cell
+    that is right on every row would otherwise get the lowest T there is, and be certain ever after.
     Raises ValueError for values that are not finite, no labelled row, or a label out of range.
-    Source: Guo et al. (2017), "On calibration of modern neural networks", equation 9, there for one network.
+    Source: Guo et al. (2017), "On calibration of modern neural networks", equation 9, there for one network and
+    without the pseudo-label.
     """
     values, labels = _labelled(decision, labels)
     if not torch.isfinite(values).all():
         raise ValueError("decision: values that are not finite, expected finite ones; refit the probes")
-    margin = values - values.gather(2, labels[None, :, None].expand(len(values), -1, 1))
+    rows, classes = len(labels), values.shape[2]
+    wanted = (rows * F.one_hot(labels, classes).to(values) + 1 / classes) / (rows + 1)
+    values = values - values[:, :, :1]  # equal values become exactly 0
+    margin = values - (wanted * values).sum(dim=2, keepdim=True)
     at = values.new_zeros(len(values))
     low, high = torch.full_like(at, math.log(COLDEST)), torch.full_like(at, math.log(HOTTEST))
     cold, hot = _derivatives(margin, low)[0] > 0, _derivatives(margin, high)[0] < 0  # the minimum is beyond a bound
@@ -120,7 +126,7 @@ def reliability(probabilities: Float[Tensor, "row out"], labels: Int[Tensor, " r
 def _derivatives(
     margin: Float[Tensor, "cell row out"], log_t: Float[Tensor, " cell"]
 ) -> tuple[Float[Tensor, " cell"], Float[Tensor, " cell"]]:
-    """First and second derivative of the mean cross-entropy in log T. margin: decision minus that of the label."""
+    """First and second derivative of the mean cross-entropy in log T. margin: decision minus what the label wants."""
     inverse = (-log_t).exp()
     p = (margin * inverse[:, None, None]).softmax(dim=2)
     expected = (p * margin).sum(dim=2)

@@ -123,7 +123,9 @@ def with_checks(grid: Grid, checks: Checks) -> Grid:
 def _matrix(matrix: Matrix) -> xr.Dataset:
     """Variables `transfer_<axis>`, `_lower` and `_upper`, with axes train_<axis> and test_<axis>."""
     axes = (f"train_{matrix.axis}", f"test_{matrix.axis}")
-    coordinates = {axis: list(names) for axis, names in zip(axes, (matrix.train, matrix.test), strict=True)}
+    coordinates: dict[str, list] = {
+        axis: list(names) for axis, names in zip(axes, (matrix.train, matrix.test), strict=True)
+    }
     if matrix.axis in ("step", "layer"):
         coordinates = {axis: [int(name) for name in names] for axis, names in coordinates.items()}
     values = {"": matrix.accuracy, "_lower": matrix.lower, "_upper": matrix.upper}

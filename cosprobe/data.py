@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -89,6 +90,8 @@ class ProbeSamples:
     def rows(self, keep: Int[np.ndarray, " kept"]) -> ProbeSamples:
         """The samples at these places."""
         at = torch.from_numpy(keep)
+        given = {name: getattr(self, name) for name in OPTIONAL}
+        optional: dict[str, Any] = {name: None if column is None else column[keep] for name, column in given.items()}
         return replace(
             self,
             features=self.features[at],
@@ -98,7 +101,7 @@ class ProbeSamples:
             kinds=self.kinds[keep],
             scores={name: array[keep] for name, array in self.scores.items()},
             difficulty={name: array[keep] for name, array in self.difficulty.items()},
-            **{name: None if getattr(self, name) is None else getattr(self, name)[keep] for name in OPTIONAL},
+            **optional,
         )
 
     def at(self, part: slice) -> ProbeSamples:

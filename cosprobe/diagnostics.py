@@ -94,7 +94,7 @@ def _learning(axes: Axes, checks: Checks, name: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(found[0].sizes, [str(size) for size in found[0].sizes])
     axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=7, handlelength=1.2)
+    axes.legend(frameon=False, fontsize=7.5, handlelength=1.2)
 
 
 def _reliability(axes: Axes, checks: Checks, name: str) -> None:
@@ -104,7 +104,7 @@ def _reliability(axes: Axes, checks: Checks, name: str) -> None:
         checks.reliability[name], ("calibrated", "raw"), ("#225ea8", "#9a9a9a"), strict=True
     ):
         axes.plot(curve.confidence, curve.accuracy, label=label, color=colour, **LINE)
-    axes.legend(frameon=False, fontsize=7, handlelength=1.2)
+    axes.legend(frameon=False, fontsize=7.5, handlelength=1.2)
 
 
 def _weights(axes: Axes, checks: Checks, name: str) -> None:
@@ -116,13 +116,18 @@ def _weights(axes: Axes, checks: Checks, name: str) -> None:
     first = min(cell.step for cell in table.cells)
     at = [i for i, cell in enumerate(table.cells) if cell.step == first and cell.place == table.cells[0].place]
     layers, t = [int(table.cells[i].site) for i in at], table.targets.index(name)
+    _by_layer(axes, np.array(layers))
     for w, how in enumerate(WEIGHTS):
         axes.plot(layers, table.accuracy[t, w, at], label=how, color=COLOURS[how], **LINE)
         axes.fill_between(
             layers, table.lower[t, w, at], table.upper[t, w, at], color=COLOURS[how], alpha=0.15, linewidth=0
         )
     axes.legend(
-        frameon=False, fontsize=7, handlelength=1.2, title=f"step {first}, {table.samples} samples", title_fontsize=7
+        frameon=False,
+        fontsize=7.5,
+        handlelength=1.2,
+        title=f"step {first}, {table.samples} samples",
+        title_fontsize=7.5,
     )
 
 
@@ -140,8 +145,15 @@ def _latency(axes: Axes, grid: Grid, checks: Checks, name: str) -> None:
     axes.errorbar(layers, value, yerr=spread, color="#225ea8", fmt="o-", markersize=3.5, linewidth=1.5, capsize=2)
     if np.isfinite(plane.visible_latency):
         axes.axhline(float(plane.visible_latency), color=OUTLINE, linewidth=1.5, label="x0-hat")
-        axes.legend(frameon=False, fontsize=7, handlelength=1.2)
+        axes.legend(frameon=False, fontsize=7.5, handlelength=1.2)
     axes.set_ylim(bottom=-0.3)
+    _by_layer(axes, plane.layer.values)
+
+
+def _by_layer(axes: Axes, layers: np.ndarray) -> None:
+    """Every panel over layers spans all of them, with whole numbers below."""
+    axes.set_xticks(ticks(layers, 5))
+    axes.set_xlim(layers[0] - 0.3, layers[-1] + 0.3)
 
 
 def _absent(axes: Axes, reason: str = "too few samples") -> None:

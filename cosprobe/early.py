@@ -24,8 +24,8 @@ from cosprobe.types import Cell
 
 @dataclass(frozen=True)
 class EarlyAnswer:
-    """What a probe said of one problem. probability: the softmax of the probe, not calibrated. drawn: what the
-    finished run ends on, None for none; right: the candidates that count as right."""
+    """What a probe said of one problem. probability: of the probe, by the temperature of its cell.
+    drawn: what the finished run ends on, None for none; right: the candidates that count as right."""
 
     problem: Problem
     answer: int

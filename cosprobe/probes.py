@@ -109,29 +109,25 @@ class ProbeBank:
                     f"cell ({cell}): not among the {len(place)} cells of this bank; fit it or pick another"
                 )
         at = torch.tensor([place[cell] for cell in cells], dtype=torch.long)
-        return replace(
-            self,
-            cells=tuple(cells),
-            mean=self.mean[at],
-            std=self.std[at],
-            **{table: {name: value[at] for name, value in getattr(self, table).items()} for table in TABLES},
-        )
+        tables: dict[str, Any] = {
+            table: {name: value[at] for name, value in getattr(self, table).items()} for table in TABLES
+        }
+        return replace(self, cells=tuple(cells), mean=self.mean[at], std=self.std[at], **tables)
 
     @classmethod
     def join(cls, banks: Sequence[ProbeBank]) -> ProbeBank:
         """One bank of the cells of several that were fitted to the same targets; provenance of the first."""
         first = banks[0]
+        tables: dict[str, Any] = {
+            table: {name: torch.cat([getattr(bank, table)[name] for bank in banks]) for name in getattr(first, table)}
+            for table in TABLES
+        }
         return replace(
             first,
             cells=tuple(cell for bank in banks for cell in bank.cells),
             mean=torch.cat([bank.mean for bank in banks]),
             std=torch.cat([bank.std for bank in banks]),
-            **{
-                table: {
-                    name: torch.cat([getattr(bank, table)[name] for bank in banks]) for name in getattr(first, table)
-                }
-                for table in TABLES
-            },
+            **tables,
         )
 
     def calibrated(

@@ -229,11 +229,9 @@ def print_summary(grid: Grid, checks: Checks, run_dir: Path, console: Console | 
     console.print(table)
     if checks.best:
         head, rows = check_table(grid, checks)
-        survived = Table(
-            box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold"
-        )
+        survived = _table()
         for name in head:
-            survived.add_column(escape(name), no_wrap=True)
+            survived.add_column(escape(name), no_wrap=name == head[0])  # long cells go on in a second line, none is cut
         for cells in rows:
             survived.add_row(*map(escape, cells))
         console.print(survived)

@@ -92,9 +92,11 @@ def relabelled(
     the same in every split, so a probe can learn it by remembering values (Hewitt and Liang 2019, arXiv 1909.03368,
     section 2). Nothing when there is no such attribute.
     """
-    shown = next((labels[t.name].long() for t in targets if t.role == "perception" and t.form == "problem"), None)
-    controls, found = [], {}
-    for target in targets if shown is not None else ():
+    attributes = [labels[t.name].long() for t in targets if t.role == "perception" and t.form == "problem"]
+    if not attributes:
+        return (), {}
+    shown, controls, found = attributes[0], [], {}
+    for target in targets:
         if target.role in HEADLINE:
             control = replace(target, name=f"{target.name}_{RELABELLED}", role=RELABELLED)
             seed = int(hashlib.sha256(control.name.encode()).hexdigest()[:12], 16)

@@ -45,6 +45,7 @@ MEANING = {
     "latency_at_most": "latency is at or before the first step",
     "visible_latency": "latency of the visible baseline", "visible_latency_lower": "lower end of its 95 % interval",
     "visible_latency_upper": "upper end of its 95 % interval",
+    "visible_latency_at_most": "visible_latency is at or before the first step",
     "lag": "visible_latency - latency: positive where a probe reads the answer before the picture shows it",
     "lag_lower": "lower end of the paired 95 % interval of lag", "lag_upper": "upper end of it",
     "depth": "layer where accuracy above the guess first reaches half of its maximum over layers, on test",
@@ -170,7 +171,7 @@ def _score(
     }  # fmt: skip
     wrong = 0 if test.drawn is None or target.role != "answer" else int((test.drawn != test.labels).sum())
     alone = {"chance": rows.accuracy[chance], "n_wrong": wrong, **count}
-    table = {name: (CELL, values) for name, values in by_cell.items()}
+    table: dict[str, tuple[tuple[str, ...], np.ndarray]] = {name: (CELL, values) for name, values in by_cell.items()}
     table |= {name: (BASELINE, values) for name, values in by_baseline.items()}
     table |= {name: (STEP, values) for name, values in by_step.items()}
     table |= timing(right, keys, layer, visible, p <= ALPHA, right[chance], at, layers, draws, seed)

@@ -23,14 +23,14 @@ def check_table(grid: Grid, checks: Checks) -> tuple[list[str], list[list[str]]]
 
 def _column(grid: Grid, checks: Checks, name: str) -> dict[str, str]:
     cell = grid.at(name, checks.best[name])
-    earliest = bool(cell.latency_at_most)
+    probe_first, shown_first = bool(cell.latency_at_most), bool(cell.visible_latency_at_most)
     return {
         "above the strongest input": _above(cell, "reference", "p_skill"),
         "above what x0-hat shows": _above(cell, "visible", "p_excess"),
         "selectivity": _number(cell.selectivity, "+.2f"),
-        "latency, steps": _interval(cell, "latency", ".1f", "at or before " if earliest else ""),
-        "latency of x0-hat, steps": _interval(cell, "visible_latency", ".1f"),
-        "lag of x0-hat, steps": _interval(cell, "lag", "+.1f", "at least " if earliest else ""),
+        "latency, steps": _interval(cell, "latency", ".1f", "at or before " if probe_first else ""),
+        "latency of x0-hat, steps": _interval(cell, "visible_latency", ".1f", "at or before " if shown_first else ""),
+        "lag of x0-hat, steps": _lag(cell, probe_first, shown_first),
         "depth at this step, layers": _interval(cell, "depth", ".1f"),
         "says what the video will": _number(cell.agreement),
         "knew it, drew it wrong": _knew(cell),
@@ -51,6 +51,13 @@ def _interval(cell: xr.Dataset, name: str, form: str = ".2f", before: str = "") 
         return NONE
     lower, upper = (_number(cell[f"{name}_{end}"], form) for end in ("lower", "upper"))
     return f"{before}{_number(cell[name], form)} [{lower}, {upper}]"
+
+
+def _lag(cell: xr.Dataset, probe_first: bool, shown_first: bool) -> str:
+    """Both may be there at the first step already: then nothing is known of which was earlier."""
+    if probe_first and shown_first:
+        return "unknown: both from the first step on"
+    return _interval(cell, "lag", "+.1f", "at least " if probe_first else "at most " if shown_first else "")
 
 
 def _above(cell: xr.Dataset, other: str, p: str) -> str:

@@ -30,7 +30,7 @@ def timing(
     """
     across = layer.shape[2:]
     lines = np.concatenate([layer, visible[:, None]], axis=1).reshape(len(steps), -1)  # step, (layer or visible ...)
-    shown = found.any(axis=(0, 1))[None]  # where no probe finds anything, timing says nothing
+    shown = np.asarray(found.any(axis=(0, 1)))[None]  # where no probe finds anything, timing says nothing
     evidence = np.concatenate([found.any(axis=0), shown]).ravel()
     early = latency(_points(right, lines.T), np.tile(guess, (lines.shape[1], 1)), steps, keys, evidence, draws, seed)
     count = len(layers) * int(np.prod(across))
@@ -51,6 +51,7 @@ def timing(
         "visible_latency": (flat, early.value[count:].reshape(across)),
         "visible_latency_lower": (flat, early.lower[count:].reshape(across)),
         "visible_latency_upper": (flat, early.upper[count:].reshape(across)),
+        "visible_latency_at_most": (flat, early.censored[count:].reshape(across)),
         "lag": (by_layer, lead.value.reshape(shape)),
         "lag_lower": (by_layer, lead.lower.reshape(shape)),
         "lag_upper": (by_layer, lead.upper.reshape(shape)),

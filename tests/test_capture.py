@@ -10,6 +10,8 @@ from diffusers import UniPCMultistepScheduler
 from cosprobe.capture import capture
 from cosprobe.pipelines import block_list, clean_estimate, decode, latent_tokens, sample
 from cosprobe.pooling import Pooling
+from cosprobe.types import FIRST_FRAME, NOISE
+from cosprobe.types import PROMPT as WORDS
 from tests.tiny import CONFIG, PROMPT, cogvideox, wan
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -105,6 +107,76 @@ def test_sources_are_the_latents_of_the_step(pipeline):
         torch.testing.assert_close(features[:, step, 1, 0, :, 0, :4], clean.mean(dim=(3, 4)).transpose(1, 2))
     torch.testing.assert_close(tape.clean[1], latents[1][1] - pipeline.scheduler.sigmas[1] * latents[1][0])
     assert features[..., 4:].numel() == 0 or not features[..., 4:].any()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_what_a_run_starts_from_is_kept_once(pipeline, guidance):
+    config = type(CONFIG)(steps=3, frames=5, prompt_tokens=32, guidance=guidance)
+    seen = []
+
+    def spy(module, args, kwargs):
+        seen.append((kwargs["hidden_states"], kwargs["encoder_hidden_states"]))
+
+    handle = pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True)
+    try:
+        with capture(pipeline, ["0", "x_t"], Pooling("frame"), "1,2") as tape:
+            run(pipeline, config=config)
+    finally:
+        handle.remove()
+    latent, prompt = seen[0]  # Wan calls the transformer with the prompt first
+    by_frame = latent.mean(dim=(3, 4)).transpose(1, 2)[:, :, None]  # sample place region channel
+    assert set(tape.fixed) == {NOISE, FIRST_FRAME, WORDS}
+    torch.testing.assert_close(tape.fixed[NOISE], by_frame[..., :4])
+    torch.testing.assert_close(tape.fixed[FIRST_FRAME], by_frame[..., 4:])
+    torch.testing.assert_close(tape.fixed[WORDS], prompt.mean(1))
+    assert by_frame[:, 0, :, 4:].std() > 0
+    with capture(pipeline, ["x_t"], Pooling("frame"), "0") as first:
+        run(pipeline, config=config)
+    noise = first.features()[:, 0, 0, 0]
+    assert torch.equal(tape.fixed[NOISE], noise[..., :4])  # although step 0 was not asked for
+
+
+def test_a_doubled_batch_keeps_the_inputs_of_the_half_that_saw_the_prompt():
+    pipeline = cogvideox()
+    calls = {"num_inference_steps": 2, "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 32}
+    seen = []
+
+    def spy(module, args, kwargs):
+        seen.append(kwargs["encoder_hidden_states"])
+
+    handle = pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True)
+    try:
+        with capture(pipeline, ["0"], Pooling("clip")) as tape:
+            pipeline(PROMPT, guidance_scale=4.0, output_type="latent", **calls)
+    finally:
+        handle.remove()
+    assert set(tape.fixed) == {NOISE, WORDS}  # no image beside the noise
+    torch.testing.assert_close(tape.fixed[WORDS], seen[0][1:].mean(1))
+    assert not torch.allclose(seen[0][0], seen[0][1])
+
+
+def test_recorded_calls_are_those_of_the_conditional_branch(pipeline):
+    config = type(CONFIG)(steps=3, frames=5, prompt_tokens=32, guidance=3.0)
+    seen = []
+
+    def spy(module, args, kwargs):
+        seen.append(kwargs)
+
+    handle = pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True)
+    try:
+        with capture(pipeline, ["0"], Pooling("clip"), "0,2", record=True) as tape:
+            run(pipeline, config=config)
+    finally:
+        handle.remove()
+    assert sorted(tape.recorded) == [0, 2]
+    for step, (context, args, kwargs) in tape.recorded.items():
+        assert context == "cond"
+        assert args == ()
+        assert torch.equal(kwargs["hidden_states"], seen[2 * step]["hidden_states"])
+        assert torch.equal(kwargs["encoder_hidden_states"], seen[2 * step]["encoder_hidden_states"])
+    with capture(pipeline, ["0"], Pooling("clip")) as bare:
+        run(pipeline)
+    assert bare.recorded == {}
 
 
 def test_noise_depends_on_the_seed_alone(pipeline):

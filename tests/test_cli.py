@@ -13,13 +13,14 @@ import pytest
 
 import probe
 import train
-from cosprobe.config import TrainRun, UseRun, command
+from cosprobe.config import SCHEMAS, TrainRun, UseRun, command
 from cosprobe.devices import TrainerConfig
 from cosprobe.pipelines import PipelineConfig
 from cosprobe.tasks import MazeConfig
 from cosprobe.training import ProbeConfig
 
 ROOT = Path(train.__file__).parent
+TASKS = sorted(SCHEMAS["task"])
 TOP = "experiment, pipeline, probe, run_dir, seed, task, trainer"
 
 
@@ -55,7 +56,7 @@ MISTAKES = [
     ("probe=layerz", "unknown option. Did you mean probe=layers? Options of probe: frames, layers"),
     ("+probe=layerz", "unknown option. Did you mean probe=layers? Options of probe: frames, layers"),
     ("probe=", "unknown option. Options of probe: frames, layers"),
-    ("task=maize", "unknown option. Did you mean task=maze? Options of task: maze"),
+    ("task=maize", f"unknown option. Did you mean task=maze? Options of task: {', '.join(TASKS)}"),
     ("trainer=tpu", "unknown option. Did you mean trainer=cpu? Options of trainer: cpu, gpu"),
     ("experiment=minni", "unknown option. Did you mean experiment=mini? Options of experiment: mini, probes"),
     # types
@@ -86,11 +87,12 @@ MISTAKES = [
     ("pipeline.steps=0", "expected at least 1"),
     ("pipeline.dtype=float8", None),
     ("probe.kind=deep", None),
+    ("probe.randomised=-1", "expected 0 or more samples"),
 ]  # fmt: skip
 REWORDED = {
     "task.length=[9,2]": "task.length=[9, 2]: expected [shortest, longest] with 1 <= shortest",
     "pipeline.dtype=float8": "pipeline.dtype='float8': expected one of float32, bfloat16, float16",
-    "probe.kind=deep": "probe.kind='deep': expected one of logistic, ridge",
+    "probe.kind=deep": "probe.kind='deep': expected one of logistic, newton, ridge",
 }
 
 
@@ -171,20 +173,28 @@ def test_help_shows_purpose_groups_and_two_examples(here, capsys):
         assert train.main([flag]) == 0
         text = capsys.readouterr().out
         assert text.startswith("Where does the answer become decodable?")
-        assert text.count("\n  python train.py ") == 3  # usage and two examples
-        for group in ("task        maze*", "pipeline    mini*", "probe       frames, layers*", "trainer     cpu*, gpu"):
+        assert text.count("\n  python train.py ") == 2
+        tasks = ", ".join(f"{task}*" if task == "maze" else task for task in TASKS)
+        for group in (
+            f"task        {tasks}",
+            "pipeline    mini*",
+            "probe       frames, layers*",
+            "trainer     cpu*, gpu",
+        ):
             assert f"\n  {group}\n" in text
     assert probe.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert text.count("\n  python probe.py ") == 3
+    assert text.count("\n  python probe.py ") == 3  # usage and two examples
     assert "\n  use         predict*\n" in text
     assert list(here.iterdir()) == []
 
 
 def test_examples_of_the_help_are_valid(capsys):
     for entry, root in ((train, TrainRun), (probe, UseRun)):
-        lines = [line.split() for line in entry.__doc__.splitlines() if line.startswith("  python ")]
-        for words in lines[1:]:
+        shown = [line.split() for line in entry.__doc__.splitlines() if line.startswith("  python ")]
+        examples = [words for words in shown if "[name=value" not in words]
+        assert len(examples) == 2
+        for words in examples:
             settings = [word for word in words[2:] if "=" in word]
             assert settings
             assert command(root, lambda run: None, "", settings) == 0

@@ -41,7 +41,7 @@ def test_top_level_names_are_frozen():
     ]  # fmt: skip
     assert [f.name for f in fields(UseRun)] == ["use", "run", "seed"]
     assert GROUPS == ["experiment", "pipeline", "probe", "task", "trainer", "use"]
-    for name in ("layers", "steps", "pooling", "frames", "decode", "kind", "lambdas"):
+    for name in ("layers", "steps", "pooling", "frames", "decode", "kind", "lambdas", "randomised"):
         assert hasattr(load(TrainRun, []).probe, name)
 
 

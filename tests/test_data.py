@@ -85,8 +85,8 @@ def test_targets_without_two_classes_or_validation_labels_are_named(samples):
     same = replace(train, labels=train.labels | {"answer": torch.full((12,), 2)})
     with pytest.raises(ValueError, match="target 'answer': 1 classes among 12 training samples"):
         check_targets(TARGETS, same, validation)
-    empty = replace(validation, labels=validation.labels | {"answer": torch.full((5,), -1)})
-    with pytest.raises(ValueError, match="target 'answer': no label among 5 validation samples"):
+    empty = replace(validation, labels=validation.labels | {"answer": torch.full((4,), -1)})
+    with pytest.raises(ValueError, match="target 'answer': no label among 4 validation samples"):
         check_targets(TARGETS, train, empty)
     with pytest.raises(ValueError, match="targets: none can be read"):
         check_targets((), train, validation)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+import probe
 from cosprobe import Grid, load_probes
-from cosprobe.collect import load_samples
 from cosprobe.config import read_run
+from cosprobe.samples import load_samples
 from cosprobe.store import ActivationStore
 from tests.tiny import wan
 
@@ -54,12 +55,19 @@ def run(model, tmp_path_factory):
 @pytest.mark.slow
 def test_the_run_folder_is_complete(run):
     folder, output = run
-    for name in ("config.yaml", "store/manifest.json", "probes/bank.safetensors", "probes/bank.json", "tensorboard"):
+    for name in (
+        "config.yaml", "store/manifest.json", "weights/manifest.json", "probes/bank.safetensors", "probes/bank.json",
+        "tensorboard",
+    ):  # fmt: skip
         assert (folder / name).exists(), name
     for name in ("grid.nc", "summary.md", "headline.png", "curves.png", "film.png", "others.png"):
         assert (folder / "report" / name).stat().st_size > 1000, name
+    for name in ("checks.png", "generalisation.png"):
+        assert (folder / "report" / name).stat().st_size > 1000, name
     assert str(folder / "report" / "summary.md") in output and str(folder / "tensorboard") in output
-    assert "20 samples" in output or "40 samples" in output
+    assert "40 samples" in output
+    assert "What the best cells survive" in (folder / "report" / "summary.md").read_text()
+    assert "check of the best cell" in output and "Permuted and fresh weights were asked about" in output
 
 
 @pytest.mark.slow
@@ -67,7 +75,13 @@ def test_the_grid_has_the_promised_names(run):
     grid = Grid.load(run[0]).dataset
     assert {"target", "step", "layer", "place"} <= set(grid.dims) and "branch" not in grid.dims
     assert {"accuracy", "lower", "upper", "chance", "skill", "p_permutation"} <= set(grid.data_vars)
-    assert {"embed", "x_t", "x0_readout", "x0_latent"} <= set(grid.baseline.values)
+    assert {"p_skill", "p_excess", "selectivity", "latency", "lag", "ece", "brier"} <= set(grid.data_vars)
+    assert {"transfer_step", "transfer_layer", "weights_accuracy"} <= set(grid.data_vars)
+    assert {"answer", "answer_relabelled", "control"} <= set(grid.target.values)
+    baseline = grid.baseline_accuracy.sel(target="answer").isel(step=0, place=0)
+    assert baseline.sizes["baseline"] == 12
+    assert np.isfinite(baseline).all(), baseline
+    assert np.isfinite(grid.selectivity.sel(target="answer")).all()
     assert grid.sizes["step"] == 3 and grid.sizes["layer"] == 3
     assert {"answer", "start", "corridors", "length", "control"} <= set(grid.target.values)
     assert (grid.p_permutation.sel(target="control") > 0.05).all()
@@ -84,12 +98,13 @@ def test_random_weights_decode_no_answer_beyond_what_goes_in(run):
 @pytest.mark.slow
 def test_a_second_run_reuses_the_store_and_gives_the_same_grid(model, run):
     before = Grid.load(run[0]).dataset.load()
-    written = {path: path.stat().st_mtime_ns for path in (run[0] / "store").iterdir()}
+    stores = [path for name in ("store", "weights") for path in (run[0] / name).iterdir()]
+    written = {path: path.stat().st_mtime_ns for path in stores}
     output = train(model, run[0])
-    assert "re-using" in output
-    assert {path: path.stat().st_mtime_ns for path in (run[0] / "store").iterdir()} == written
+    assert output.count("re-using") == 2
+    assert {path: path.stat().st_mtime_ns for path in stores} == written
     after = Grid.load(run[0]).dataset
-    for name in ("accuracy", "skill", "p_permutation"):
+    for name in ("accuracy", "skill", "p_permutation", "p_excess", "latency", "transfer_step", "weights_accuracy"):
         np.testing.assert_array_equal(before[name].values, after[name].values)
 
 
@@ -109,6 +124,7 @@ def test_two_processes_give_the_same_grid(model, run, tmp_path):
         torch.testing.assert_close(*values, rtol=0, atol=1e-4)
     grids = Grid.load(run[0]).dataset, Grid.load(tmp_path / "two").dataset
     np.testing.assert_allclose(grids[0].accuracy.values, grids[1].accuracy.values)
+    np.testing.assert_allclose(grids[0].weights_accuracy.values, grids[1].weights_accuracy.values)
 
 
 @pytest.mark.slow
@@ -122,19 +138,19 @@ def test_predict_reads_early_and_compares(run):
 
 
 @pytest.mark.slow
-def test_predict_refuses_what_does_not_fit(run, tmp_path):
+def test_predict_refuses_what_does_not_fit(run, tmp_path, capsys):
     for settings, message in (
         ([f"run={run[0]}", "use.step=7"], "use.step=7: expected a step these probes were trained at: 0 to 2"),
         ([f"run={run[0]}", "use.layer=9"], "use.layer=9: expected a layer these probes were trained at: 0 to 2"),
         ([f"run={tmp_path}"], "expected the folder of a train.py run"),
     ):
-        result = command("probe.py", "use=predict", *settings)
-        assert result.returncode == 2
-        assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+        assert probe.main(["use=predict", *settings]) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1, said
 
 
 @pytest.mark.slow
-def test_another_model_is_refused(model, run, tmp_path):
+def test_another_model_is_refused(model, run, capsys):
     settings = json.loads((run[0] / "probes" / "bank.json").read_text())["provenance"]["store"]
     weights = next((model / "transformer").glob("*.safetensors"))
     original = weights.read_bytes()
@@ -142,8 +158,7 @@ def test_another_model_is_refused(model, run, tmp_path):
     changed[-3] ^= 1
     try:
         weights.write_bytes(changed)
-        result = command("probe.py", "use=predict", f"run={run[0]}")
+        assert probe.main(["use=predict", f"run={run[0]}"]) == 2
     finally:
         weights.write_bytes(original)
-    assert result.returncode == 2
-    assert f"its probes were made for model {settings['model']}" in result.stderr
+    assert f"its probes were made for model {settings['model']}" in capsys.readouterr().err

@@ -6,7 +6,6 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.collections import LineCollection, QuadMesh
-from matplotlib.text import Text
 from test_grid import ANSWER, CHOICE, CONTROL, DOORS, START, synthetic
 
 from cosprobe.figures import (
@@ -26,6 +25,7 @@ from cosprobe.figures import (
 )
 from cosprobe.grid import Grid
 from cosprobe.scoring import build_grid
+from tests.legible import apart, check_words
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_hatched_cells_are_those_without_evidence(grid):
 
 def test_outline_holds_the_cells_that_read_more_than_the_picture_shows(grid):
     plane = grid.plane("answer").transpose("layer", "step", ...)
-    inside = ((plane.excess_lower > 0) & (plane.p_permutation <= 0.05)).values
+    inside = ((plane.p_excess <= 0.05) & (plane.p_permutation <= 0.05)).values
     assert 0 < inside.sum() < inside.size
     (axes,) = panels(maps(grid, ["answer"]))
     (outline,) = [c for c in axes.collections if isinstance(c, LineCollection)]
@@ -190,29 +190,8 @@ def test_every_word_is_legible_and_inside_the_picture(grid, framed, draw):
         "frames": lambda: frame_maps(framed, "choice"),
         "one": lambda: maps(framed, ["answer"]),
     }[draw]()
-    figure.set_dpi(100)
-    figure.canvas.draw()
-    assert figure.get_figwidth() <= 8
-    renderer = figure.canvas.get_renderer()
-    width, height = figure.canvas.get_width_height()
-    shown = [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
-    hidden = {t for axes in figure.axes if not axes.get_visible() for t in axes.findobj(Text)}
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-        low, high = sorted(axis.get_view_interval())  # ticks beyond the limits exist but are not drawn
-        hidden |= {tick.label1 for tick in axis.get_majorticks() if not low <= tick.get_loc() <= high}
-    titles = []
-    for text in shown:
-        if text in hidden:
-            continue
-        box = text.get_window_extent(renderer)
-        assert text.get_fontsize() >= 7.2, text.get_text()
-        assert box.x0 >= -1, text.get_text()
-        assert box.x1 <= width + 1, text.get_text()
-        assert box.y0 >= -1, text.get_text()
-        assert box.y1 <= height + 1, text.get_text()
-        if "\n" in text.get_text() and "problems" in text.get_text():
-            titles.append(box)
-    assert not any(a.overlaps(b) for i, a in enumerate(titles) for b in titles[:i])
+    drawn = check_words(figure)
+    assert apart([box for t, box in drawn.items() if "\n" in t.get_text() and "problems" in t.get_text()])  # titles
 
 
 def test_ticks_are_few_and_round():

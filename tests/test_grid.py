@@ -10,10 +10,12 @@ import pytest
 import xarray as xr
 
 from cosprobe.grid import Grid
-from cosprobe.metrics import cluster_bootstrap, max_t_permutation
-from cosprobe.scoring import Evaluated, SplitPredictions, TargetPredictions, build_grid
+from cosprobe.latency import latency
+from cosprobe.metrics import cluster_bootstrap, max_t_bootstrap, max_t_permutation
+from cosprobe.predictions import Evaluated, SplitPredictions, TargetPredictions
+from cosprobe.scoring import MEANING, build_grid
 from cosprobe.tasks import Target
-from cosprobe.types import SOURCES, Cell
+from cosprobe.types import EVERY_STEP, SOURCES, Cell
 
 ANSWER = Target("answer", 4, "candidate", "answer", ("one_exit",))
 CHOICE = Target("choice", 4, "candidate", "choice", ("choice",))
@@ -120,13 +122,28 @@ def only(evaluated: Evaluated) -> xr.Dataset:
 
 def test_names_that_others_script_against(grid):
     data = grid.dataset
-    assert dict(data.sizes) == {"target": 5, "step": 6, "layer": 8, "place": 1, "baseline": 5}
-    for name in ("accuracy", "lower", "upper", "skill", "p_permutation", "excess", "validation_accuracy", "lambda"):
+    assert dict(data.sizes) == {"target": 5, "step": 6, "layer": 8, "place": 1, "baseline": 12}
+    for name in (
+        "accuracy", "lower", "upper", "skill", "p_skill", "p_permutation", "excess", "p_excess", "validation_accuracy",
+        "lambda", "agreement", "knew", "selectivity", "temperature", "ece", "ece_raw", "brier",
+    ):  # fmt: skip
         assert data[name].dims == ("target", "step", "layer", "place")
         assert data[name].attrs["long_name"]
     assert data.chance.dims == ("target",)
-    assert data.baseline_accuracy.dims == ("target", "baseline", "step", "place")
-    assert data.baseline.values.tolist() == ["chance", "embed", "x_t", "x0_readout", "x0_latent"]
+    for name in ("baseline_accuracy", "baseline_lower", "baseline_upper", "baseline_validation"):
+        assert data[name].dims == ("target", "baseline", "step", "place")
+    assert data.baseline.values.tolist() == [
+        "chance", "majority", "noise", "first_frame", "prompt", "nuisance", "embed", "x_t", "x0_readout", "x0_latent",
+        "permuted_weights", "fresh_weights",
+    ]  # fmt: skip
+    for name in ("latency", "latency_lower", "latency_upper", "latency_at_most", "lag", "lag_lower", "lag_upper"):
+        assert data[name].dims == ("target", "layer", "place")
+    for name in ("visible_latency", "visible_latency_lower", "visible_latency_upper", "visible_latency_at_most"):
+        assert data[name].dims == ("target", "place")
+    for name in ("depth", "depth_lower", "depth_upper"):
+        assert data[name].dims == ("target", "step", "place")
+    assert set(MEANING) == set(data.data_vars)
+    assert all(data[name].attrs["long_name"] == meaning for name, meaning in MEANING.items())
     assert data.layer.dtype.kind == "i"
     assert data.expert.dims == ("step",)
     assert str(data.branch.values) == "cond"
@@ -194,13 +211,131 @@ def test_perception_is_measured_from_chance():
     seen = tiny({"0": (0.9, 0.9), "embed": (0.8, 0.8)}, START, train_labels=np.array([3, 3, 0]))
     data = only(seen)
     assert str(data.reference_source.values[0]) == "chance"
-    assert float(data.skill[0, 0]) == pytest.approx(0.9)  # nobody guesses 3 right: chance is 0
+    assert float(data.skill[0, 0]) == pytest.approx((0.9 - 1 / 9) / (1 - 1 / 9))  # embed is no reference here
+    often = only(tiny({"0": (0.9, 0.9), "embed": (0.95, 0.95)}, START, train_labels=np.array([0, 3, 0])))
+    assert str(often.reference_source.values[0]) == "majority"
 
 
-def test_chance_is_the_training_majority_and_never_under_a_blind_guess_among_candidates():
-    assert float(only(tiny({"0": (1, 1)}, train_labels=np.array([0, 0, 1]))).chance) == 1.0
-    assert float(only(tiny({"0": (1, 1)}, train_labels=np.array([2, 2, 1]))).chance) == 0.25
-    assert float(only(tiny({"0": (1, 1)}, START, train_labels=np.array([2, 2, 1]))).chance) == 0.0
+@pytest.mark.parametrize(("target", "blind"), [(ANSWER, 0.25), (START, 1 / 9), (DOORS, 0.5)])
+def test_chance_and_majority_are_two_baselines_and_the_better_one_is_the_chance(target, blind):
+    region = target.form == "region"
+    for guess, share in ((0, 1.0), (1, 0.0)):  # every label is 0
+        train = np.full((9, 4) if region else 9, guess)
+        train[:4] = 1 - guess  # not more often than the guess
+        evaluated = tiny({"0": (1, 1)}, target, train_labels=train)
+        if region:
+            parts = [evaluated.results[0].validation, evaluated.results[0].test]
+            parts = [replace(p, labels=np.zeros((20, 4), int), predicted=np.zeros((1, 20, 4), int)) for p in parts]
+            evaluated = replace(evaluated, results=(replace(evaluated.results[0], validation=parts[0], test=parts[1]),))
+        data = only(evaluated)
+        accuracy = data.baseline_accuracy.isel(step=0)
+        assert float(accuracy.sel(baseline="chance")) == pytest.approx(blind)
+        assert float(accuracy.sel(baseline="majority")) == share
+        assert float(data.chance) == pytest.approx(max(blind, share))
+        assert float(data.baseline_lower.sel(baseline="chance").isel(step=0)) == pytest.approx(blind)
+    tied = only(tiny({"0": (1, 1)}, train_labels=np.array([2, 1, 2, 1])))  # of equals the smallest
+    assert float(tied.baseline_accuracy.sel(baseline="majority").isel(step=0)) == 0
+
+
+def test_sources_of_the_whole_run_are_inputs_at_every_step():
+    evaluated = tiny({"0": (0.9, 0.9), "embed": (0.3, 0.3), "noise": (0.2, 0.4), "nuisance": (0.6, 0.5)}, steps=3)
+    first = [i for i, cell in enumerate(evaluated.cells) if cell.step == 0 or cell.is_layer or cell.site == "embed"]
+    cells = [evaluated.cells[i] for i in first]
+    cells = tuple(replace(c, step=EVERY_STEP) if c.site in ("noise", "nuisance") else c for c in cells)
+    result = evaluated.results[0]
+    parts = [replace(p, predicted=p.predicted[first]) for p in (result.validation, result.test)]
+    result = replace(result, validation=parts[0], test=parts[1], lambdas=np.ones(len(cells)))
+    fixed = replace(evaluated, cells=cells, results=(result,))
+    data = only(fixed)
+    assert data.step.values.tolist() == [0, 1, 2]
+    np.testing.assert_allclose(data.baseline_accuracy.sel(baseline="noise"), [0.4] * 3)
+    np.testing.assert_allclose(data.baseline_validation.sel(baseline="nuisance"), [0.6] * 3)
+    assert data.reference_source.values.tolist() == ["nuisance"] * 3
+    np.testing.assert_allclose(data.reference, 0.5)
+    np.testing.assert_allclose(data.skill[:, 0], 0.8)
+    assert np.isnan(data.baseline_accuracy.sel(baseline=["prompt", "permuted_weights", "fresh_weights"])).all()
+    own = replace(result, target=replace(ANSWER, role="nuisance"))  # it is one of the nuisances itself
+    data = only(replace(fixed, results=(own,)))
+    assert np.isnan(data.baseline_accuracy.sel(baseline="nuisance")).all()
+    assert "nuisance" not in data.reference_source.values
+
+
+def test_corrected_p_of_skill_and_excess_are_those_of_metrics(grid):
+    evaluated = synthetic(steps=6, samples=120, targets=(ANSWER, CHOICE, START, DOORS, CONTROL))
+    test, at = evaluated.results[0].test, {cell: i for i, cell in enumerate(evaluated.cells)}
+    plane, layers = grid.plane("answer"), [cell for cell in evaluated.cells if cell.is_layer]
+    right = (test.predicted == test.labels).astype(float)
+    readout = (test.readout == test.labels).astype(float)
+    guess = np.bincount(evaluated.results[0].train_labels).argmax()
+    rows = {"chance": np.full(120, 0.25), "majority": (test.labels == guess).astype(float)}
+    for against, p in (("reference", "p_skill"), ("visible", "p_excess")):
+        other = []
+        for cell in layers:
+            source = str(plane[f"{against}_source"].sel(step=cell.step).values)
+            if source in rows:
+                other.append(rows[source])
+            else:
+                other.append(readout[cell.step] if source == "x0_readout" else right[at[replace(cell, site=source)]])
+        difference = right[[at[cell] for cell in layers]] - np.array(other)
+        expected = max_t_bootstrap(difference, test.keys, 200, 0)[0]
+        found = [float(plane[p].sel(step=cell.step, layer=int(cell.site))) for cell in layers]
+        np.testing.assert_allclose(found, expected)
+    assert np.isnan(only(tiny({"0": (0.9, 0.9)})).p_excess).all()
+
+
+def test_selectivity_is_the_distance_to_the_relabelled_control():
+    evaluated = synthetic(3, 2, 60, targets=(ANSWER, START))
+    twin = replace(ANSWER, name="answer_relabelled", role="relabelled")
+    control = replace(synthetic(3, 2, 60, targets=(ANSWER,), seed=5).results[0], target=twin)
+    data = build_grid(replace(evaluated, results=(*evaluated.results, control)), draws=20).dataset
+    expected = data.accuracy.sel(target="answer").values - data.accuracy.sel(target="answer_relabelled").values
+    np.testing.assert_array_equal(data.selectivity.sel(target="answer"), expected)
+    assert np.isnan(data.selectivity.sel(target=["start", "answer_relabelled"])).all()
+
+
+def test_knew_counts_the_probe_where_the_model_drew_it_wrong():
+    evaluated = tiny({"0": (0.5, 0.5), "1": (0.9, 0.9)})  # right on the first ten, on the first eighteen
+    drawn = np.array([0] * 6 + [1] * 9 + [-1] * 5)
+    test = replace(evaluated.results[0].test, drawn=drawn)
+    data = only(replace(evaluated, results=(replace(evaluated.results[0], test=test),)))
+    assert int(data.n_wrong) == 14
+    np.testing.assert_allclose(data.knew.isel(step=0), [4 / 14, 12 / 14])
+    right = np.stack([np.arange(6, 20) < 10, np.arange(6, 20) < 18]).astype(float)
+    lower, upper = cluster_bootstrap(right, np.arange(6, 20), 50)
+    np.testing.assert_allclose(data.knew_lower.isel(step=0), lower)
+    np.testing.assert_allclose(data.knew_upper.isel(step=0), upper)
+    choice = replace(evaluated.results[0], test=test, target=replace(ANSWER, role="choice"))
+    data = only(replace(evaluated, results=(choice,)))
+    assert np.isnan(data.knew).all()
+    assert int(data.n_wrong) == 0
+
+
+def test_what_is_known_of_probabilities_is_passed_on_by_cell():
+    trust = {"ece": np.array([0.1, 0.2, 0.3]), "temperature": np.array([1.0, 2.0, 3.0])}
+    data = only(tiny({"0": (0.9, 0.9), "embed": (0.5, 0.5), "4": (0.9, 0.9)}, trust=trust))
+    np.testing.assert_array_equal(data.ece.isel(step=0), [0.1, 0.3])
+    np.testing.assert_array_equal(data.temperature.isel(step=0), [1.0, 3.0])
+    assert np.isnan(data.brier).all()
+
+
+def test_timing_is_that_of_the_targets_rows():
+    evaluated = synthetic(4, 8, 120, targets=(ANSWER, CONTROL))
+    data = build_grid(evaluated, draws=50).dataset.isel(place=0)
+    result, at = evaluated.results[0].test, {cell: i for i, cell in enumerate(evaluated.cells)}
+    right = (result.predicted == result.labels).astype(float)
+    lines = np.stack([[right[at[Cell(t, str(n), "cond", "all")]] for t in range(8)] for n in range(4)])
+    here = data.sel(target="answer")
+    found = (here.p_permutation <= 0.05).any("step").values
+    majority = int(np.bincount(evaluated.results[0].train_labels).argmax())
+    better = str(here.reference_source.values[0]) == "majority" or float(here.chance) != 0.25
+    guess = (result.labels == majority).astype(float) if better else np.full(120, 0.25)
+    expected = latency(lines, np.tile(guess, (4, 1)), range(8), result.keys, found, 50, 0)
+    np.testing.assert_allclose(here.latency, expected.value)
+    np.testing.assert_allclose(here.latency_upper, expected.upper)
+    np.testing.assert_array_equal(here.latency_at_most, expected.censored)
+    assert np.isfinite(here.latency).any()
+    if not (data.p_permutation.sel(target="control") <= 0.05).any():
+        assert np.isnan(data.latency.sel(target="control")).all()
 
 
 def test_visible_is_the_stronger_on_validation_of_readout_and_latent():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -16,11 +17,16 @@ from test_film import film
 from test_grid import ANSWER, CHOICE, CONTROL, START, synthetic
 
 from cosprobe import report
+from cosprobe.checks import Checks
 from cosprobe.grid import Grid
 from cosprobe.report import log_tensorboard, print_summary, remarks, summarise, summary_markdown, write_report
 from cosprobe.scoring import build_grid
+from cosprobe.summary import check_table
+from tests.examined import examined, small, world
+from tests.examined import run as small_run
 
 FIGURES = {"headline.png", "curves.png", "others.png", "film.png"}
+NOTHING = Checks({}, (), (), (), {}, None, ())
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +38,13 @@ def grid() -> Grid:
 @pytest.fixture(scope="module")
 def run(grid, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("run")
-    assert write_report(grid, run, film()) == run / "report"
+    assert write_report(grid, NOTHING, run, film()) == run / "report"
     return run
 
 
-def printed(grid: Grid, run: Path) -> str:
+def printed(grid: Grid, run: Path, checks: Checks = NOTHING) -> str:
     out = StringIO()
-    print_summary(grid, run, Console(file=out, width=80))
+    print_summary(grid, checks, run, Console(file=out, width=80))
     return out.getvalue()
 
 
@@ -55,7 +61,7 @@ def test_report_holds_grid_summary_and_figures_and_nothing_half_written(grid, ru
 
 def test_a_grid_with_several_places_gets_frame_maps(tmp_path):
     framed = build_grid(synthetic(2, 2, 60, places=("all", "0", "1"), targets=(ANSWER,)), draws=30)
-    folder = write_report(framed, tmp_path)
+    folder = write_report(framed, NOTHING, tmp_path)
     assert {p.name for p in folder.iterdir()} == {
         "grid.nc", "summary.md", "headline.png", "curves.png", "frames_answer.png",
     }  # fmt: skip
@@ -69,7 +75,7 @@ def test_a_kill_while_drawing_leaves_no_summary_and_no_half_figure(grid, tmp_pat
 
     monkeypatch.setattr(report, "curves", broken)
     with pytest.raises(KeyboardInterrupt):
-        write_report(grid, tmp_path)
+        write_report(grid, NOTHING, tmp_path)
     assert {p.name for p in (tmp_path / "report").iterdir()} == {"grid.nc", "headline.png"}
 
 
@@ -81,7 +87,7 @@ def test_summary_rows_are_the_grids_numbers(grid):
         assert row.best == grid.best(target)
         assert row.chance == float(plane.chance)
         assert row.inputs[0] == float(baselines.sel(baseline=row.inputs[1]))
-        trial = plane.baseline_validation.sel(baseline=["embed", "x_t"])
+        trial = plane.baseline_validation.sel(baseline=["embed", "x_t"])  # no others were captured
         assert row.inputs[1] == str(trial.baseline.values[trial.values.argmax()])
         assert row.visible == (float(plane.visible), str(plane.visible_source.values))
         assert (row.samples, row.problems) == (120, 120)
@@ -89,7 +95,11 @@ def test_summary_rows_are_the_grids_numbers(grid):
 
 
 def test_targets_without_evidence_say_so(grid):
-    lines = {line.split("|")[1].strip(): line for line in summary_markdown(grid).splitlines() if line.startswith("| ")}
+    lines = {
+        line.split("|")[1].strip(): line
+        for line in summary_markdown(grid, NOTHING).splitlines()
+        if line.startswith("| ")
+    }
     best = grid.best("answer")
     assert f"| {best.accuracy:.2f} [{best.lower:.2f}, {best.upper:.2f}] |" in lines["answer"]
     assert f"| p = {best.p:.3f} |" in lines["answer"]
@@ -98,11 +108,11 @@ def test_targets_without_evidence_say_so(grid):
     weak.p_permutation.loc[{"target": "answer"}] = 0.051
     assert not summarise(Grid(weak))[0].found
     assert "no evidence" in summarise(Grid(weak))[0].cells()
-    assert not any("reaches" in line for line in remarks(Grid(weak)))
+    assert not any("reaches" in line for line in remarks(Grid(weak), NOTHING))
 
 
 def test_remarks_tell_model_accuracy_samples_left_out_and_control(grid):
-    text = "\n".join(remarks(grid))
+    text = "\n".join(remarks(grid, NOTHING))
     own = grid.dataset.attrs["model_accuracy"]
     assert f"own final answer is right on {own:.2f} [" in text
     assert f"reaches {grid.best('answer').accuracy / own:.2f} of that" in text
@@ -110,7 +120,7 @@ def test_remarks_tell_model_accuracy_samples_left_out_and_control(grid):
     assert "control (random labels) is decodable in 0 cells after correction, as it should." in text
     false = grid.dataset.copy(deep=True)
     false.p_permutation.loc[{"target": "control", "layer": 1}] = 0.01
-    assert "decodable in 4 cells after correction, which should not be" in "\n".join(remarks(Grid(false)))
+    assert "decodable in 4 cells after correction, which should not be" in "\n".join(remarks(Grid(false), NOTHING))
 
 
 def test_printed_table_is_aligned_and_whole_where_there_is_no_terminal(grid, run):
@@ -131,6 +141,74 @@ def test_printed_paths_are_never_broken(grid, tmp_path):
     assert f"TensorBoard: tensorboard --logdir {deep}/tensorboard\n" in text
 
 
+# with checks
+
+
+def test_a_run_with_checks_reports_them(tmp_path):
+    made = small_run()
+    folder = write_report(made.grid, made.checks, tmp_path)
+    drawn = {"headline.png", "curves.png", "others.png", "checks.png", "generalisation.png"}
+    assert {p.name for p in folder.iterdir()} == {"grid.nc", "summary.md"} | drawn
+    text = (folder / "summary.md").read_text()
+    assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == drawn
+    head, rows = check_table(made.grid, made.checks)
+    section = text.split("## What the best cells survive")[1]
+    for cells in (head, *rows):
+        assert "| " + " | ".join(cells) + " |" in section
+    assert Grid.load(folder).dataset.bits.notnull().any()
+    out = printed(made.grid, tmp_path, made.checks)
+    lines = out[out.index(head[0]) : out.index("The model's own")].splitlines()[2:]
+    starts = [lines.index(line) for row in rows for line in lines if line.strip().startswith(f"{row[0]} ")]
+    assert len(starts) == len(rows)
+    for row, start, end in zip(rows, starts, [*starts[1:], len(lines)], strict=True):
+        shown = " ".join(lines[start:end]).split()  # a long cell goes on in the next line
+        assert sorted(shown) == sorted(" ".join(row).split())
+    assert "…" not in out
+
+
+def test_what_was_left_out_and_what_random_weights_cost_is_said():
+    few, made = small(), small_run()
+    text = "\n".join(remarks(few.grid, few.checks))
+    for reason in few.checks.skipped:
+        assert f"Left out of the checks: {reason}." in text
+    assert "Permuted and fresh" not in text
+    text = "\n".join(remarks(made.grid, made.checks))
+    assert "asked about 60 samples: 1234 more network evaluations, 8 s when they were sampled" in text
+    assert "Left out" not in text
+
+
+def test_relabelled_controls_stay_out_of_tables_figures_and_charts(tmp_path):
+    made = small_run()
+    assert {"answer_relabelled", "choice_relabelled"} <= set(made.grid.targets)
+    assert [row.best.target for row in summarise(made.grid)] == ["answer", "choice", "start", "length", "control"]
+    assert "relabelled" not in summary_markdown(made.grid, made.checks)
+    assert "relabelled" not in printed(made.grid, Path("run"), made.checks)
+    tags = EventAccumulator(str(log_tensorboard(made.grid, tmp_path, {}))).Reload().Tags()
+    assert not any("relabelled" in tag for tag in (*tags["scalars"], *tags["images"]))
+
+
+def test_the_best_input_is_chosen_among_all_that_need_no_block():
+    grid = small_run().grid
+    names = ["noise", "first_frame", "prompt", "nuisance", "embed", "x_t"]
+    for row in summarise(grid):
+        cell = grid.at(row.best.target, row.best.cell)
+        trial = cell.baseline_validation.sel(baseline=names)
+        assert row.inputs[1] == names[int(np.nan_to_num(trial.values, nan=-1).argmax())]
+        assert row.inputs[0] == float(cell.baseline_accuracy.sel(baseline=row.inputs[1]))
+    assert all(row.inputs[1] != "nuisance" for row in summarise(grid) if row.best.target == "length")
+
+
+def test_a_grid_without_an_answer_or_a_choice_has_no_checks_to_draw(tmp_path):
+    samples = world({"train": 24, "validation": 12, "test": 16})
+    plain = tuple(t for t in samples.targets if t.role in ("perception", "control"))
+    made = examined(replace(samples, targets=plain), None)
+    assert made.checks.best == {}
+    folder = write_report(made.grid, made.checks, tmp_path)
+    assert {p.name for p in folder.iterdir()} == {"grid.nc", "summary.md", "headline.png", "curves.png"}
+    assert "survive" not in (folder / "summary.md").read_text()
+    assert "survive" not in printed(made.grid, tmp_path, made.checks)
+
+
 @pytest.fixture(scope="module")
 def events(grid, tmp_path_factory) -> EventAccumulator:
     folder = tmp_path_factory.mktemp("tensorboard")
@@ -147,7 +225,8 @@ def test_tensorboard_has_one_curve_per_layer_over_steps(grid, events):
         assert [event.step for event in curve] == [0, 1, 2, 3]
         expected = grid.plane("answer").accuracy.sel(layer=layer).values
         np.testing.assert_allclose([event.value for event in curve], expected, rtol=1e-6)
-    assert len(events.Tags()["scalars"]) <= 4 * (3 + 5 + 1)
+    known = np.isfinite(grid.dataset.baseline_accuracy).any(["step", "place"]).sum(dtype=int)
+    assert len(events.Tags()["scalars"]) == 4 * 3 + int(known) + 4  # layers, baselines that exist, best cells
 
 
 def test_tensorboard_opens_on_one_chart_per_target(grid, events):

@@ -1,0 +1,47 @@
+"""`python -m benchmarks [capture] [fit] [run]`: measures the pairs (all without a name), prints one table of ratios."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import capturing, fitting, running
+from benchmarks.pairs import Pair
+
+MEASURES: dict[str, Callable[..., list[Pair]]] = {
+    "capture": capturing.measure,
+    "fit": fitting.measure,
+    "run": running.measure,
+}
+
+
+def table(pairs: Sequence[Pair]) -> Table:
+    """One row per pair: the ratio is seconds of `measured` over seconds of `against`."""
+    found = Table("measured", "against", "ratio", "lowest to highest", "seconds", box=box.SIMPLE_HEAD)
+    for pair in pairs:
+        low, high = min(pair.ratios), max(pair.ratios)
+        spread = f"{low:.2f} to {high:.2f} of {len(pair.ratios)}"
+        seconds = " / ".join(f"{sorted(s)[len(s) // 2]:.1f}" for s in (pair.seconds, pair.other_seconds))
+        found.add_row(pair.measured, pair.against, f"{pair.ratio:.2f}", spread, seconds)
+    return found
+
+
+def main(names: Sequence[str]) -> int:
+    if unknown := [name for name in names if name not in MEASURES]:
+        Console(stderr=True).print(f"error: {unknown[0]}: expected some of {', '.join(MEASURES)}", highlight=False)
+        return 2
+    pairs = [pair for name, measure in MEASURES.items() if not names or name in names for pair in measure()]
+    Console().print(table(pairs))
+    Console().print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; seconds are medians, measured / against"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

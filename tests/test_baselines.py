@@ -1,0 +1,213 @@
+"""Permuted and fresh weights: few samples and steps, a store that can be continued, a table that can be trusted."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cosprobe import baselines
+from cosprobe.baselines import (
+    TRAINED,
+    WEIGHTS,
+    collect_weights,
+    few_samples,
+    few_steps,
+    weights_table,
+)
+from cosprobe.collect import Sample, collect, draw_samples
+from cosprobe.devices import TrainerConfig
+from cosprobe.metrics import cluster_bootstrap
+from cosprobe.pipelines import PipelineConfig
+from cosprobe.samples import load_samples
+from cosprobe.store import ActivationStore
+from cosprobe.tasks import Maze, MazeConfig
+from cosprobe.training import ProbeConfig, fit
+from cosprobe.types import Cell
+from tests.ddp_fit import planted
+from tests.tiny import wan
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+TASK = MazeConfig(problems=40, frames=5)
+PROBE = ProbeConfig(layers="0,2", lambdas=[0.1], randomised=30)
+TRAINER = TrainerConfig(precision="32-true")
+PROBLEM = Maze().problems("train", 1)[0]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wan()
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "wan"
+    wan().save_pretrained(path)
+    return PipelineConfig(path=str(path), steps=6, frames=5, batch=8)
+
+
+@pytest.fixture(scope="module")
+def store(model, pipeline, tmp_path_factory) -> ActivationStore:
+    folder = tmp_path_factory.mktemp("run") / "weights"
+    return collect_weights(model, pipeline, TASK.build(), TASK, PROBE, 0, folder)
+
+
+@pytest.fixture(scope="module")
+def samples(model, pipeline, tmp_path_factory):
+    main = collect(model, pipeline, TASK.build(), TASK, PROBE, 0, tmp_path_factory.mktemp("run") / "store")
+    return load_samples(main, TASK.build())[0]
+
+
+# what is asked
+
+
+@given(st.integers(10, 120), st.integers(1, 3), st.integers(1, 200))
+def test_few_samples_keep_the_proportions_and_the_first_of_every_split(problems, seeds, most):
+    counts = {"train": problems // 2, "validation": problems // 5, "test": problems // 3}
+    names = [split for split, count in counts.items() for _ in range(count * seeds)]
+    drawn = [Sample(replace(PROBLEM, split=split), i) for i, split in enumerate(names)]
+    places = few_samples(drawn, most)
+    assert len(places) <= most
+    assert places == sorted(set(places))
+    for split in counts:
+        of_split, kept = [[i for i in among if names[i] == split] for among in (range(len(names)), places)]
+        assert kept == of_split[: len(kept)]
+        exact = len(of_split) * min(1, most / len(names))
+        assert exact - 1 - 1e-6 <= len(kept) <= exact + 1e-6
+    if most >= len(names):
+        assert places == list(range(len(names)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "decode", "total", "expected"),
+    [
+        ("all", "auto", 20, (0, 2, 5)),
+        ("all", "auto", 4, (0, 1)),
+        ("0:20:5", "auto", 20, (0, 5)),
+        ("3,11", "auto", 20, (3,)),  # nothing is both kept and decoded early: the first that is kept
+        ("15,19", "auto", 20, (15,)),
+        ("all", "4", 20, (4,)),
+    ],
+)
+def test_few_steps_are_kept_decoded_and_in_the_first_half(steps, decode, total, expected):
+    assert few_steps(SimpleNamespace(steps=steps, decode=decode), total) == expected
+
+
+def test_nothing_is_sampled_when_it_is_turned_off_or_a_split_would_be_empty(model, pipeline, tmp_path, capsys):
+    def asked(count):
+        return collect_weights(
+            model, pipeline, TASK.build(), TASK, replace(PROBE, randomised=count), 0, tmp_path / "weights"
+        )
+
+    assert asked(0) is None
+    assert capsys.readouterr().out == ""
+    assert asked(3) is None
+    assert "random weights are left out: probe.randomised=3 of 40 samples is too few" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert weights_table(None, planted(), PROBE, TRAINER, tmp_path, 0) is None
+
+
+# what is stored
+
+
+def test_trained_weights_are_the_main_store_at_these_samples_steps_and_layers(store, samples):
+    tensors, notes = store.read()
+    assert notes == {"steps": [0, 1, 2], "layers": [0, 2], "places": ["all"]}
+    places = tensors["sample"].tolist()
+    drawn = draw_samples(TASK.build(), TASK, 0)
+    assert places == few_samples(drawn, 30)
+    assert [sum(samples.split[places] == split) for split in ("train", "validation", "test")] == [15, 6, 9]
+    features = tensors["features"]
+    assert features.shape == (30, 3, 3, 2, 1, 4, 24)  # sample, weights, step, layer, place, region, channel
+    for s, step in enumerate(notes["steps"]):
+        for k, layer in enumerate(notes["layers"]):
+            cell = samples.cells.index(Cell(step, str(layer), "cond", "all"))
+            trained = features[:, WEIGHTS.index(TRAINED), s, k, 0]
+            # batches are cut elsewhere, which may change the last bits
+            torch.testing.assert_close(trained, samples.features[places, cell], atol=1e-5, rtol=1e-5)
+            for w in (1, 2):
+                assert (features[:, w, s, k, 0] - trained).abs().mean() > 0.1 * trained.abs().mean()
+    assert not torch.equal(features[:, 1], features[:, 2])
+
+
+def test_the_cost_is_what_was_added(store):
+    calls, seconds = store.read()[0]["spent"].sum(dim=0).tolist()
+    assert calls == pytest.approx(30 * (3 + 2 * 3))  # three steps again, then each kind of weights at three steps
+    assert 0 < seconds < 600
+
+
+def test_the_models_weights_are_as_before(model, pipeline, store, tmp_path):
+    fresh = wan()
+    for ours, theirs in zip(model.transformer.parameters(), fresh.transformer.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, pipeline, store, monkeypatch, capsys):
+    before = store.read()[0]["features"]
+    arguments = (model, pipeline, TASK.build(), TASK, PROBE, 0, store.folder)
+
+    def refuse(*a, **k):
+        raise AssertionError("sampled again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(baselines, "sample", refuse)
+        again = collect_weights(*arguments)
+    assert again.fingerprint == store.fingerprint
+    assert "re-using" in capsys.readouterr().out
+    (store.folder / "shard-00002.safetensors").unlink()  # as if it had been killed before that shard
+    (store.folder / "manifest.json").unlink()
+    mended = collect_weights(*arguments)
+    assert "3 of 4 shards are there" in capsys.readouterr().out
+    assert torch.equal(mended.read()[0]["features"], before)
+    with pytest.raises(ValueError, match="was made with probe.randomised=30, now probe.randomised=20"):
+        collect_weights(model, pipeline, TASK.build(), TASK, replace(PROBE, randomised=20), 0, store.folder)
+
+
+# what is read
+
+
+def test_the_table_is_that_of_separate_fits_on_the_few(store, samples, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = weights_table(store, samples, PROBE, TRAINER, tmp_path, 0)
+        tensors, _ = store.read()
+        few = samples.rows(tensors["sample"].numpy())
+        assert table.targets == ("answer",)  # a random model settles on nothing: no choice
+        assert table.cells == tuple(Cell(s, n, "cond", "all") for s in (0, 1, 2) for n in "02")
+        assert (table.samples, table.evaluations) == (30, 270)
+        target = next(t for t in samples.targets if t.name == "answer")
+        for w in range(3):
+            features = tensors["features"][:, w].flatten(1, 3)
+            these = replace(few, features=features, cells=table.cells, targets=(target,))
+            bank = fit(these, replace(PROBE, kind="newton"), TRAINER, tmp_path, 0)
+            for split, found in (("validation", table.validation), ("test", table.accuracy)):
+                part = these.subset(split)
+                labels = part.labels["answer"]
+                right = (bank.predict(part.features, "answer") == labels)[:, labels >= 0].double().numpy()
+                np.testing.assert_allclose(found[0, w], right.mean(1))
+            lower, upper = cluster_bootstrap(right, part.keys[labels.numpy() >= 0])
+            np.testing.assert_allclose(table.lower[0, w], lower)
+            np.testing.assert_allclose(table.upper[0, w], upper)
+    for values in (table.accuracy, table.lower, table.upper, table.validation):
+        assert values.shape == (1, 3, 6)
+
+
+def test_targets_the_few_do_not_carry_are_left_out(store, samples, tmp_path):
+    few = store.read()[0]["sample"].numpy()
+    labels = samples.labels["answer"].clone()
+    test = few[samples.split[few] == "test"]
+    labels[torch.from_numpy(test)] = -1
+    assert weights_table(
+        store, replace(samples, labels=samples.labels | {"answer": labels}), PROBE, TRAINER, tmp_path, 0
+    ) is None  # fmt: skip
+    one = torch.where(samples.labels["answer"] >= 0, 2, -1)
+    single = replace(samples, labels=samples.labels | {"answer": one})
+    assert weights_table(store, single, PROBE, TRAINER, tmp_path, 0) is None

@@ -1,0 +1,110 @@
+"""The benchmarks run, at a tiny size, and both sides of a pair do the same work; nothing is said about speed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from benchmarks import capturing, fitting, pairs, running
+from benchmarks.__main__ import main, table
+from cosprobe.config import TrainRun, load
+from cosprobe.pipelines import load_pipeline
+from cosprobe.training import ProbeConfig
+
+SMALL = {"train": 60, "validation": 30, "test": 10}
+
+
+def test_sides_take_turns_and_the_middle_ratio_counts(monkeypatch):
+    ends = iter([4.0, 1.0, 1.0, 9.0, 6.0, 2.0])  # seconds of each call, in the order they are made
+    clock, calls = [0.0, 0], []
+
+    def now() -> float:
+        clock[1] += 1
+        clock[0] += next(ends) if clock[1] % 2 == 0 else 0.0
+        return clock[0]
+
+    monkeypatch.setattr(pairs, "perf_counter", now)
+    found = pairs.side_by_side("a", lambda: calls.append("a"), "b", lambda: calls.append("b"), 3, scale=10)
+    assert calls == ["a", "b", "b", "a", "a", "b"]
+    assert found.seconds == (40.0, 90.0, 60.0)
+    assert found.other_seconds == (1.0, 1.0, 2.0)
+    assert found.ratio == 40.0
+
+
+def test_no_repeats_are_refused():
+    with pytest.raises(ValueError, match="repeats=0: expected at least 1"):
+        pairs.side_by_side("a", lambda: None, "b", lambda: None, 0)
+
+
+def test_an_unknown_name_is_refused(capsys):
+    assert main(["captur"]) == 2
+    assert "captur: expected some of capture, fit, run" in capsys.readouterr().err
+
+
+def test_capture_is_measured():
+    (pair,) = capturing.measure(repeats=1, batch=2, steps=2)
+    assert "8 layers and 3 sources" in pair.measured
+    assert pair.ratio > 0
+
+
+RIVALS = [("newton", fitting.logistic), ("ridge", fitting.ridge_by_folds), ("ridge", fitting.ridge_by_rows)]
+
+
+@pytest.mark.parametrize(("kind", "rival"), RIVALS)
+def test_the_loop_finds_the_probes_of_the_fit(kind, rival):
+    samples = fitting.synthetic(SMALL, steps=1, layers=2, channels=12)
+    config = ProbeConfig(kind=kind, lambdas=[0.1])
+    bank = fitting.whole_fit(samples, config)
+    cells = np.array([0, 4])
+    x, held = fitting.standardised(samples, cells)
+    loop = fitting.sklearn_loop(x, held, samples, config.lambdas, rival)
+    assert set(loop) == {(cell, target.name) for cell in range(2) for target in samples.targets}
+    validation = samples.subset("validation")
+    for target in (t for t in samples.targets if t.form != "candidate"):  # scikit-learn has no shared scorer
+        ours = bank.predict(validation.features, target.name)[cells]
+        for cell in range(2):
+            label = validation.labels[target.name]
+            rows, _, _ = fitting.flat(held[cell : cell + 1], label, target)
+            agree = loop[cell, target.name].predict(rows) == ours[cell][label >= 0].numpy().flatten()
+            assert agree.mean() > 0.97, target.name  # the loop stops at scikit-learn's own tolerance
+
+
+def test_candidates_become_one_binary_label_per_region():
+    samples = fitting.synthetic(SMALL, steps=1, layers=2, channels=12)
+    x, _ = fitting.standardised(samples, np.array([4]))
+    train = samples.subset("train")
+    answer = next(t for t in samples.targets if t.name == "answer")
+    rows, label, fold = fitting.flat(x, train.labels["answer"], answer, np.arange(60))
+    known = train.labels["answer"] >= 0
+    assert len(rows) == len(label) == len(fold) == 4 * int(known.sum())
+    assert (label.reshape(-1, 4).argmax(axis=1) == train.labels["answer"][known].numpy()).all()
+    assert (label.reshape(-1, 4).sum(axis=1) == 1).all()
+    assert (fold.reshape(-1, 4) == np.flatnonzero(known)[:, None]).all()
+
+
+def test_what_a_run_needs_is_sampled_and_decoded_once():
+    run = load(TrainRun, ["task.problems=10", "pipeline.steps=2", "pipeline.batch=6", "probe.decode=all"])
+    clips = running.needed(load_pipeline(run.pipeline), run)
+    assert clips == 10 + 5  # every video, and x0-hat of step 0 for the problems that are not trained on
+
+
+def test_a_run_that_fails_is_not_timed():
+    with pytest.raises(RuntimeError, match="ended with 2"):
+        running.whole_run(["task.problems=1"])
+
+
+def test_every_kind_of_fit_is_measured():
+    sizes = {"kinds": ("logistic", "ridge"), "sizes": SMALL, "steps": 1, "layers": 2, "channels": 8, "some": 1}
+    found = fitting.measure(repeats=1, **sizes)
+    assert [pair.against for pair in found] == ["fit, kind=logistic", "fit, kind=ridge", "fit, kind=ridge"]
+    assert all("5 cells (measured on 1), 8 targets" in pair.measured for pair in found)
+
+
+@pytest.mark.slow
+def test_the_whole_run_is_measured():
+    small = ["pipeline.steps=3", "pipeline.batch=8", "probe.layers=6:8", "probe.epochs=3", "probe.randomised=0"]
+    found = running.measure(1, 24, small)
+    with (console := Console(width=200)).capture() as printed:
+        console.print(table(found))
+    assert printed.get().count("train.py probe=layers, 24 problems, no random weights") == len(found) == 1
