@@ -24,7 +24,7 @@ lint: $(INSTALLED)
 # the figures of README.md and docs/, from real runs
 docs: $(INSTALLED)
 	$(BIN)/python train.py probe=layers
-	cp runs/maze-layers/report/headline.png runs/maze-layers/report/curves.png runs/maze-layers/report/film.png docs/figures/
+	cd runs/maze-layers/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../docs/figures/
 
 # ratios: capture, fit and run against what they replace or cannot avoid
 bench: $(INSTALLED)

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cosprobe.devices import TrainerConfig
 from cosprobe.mini import MiniConfig
 from cosprobe.pipelines import PipelineConfig
-from cosprobe.tasks import MazeConfig
+from cosprobe.tasks import FAMILIES
 from cosprobe.training import ProbeConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -58,7 +58,7 @@ class PredictConfig:
 
 # Groups whose options are different classes. The other groups only choose values of one class.
 SCHEMAS: dict[str, dict[str, type]] = {
-    "task": {"maze": MazeConfig},
+    "task": dict(FAMILIES),
     "experiment": {"probes": ProbeExperiment, "mini": MiniConfig},
     "use": {"predict": PredictConfig},
 }

@@ -109,7 +109,7 @@ def _reliability(axes: Axes, checks: Checks, name: str) -> None:
 
 def _weights(axes: Axes, checks: Checks, name: str) -> None:
     table = checks.weights
-    axes.set(xlabel="layer", ylabel="test accuracy", ylim=(0, 1.02))
+    axes.set(xlabel="layer", ylabel="test accuracy", ylim=(0, 1.6), yticks=np.linspace(0, 1, 6))  # room for the legend
     if table is None or name not in table.targets:
         _absent(axes)
         return
@@ -123,6 +123,7 @@ def _weights(axes: Axes, checks: Checks, name: str) -> None:
             layers, table.lower[t, w, at], table.upper[t, w, at], color=COLOURS[how], alpha=0.15, linewidth=0
         )
     axes.legend(
+        loc="upper left",
         frameon=False,
         fontsize=7.5,
         handlelength=1.2,

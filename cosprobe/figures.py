@@ -38,6 +38,7 @@ QUESTIONS = {
     "answer": "which candidate is right?",
     "choice": "which one will the model pick?",
     "perception": "visible in the first frame",
+    "memory": "no longer to be seen",
     "nuisance": "should not matter, might",
     "control": "random labels: must stay blank",
 }

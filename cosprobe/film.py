@@ -66,8 +66,8 @@ def record(
 
     drawn: what `samples` were collected from, in order. spec: steps to decode, as in `probe.decode`.
     """
-    free = {kind for t in task.targets if t.role == "choice" for kind in t.kinds}
-    solved, several = samples.scores["solved"].astype(bool), np.isin(samples.kinds, list(free))
+    several = np.array([len(task.solutions(sample.problem)) > 1 for sample in drawn])
+    solved = samples.scores["solved"].astype(bool)
     sorts = {"right": solved & ~several, "wrong": ~solved & ~several, "choice": solved & several}
     ends = [None] * len(drawn) if samples.choice is None else [None if c < 0 else int(c) for c in samples.choice]
     test = samples.split == "test"
@@ -85,7 +85,7 @@ def record(
                 task.image(problem),
                 (clips[:, -1] * 255).round().astype(np.uint8),
                 tuple(task.readout(problem, clip).forced for clip in clips),
-                problem.regions,
+                problem.regions if task.candidates == task.regions else (),
                 problem.answer,
                 ends[i],
             )

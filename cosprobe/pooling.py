@@ -8,7 +8,7 @@ the full token tensor is never copied.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
@@ -30,6 +30,7 @@ class Pooling:
     kind: str
     frames: bool = False
     boxes: Sequence[Sequence[Box]] = ()
+    _weights: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in POOLINGS:
@@ -72,8 +73,11 @@ class Pooling:
         frames, height, width = size
         if tokens.shape[1] != frames * height * width:
             raise ValueError(f"a block gave {tokens.shape[1]} tokens, expected {frames} x {height} x {width}")
-        masks = self.masks(tokens.shape[0], height, width).to(tokens.device)
-        weights = masks / masks.sum(-1, keepdim=True)
+        place = (tokens.shape[0], height, width, tokens.device)
+        if place not in self._weights:  # the same for every site and step of a run
+            masks = self.masks(*place[:3]).to(tokens.device)
+            self._weights[place] = masks / masks.sum(-1, keepdim=True)
+        weights = self._weights[place]
         by_frame = rearrange(tokens, "b (f s) d -> f b s d", f=frames)
         parts = torch.stack([weights @ frame.float() for frame in by_frame], dim=1)  # batch frame part channel
         whole = parts.mean(dim=1, keepdim=True)

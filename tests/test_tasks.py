@@ -32,7 +32,7 @@ def test_distinct_keeps_the_first_of_each_key_of_its_split():
 def test_distinct_says_when_a_difficulty_has_too_few_problems():
     with pytest.raises(ValueError, match="task.problems=3: only 1 distinct problems exist in split 'train'") as caught:
         distinct(iter([problem("a")] * 50), "train", 3, patience=10)
-    assert "widen task.rooms and task.length" in str(caught.value)
+    assert "widen the difficulty of the task" in str(caught.value)
 
 
 @pytest.mark.parametrize(

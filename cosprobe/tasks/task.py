@@ -27,7 +27,8 @@ class Target:
 
     form: `candidate` - the label is the index of a region, scored by one function shared by all regions;
     `region` - one label per region; `problem` - one label per problem, read from all regions jointly.
-    role: `answer`, `choice`, `perception`, `nuisance` or `control`. kinds: problem kinds that carry the label.
+    role: `answer`, `choice`, `perception` (visible in the first frame), `memory` (not visible where it is read),
+    `nuisance` or `control`. kinds: problem kinds that carry the label.
     """
 
     name: str
@@ -145,6 +146,6 @@ def distinct(candidates: Iterator[Problem], split: str, count: int, patience: in
         if since > patience:
             raise ValueError(
                 f"task.problems={count}: only {len(found)} distinct problems exist in split {split!r} at this "
-                "difficulty; ask for fewer or widen task.rooms and task.length"
+                "difficulty; ask for fewer or widen the difficulty of the task"
             )
     return list(found.values())
