@@ -22,10 +22,10 @@ from cosprobe.diagnostics import check_panels, generalisation
 from cosprobe.figures import curves, frame_maps, headline, maps
 from cosprobe.film import Film, film_strip
 from cosprobe.grid import ALPHA, FILE, GUESSES, INPUTS, Best, Grid
+from cosprobe.samples import HEADLINE
 from cosprobe.scoring import RELABELLED
 from cosprobe.summary import check_table
 
-HEADLINE = ("answer", "choice")  # roles shown first
 COLUMNS = ("target", "best cell", "accuracy [95 %]", "chance", "best input", "x0-hat shows", "evidence", "n")
 WIDTH = 110  # of the printed table where the output is no terminal
 

@@ -20,12 +20,12 @@ from torch.nn.functional import pad
 from cosprobe.collect import say
 from cosprobe.data import ProbeSamples
 from cosprobe.nuisance import nuisance_rows, own_blocks
+from cosprobe.scoring import RELABELLED
 from cosprobe.store import ActivationStore
 from cosprobe.tasks import Target, Task
 from cosprobe.types import EVERY_STEP, NUISANCE, PROMPT, SPLIT_ORDER, Cell
 
 HEADLINE = ("answer", "choice")  # roles whose claims need a selectivity control
-RELABELLED = "relabelled"
 
 
 def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, list[str]]:
