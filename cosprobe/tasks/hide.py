@@ -20,7 +20,7 @@ from itertools import count
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from cosprobe.tasks.task import Problem, Readout, Target, check_request, distinct, split_of
+from cosprobe.tasks.task import Problem, Readout, Target, check_counts, check_request, distinct, draw_seed, split_of
 
 SIDE = 64  # units a side
 LANES, LANE, TILE, OBJECT, BAR = 4, 16, 8, 12, 4  # lanes; heights and widths in units
@@ -125,7 +125,7 @@ class Hide:
         return distinct(self._draw(split), split, count)
 
     def _draw(self, split: str) -> Iterator[Problem]:
-        entropy = int(hashlib.sha256(f"{self.seed}/{split}/hide".encode()).hexdigest()[:12], 16)
+        entropy = draw_seed(self.seed, split, "hide")
         for index in count():
             rng = np.random.default_rng([entropy, index])
             lanes = rng.permutation(LANES)[: rng.choice(self.objects)]
@@ -234,9 +234,7 @@ class HideConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("problems", 1), ("seeds", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"task.{name}={getattr(self, name)}: expected at least {least}")
+        check_counts(self)
         self.build()
 
     def build(self) -> Hide:

@@ -19,7 +19,18 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from cosprobe.tasks.task import Box, Problem, Readout, Target, check_request, distinct, split_of
+from cosprobe.tasks.task import (
+    Box,
+    Problem,
+    Readout,
+    Target,
+    by_turns,
+    check_counts,
+    check_request,
+    distinct,
+    draw_seed,
+    split_of,
+)
 
 EMPTY, OWN, OTHER = range(3)  # what a cell holds
 LIGHT, RED, BLUE, GOLD, GRID = range(5)  # colours; empty, own and other cells are the first three
@@ -92,7 +103,7 @@ class Line:
     pieces: tuple[int, int] = (20, 26)
     seed: int = 0
     name: str = field(default="line", init=False)
-    kinds: tuple[str, ...] = field(default=("one", "several"), init=False)
+    kinds: tuple[str, str] = field(default=("one", "several"), init=False)
 
     def __post_init__(self) -> None:
         least, most = 2 * self.row - 3, self.size**2 - 3
@@ -132,12 +143,10 @@ class Line:
         check_request(split, count)
         if kind is not None:
             return distinct(self._draw(split, kind), split, count)
-        halves = [self.problems(split, (count + 1) // 2, "one")]
-        halves += [self.problems(split, count // 2, "several")] if count > 1 else []
-        return [halves[i % 2][i // 2] for i in range(count)]
+        return by_turns(self.kinds, count, lambda part, one: self.problems(split, part, one))
 
     def _draw(self, split: str, kind: str) -> Iterator[Problem]:
-        entropy = int(hashlib.sha256(f"{self.seed}/{split}/{kind}".encode()).hexdigest()[:12], 16)
+        entropy = draw_seed(self.seed, split, kind)
         block = 0
         while True:
             rng = np.random.default_rng([entropy, block])
@@ -290,9 +299,7 @@ class LineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("problems", 1), ("seeds", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"task.{name}={getattr(self, name)}: expected at least {least}")
+        check_counts(self)
         self.build()
 
     def build(self) -> Line:

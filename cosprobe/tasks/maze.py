@@ -10,7 +10,6 @@ mini model and any image size that is a multiple of 16 shows the same problem.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,7 +18,18 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from cosprobe.tasks.lattice import Edge, Layout, canonical_key, draw_layout
-from cosprobe.tasks.task import Box, Problem, Readout, Target, check_request, distinct, split_of
+from cosprobe.tasks.task import (
+    Box,
+    Problem,
+    Readout,
+    Target,
+    by_turns,
+    check_counts,
+    check_request,
+    distinct,
+    draw_seed,
+    split_of,
+)
 
 BOARD = 8  # tiles a side
 WALL, FLOOR, START, EXIT, TRAIL = range(5)
@@ -44,7 +54,7 @@ class Maze:
     length: tuple[int, int] = (1, 64)
     seed: int = 0
     name: str = field(default="maze", init=False)
-    kinds: tuple[str, ...] = field(default=("one_exit", "choice"), init=False)
+    kinds: tuple[str, str] = field(default=("one_exit", "choice"), init=False)
     candidates: int = field(default=4, init=False)
     regions: int = field(default=4, init=False)
 
@@ -75,12 +85,10 @@ class Maze:
         check_request(split, count)
         if kind is not None:
             return distinct(self._draw(split, kind), split, count)
-        halves = [self.problems(split, (count + 1) // 2, "one_exit")]
-        halves += [self.problems(split, count // 2, "choice")] if count > 1 else []
-        return [halves[i % 2][i // 2] for i in range(count)]
+        return by_turns(self.kinds, count, lambda part, one: self.problems(split, part, one))
 
     def _draw(self, split: str, kind: str) -> Iterator[Problem]:
-        entropy = int(hashlib.sha256(f"{self.seed}/{split}/{kind}".encode()).hexdigest()[:12], 16)
+        entropy = draw_seed(self.seed, split, kind)
         index = 0
         while True:
             rng = np.random.default_rng([entropy, index])
@@ -213,9 +221,7 @@ class MazeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("problems", 1), ("seeds", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"task.{name}={getattr(self, name)}: expected at least {least}")
+        check_counts(self)
         self.build()
 
     def build(self) -> Maze:

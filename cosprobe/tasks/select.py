@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from cosprobe.tasks.task import Problem, Readout, Target, check_request, distinct, split_of
+from cosprobe.tasks.task import Problem, Readout, Target, check_counts, check_request, distinct, draw_seed, split_of
 
 BOARD, BOX, ROOM, OBJECT = 64, 16, 12, 10  # units a side: board, box, room inside its rim, object
 CELLS = [(y, x) for y in (21, 32, 43) for x in (21, 32, 43)]  # centres: objects touch neither each other nor boxes
@@ -90,7 +90,7 @@ class Select:
         check_request(split, count)
         if kind not in (None, "select"):
             raise ValueError(f"kind={kind!r}: expected 'select', the only kind of this task")
-        entropy = int(hashlib.sha256(f"{self.seed}/{split}/select".encode()).hexdigest()[:12], 16)
+        entropy = draw_seed(self.seed, split, "select")
         return distinct((self._draw(entropy, index) for index in itertools.count()), split, count)
 
     def _draw(self, entropy: int, index: int) -> Problem:
@@ -174,9 +174,7 @@ class SelectConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("problems", 1), ("seeds", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"task.{name}={getattr(self, name)}: expected at least {least}")
+        check_counts(self)
         self.build()
 
     def build(self) -> Select:

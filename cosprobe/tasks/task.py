@@ -8,7 +8,7 @@ image of one) can be in two splits, however many are drawn.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -126,6 +126,24 @@ def check_request(split: str, count: int) -> None:
         raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     if count < 1:
         raise ValueError(f"task.problems={count}: expected at least 1 problem; ask for more")
+
+
+def check_counts(config: Any) -> None:
+    """Raises ValueError when a task's settings ask for fewer than one problem or noise seed, or a seed below 0."""
+    for name, least in (("problems", 1), ("seeds", 1), ("seed", 0)):
+        if getattr(config, name) < least:
+            raise ValueError(f"task.{name}={getattr(config, name)}: expected at least {least}")
+
+
+def draw_seed(seed: int, split: str, kind: str) -> int:
+    """What random problems of one split and kind start from; `seed` is the world's."""
+    return int(hashlib.sha256(f"{seed}/{split}/{kind}".encode()).hexdigest()[:12], 16)
+
+
+def by_turns(kinds: tuple[str, str], count: int, draw: Callable[[int, str], list[Problem]]) -> list[Problem]:
+    """`count` problems, of the two kinds in turn, the first kind first. draw: so many problems of a kind."""
+    halves = [draw((count + 1) // 2, kinds[0]), draw(count // 2, kinds[1]) if count > 1 else []]
+    return [halves[i % 2][i // 2] for i in range(count)]
 
 
 def distinct(candidates: Iterator[Problem], split: str, count: int, patience: int = 20_000) -> list[Problem]:
