@@ -18,7 +18,7 @@ from cosprobe.config import TrainRun, command, save_config
 from cosprobe.devices import launch
 from cosprobe.evaluation import evaluate
 from cosprobe.film import record
-from cosprobe.mini import MiniConfig, train_mini
+from cosprobe.mini import MiniConfig, families, train_mini
 from cosprobe.pipelines import load_pipeline
 from cosprobe.report import log_tensorboard, print_summary, write_report
 from cosprobe.samples import load_samples
@@ -29,7 +29,8 @@ def train(run: TrainRun) -> None:
     task, folder = run.task.build(), Path(run.run_dir)
     if isinstance(run.experiment, MiniConfig):
         save_config(run, folder)
-        card = describe(train_mini(run.experiment, task, folder), run.pipeline, task, run.seed)
+        tasks = families(run.experiment.families, task)
+        card = describe(train_mini(run.experiment, tasks, folder), run.pipeline, tasks, run.seed)
         print(f"the model and its card: {card}")
         return
 

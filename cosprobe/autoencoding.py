@@ -1,9 +1,10 @@
-"""Training of a small causal video autoencoder (diffusers' `AutoencoderKLWan`) on the videos of a task."""
+"""Training of a small causal video autoencoder (diffusers' `AutoencoderKLWan`) on the videos of several tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -19,7 +20,10 @@ from cosprobe.tasks import Problem, Task
 
 @dataclass
 class AutoencoderConfig:
-    """Size and recipe. stages: (frames, batch, steps) trained one after another, single frames first.
+    """Size and recipe. stages: (longest, batch, steps) trained one after another, single frames first. From a stage
+    with longest = 1 the model sees single frames; else whole videos of the mini model's lengths up to the longest.
+    families: what it practises on (repeat a name to weight it); empty = all that the model learns, alike.
+    start: a pipeline folder whose autoencoder to go on from; empty = random weights, `mini` = that in the package.
 
     Frames must be 4k+1: the Wan autoencoder works in chunks of four frames after the first. The learning
     rate decides: above 1e-3 the reconstruction error sticks at the error of a grey picture.
@@ -29,10 +33,12 @@ class AutoencoderConfig:
     dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4])
     z_dim: int = 12
     patch_size: int = 2
-    stages: list[list[int]] = field(default_factory=lambda: [[1, 32, 1400], [5, 12, 900], [13, 8, 1000]])
+    stages: list[list[int]] = field(default_factory=lambda: [[1, 32, 1400], [5, 12, 900], [17, 8, 1000]])
     lr: float = 4e-4
     warmup: int = 100
     kl: float = 1e-5
+    families: list[str] = field(default_factory=list)
+    start: str = ""
 
     @property
     def steps(self) -> int:
@@ -64,36 +70,50 @@ def to_model_range(frames: np.ndarray) -> Tensor:
     return rearrange(torch.from_numpy(frames).float() / 127.5 - 1, "... f h w c -> ... c f h w")
 
 
-class ClipBatches(IterableDataset):
-    """Endless batches of random crops in time; batch `i` depends on (seed, i) alone, so a resumed run sees
-    the batches it would have seen."""
+Family = tuple[Task, Sequence[Problem]]
 
-    def __init__(self, task: Task, problems: list[Problem], config: AutoencoderConfig, seed: int, start: int):
-        self.task, self.problems, self.config, self.seed, self.start = task, problems, config, seed, start
+
+def video_of(task: Task, problem: Problem, frames: int) -> np.ndarray:
+    """The reference video of a problem at another length: uint8 [frame, height, width, 3]."""
+    return cast(Task, replace(cast(Any, task), frames=frames)).video(problem)
+
+
+class ClipBatches(IterableDataset):
+    """Endless batches of videos, each from a family and a problem of its own and all of one length; batch `i` depends
+    on (seed, i) alone, so a resumed run sees the batches it would have seen."""
+
+    def __init__(
+        self, families: Sequence[Family], lengths: Sequence[int], config: AutoencoderConfig, seed: int, start: int
+    ):
+        self.families, self.lengths, self.config, self.seed, self.start = families, lengths, config, seed, start
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch 3 frame height width"]]:
-        plan = [(frames, batch) for frames, batch, steps in self.config.stages for _ in range(steps)]
-        for step, (frames, batch) in enumerate(plan[self.start :], start=self.start):
+        plan = [(longest, batch) for longest, batch, steps in self.config.stages for _ in range(steps)]
+        for step, (longest, batch) in enumerate(plan[self.start :], start=self.start):
             rng = np.random.default_rng([self.seed, step])
+            length = int(rng.choice([n for n in self.lengths if n <= longest] or self.lengths[:1]))
             clips = []
-            for i in rng.integers(len(self.problems), size=batch):
-                video = self.task.video(self.problems[i])
-                begin = rng.integers(len(video) - frames + 1)
-                clips.append(video[begin : begin + frames])
+            for number in rng.integers(len(self.families), size=batch):
+                task, problems = self.families[number]
+                video = video_of(task, problems[rng.integers(len(problems))], length)
+                first = int(rng.integers(length)) if longest == 1 else 0
+                clips.append(video[first : first + 1] if longest == 1 else video)
             yield to_model_range(np.stack(clips))
 
 
 class AutoencoderTraining(L.LightningModule):
     """Absolute plus squared reconstruction error and a small KL term. Resumes at the batch it stopped at."""
 
-    def __init__(self, config: AutoencoderConfig, task: Task, problems: list[Problem], seed: int = 0):
+    def __init__(
+        self, config: AutoencoderConfig, families: Sequence[Family], lengths: Sequence[int] = (13,), seed: int = 0
+    ):
         super().__init__()
-        self.config, self.task, self.problems, self.seed = config, task, problems, seed
+        self.config, self.families, self.lengths, self.seed = config, families, lengths, seed
         torch.manual_seed(seed)
         self.vae = build_autoencoder(config)
 
     def train_dataloader(self) -> DataLoader:
-        batches = ClipBatches(self.task, self.problems, self.config, self.seed, self.global_step)
+        batches = ClipBatches(self.families, self.lengths, self.config, self.seed, self.global_step)
         return DataLoader(batches, batch_size=None)
 
     def training_step(self, clips: Tensor, batch_index: int) -> Tensor:

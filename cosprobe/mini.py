@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLWan,
@@ -24,69 +23,139 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanTransformer3DModel,
 )
-from einops import rearrange, repeat
-from jaxtyping import Float
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.normalizers import Lowercase
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from torch import nn
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from cosprobe.autoencoding import AutoencoderConfig, AutoencoderTraining, to_model_range
+from cosprobe.autoencoding import AutoencoderConfig, AutoencoderTraining, Family
+from cosprobe.encoding import (
+    TEXT_WIDTH,
+    build_text,
+    channels_last,
+    embed,
+    encode_clips,
+    every_prompt,
+    measure_scale,
+)
 from cosprobe.flowmatching import FlowConfig, FlowMatching, LatentClips
-from cosprobe.tasks import Problem, Task
-
-TEXT_TOKENS = 32  # every prompt is padded to this many tokens, in training and in sampling
-TEXT_WIDTH = 64
-BATCH = 16  # clips encoded at a time
+from cosprobe.pipelines import PipelineConfig
+from cosprobe.solving import LearningCurve
+from cosprobe.tasks import FAMILIES, Task
 
 
 @dataclass
 class MiniConfig:
-    """Everything that shapes the weights. clips: size of the training set; choice_share: how much of it is
-    choice problems, each drawn once with a random reachable exit; choice_repeats: how often each of them is seen
-    while a one-exit problem is seen once."""
+    """Everything that shapes the weights. families: what the model learns (repeat a name to weight it).
+    lengths: frames of its videos, 4k + 1; clips: size of the training set at each length, shared by the families.
+    solve_every: steps of flow matching between two looks at how much is solved. card: problems of each kind that the
+    card is made from, at the usual length, at each of the others, and reconstructed.
+    Both parts can go on from those of an earlier model of the same sizes (their `start`)."""
 
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
-    clips: int = 20_480
-    choice_share: float = 0.35
-    choice_repeats: int = 2
+    families: list[str] = field(
+        default_factory=lambda: ["maze", "maze", "maze", "hide", "select", "select", "line", "line"]
+    )
+    lengths: list[int] = field(default_factory=lambda: [5, 9, 13, 17])
+    clips: list[int] = field(default_factory=lambda: [65_536, 8_192, 12_288, 8_192])
     layers: int = 8
     heads: int = 4
     head_dim: int = 32
     ffn: int = 384
+    solve_every: int = 1000
+    card: list[int] = field(default_factory=lambda: [512, 96, 500])
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if len(self.clips) != len(self.lengths):
+            raise ValueError(f"experiment.clips={self.clips}: expected one number for each of lengths={self.lengths}")
+        if any(length % 4 != 1 or length < 5 for length in self.lengths):
+            raise ValueError(f"experiment.lengths={self.lengths}: expected 4k + 1 frames, at least 5")
+        if len(self.card) != 3 or min(self.card[0], self.card[2]) < 1:
+            raise ValueError(f"experiment.card={self.card}: expected three numbers, of problems of each kind")
 
-def train_mini(config: MiniConfig, task: Task, folder: Path, precision: str = "bf16-mixed", every: int = 100) -> Path:
+
+def families(names: Sequence[str], chosen: Task) -> dict[str, Task]:
+    """The tasks of those names, `chosen` as it is set and the others as they are by default. Raises ValueError for a
+    name that no task has."""
+    for name in names:
+        if name not in FAMILIES:
+            raise ValueError(f"experiment.families: {name!r} is no task; expected some of {', '.join(FAMILIES)}")
+    return {name: chosen if name == chosen.name else FAMILIES[name]().build() for name in dict.fromkeys(names)}
+
+
+def train_mini(
+    config: MiniConfig, tasks: Mapping[str, Task], folder: Path, precision: str = "bf16-mixed", every: int = 100
+) -> Path:
     """Trains and exports the model; returns the pipeline's folder. Finished stages are not repeated, and a stage
-    goes on from its newest checkpoint, written `every` so many steps."""
+    goes on from its newest checkpoint, written `every` so many steps. tasks: by name, those of `families`."""
     folder.mkdir(parents=True, exist_ok=True)
-    autoencoder = AutoencoderTraining(config.autoencoder, task, task.problems("model", 8000), config.seed)
+    sets = training_sets(config, tasks)
+    longest = {task.name: (task, problems) for task, problems in sets[max(config.lengths)]}
+    practised = [longest[name] for name in config.autoencoder.families or longest]
+    autoencoder = AutoencoderTraining(config.autoencoder, practised, config.lengths, config.seed)
+    _begin(autoencoder.vae, config.autoencoder.start, "autoencoder", "vae")
+    channels_last(autoencoder.vae)
     with _timed(folder, "autoencoder"):
         _fit(autoencoder, folder / "autoencoder", config.autoencoder.steps, precision, every, clip=1.0)
-    vae = autoencoder.vae.half().float().eval()  # stored in half precision: train on what will ship
+    vae = cast(Any, channels_last(autoencoder.vae.half().float().eval()))  # stored in half precision: train on that
 
-    tokenizer, text_encoder = build_text([_prompt(task), ""], config.seed)
+    prompts = [*every_prompt(), ""]
+    tokenizer, text_encoder = build_text(prompts, config.seed)
+    table = embed(prompts, tokenizer, text_encoder)
+    latents = folder / "latents"
+    latents.mkdir(exist_ok=True)
+    clips: dict[int, LatentClips] = {}
     with _timed(folder, "encoding"):
-        encoded = encode_clips(config, task, vae, folder / "latents")
-    prompt, empty = embed([_prompt(task), ""], tokenizer, text_encoder)
-    repeats = torch.ones(config.clips, dtype=torch.int64)
-    repeats[config.clips - round(config.clips * config.choice_share) :] = config.choice_repeats
-    clips = LatentClips(**encoded, prompt=prompt.expand(config.clips, -1, -1), empty=empty, repeats=repeats)
+        measure_scale(vae, sets[max(config.lengths)], max(config.lengths), latents / "scale.json")
+        for length in config.lengths:
+            clips[length] = encode_clips(vae, sets[length], length, latents, prompts, table)
 
     torch.manual_seed(config.seed)
-    flow = FlowMatching(build_transformer(config, vae), clips, config.flow, config.seed)
+    transformer = build_transformer(config, vae)
+    _begin(transformer, config.flow.start, "flow", "transformer")
+    flow = FlowMatching(transformer, clips, config.flow, config.seed)
+
+    def pipeline_of(module: Any, step: int) -> tuple[Any, PipelineConfig]:
+        ends = [sum(steps for _, steps in config.flow.stages[: i + 1]) for i in range(len(config.flow.stages))]
+        longest = next(longest for (longest, _), end in zip(config.flow.stages, ends, strict=True) if step <= end)
+        model = assemble(module.average.module.eval(), vae, tokenizer, text_encoder, config.flow.shift)
+        model.set_progress_bar_config(disable=True)
+        return model, PipelineConfig(steps=8, frames=min(longest, 13))
+
+    curve = LearningCurve(tasks, pipeline_of, folder / "solved.json", config.solve_every)
     with _timed(folder, "flow matching"):
-        _fit(flow, folder / "flow", config.flow.steps, precision, every, clip=None)
-    recipe = {"settings": asdict(config), "task": asdict(cast(Any, task)), "minutes": _minutes(folder)}
+        _fit(flow, folder / "flow", config.flow.steps, precision, every, None, [curve])
+    worlds = {name: asdict(cast(Any, task)) for name, task in tasks.items()}
+    recipe = {"settings": asdict(config), "tasks": worlds, "minutes": _minutes(folder), "curve": _curve(folder)}
     return export(flow.average.module, vae, tokenizer, text_encoder, config.flow.shift, recipe, folder / "pipeline")
+
+
+def training_sets(config: MiniConfig, tasks: Mapping[str, Task]) -> dict[int, list[Family]]:
+    """For each length the families with their problems; no problem is in two lengths."""
+    sets: dict[int, list[Family]] = {length: [] for length in config.lengths}
+    for name, task in tasks.items():
+        share = config.families.count(name) / len(config.families)
+        counts = [max(1, round(clips * share)) for clips in config.clips]
+        problems = task.problems("model", sum(counts))
+        for length, count in zip(config.lengths, counts, strict=True):
+            sets[length].append((task, problems[:count]))
+            problems = problems[count:]
+    return sets
+
+
+def _begin(model: nn.Module, start: str, group: str, part: str) -> None:
+    """Weights of an earlier model, if any. Raises ValueError when they are not there or have other sizes."""
+    if not start:
+        return
+    try:
+        folder = PipelineConfig(path="" if start == "mini" else start).folder / part
+        model.load_state_dict(type(model).from_pretrained(folder, torch_dtype=torch.float32).state_dict())
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"experiment.{group}.start={start!r}: expected a diffusers folder with a {part} of the sizes set here"
+        ) from error
 
 
 def build_transformer(config: MiniConfig, vae: AutoencoderKLWan) -> WanTransformer3DModel:
@@ -107,25 +176,6 @@ def build_transformer(config: MiniConfig, vae: AutoencoderKLWan) -> WanTransform
     )
 
 
-def build_text(prompts: list[str], seed: int) -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel]:
-    """A word-level tokenizer over the words of `prompts` and a small UMT5 encoder with fixed random weights:
-    enough to tell prompts apart, and the flow-matching model learns to read it."""
-    words = sorted({word for prompt in prompts for word in prompt.lower().split()})
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
-    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    core.normalizer, core.pre_tokenizer = Lowercase(), Whitespace()
-    core.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_TOKENS
-    )
-    torch.manual_seed(seed)
-    size = UMT5Config(
-        vocab_size=len(vocabulary), d_model=TEXT_WIDTH, d_kv=16, d_ff=128, num_layers=1, num_heads=4, pad_token_id=0,
-        eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0,
-    )  # fmt: skip
-    return tokenizer, UMT5EncoderModel(size).eval().requires_grad_(False)
-
-
 def assemble(
     transformer: WanTransformer3DModel,
     vae: AutoencoderKLWan,
@@ -142,87 +192,18 @@ def assemble(
     )
 
 
-@torch.no_grad()
-def embed(prompts: list[str], tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel) -> Tensor:
-    """[prompt, token, width], as the Wan pipelines embed: padding tokens are zero vectors."""
-    text = tokenizer(prompts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
-    hidden = encoder(text.input_ids, text.attention_mask).last_hidden_state
-    return hidden * text.attention_mask[..., None]
-
-
-def encode_condition(
-    vae: AutoencoderKLWan, images: Float[Tensor, "clip 3 height width"], frames: int
-) -> Float[Tensor, "clip condition latent_frame latent_height latent_width"]:
-    """The Wan image condition: a mask that marks the given frame, and the image followed by grey frames,
-    encoded and normalised. Equal to what the pipeline's `prepare_latents` makes of one image (tested)."""
-    grey = images.new_zeros(len(images), 3, frames - 1, *images.shape[2:])
-    latent = normalise(vae, vae.encode(torch.cat([images[:, :, None], grey], dim=2)).latent_dist.mode())
-    mask = latent.new_zeros(len(images), vae.config.scale_factor_temporal, *latent.shape[2:])
-    mask[:, :, 0] = 1
-    return torch.cat([mask, latent], dim=1)
-
-
-def normalise(vae: AutoencoderKLWan, latent: Tensor) -> Tensor:
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-    return (latent - mean) / std
-
-
-@torch.no_grad()
-def encode_clips(config: MiniConfig, task: Task, vae: AutoencoderKLWan, folder: Path) -> dict[str, Tensor]:
-    """Encodes the training set once, in shards; also measures the latents' mean and deviation per channel."""
-    folder.mkdir(parents=True, exist_ok=True)
-    choice = round(config.clips * config.choice_share)
-    one_exit, many = task.kinds
-    problems = task.problems("model", config.clips - choice, one_exit) + task.problems("model", choice, many)
-    scale = folder / "scale.json"
-    if not scale.exists():
-        sample = np.random.default_rng(config.seed).permutation(len(problems))[:512]
-        batches = [sample[i : i + BATCH] for i in range(0, len(sample), BATCH)]
-        latents = [_latent(vae, task, [problems[i] for i in part]) for part in batches]
-        pixels = torch.cat(latents)
-        values = {
-            "latents_mean": pixels.mean(dim=(0, 2, 3, 4)).tolist(),
-            "latents_std": pixels.std(dim=(0, 2, 3, 4)).tolist(),
-        }
-        scale.write_text(json.dumps(values))
-    vae.register_to_config(**json.loads(scale.read_text()))
-
-    shards = []
-    for begin in range(0, len(problems), 1024):
-        shard = folder / f"{begin:06d}.safetensors"
-        if not shard.exists():
-            parts: dict[str, list[Tensor]] = {"latent": [], "condition": [], "active": []}
-            for first in range(begin, min(begin + 1024, len(problems)), BATCH):
-                batch = problems[first : min(first + BATCH, begin + 1024)]
-                latent = normalise(vae, _latent(vae, task, batch))
-                images = to_model_range(np.stack([task.image(p)[None] for p in batch]))[:, :, 0]
-                parts["latent"].append(latent.half())
-                parts["condition"].append(encode_condition(vae, images, task.frames).half())
-                parts["active"].append(_active_tokens(task, batch, latent.shape[2:]))
-            save_file({k: torch.cat(v) for k, v in parts.items()}, shard.with_suffix(".part"))
-            shard.with_suffix(".part").rename(shard)
-        shards.append(load_file(shard))
-    return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
-
-
-def _latent(vae: AutoencoderKLWan, task: Task, problems: list[Problem]) -> Tensor:
-    return vae.encode(to_model_range(np.stack([task.video(p) for p in problems]))).latent_dist.mode()
-
-
-def _active_tokens(task: Task, problems: list[Problem], shape: torch.Size) -> Tensor:
-    """Latent cells that hold a pixel a video may change: [clip, frame, height, width], 0 or 1."""
-    frames, height, width = shape
-    pixels = np.stack([task.workspace(p) for p in problems])
-    cells = rearrange(pixels, "b (h y) (w x) -> b h w (y x)", h=height, w=width).any(-1)
-    return repeat(torch.from_numpy(cells.astype(np.uint8)), "b h w -> b f h w", f=frames).contiguous()
-
-
-def _prompt(task: Task) -> str:
-    return task.problems("model", 1)[0].prompt
-
-
-def _fit(module: L.LightningModule, folder: Path, steps: int, precision: str, every: int, clip: float | None) -> None:
+def _fit(
+    module: L.LightningModule,
+    folder: Path,
+    steps: int,
+    precision: str,
+    every: int,
+    clip: float | None,
+    callbacks: Sequence[L.Callback] = (),
+) -> None:
     """Runs to `steps`, from the newest checkpoint when there is one."""
+    if not steps:  # what `start` brought stays as it is
+        return
     last = folder / "last.ckpt"
     trainer = L.Trainer(
         max_steps=steps,
@@ -237,6 +218,7 @@ def _fit(module: L.LightningModule, folder: Path, steps: int, precision: str, ev
                 folder, save_last=True, save_top_k=0, every_n_train_steps=every, enable_version_counter=False
             ),
             RichProgressBar(),
+            *callbacks,
         ],
         log_every_n_steps=20,
         enable_model_summary=False,
@@ -260,6 +242,11 @@ def _timed(folder: Path, stage: str) -> Iterator[None]:
         minutes = _minutes(folder)
         minutes[stage] = round(minutes.get(stage, 0.0) + (time.monotonic() - begin) / 60, 2)
         (folder / "minutes.json").write_text(json.dumps(minutes))
+
+
+def _curve(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "solved.json"
+    return json.loads(path.read_text()) if path.is_file() else []
 
 
 def _minutes(folder: Path) -> dict[str, float]:

@@ -127,9 +127,9 @@ def test_overrides_are_read_by_the_type_of_the_option(argument, group, name, val
 
 def test_nested_and_optional_settings():
     run = load(
-        TrainRun, ["experiment=mini", "experiment.flow.steps=7", "experiment.autoencoder.stages=[[1,2,3],[5,2,1]]"]
+        TrainRun, ["experiment=mini", "experiment.flow.warmup=7", "experiment.autoencoder.stages=[[1,2,3],[5,2,1]]"]
     )
-    assert run.experiment.flow.steps == 7
+    assert run.experiment.flow.warmup == 7
     assert run.experiment.autoencoder.steps == 4
     assert load(UseRun, ["run=x", "use.layer=5"]).use.layer == 5
     assert load(UseRun, ["run=x", "use.layer=5", "use.layer=null"]).use.layer is None
@@ -166,10 +166,10 @@ def test_help_shows_purpose_groups_and_every_setting():
     text = describe(TrainRun, ["experiment=mini"], "What it is for.")
     assert text.startswith("What it is for.\n")
     assert "  probe       frames, layers*\n" in text
-    assert "  experiment  mini*, probes\n" in text
+    assert "  experiment  mini*, mini_small, probes\n" in text
     assert "\n  task.rooms=[4, 5]\n" in text
     assert "\n  probe.frames=false\n" in text
-    assert f"\n  experiment.flow.steps={MiniConfig().flow.steps}\n" in text
+    assert f"\n  experiment.flow.warmup={MiniConfig().flow.warmup}\n" in text
     text = describe(UseRun, [], "")
     assert "\n  run=(needed)\n" in text
     assert "\n  use.layer=null\n" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,21 +11,25 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from safetensors.torch import load_file
 
-from cosprobe.autoencoding import AutoencoderConfig, AutoencoderTraining, ClipBatches, to_model_range
+from cosprobe.autoencoding import AutoencoderConfig, AutoencoderTraining, ClipBatches, to_model_range, video_of
+from cosprobe.encoding import TEXT_TOKENS, build_text, embed, every_prompt
 from cosprobe.flowmatching import FlowBatches, FlowConfig, FlowMatching, LatentClips
-from cosprobe.mini import TEXT_TOKENS, MiniConfig, build_text, embed, train_mini
-from cosprobe.tasks import Maze
+from cosprobe.mini import MiniConfig, families, train_mini, training_sets
+from cosprobe.tasks import FAMILIES, Maze
 from tests.tiny import wan
 
-TASK = Maze(frames=5)
+TASK = Maze()
 CONFIG = MiniConfig(
-    autoencoder=AutoencoderConfig(base_dim=4, z_dim=4, dim_mult=[1, 1, 1], stages=[[1, 2, 2], [5, 2, 2]]),
-    flow=FlowConfig(steps=4, batch=4),
-    clips=12,
+    autoencoder=AutoencoderConfig(base_dim=4, z_dim=4, dim_mult=[1, 1, 1], stages=[[1, 2, 2], [9, 2, 2]]),
+    flow=FlowConfig(stages=[[5, 2], [9, 2]], batch=4, compile=False),
+    families=["maze", "select"],
+    lengths=[5, 9],
+    clips=[12, 8],
     layers=2,
     heads=2,
     head_dim=12,
     ffn=16,
+    solve_every=3,
 )
 
 
@@ -34,7 +39,8 @@ def weights(folder):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_where_an_unbroken_one_would(tmp_path, monkeypatch):
-    whole = train_mini(CONFIG, TASK, tmp_path / "whole", "32-true", every=1)
+    tasks = families(CONFIG.families, TASK)
+    whole = train_mini(CONFIG, tasks, tmp_path / "whole", "32-true", every=1)
     original = {kind: kind.training_step for kind in (AutoencoderTraining, FlowMatching)}
 
     for kind in original:  # once in the middle of each stage
@@ -46,47 +52,110 @@ def test_a_killed_run_ends_where_an_unbroken_one_would(tmp_path, monkeypatch):
 
         monkeypatch.setattr(kind, "training_step", killed)
         with pytest.raises(ConnectionError):
-            train_mini(CONFIG, TASK, tmp_path / "broken", "32-true", every=1)
+            train_mini(CONFIG, tasks, tmp_path / "broken", "32-true", every=1)
         monkeypatch.setattr(kind, "training_step", original[kind])
     assert not (tmp_path / "broken" / "pipeline").exists()
-    broken = train_mini(CONFIG, TASK, tmp_path / "broken", "32-true", every=1)
+    broken = train_mini(CONFIG, tasks, tmp_path / "broken", "32-true", every=1)
     for name, state in weights(whole).items():
         for key, value in weights(broken)[name].items():
             torch.testing.assert_close(value, state[key], msg=f"{name} {key}")
     pipeline = WanImageToVideoPipeline.from_pretrained(broken)
     assert pipeline.transformer.dtype == torch.float32
-    assert json.loads((broken / "recipe.json").read_text())["settings"]["clips"] == 12
+    assert json.loads((broken / "recipe.json").read_text())["settings"]["clips"] == [12, 8]
+    curve = json.loads((broken / "recipe.json").read_text())["curve"]
+    assert [(row["step"], row["family"], row["frames"], row["of"]) for row in curve] == [
+        (3, "maze", 9, 48), (3, "maze", 9, 48), (3, "select", 9, 48)
+    ]  # fmt: skip
+
+    start = {"start": str(whole), "stages": []}
+    further = replace(CONFIG, flow=replace(CONFIG.flow, **start), autoencoder=replace(CONFIG.autoencoder, **start))
+    again = train_mini(further, tasks, tmp_path / "further", "32-true")
+    for name, state in weights(whole).items():  # nothing to do: the start comes out again
+        assert all(torch.equal(value, state[key]) for key, value in weights(again)[name].items())
+
+
+def clips_of(latent, **given):
+    """Clips that hold `latent` and nothing else of interest; the last of two prompts is the empty one."""
+    number, _, frames, height, width = latent.shape
+    known = {
+        "condition": torch.zeros(number, 1, frames, height, width),
+        "active": torch.ones(number, frames, height, width, dtype=torch.uint8),
+        "text": torch.zeros(number, dtype=torch.int64),
+        "prompts": torch.stack([torch.ones(2, 3), torch.zeros(2, 3)]),
+    }
+    return LatentClips(latent, **(known | given))
 
 
 def test_batches_depend_on_their_number_alone():
-    problems = TASK.problems("model", 6)
-    whole = list(ClipBatches(TASK, problems, CONFIG.autoencoder, 0, 0))
-    late = list(ClipBatches(TASK, problems, CONFIG.autoencoder, 0, 3))
-    assert [tuple(b.shape) for b in whole] == [(2, 3, 1, 64, 64)] * 2 + [(2, 3, 5, 64, 64)] * 2
+    sets = [(TASK, TASK.problems("model", 6))]
+    whole = list(ClipBatches(sets, [5, 9], CONFIG.autoencoder, 0, 0))
+    late = list(ClipBatches(sets, [5, 9], CONFIG.autoencoder, 0, 3))
+    assert [b.shape[2] for b in whole[:2]] == [1, 1] and {b.shape[2] for b in whole[2:]} <= {5, 9}
     assert len(late) == 1 and torch.equal(late[0], whole[3])
-    latents = (torch.randn(10, 2, 2, 1, 1) for _ in range(2))
-    clips = LatentClips(
-        *latents,
-        torch.ones(10, 2, 1, 1, dtype=torch.uint8),
-        torch.randn(10, 3, 4),
-        torch.zeros(3, 4),
-        torch.tensor([1, 2] * 5),
-    )
-    stream, resumed = iter(FlowBatches(clips, 4, 0, 0)), iter(FlowBatches(clips, 4, 0, 3))
-    batches = [next(stream) for _ in range(5)]
-    for step in (3, 4):
-        again = next(resumed)
-        assert all(torch.equal(again[name], batches[step][name]) for name in again)
+
+    clips = {frames: clips_of(torch.randn(10, 2, frames // 4 + 1, 1, 1)) for frames in (5, 9)}
+    config = FlowConfig(stages=[[5, 3], [9, 9]], batch=4)
+    batches = list(FlowBatches(clips, config, 0, 0))
+    assert [b["latent"].shape[2] for b in batches[:3]] == [2] * 3 and len(batches) == 12
+    assert {b["latent"].shape[2] for b in batches[3:]} == {2, 3}
+    for start in (2, 7):
+        for again, batch in zip(FlowBatches(clips, config, 0, start), batches[start:], strict=True):
+            assert all(torch.equal(again[name], batch[name]) for name in again)
     assert not torch.equal(batches[0]["noise"], batches[1]["noise"])
 
 
-def test_an_epoch_holds_every_clip_as_often_as_it_is_repeated():
-    number = torch.arange(6.0)[:, None, None, None, None].expand(-1, 1, 1, 1, 1)
-    active, repeats = torch.ones(6, 1, 1, 1, dtype=torch.uint8), torch.tensor([1, 1, 1, 3, 3, 3])
-    clips = LatentClips(number, number, active, torch.zeros(6, 2, 4), torch.zeros(2, 4), repeats)
-    stream = iter(FlowBatches(clips, 4, 0, 0))
-    seen = torch.cat([next(stream)["latent"].flatten() for _ in range(3)])
-    assert seen.long().bincount().tolist() == repeats.tolist()
+def test_an_epoch_holds_every_clip_once_whatever_its_length():
+    clips = {f: clips_of(f + torch.arange(8.0)[:, None, None, None, None]) for f in (5, 9)}
+    seen = {5: [], 9: []}
+    for batch in FlowBatches(clips, FlowConfig(stages=[[9, 40]], batch=4), 0, 0):
+        first = batch["latent"].flatten()
+        seen[int(batch["latent"].min() >= 9) * 4 + 5 if first.max() > 12 or first.min() >= 9 else 5].append(first)
+    for frames, drawn in seen.items():
+        for pair in zip(drawn[::2], drawn[1::2], strict=False):
+            assert sorted(torch.cat(pair).tolist()) == [frames + n for n in range(8)]
+
+
+def test_prompts_are_dropped_as_often_as_asked():
+    clips = {5: clips_of(torch.zeros(40, 1, 2, 1, 1))}
+    batches = list(FlowBatches(clips, FlowConfig(stages=[[5, 100]], batch=40, dropout=0.1), 0, 0))
+    empty = torch.cat([batch["prompt"] for batch in batches]).sum((1, 2)) == 0
+    assert 0.08 < empty.float().mean() < 0.12
+
+
+def test_no_problem_is_in_two_sets_and_families_are_weighted():
+    config = replace(CONFIG, families=["maze", "maze", "line"], clips=[30, 12])
+    sets = training_sets(config, families(config.families, TASK))
+    assert [[len(problems) for _, problems in sets[length]] for length in (5, 9)] == [[20, 10], [8, 4]]
+    keys = [p.key for pairs in sets.values() for _, problems in pairs for p in problems]
+    assert len(set(keys)) == len(keys) == 42 and {p.split for _, problems in sets[5] for p in problems} == {"model"}
+
+
+def test_mistakes_in_the_recipe_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"experiment.families: 'mase' is no task; expected some of .*maze"):
+        families(["mase"], TASK)
+    with pytest.raises(ValueError, match=r"experiment.clips=\[1\]: expected one number for each of lengths=\[5, 9\]"):
+        replace(CONFIG, clips=[1])
+    with pytest.raises(ValueError, match=r"experiment.lengths=\[5, 8\]: expected 4k \+ 1 frames, at least 5"):
+        replace(CONFIG, lengths=[5, 8])
+    missing = replace(CONFIG, autoencoder=replace(CONFIG.autoencoder, start=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"experiment.autoencoder.start='.*': expected a diffusers folder with a vae"):
+        train_mini(missing, families(["maze"], TASK), tmp_path / "run", "32-true")
+
+
+def test_a_video_of_another_length_ends_as_the_reference_does():
+    problem = TASK.problems("model", 1)[0]
+    short = video_of(TASK, problem, 5)
+    assert len(short) == 5 and np.array_equal(short[-1], TASK.video(problem)[-1])
+
+
+def test_every_word_of_every_family_is_known():
+    prompts = every_prompt()
+    tokenizer, _ = build_text(prompts, 0)
+    assert len(prompts) > 100
+    unseen = [p.prompt for task in families(FAMILIES, TASK).values() for p in task.problems("test", 100)]
+    for text in unseen:
+        ids = tokenizer(text).input_ids
+        assert tokenizer.unk_token_id not in ids and len(ids) <= TEXT_TOKENS
 
 
 def test_clips_are_scaled_to_the_models_range():
@@ -129,23 +198,16 @@ def test_the_loss_is_zero_for_the_true_velocity_and_counts_every_frame():
     clean = torch.randn(1, 3, 2, 4, 4)
     active = torch.zeros(4, 2, 4, 4, dtype=torch.uint8)
     active[:, :, :2] = 1
-    prompt, empty = torch.zeros(4, 2, 3), torch.zeros(2, 3)
-    clips = LatentClips(
-        clean.expand(4, -1, -1, -1, -1),
-        torch.zeros(4, 1, 2, 4, 4),
-        active,
-        prompt,
-        empty,
-        torch.ones(4, dtype=torch.int64),
-    )
-    batch = next(iter(FlowBatches(clips, 4, 0, 0)))
+    clips = clips_of(clean.expand(4, -1, -1, -1, -1), active=active)
+    config = FlowConfig(stages=[[5, 1]], batch=4)
+    batch = next(iter(FlowBatches({5: clips}, config, 0, 0)))
 
     def loss(frame, row):
         wrong = torch.zeros(2, 4, 4)
         wrong[frame, row] = 1.0
-        return float(FlowMatching(Exact(clean + wrong), clips, FlowConfig(batch=4), seed=0).loss(batch))
+        return float(FlowMatching(Exact(clean + wrong), {5: clips}, config, seed=0).loss(batch))
 
-    assert FlowMatching(Exact(clean), clips, FlowConfig(batch=4), seed=0).loss(batch) < 1e-6
+    assert FlowMatching(Exact(clean), {5: clips}, config, seed=0).loss(batch) < 1e-6
     # frame 0 counts once wherever the mistake is; in later frames what may change counts five times
     assert loss(0, 0) == pytest.approx(loss(0, 3), rel=1e-4) == pytest.approx(loss(1, 3), rel=1e-4)
     assert loss(1, 0) == pytest.approx(5 * loss(1, 3), rel=1e-4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
 
-from cosprobe.mini import encode_condition
+from cosprobe.encoding import encode_condition
 from cosprobe.pipelines import PipelineConfig, batched_images, experts, fingerprint, load_pipeline, sample
 from tests.tiny import CONFIG, PROMPT, wan
 

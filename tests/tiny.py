@@ -15,7 +15,7 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel
 
-from cosprobe.mini import TEXT_WIDTH, build_text
+from cosprobe.encoding import TEXT_WIDTH, build_text
 from cosprobe.pipelines import PipelineConfig, freeze
 
 PROMPT = "draw a red trail from the green start through the corridors to a blue exit that can be reached"
