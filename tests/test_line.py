@@ -179,7 +179,10 @@ def test_three_in_a_row_has_the_boards_that_can_be_counted():
         found = {next(drawn).key for _ in range(8_000)}
         print(f"line 3 x 3/{kind}: {len(keys)} boards, {len(found)} drawn")  # noqa: T201
         assert found <= keys
-        assert len(found) > 0.8 * len(keys)  # pictures
+        assert len(found) > 0.8 * len(keys)  # some are rare
+
+
+# pictures
 
 
 @pytest.mark.parametrize("frames", [5, 9, 13, 17])
