@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise, product
+from math import comb, factorial, perm
 
 import numpy as np
 import pytest
@@ -168,11 +169,13 @@ def test_key_tells_different_problems_apart(problems):
 
 
 def test_more_than_20000_problems_are_different():
-    """Boxes of four colours leave no scene like its own mirror image, so the count is exact: placings x 4 x 24
-    pictures and names / 8. Two objects alone make 114,048, two to five 793,732,608."""
+    """Boxes of four colours leave no scene like its own mirror image, so the count is exact: cells x identities x
+    object named x box named x places of the boxes, of which every 8 are one problem."""
+    exact = {n: comb(9, n) * perm(12, n) * n * 4 * factorial(4) // 8 for n in range(2, 6)}
+    assert (exact[2], sum(exact.values())) == (114_048, 794_458_368)
     rng = np.random.default_rng(0)
     keys = {canonical_key(draw_scene(int(rng.integers(2, 6)), rng)) for _ in range(22_000)}
-    print(f"\n{len(keys)} different problems in 22,000 draws")  # noqa: T201
+    print(f"\n{sum(exact.values()):,} different problems in all, {len(keys):,} in 22,000 draws")  # noqa: T201
     assert len(keys) > 20_000
 
 
