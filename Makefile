@@ -23,6 +23,7 @@ lint: $(INSTALLED)
 
 # the figures of README.md and docs/, from real runs
 docs: $(INSTALLED)
+	$(BIN)/python -m cosprobe.gallery docs/figures/families.png
 	$(BIN)/python train.py probe=layers
 	cd runs/maze-layers/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../docs/figures/
 

@@ -21,7 +21,7 @@ LAYERS = {  # a module may import any module that stands before it
         *("solving", "autoencoding", "flowmatching", "encoding", "mini"),
     ],
     4: ["early", "card", "checks"],
-    5: ["figures", "film", "diagnostics", "summary", "report"],
+    5: ["figures", "film", "gallery", "diagnostics", "summary", "report"],
     6: ["config"],
     7: ["train", "probe"],
 }
@@ -30,7 +30,7 @@ ONLY_IN = {  # library: the modules that may import it
     "hydra": {"config"},
     "omegaconf": {"config"},
     "yaml": {"config"},
-    "matplotlib": {"figures", "film", "diagnostics", "report"},
+    "matplotlib": {"figures", "film", "gallery", "diagnostics", "report"},
     "lightning": {*LAYERS[3], *LAYERS[4], "report"},
     "torchmetrics": {"training"},
     "diffusers": {"pipelines", "autoencoding", "encoding", "mini"},

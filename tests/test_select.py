@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise, product
+from math import comb, factorial, perm
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from cosprobe.tasks.select import (
     draw_scene,
     vocabulary,
 )
-from cosprobe.tasks.task import SPLITS, Problem, Readout, Task, split_of
+from cosprobe.tasks.task import Problem, Readout, Task, split_of
 
 TASK = Select()
 LIGHT = PALETTE[-1]
@@ -168,24 +169,14 @@ def test_key_tells_different_problems_apart(problems):
 
 
 def test_more_than_20000_problems_are_different():
-    """Boxes of four colours leave no scene like its own mirror image, so the count is exact: placings x 4 x 24
-    pictures and names / 8. Two objects alone make 114,048, two to five 793,732,608."""
+    """Boxes of four colours leave no scene like its own mirror image, so the count is exact: cells x identities x
+    object named x box named x places of the boxes, of which every 8 are one problem."""
+    exact = {n: comb(9, n) * perm(12, n) * n * 4 * factorial(4) // 8 for n in range(2, 6)}
+    assert (exact[2], sum(exact.values())) == (114_048, 794_458_368)
     rng = np.random.default_rng(0)
     keys = {canonical_key(draw_scene(int(rng.integers(2, 6)), rng)) for _ in range(22_000)}
-    print(f"\n{len(keys)} different problems in 22,000 draws")  # noqa: T201
+    print(f"\n{sum(exact.values()):,} different problems in all, {len(keys):,} in 22,000 draws")  # noqa: T201
     assert len(keys) > 20_000
-
-
-def test_no_key_is_in_two_splits():
-    keys = [{p.key for p in Select(objects=(2, 2)).problems(split, 200)} for split in SPLITS]
-    assert len(set.union(*keys)) == sum(map(len, keys)) == 200 * len(SPLITS)
-
-
-def test_problems_are_the_same_on_every_call(problems):
-    again = Select().problems("train", 50)
-    assert again == problems[:50]
-    assert [p.layout for p in again] == [p.layout for p in problems[:50]]
-    assert Select(seed=1).problems("train", 20) != problems[:20]
 
 
 def test_numbers_of_objects_are_kept_to():
@@ -275,17 +266,6 @@ def test_shapes_are_bold_and_differ(problems):
 # readout
 
 
-def test_readout_of_the_reference_is_the_label_and_of_a_still_nothing(problems):
-    for problem in problems:
-        video = played(problem)
-        seen = read(problem, video)
-        assert seen.answer == seen.forced == problem.answer
-        assert seen.path == 1.0
-        assert seen.scores[problem.answer] == pytest.approx(1)
-        still = read(problem, video[:1])
-        assert (still.answer, still.path) == (None, 0.0)
-
-
 def test_readout_stands_noise_and_blur(problems, rng):
     for problem in problems[:80]:
         video = played(problem)
@@ -350,15 +330,6 @@ def test_an_object_a_little_off_is_still_in_its_box(problems):
             frame[0][square((y, x), 12)] = np.roll(room, (dy, dx), (0, 1))
             seen = read(problem, frame)
             assert seen.answer == seen.forced == problem.answer
-
-
-def test_a_grey_video_reads_as_none_and_still_has_scores(problems):
-    for value in (0.0, 0.5, 1.0):
-        seen = read(problems[0], np.full((3, 64, 64, 3), value, dtype=np.float32))
-        assert seen.answer is None
-        assert seen.path < 0.1
-        assert len(seen.scores) == 4
-        assert np.isfinite(seen.scores).all()
 
 
 def test_a_faint_video_keeps_the_order_of_the_scores(problems):
@@ -445,11 +416,6 @@ def test_a_world_that_cannot_be_built_is_refused_at_once(settings, message):
     with pytest.raises(ValueError, match="expected") as caught:
         SelectConfig(**settings)
     assert str(caught.value) == message
-
-
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="kind='one_exit': expected 'select', the only kind of this task"):
-        TASK.problems("train", 2, "one_exit")
 
 
 def test_settings_build_the_task_they_describe():

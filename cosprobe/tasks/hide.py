@@ -119,9 +119,7 @@ class Hide:
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
         """The first `count` distinct problems of a split; there is one kind."""
-        check_request(split, count)
-        if kind not in (None, *self.kinds):
-            raise ValueError(f"kind={kind!r}: expected {self.kinds[0]!r} or None")
+        check_request(split, count, kind, self.kinds)
         return distinct(self._draw(split), split, count)
 
     def _draw(self, split: str) -> Iterator[Problem]:
@@ -239,6 +237,9 @@ class HideConfig:
 
     def build(self) -> Hide:
         return Hide(self.image_size, self.frames, tuple(self.objects), tuple(self.walls), self.seed)
+
+
+FAMILY = HideConfig
 
 
 def vocabulary() -> list[str]:

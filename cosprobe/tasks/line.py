@@ -140,7 +140,7 @@ class Line:
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
         """The first `count` distinct problems of a split; without `kind`, one and several winning cells by turns."""
-        check_request(split, count)
+        check_request(split, count, kind, self.kinds)
         if kind is not None:
             return distinct(self._draw(split, kind), split, count)
         return by_turns(self.kinds, count, lambda part, one: self.problems(split, part, one))
@@ -306,6 +306,9 @@ class LineConfig:
         if len(self.pieces) != 2:
             raise ValueError(f"task.pieces={self.pieces}: expected [fewest, most]")
         return Line(self.image_size, self.frames, self.size, self.row, (self.pieces[0], self.pieces[1]), self.seed)
+
+
+FAMILY = LineConfig
 
 
 @lru_cache

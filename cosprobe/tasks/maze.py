@@ -82,7 +82,7 @@ class Maze:
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
         """The first `count` distinct problems of a split; without `kind`, one-exit and choice by turns."""
-        check_request(split, count)
+        check_request(split, count, kind, self.kinds)
         if kind is not None:
             return distinct(self._draw(split, kind), split, count)
         return by_turns(self.kinds, count, lambda part, one: self.problems(split, part, one))
@@ -228,6 +228,9 @@ class MazeConfig:
         if len(self.length) != 2:
             raise ValueError(f"task.length={self.length}: expected [shortest, longest]")
         return Maze(self.image_size, self.frames, tuple(self.rooms), (self.length[0], self.length[1]), self.seed)
+
+
+FAMILY = MazeConfig
 
 
 def trail_cells(walk: tuple[int, ...]) -> list[int | Edge]:

@@ -86,10 +86,8 @@ class Select:
         )
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
-        """The first `count` distinct problems of a split. Raises ValueError for a kind the task does not have."""
-        check_request(split, count)
-        if kind not in (None, "select"):
-            raise ValueError(f"kind={kind!r}: expected 'select', the only kind of this task")
+        """The first `count` distinct problems of a split; there is one kind."""
+        check_request(split, count, kind, self.kinds)
         entropy = draw_seed(self.seed, split, "select")
         return distinct((self._draw(entropy, index) for index in itertools.count()), split, count)
 
@@ -179,6 +177,9 @@ class SelectConfig:
 
     def build(self) -> Select:
         return Select(self.image_size, self.frames, tuple(self.objects), self.seed)
+
+
+FAMILY = SelectConfig
 
 
 def vocabulary() -> list[str]:

@@ -120,12 +120,14 @@ def split_of(key: str) -> str:
     raise AssertionError("SPLITS must add up to 100")
 
 
-def check_request(split: str, count: int) -> None:
-    """Raises ValueError for an unknown split or a request for no problems."""
+def check_request(split: str, count: int, kind: str | None, kinds: tuple[str, ...]) -> None:
+    """Raises ValueError for an unknown split, a request for no problems, or a kind that is not one of the task's."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     if count < 1:
         raise ValueError(f"task.problems={count}: expected at least 1 problem; ask for more")
+    if kind not in (None, *kinds):
+        raise ValueError(f"kind={kind!r}: expected one of {', '.join(kinds)}, or None")
 
 
 def check_counts(config: Any) -> None:
