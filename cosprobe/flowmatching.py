@@ -25,8 +25,8 @@ Batch = dict[str, Tensor]
 class FlowConfig:
     """Recipe. stages: (longest, steps) trained one after another; a batch holds clips of one length, drawn among those
     up to the longest. Short clips first: what to draw is learned there, at a third of the cost of 13 frames.
-    lr: AdamW, for everything that is not a matrix of a block; muon_lr: `torch.optim.Muon`, for
-    those that are. emphasis: weight of the tokens a video may change against 1 elsewhere. dropout: share of
+    lr: AdamW, for everything that is not a matrix of a block; muon_lr: `torch.optim.Muon`, for those that are; 0 = AdamW
+    for all. emphasis: weight of the tokens a video may change against 1 elsewhere. dropout: share of
     samples that see the empty prompt, so that guidance can be used. decay_from: share of the run after which
     the rate falls linearly to zero. start: a pipeline folder whose transformer to go on from; empty = random weights,
     `mini` = the model in the package. compile: half a minute for each length, then a third less a step."""
@@ -147,16 +147,17 @@ class FlowMatching(L.LightningModule):
         return (weight * error).sum() / (weight.expand_as(error)).sum()
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
-        muon, adam = self.optimizers()
         factor = self._rate(self.global_step)
-        for optimizer, base in ((muon, self.config.muon_lr), (adam, self.config.lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = base * factor
         loss = self.loss(batch)
         self.manual_backward(loss)
         torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
-        adam.optimizer.step()  # the bare optimiser: Lightning counts a step for each wrapped one
-        muon.step()
+        *bare, last = self.optimizers() if isinstance(self.optimizers(), list) else [self.optimizers()]
+        for wrapped in (*bare, last):
+            for group in wrapped.param_groups:
+                group["lr"] = group["highest"] * factor
+        for wrapped in bare:  # the bare optimiser: Lightning counts a step for each wrapped one
+            wrapped.optimizer.step()
+        last.step()
         self.transformer.zero_grad(set_to_none=True)
         self.average.update_parameters(self.transformer)
         self.log_dict({"loss": loss.detach(), "rate": factor}, prog_bar=True)
@@ -166,13 +167,19 @@ class FlowMatching(L.LightningModule):
         return min(1.0, (step + 1) / self.config.warmup, max(0.0, left))
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """`highest` is the rate that the schedule scales."""
+        config = self.config
         matrices: list[Tensor] = []
         others: list[Tensor] = []
         for name, parameter in self.transformer.named_parameters():
-            inside = ".blocks." in f".{name}" and parameter.ndim == 2
-            (matrices if inside else others).append(parameter)
-        config = self.config
-        return [
-            torch.optim.Muon(matrices, lr=config.muon_lr, momentum=0.95, weight_decay=config.weight_decay),
-            torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay),
-        ]
+            if parameter.requires_grad:
+                inside = config.muon_lr > 0 and ".blocks." in f".{name}" and parameter.ndim == 2
+                (matrices if inside else others).append(parameter)
+        adam = {"params": others, "highest": config.lr}
+        muon = {"params": matrices, "highest": config.muon_lr}
+        optimizers: list[torch.optim.Optimizer] = []
+        if others:
+            optimizers.append(torch.optim.AdamW([adam], config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay))
+        if matrices:
+            optimizers.append(torch.optim.Muon([muon], config.muon_lr, momentum=0.95, weight_decay=config.weight_decay))
+        return optimizers

@@ -98,7 +98,7 @@ def train_mini(
     _begin(autoencoder.vae, config.autoencoder.start, "autoencoder", "vae")
     channels_last(autoencoder.vae)
     with _timed(folder, "autoencoder"):
-        _fit(autoencoder, folder / "autoencoder", config.autoencoder.steps, precision, every, clip=1.0)
+        fit_to(autoencoder, folder / "autoencoder", config.autoencoder.steps, precision, every, clip=1.0)
     vae = cast(Any, channels_last(autoencoder.vae.half().float().eval()))  # stored in half precision: train on that
 
     prompts = [*every_prompt(), ""]
@@ -126,14 +126,15 @@ def train_mini(
 
     curve = LearningCurve(tasks, pipeline_of, folder / "solved.json", config.solve_every)
     with _timed(folder, "flow matching"):
-        _fit(flow, folder / "flow", config.flow.steps, precision, every, None, [curve])
+        fit_to(flow, folder / "flow", config.flow.steps, precision, every, None, [curve])
     worlds = {name: asdict(cast(Any, task)) for name, task in tasks.items()}
     recipe = {"settings": asdict(config), "tasks": worlds, "minutes": _minutes(folder), "curve": _curve(folder)}
     return export(flow.average.module, vae, tokenizer, text_encoder, config.flow.shift, recipe, folder / "pipeline")
 
 
-def training_sets(config: MiniConfig, tasks: Mapping[str, Task]) -> dict[int, list[Family]]:
-    """For each length the families with their problems; no problem is in two lengths."""
+def training_sets(config: Any, tasks: Mapping[str, Task]) -> dict[int, list[Family]]:
+    """For each length the families with their problems; no problem is in two lengths. config: with families, lengths
+    and clips."""
     sets: dict[int, list[Family]] = {length: [] for length in config.lengths}
     for name, task in tasks.items():
         share = config.families.count(name) / len(config.families)
@@ -192,7 +193,7 @@ def assemble(
     )
 
 
-def _fit(
+def fit_to(
     module: L.LightningModule,
     folder: Path,
     steps: int,

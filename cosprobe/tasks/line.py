@@ -19,18 +19,8 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from cosprobe.tasks.task import (
-    Box,
-    Problem,
-    Readout,
-    Target,
-    by_turns,
-    check_counts,
-    check_request,
-    distinct,
-    draw_seed,
-    split_of,
-)
+from cosprobe.tasks.task import Box, Problem, Readout, Target, by_turns, check_counts, check_request
+from cosprobe.tasks.task import distinct, draw_seed, split_of
 
 EMPTY, OWN, OTHER = range(3)  # what a cell holds
 LIGHT, RED, BLUE, GOLD, GRID = range(5)  # colours; empty, own and other cells are the first three
@@ -158,7 +148,8 @@ class Line:
 
     def _boards(self, kind: str, rng: np.random.Generator) -> UInt8[np.ndarray, "board cell"]:
         """Boards of one kind. A winning cell is kept until a board is found for it, or cells that are easier to fit
-        would win more often. Most take a board with a threat by the other colour and a blocked row of ours first."""
+        would win more often. Most take a board with a threat by the other colour and a blocked row of ours first; of
+        equal ones with several winning cells, one where crowds do not give these away."""
         least, most = (1, 1) if kind == "one" else (2, 3)
         cells, waiting = rng.integers(self.size**2, size=BLOCK), np.arange(BLOCK)
         boards = np.zeros((BLOCK, self.size**2), dtype=np.uint8)
@@ -168,7 +159,8 @@ class Line:
             ways = (won > 0).sum(-1)
             fits = ~over & (ways >= least) & (ways <= most) & (won.max(-1) == 1) & ((threatened > 0).sum(-1) <= 1)
             picky = rng.random((len(waiting), 1)) < PICKY
-            best, found = (fits * (1 + picky * (2 * threatened.any(-1) + (blocked > 0)))).argmax(-1), fits.any(-1)
+            rank = 1 + picky * (2 * threatened.any(-1) + (blocked > 0)) + (kind != "one") * 0.9 * self._even(marks, won)
+            best, found = (fits * rank).argmax(-1), fits.any(-1)
             boards[waiting[found]] = marks[found, best[found]]
             waiting = waiting[~found]
             if not len(waiting):
@@ -177,6 +169,14 @@ class Line:
             f"task.pieces={self.pieces}: no board found with {least} to {most} cells that complete a row; "
             "expected fewer pieces or a longer task.row"
         )
+
+    def _even(self, marks: np.ndarray, won: np.ndarray) -> np.ndarray:
+        """Near 1 where winning cells see as many own pieces more than others in line as other empty cells do."""
+        holds = geometry(self.size, self.row)[2]
+        seen = ((marks == OWN).astype(np.float32) - (marks == OTHER)) @ (holds @ holds.T)
+        wins, rest = won > 0, (marks == EMPTY) & (won == 0)
+        apart = [(seen * cells).sum(-1) / np.maximum(1, cells.sum(-1)) for cells in (wins, rest)]
+        return 1 / (1 + np.abs(apart[0] - apart[1]))
 
     def _fill(self, cells: np.ndarray, rng: np.random.Generator) -> UInt8[np.ndarray, "board attempt cell"]:
         """Random boards on which an own piece in cells[board] completes at least one row."""
