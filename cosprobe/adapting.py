@@ -28,8 +28,8 @@ def _flow() -> FlowConfig:
 
 @dataclass
 class AdapterConfig:
-    """What the adapter learns and how large it is. families: repeat a name to weight it; lengths, clips, flow: as in the
-    recipe of the mini model. rank: of the updates; layers: names of the linear layers that get one."""
+    """What the adapter learns and how large it is. families: repeat a name to weight it; lengths, clips, flow: as in
+    the recipe of the mini model. rank: of the updates; layers: names of the linear layers that get one."""
 
     families: list[str] = field(default_factory=lambda: ["line"])
     lengths: list[int] = field(default_factory=lambda: [5])

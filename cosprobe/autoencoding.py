@@ -22,6 +22,7 @@ from cosprobe.tasks import Problem, Task
 class AutoencoderConfig:
     """Size and recipe. stages: (longest, batch, steps) trained one after another, single frames first. From a stage
     with longest = 1 the model sees single frames; else whole videos of the mini model's lengths up to the longest.
+    emphasis: weight of pixels that differ from the first frame: what moves is a small part of a picture.
     families: what it practises on (repeat a name to weight it); empty = all that the model learns, alike.
     start: a pipeline folder whose autoencoder to go on from; empty = random weights, `mini` = that in the package.
 
@@ -37,6 +38,7 @@ class AutoencoderConfig:
     lr: float = 4e-4
     warmup: int = 100
     kl: float = 1e-5
+    emphasis: float = 8.0
     families: list[str] = field(default_factory=list)
     start: str = ""
 
@@ -102,7 +104,7 @@ class ClipBatches(IterableDataset):
 
 
 class AutoencoderTraining(L.LightningModule):
-    """Absolute plus squared reconstruction error and a small KL term. Resumes at the batch it stopped at."""
+    """Absolute plus squared reconstruction error, weighted, and a small KL term. Resumes at the batch it stopped at."""
 
     def __init__(
         self, config: AutoencoderConfig, families: Sequence[Family], lengths: Sequence[int] = (13,), seed: int = 0
@@ -121,7 +123,10 @@ class AutoencoderTraining(L.LightningModule):
         step = self.seed * 1_000_003 + self.global_step  # so that a resumed run goes on as if it had never stopped
         noise = torch.Generator(self.device).manual_seed(step)
         error = self.vae.decode(posterior.sample(noise)).sample.float() - clips
-        loss = error.abs().mean() + error.square().mean() + self.config.kl * posterior.kl().mean()
+        moved = (clips != clips[:, :, :1]).any(dim=1, keepdim=True)
+        weight = 1 + (self.config.emphasis - 1) * moved
+        loss = (weight * (error.abs() + error.square())).mean() / weight.mean()
+        loss = loss + self.config.kl * posterior.kl().mean()
         self.log_dict({"mse": error.square().mean(), "loss": loss}, prog_bar=True)
         return loss
 

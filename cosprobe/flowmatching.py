@@ -25,8 +25,8 @@ Batch = dict[str, Tensor]
 class FlowConfig:
     """Recipe. stages: (longest, steps) trained one after another; a batch holds clips of one length, drawn among those
     up to the longest. Short clips first: what to draw is learned there, at a third of the cost of 13 frames.
-    lr: AdamW, for everything that is not a matrix of a block; muon_lr: `torch.optim.Muon`, for those that are; 0 = AdamW
-    for all. emphasis: weight of the tokens a video may change against 1 elsewhere. dropout: share of
+    lr: AdamW, for everything that is not a matrix of a block; muon_lr: `torch.optim.Muon`, for those that are; 0 =
+    AdamW for all. emphasis: weight of the tokens a video may change against 1 elsewhere. dropout: share of
     samples that see the empty prompt, so that guidance can be used. decay_from: share of the run after which
     the rate falls linearly to zero. start: a pipeline folder whose transformer to go on from; empty = random weights,
     `mini` = the model in the package. compile: half a minute for each length, then a third less a step."""

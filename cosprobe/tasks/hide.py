@@ -242,12 +242,6 @@ class HideConfig:
 FAMILY = HideConfig
 
 
-def vocabulary() -> list[str]:
-    """Every word a prompt can hold, sorted."""
-    texts = [*THINGS, *(way for ways in WAYS for way in ways), *(p.format(things="", way="") for p in PROMPTS)]
-    return sorted({word for text in texts for word in text.split()})
-
-
 @lru_cache(maxsize=64)
 def _lefts(frames: int) -> np.ndarray:
     """Left edge of the objects in every frame, in units.

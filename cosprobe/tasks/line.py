@@ -19,8 +19,18 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from cosprobe.tasks.task import Box, Problem, Readout, Target, by_turns, check_counts, check_request
-from cosprobe.tasks.task import distinct, draw_seed, split_of
+from cosprobe.tasks.task import (
+    Box,
+    Problem,
+    Readout,
+    Target,
+    by_turns,
+    check_counts,
+    check_request,
+    distinct,
+    draw_seed,
+    split_of,
+)
 
 EMPTY, OWN, OTHER = range(3)  # what a cell holds
 LIGHT, RED, BLUE, GOLD, GRID = range(5)  # colours; empty, own and other cells are the first three
@@ -61,8 +71,8 @@ def geometry(n: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
     for d, (down, right) in enumerate(((0, 1), (1, 0), (1, 1), (-1, 1))):
         for r, c in np.ndindex(n, n):
             if 0 <= r + (k - 1) * down < n and c + (k - 1) * right < n:
-                rows.append([cells[r + i * down, c + i * right] for i in range(k)])
                 direction.append(d)
+                rows.append([cells[r + i * down, c + i * right] for i in range(k)])
     holds = np.zeros((n * n, len(rows)), dtype=np.float32)
     holds[np.array(rows).T, np.arange(len(rows))] = 1
     turns = [f.ravel() for t in (cells, cells.T) for f in (t, t[::-1], t[:, ::-1], t[::-1, ::-1])]
@@ -73,12 +83,6 @@ def canonical_key(n: int, k: int, marks: bytes) -> str:
     """Identity under the 8 symmetries of the square: the smallest of the turned and mirrored boards."""
     views = np.frombuffer(marks, dtype=np.uint8)[geometry(n, k)[3]]
     return hashlib.sha256(f"{n}/{k}/".encode() + min(view.tobytes() for view in views)).hexdigest()[:16]
-
-
-def vocabulary() -> list[str]:
-    """Every word a prompt of any board can have."""
-    texts = (p.format(put=v, piece=w, k=k) for p in PHRASES for v in VERBS for w in NOUNS for k in NUMBERS.values())
-    return sorted({word for text in texts for word in text.split()})
 
 
 @dataclass(frozen=True)
@@ -165,18 +169,17 @@ class Line:
             waiting = waiting[~found]
             if not len(waiting):
                 return boards
+        wanted = f"{least} to {most} cells that complete a row"
         raise ValueError(
-            f"task.pieces={self.pieces}: no board found with {least} to {most} cells that complete a row; "
-            "expected fewer pieces or a longer task.row"
+            f"task.pieces={self.pieces}: no board with {wanted}; expected fewer pieces or a longer task.row"
         )
 
     def _even(self, marks: np.ndarray, won: np.ndarray) -> np.ndarray:
         """Near 1 where winning cells see as many own pieces more than others in line as other empty cells do."""
         holds = geometry(self.size, self.row)[2]
         seen = ((marks == OWN).astype(np.float32) - (marks == OTHER)) @ (holds @ holds.T)
-        wins, rest = won > 0, (marks == EMPTY) & (won == 0)
-        apart = [(seen * cells).sum(-1) / np.maximum(1, cells.sum(-1)) for cells in (wins, rest)]
-        return 1 / (1 + np.abs(apart[0] - apart[1]))
+        wins, rest = ((seen * c).sum(-1) / np.maximum(1, c.sum(-1)) for c in (won > 0, (marks == EMPTY) & (won == 0)))
+        return 1 / (1 + np.abs(wins - rest))
 
     def _fill(self, cells: np.ndarray, rng: np.random.Generator) -> UInt8[np.ndarray, "board attempt cell"]:
         """Random boards on which an own piece in cells[board] completes at least one row."""
@@ -218,13 +221,11 @@ class Line:
             "count": (total - fewest) * COUNT_BINS // (most - fewest + 1),
             "control": control,
         }
-        if threatened.any():
-            labels["threat"] = int(threatened.argmax())
+        labels |= {"threat": int(threatened.argmax())} if threatened.any() else {}
         answer = wins[0] if kind == "one" else None
-        if answer is not None:
-            labels |= {"answer": answer, "lines": int(direction[finished[0]])}
-        key = canonical_key(n, self.row, board.marks)
-        prompt = PHRASES[phrase].format(put=VERBS[verb], piece=NOUNS[noun], k=NUMBERS[self.row])
+        labels |= {} if answer is None else {"answer": answer, "lines": int(direction[finished[0]])}
+        key, words = canonical_key(n, self.row, board.marks), {"put": VERBS[verb], "piece": NOUNS[noun]}
+        prompt = PHRASES[phrase].format(k=NUMBERS[self.row], **words)
         return Problem(
             "line", kind, split_of(key), index, key, prompt, answer, labels,
             {"pieces": total, "wins": len(wins), "misses": int(blocked)}, _boxes(n), board,

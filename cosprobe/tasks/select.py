@@ -182,11 +182,6 @@ class SelectConfig:
 FAMILY = SelectConfig
 
 
-def vocabulary() -> list[str]:
-    """All words a prompt may have, sorted."""
-    return sorted({w for phrase in PHRASES for w in phrase.split() if "{" not in w} | {*COLOURS, *SHAPES})
-
-
 def draw_scene(count: int, rng: np.random.Generator) -> Scene:
     """A scene with `count` objects. What is named is drawn last and used for nothing else, so the picture cannot
     tell it. Of several arrangements one with the fewest objects in line with each other is kept: whichever object
