@@ -154,7 +154,7 @@ class Line:
         """Boards of one kind. A winning cell is kept until a board is found for it, or cells that are easier to fit
         would win more often. Most take a board with a threat by the other colour and a blocked row of ours first; of
         equal ones with several winning cells, one where crowds do not give these away."""
-        least, most = (1, 1) if kind == "one" else (2, 3)
+        (least, most), even = ((1, 1), 0.0) if kind == "one" else ((2, 3), 0.9)
         cells, waiting = rng.integers(self.size**2, size=BLOCK), np.arange(BLOCK)
         boards = np.zeros((BLOCK, self.size**2), dtype=np.uint8)
         for _ in range(PASSES):
@@ -163,7 +163,7 @@ class Line:
             ways = (won > 0).sum(-1)
             fits = ~over & (ways >= least) & (ways <= most) & (won.max(-1) == 1) & ((threatened > 0).sum(-1) <= 1)
             picky = rng.random((len(waiting), 1)) < PICKY
-            rank = 1 + picky * (2 * threatened.any(-1) + (blocked > 0)) + (kind != "one") * 0.9 * self._even(marks, won)
+            rank = 1 + picky * (2 * threatened.any(-1) + (blocked > 0)) + even * self._even(marks, won)
             best, found = (fits * rank).argmax(-1), fits.any(-1)
             boards[waiting[found]] = marks[found, best[found]]
             waiting = waiting[~found]
@@ -187,7 +187,7 @@ class Line:
         row = (rng.random((len(cells), TRIES, 1)) > share[cells][:, None]).sum(-1)
         total = rng.integers(self.pieces[0], self.pieces[1] + 1, row.shape)
         own = np.maximum((total + rng.integers(2, size=row.shape)) // 2, self.row - 1)
-        # the first alarms to ring, at rates `weights`, are a draw without replacement: first the row, last its gap
+        # the first alarms to ring, at rates `weights`, draw without replacement: first the row, last its gap
         alarm = rng.standard_exponential((*row.shape, self.size**2), dtype=np.float32) / weights[cells][:, None]
         alarm[geometry(self.size, self.row)[2].T[row] > 0] = -1
         np.put_along_axis(alarm, np.broadcast_to(cells[:, None, None], (*row.shape, 1)), np.inf, -1)
@@ -225,10 +225,9 @@ class Line:
         answer = wins[0] if kind == "one" else None
         labels |= {} if answer is None else {"answer": answer, "lines": int(direction[finished[0]])}
         key, words = canonical_key(n, self.row, board.marks), {"put": VERBS[verb], "piece": NOUNS[noun]}
-        prompt = PHRASES[phrase].format(k=NUMBERS[self.row], **words)
         return Problem(
-            "line", kind, split_of(key), index, key, prompt, answer, labels,
-            {"pieces": total, "wins": len(wins), "misses": int(blocked)}, _boxes(n), board,
+            "line", kind, split_of(key), index, key, PHRASES[phrase].format(k=NUMBERS[self.row], **words), answer,
+            labels, {"pieces": total, "wins": len(wins), "misses": int(blocked)}, _boxes(n), board,
         )  # fmt: skip
 
     def image(self, problem: Problem) -> UInt8[np.ndarray, "height width 3"]:
