@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 
 from cosprobe.baselines import collect_weights, weights_table
-from cosprobe.card import describe
+from cosprobe.card import train_and_describe
 from cosprobe.checks import examine
 from cosprobe.collect import collect, draw_samples
-from cosprobe.config import TrainRun, command, save_config
+from cosprobe.config import ProbeExperiment, TrainRun, command, save_config
 from cosprobe.devices import launch
 from cosprobe.evaluation import evaluate
 from cosprobe.film import record
-from cosprobe.mini import MiniConfig, families, train_mini
 from cosprobe.pipelines import load_pipeline
 from cosprobe.report import log_tensorboard, print_summary, write_report
 from cosprobe.samples import load_samples
@@ -27,11 +26,9 @@ from cosprobe.training import fit
 
 def train(run: TrainRun) -> None:
     task, folder = run.task.build(), Path(run.run_dir)
-    if isinstance(run.experiment, MiniConfig):
+    if not isinstance(run.experiment, ProbeExperiment):  # a model of its own, or adapters of one
         save_config(run, folder)
-        tasks = families(run.experiment.families, task)
-        card = describe(train_mini(run.experiment, tasks, folder), run.pipeline, tasks, run.seed)
-        print(f"the model and its card: {card}")
+        print(f"trained, and described in {train_and_describe(run.experiment, task, run.pipeline, folder, run.seed)}")
         return
 
     fabric = launch(run.trainer)  # one process per device from here on

@@ -29,7 +29,8 @@ def _flow() -> FlowConfig:
 @dataclass
 class AdapterConfig:
     """What the adapter learns and how large it is. families: repeat a name to weight it; lengths, clips, flow: as in
-    the recipe of the mini model. rank: of the updates; layers: names of the linear layers that get one."""
+    the recipe of the mini model. rank: of the updates; layers: names of the linear layers that get one. card: unseen
+    problems of each kind on which the model is compared with and without the adapter."""
 
     families: list[str] = field(default_factory=lambda: ["line"])
     lengths: list[int] = field(default_factory=lambda: [5])
@@ -39,11 +40,13 @@ class AdapterConfig:
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     )
     flow: FlowConfig = field(default_factory=_flow)
+    card: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"experiment.rank={self.rank}: expected at least 1")
+        for name in ("rank", "card"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"experiment.{name}={getattr(self, name)}: expected at least 1")
         if len(self.clips) != len(self.lengths):
             raise ValueError(f"experiment.clips={self.clips}: expected one number for each of lengths={self.lengths}")
 
@@ -58,7 +61,8 @@ def train_adapter(
     """
     transformer, vae = model.transformer, model.vae
     beside = transformer.config.in_channels - transformer.config.out_channels
-    if beside != vae.config.z_dim + vae.config.scale_factor_temporal or transformer.config.get("image_dim"):
+    given = vae.config.get("z_dim", 0) + vae.config.get("scale_factor_temporal", 0)
+    if beside != given or transformer.config.get("image_dim"):
         raise ValueError(
             f"{type(model).__name__}: expected an image-to-video pipeline that gives its transformer the encoded first "
             "frame and nothing else, such as Wan 2.2 I2V or the model in the package"

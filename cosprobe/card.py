@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from cosprobe.adapting import train_adapter
 from cosprobe.autoencoding import to_model_range, video_of
 from cosprobe.metrics import cluster_bootstrap
+from cosprobe.mini import MiniConfig, families, train_mini
 from cosprobe.pipelines import PipelineConfig, load_pipeline
 from cosprobe.solving import Solved, solve
 from cosprobe.tasks import Task
@@ -29,6 +31,15 @@ class Measured:
     solved: dict[str, Solved]
     elsewhere: dict[tuple[str, int], Solved]
     misread: dict[str, tuple[int, int]]
+
+
+def train_and_describe(experiment: Any, task: Task, pipeline: PipelineConfig, folder: Path, seed: int) -> Path:
+    """Trains the mini model (`MiniConfig`) or adapters of `pipeline` (`AdapterConfig`); returns the description."""
+    tasks = families(experiment.families, task)
+    if isinstance(experiment, MiniConfig):
+        return describe(train_mini(experiment, tasks, folder), pipeline, tasks, seed)
+    adapter = train_adapter(load_pipeline(pipeline), experiment, tasks, folder)
+    return compare(adapter, pipeline, tasks, experiment, seed)
 
 
 def describe(folder: Path, pipeline: PipelineConfig, tasks: Mapping[str, Task], seed: int) -> Path:
@@ -191,4 +202,25 @@ def write_card(folder: Path, measured: Measured, pipeline: PipelineConfig) -> Pa
     ]
     path = folder / "README.md"
     path.write_text("\n".join(lines))
+    return path
+
+
+def compare(adapter: Path, pipeline: PipelineConfig, tasks: Mapping[str, Task], config: Any, seed: int) -> Path:
+    """Solves the same unseen problems without the adapter and with it, and writes both rates beside it.
+
+    config: lengths that the adapter was trained on, of which the longest is sampled, and problems of each kind (card).
+    """
+    pipeline = replace(pipeline, frames=max(config.lengths))
+    models = [load_pipeline(pipeline), load_pipeline(replace(pipeline, lora=str(adapter)))]
+    rows = ["| problems | base | adapted | only adapted right | only base right |", "|---|---|---|---|---|"]
+    for name, task in tasks.items():
+        for kind in task.kinds:
+            problems = task.problems("test", config.card, kind)
+            base, adapted = (solve(model, pipeline, task, problems, seed, progress=True) for model in models)
+            all_of_them = np.ones(len(problems), dtype=bool)
+            changed = [(adapted.right & ~base.right).sum(), (base.right & ~adapted.right).sum()]
+            rates = [rate(solved, all_of_them) for solved in (base, adapted)]
+            rows.append(f"| {name}, {kind} | {' | '.join([*rates, *map(str, changed)])} |")
+    path = adapter / "README.md"
+    path.write_text("\n".join([f"# Adapter of {pipeline.folder.name}", "", *rows, ""]))
     return path

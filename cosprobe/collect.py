@@ -85,11 +85,13 @@ def settings(pipeline: PipelineConfig, task: Any, probe: Any, seed: int) -> dict
     batch they ran in are part of it: a batch's shape changes the last bits."""
     flat = {f"task.{f.name}": getattr(task, f.name) for f in fields(task)}
     flat |= {
-        f"pipeline.{f.name}": getattr(pipeline, f.name) for f in fields(pipeline) if f.name not in ("name", "path")
+        f"pipeline.{f.name}": getattr(pipeline, f.name)
+        for f in fields(pipeline)
+        if f.name not in ("name", "path", "lora")
     }
     flat |= {f"probe.{name}": getattr(probe, name) for name in ("layers", "steps", "pooling", "frames", "decode")}
     flat |= {f"version.{name}": version(name) for name in ("torch", "diffusers")}
-    return flat | {"model": fingerprint(pipeline.folder), "seed": seed, "format": FORMAT}
+    return flat | {"model": fingerprint(*pipeline.parts), "seed": seed, "format": FORMAT}
 
 
 def collect(

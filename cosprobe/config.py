@@ -25,6 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cosprobe.adapting import AdapterConfig
 from cosprobe.devices import TrainerConfig
 from cosprobe.mini import MiniConfig
 from cosprobe.pipelines import PipelineConfig
@@ -59,7 +60,7 @@ class PredictConfig:
 # Groups whose options are different classes. The other groups only choose values of one class.
 SCHEMAS: dict[str, dict[str, type]] = {
     "task": dict(FAMILIES),
-    "experiment": {"probes": ProbeExperiment, "mini": MiniConfig},
+    "experiment": {"probes": ProbeExperiment, "mini": MiniConfig, "lora": AdapterConfig},
     "use": {"predict": PredictConfig},
 }
 

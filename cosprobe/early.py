@@ -77,7 +77,7 @@ def predict(trained: Any, bank: ProbeBank, use: Any, seed: int, folder: Path, co
     of problems. Raises ValueError when the bank was made for another model, or the step or layer is not in it.
     """
     store = bank.provenance["store"]
-    found = fingerprint(trained.pipeline.folder)
+    found = fingerprint(*trained.pipeline.parts)
     if found != store["model"]:
         raise ValueError(
             f"run={str(folder)!r}: its probes were made for model {store['model']}, found {found}; retrain"

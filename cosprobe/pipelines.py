@@ -27,7 +27,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class PipelineConfig:
-    """Which model, and how it samples. path: a diffusers folder; empty = the model in the package.
+    """Which model, and how it samples. path: a diffusers folder; empty = the model in the package. lora: a folder of
+    adapters that diffusers' `load_lora_weights` reads; empty = none.
 
     steps: sampler steps. guidance: classifier-free guidance scale, 1 = off. frames: video frames (4k+1 for
     Wan). prompt_tokens: length prompts are padded to. batch: samples per call; part of the store's identity.
@@ -35,6 +36,7 @@ class PipelineConfig:
 
     name: str = "mini"
     path: str = ""
+    lora: str = ""
     steps: int = 20
     guidance: float = 1.0
     frames: int = 13
@@ -55,6 +57,11 @@ class PipelineConfig:
     @property
     def folder(self) -> Path:
         return Path(self.path) if self.path else Path(str(files("cosprobe") / "weights" / "mini"))
+
+    @property
+    def parts(self) -> list[Path]:
+        """Folders whose files make the model."""
+        return [self.folder, *([Path(self.lora)] if self.lora else [])]
 
 
 @dataclass(frozen=True)
@@ -163,8 +170,18 @@ def load_pipeline(config: PipelineConfig, device: str = "cpu") -> DiffusionPipel
         raise ValueError(f"pipeline.path={str(folder)!r}: not a complete diffusers pipeline ({reason})") from error
     for transformer in experts(pipeline).values():
         architecture(transformer)
+    if config.lora:
+        _load_adapter(pipeline, config.lora)
     pipeline.set_progress_bar_config(disable=True)
     return freeze(pipeline.to(device))
+
+
+def _load_adapter(pipeline: DiffusionPipeline, folder: str) -> None:
+    try:
+        pipeline.load_lora_weights(folder, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise ValueError(f"pipeline.lora={folder!r}: expected adapters of this model ({reason})") from error
 
 
 def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -174,12 +191,13 @@ def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return pipeline
 
 
-def fingerprint(folder: Path) -> str:
-    """Identity of a model folder: every config, and size and 16 spread samples of every weight file."""
+def fingerprint(*folders: Path) -> str:
+    """Identity of a model's folders: every config, and size and 16 spread samples of every weight file."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors")):
+    named = [(p.relative_to(folder), p) for folder in folders for p in sorted(folder.rglob("*"))]
+    for name, path in (pair for pair in named if pair[1].suffix in (".json", ".safetensors")):
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}:{size}".encode())
+        digest.update(f"{name}:{size}".encode())
         with path.open("rb") as file:
             for place in range(16) if path.suffix == ".safetensors" else range(1):
                 file.seek(place * size // 16)

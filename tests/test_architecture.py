@@ -18,7 +18,7 @@ LAYERS = {  # a module may import any module that stands before it
     3: [
         *("devices", "data", "refitting", "transfer", "efficiency", "nuisance", "training"),
         *("collect", "samples", "baselines", "evaluation"),
-        *("solving", "autoencoding", "flowmatching", "encoding", "mini"),
+        *("solving", "autoencoding", "flowmatching", "encoding", "mini", "adapting"),
     ],
     4: ["early", "card", "checks"],
     5: ["figures", "film", "gallery", "diagnostics", "summary", "report"],
@@ -32,6 +32,7 @@ ONLY_IN = {  # library: the modules that may import it
     "yaml": {"config"},
     "matplotlib": {"figures", "film", "gallery", "diagnostics", "report"},
     "lightning": {*LAYERS[3], *LAYERS[4], "report"},
+    "peft": {"adapting"},
     "torchmetrics": {"training"},
     "diffusers": {"pipelines", "autoencoding", "encoding", "mini"},
     "transformers": {"pipelines", "encoding", "mini"},

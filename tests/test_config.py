@@ -166,7 +166,7 @@ def test_help_shows_purpose_groups_and_every_setting():
     text = describe(TrainRun, ["experiment=mini"], "What it is for.")
     assert text.startswith("What it is for.\n")
     assert "  probe       frames, layers*\n" in text
-    assert "  experiment  mini*, mini_small, probes\n" in text
+    assert "  experiment  lora, mini*, mini_small, probes\n" in text
     assert "\n  task.rooms=[4, 5]\n" in text
     assert "\n  probe.frames=false\n" in text
     assert f"\n  experiment.flow.warmup={MiniConfig().flow.warmup}\n" in text
