@@ -12,14 +12,14 @@ LAYERS = {  # a module may import any module that stands before it
     0: ["types"],
     1: [
         *("tasks", "pooling", "solvers", "ridge", "newton"),
-        *("metrics", "latency", "timing", "calibration", "grid", "predictions", "scoring", "store"),
+        *("metrics", "latency", "timing", "calibration", "grid", "predictions", "scoring", "store", "policy"),
     ],
-    2: ["pipelines", "cost", "capture", "randomised", "probes"],
+    2: ["pipelines", "cost", "capture", "randomised", "halting", "reading", "probes"],
     3: [
         *("devices", "data", "refitting", "transfer", "efficiency", "nuisance", "training"),
         *("collect", "samples", "baselines", "evaluation", "autoencoding", "flowmatching", "mini"),
     ],
-    4: ["early", "card", "checks"],
+    4: ["stopping", "early", "card", "checks"],
     5: ["figures", "film", "diagnostics", "summary", "report"],
     6: ["config"],
     7: ["train", "probe"],
