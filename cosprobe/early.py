@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cosprobe.capture import capture
-from cosprobe.collect import Sample, images, noise_seed
+from cosprobe.collect import Sample, images
 from cosprobe.grid import Grid
 from cosprobe.pipelines import PipelineConfig, fingerprint, load_pipeline, sample, stop_after
 from cosprobe.pooling import Pooling
 from cosprobe.probes import ProbeBank
+from cosprobe.stopping import fresh_samples
 from cosprobe.tasks import Problem, Task
 from cosprobe.types import Cell
 
@@ -112,12 +113,6 @@ def predict(trained: Any, bank: ProbeBank, use: Any, seed: int, folder: Path, co
 def _both(answers: list[EarlyAnswer]) -> tuple[list[int], list[int | None]]:
     """What the probe said, and what the full run drew."""
     return [a.answer for a in answers], [a.drawn for a in answers]
-
-
-def fresh_samples(task: Task, used: int, kind: str, count: int, seed: int) -> list[Sample]:
-    """`count` test problems of a kind beyond those a run with `used` problems has seen."""
-    problems = task.problems("test", used + count, kind)[used:]
-    return [Sample(problem, noise_seed(problem, 0, seed)) for problem in problems]
 
 
 def _best_at(grid: Grid, bank: ProbeBank, target: str, step: int, layer: int | None) -> Cell:

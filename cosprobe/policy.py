@@ -143,15 +143,7 @@ def calibrate(
     `starting_point`. about: target, task, kind, against and cells of the policy. Raises ValueError for a share outside
     0 to 1, or too few problems for any policy to pass.
     """
-    for name, value in (("risk", risk), ("confidence", level)):
-        if not 0 < value < 1:
-            raise ValueError(f"use.{name}={value}: expected more than 0 and less than 1")
-    least = least_problems(risk, level)
-    if least is None or len(wrong) < least:
-        raise ValueError(
-            f"use.calibration={len(wrong)}: expected at least {least} problems, the fewest that can show a risk of "
-            f"{risk:g} at confidence {level:g} (without a single error); raise it or allow more risk"
-        )
+    check_promise(risk, level, len(wrong))
     tried = thresholds(classes)
     answered, errors = outcomes(confidence, wrong, tried)
     p = p_values(answered, errors, len(wrong), risk, about["against"])
@@ -167,6 +159,19 @@ def calibrate(
         p=float(p[last if found else start]),
         **about,
     )
+
+
+def check_promise(risk: float, level: float, problems: int) -> None:
+    """Raises ValueError for a risk or confidence outside 0 to 1, or too few calibration problems for any policy."""
+    for name, value in (("risk", risk), ("confidence", level)):
+        if not 0 < value < 1:
+            raise ValueError(f"use.{name}={value}: expected more than 0 and less than 1")
+    least = least_problems(risk, level)
+    if least is None or problems < least:
+        raise ValueError(
+            f"use.calibration={problems}: expected at least {least} problems, the fewest that can show a risk of "
+            f"{risk:g} at confidence {level:g} (without a single error); raise it or allow more risk"
+        )
 
 
 def starting_point(

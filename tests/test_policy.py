@@ -63,7 +63,7 @@ def test_the_risk_is_exceeded_no_more_often_than_promised(against, honest, truth
     passed = last >= start
     exceeded = passed & (risk[last] > RISK + 2 * math.sqrt(RISK / MANY))
     assert stats.binomtest(int(exceeded.sum()), DRAWS, 1 - LEVEL, alternative="greater").pvalue > 0.01
-    assert passed.mean() > 0.2, "a policy that never stops keeps every promise"
+    assert passed.mean() > 0.1, "a policy that never stops keeps every promise"
 
 
 def test_the_promise_is_used_not_only_kept(truth):
