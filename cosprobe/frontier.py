@@ -20,14 +20,16 @@ from cosprobe.types import Cell
 
 @dataclass(frozen=True)
 class Way:
-    """One way of stopping, at several settings. compute: mean share of a finished run. evaluations: mean number of
-    network evaluations, a halted one by the part of its layers that ran. agreement: share of runs whose answer is
-    what the finished run ends on; a run that is finished agrees with itself. accuracy: share of right answers."""
+    """One way of stopping, at several settings, as means over problems. compute: share of a finished run.
+    evaluations: number of network evaluations, a halted one by the part of its layers that ran. seconds: wall time.
+    agreement: share of runs whose answer is what the finished run ends on; a run that is finished agrees with itself.
+    accuracy: share of right answers."""
 
     name: str
     settings: tuple[str, ...]
     compute: Float[np.ndarray, " setting"]
     evaluations: Float[np.ndarray, " setting"]
+    seconds: Float[np.ndarray, " setting"]
     agreement: Float[np.ndarray, " setting"]
     accuracy: Float[np.ndarray, " setting"]
 
@@ -54,9 +56,9 @@ class Realised:
     first_gain: tuple[float, float, float]
 
 
-def ways(stopping: Stopping, cost: Cost, total: int) -> list[Way]:
+def ways(stopping: Stopping, cost: Cost, clock: Cost, total: int) -> list[Way]:
     """Fixed step, forced choice of x0-hat, entropy rule and the policy's own threshold, over their settings, on fresh
-    problems. total: steps of a finished run."""
+    problems. cost: operations, clock: seconds; total: steps of a finished run."""
     records, cells = stopping.fresh, stopping.policy.cells
     entropies = np.unique(np.quantile(records.entropy, np.linspace(0, 1, 60)))
     tried = thresholds(records.classes)[::4]
@@ -66,17 +68,22 @@ def ways(stopping: Stopping, cost: Cost, total: int) -> list[Way]:
     whole = cost.run(total)
     shown = np.array([cost.run(step + 1) / whole for step in records.steps])
     return [
-        _way("fixed step", [f"step {c.step}, layer {c.site}" for c in cells], every, records, cells, cost, total),
+        _way(
+            "fixed step", [f"step {c.step}, layer {c.site}" for c in cells], every, records, cells, cost, clock, total
+        ),
         Way(
             "readout of x0-hat",
             tuple(f"step {step}" for step in records.steps),
             shown,
             np.array([step + 1.0 for step in records.steps]),
+            np.array([clock.run(step + 1) for step in records.steps]),
             (records.shown == records.drawn[:, None]).mean(axis=0),
             records.shown_right.mean(axis=0),
         ),
-        _way("entropy rule", [f"{value:.3f} nats" for value in entropies], by_entropy, records, cells, cost, total),
-        _way("policy", [f"{value:.4f}" for value in tried], by_confidence, records, cells, cost, total),
+        _way(
+            "entropy rule", [f"{value:.3f} nats" for value in entropies], by_entropy, records, cells, cost, clock, total
+        ),
+        _way("policy", [f"{value:.4f}" for value in tried], by_confidence, records, cells, cost, clock, total),
     ]
 
 
@@ -141,6 +148,7 @@ def _way(
     records: Records,
     cells: tuple[Cell, ...],
     cost: Cost,
+    clock: Cost,
     total: int,
 ) -> Way:
     whole = cost.run(total)
@@ -150,6 +158,7 @@ def _way(
         tuple(settings),
         np.array([spent(look, cells, cost.until, whole).mean() / whole for look in looks]),
         np.array([_evaluations(look, cells, cost, total).mean() for look in looks]),
+        np.array([spent(look, cells, clock.until, clock.run(total)).mean() for look in looks]),
         np.array([agreed.mean() for agreed, _ in ends]),
         np.array([right.mean() for _, right in ends]),
     )

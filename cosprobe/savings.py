@@ -72,7 +72,7 @@ def judge(
         live = run_live(model, pipeline, task, bank, stopping, LIVE, seed)
         film, stops = _film(model, pipeline, task, stopping, seed)
         done = realised(stopping, cost, clock, pipeline.steps)
-        saved.append(Saved(stopping, ways(stopping, cost, pipeline.steps), done, live, film, stops))
+        saved.append(Saved(stopping, ways(stopping, cost, clock, pipeline.steps), done, live, film, stops))
     return saved, cost, clock
 
 
@@ -95,7 +95,7 @@ def write_savings(
         kind, task = one.stopping.policy.kind, one.stopping.policy.task
         console.print(f"\n[bold]{task}, {kind}[/bold]")
         page += [f"## {task}, {kind}", ""]
-        for rows in (_ways_table(one, cost, clock, total), _live_table(one)):
+        for rows in (_ways_table(one, cost, total), _live_table(one)):
             table = open_table()
             for name in rows[0]:
                 table.add_column(name)
@@ -130,7 +130,8 @@ def remarks(one: Saved) -> list[str]:
         f"{policy.problems} problems, p = {policy.p:.3f}).",
         f"Kept on fresh problems: {done.errors} errors, risk {done.risk:.3f} [{done.interval[0]:.3f}, "
         f"{done.interval[1]:.3f}]; {done.answered} of {done.samples} runs stopped early.",
-        f"Mean compute {done.compute:.3f} of a finished, decoded run; {done.evaluations:.2f} network evaluations.",
+        f"Mean compute {done.compute:.3f} of a finished, decoded run; {done.evaluations:.2f} network evaluations; "
+        f"{done.seconds:.3f} s per problem instead of {done.finished_seconds:.3f}.",
     ]
     for name, (mean, lower, upper) in (("the policy", done.gain), ("stopping at the first look", done.first_gain)):
         verdict = "more often" if lower > 0 else "less often" if upper < 0 else "as often, as far as this can tell,"
@@ -233,27 +234,29 @@ def _film(
     return Film(tuple(rows), steps), stops
 
 
-def _ways_table(one: Saved, cost: Cost, clock: Cost, total: int) -> list[list[str]]:
+def _ways_table(one: Saved, cost: Cost, total: int) -> list[list[str]]:
     """Heading and rows. Ways without a promise are shown at their cheapest setting that agrees often enough, chosen in
     hindsight on these very problems."""
     policy, done = one.stopping.policy, one.realised
     whole, truth = cost.run(total), policy.against == "truth"
     wanted = done.finished_accuracy if truth else 1 - policy.risk
-    rows = [["way", "setting", "compute", "GFLOP", "evaluations", "agrees", "right"]]
-    rows.append(["finished video", f"{total} steps", "1.000", f"{whole / 1e9:.2f}", f"{total}", "1.000",
+    rows = [["way", "setting", "compute", "GFLOP", "evaluations", "seconds", "agrees", "right"]]
+    rows.append(["finished video", f"{total} steps", "1.000", f"{whole / 1e9:.2f}", f"{total}",
+                 f"{done.finished_seconds:.3f}", "1.000",
                  f"{done.finished_accuracy:.3f}"])  # fmt: skip
     for way in one.ways[:3]:
         able = np.flatnonzero((way.accuracy if truth else way.agreement) >= wanted)
         if not len(able):
-            rows.append([way.name, "never good enough", *["-"] * 5])
+            rows.append([way.name, "never good enough", *["-"] * 6])
             continue
         i = able[np.argmin(way.compute[able])]
         rows.append([way.name, way.settings[i], f"{way.compute[i]:.3f}", f"{way.compute[i] * whole / 1e9:.2f}",
-                     f"{way.evaluations[i]:.2f}", f"{way.agreement[i]:.3f}", f"{way.accuracy[i]:.3f}"])  # fmt: skip
+                     f"{way.evaluations[i]:.2f}", f"{way.seconds[i]:.3f}", f"{way.agreement[i]:.3f}",
+                     f"{way.accuracy[i]:.3f}"])  # fmt: skip
     agreed, right = outcome(one.stopping.fresh, policy_looks(one.stopping.fresh, policy))
     rows.append(["calibrated policy", f"{policy.threshold:.4f} sure" if policy.stops else "never stops",
                  f"{done.compute:.3f}", f"{done.compute * whole / 1e9:.2f}", f"{done.evaluations:.2f}",
-                 f"{agreed.mean():.3f}", f"{right.mean():.3f}"])  # fmt: skip
+                 f"{done.seconds:.3f}", f"{agreed.mean():.3f}", f"{right.mean():.3f}"])  # fmt: skip
     return rows
 
 

@@ -119,8 +119,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(argument, message, here
         (["run=x", "use.problems=0"], "use.problems=0: expected at least 1"),
         (["run=x", "use=early", "use.against=votes"], "use.against='votes': expected one of choice, truth"),
         (["run=x", "use=early", "use.calibration=58"],
-         "use.calibration=58: expected at least 59 problems, the fewest that can show a risk of 0.05 at confidence 0.95 "
-         "(without a single error); raise it or allow more risk"),
+         "use.calibration=58: expected at least 59 problems, the fewest that can show a risk of 0.05 at confidence "
+         "0.95 (without a single error); raise it or allow more risk"),
         (["run=x", "task.problems=3"],
          "task.problems=3: unknown option. Did you mean use.problems? Options: run, seed, use"),
     ],

@@ -19,7 +19,7 @@ CELLS = tuple(Cell(step, layer, "cond", "all") for step, layer in ((0, "2"), (1,
 COST = Cost(1.0, 10.0, (2.0, 4.0, 6.0), 8.0, 20.0)
 CLOCK = Cost(0.0, 0.1, (0.01, 0.02, 0.03), 0.04, 0.2)
 TOTAL = 5
-WHOLE = 1 + 10 + 5 * 8 + 20
+WHOLE = 1.0 + 10 + 5 * 8 + 20
 PROBLEMS = tuple(Maze().problems("test", 40, "one_exit"))
 
 
@@ -77,7 +77,7 @@ def test_a_policy_that_never_stops_finishes_every_run():
 def test_the_ways_are_these_four():
     stopping = synthetic()
     records = stopping.fresh
-    fixed, shown, entropy, policy = ways(stopping, COST, TOTAL)
+    fixed, shown, entropy, policy = ways(stopping, COST, CLOCK, TOTAL)
     assert [way.name for way in (fixed, shown, entropy, policy)] == [
         "fixed step", "readout of x0-hat", "entropy rule", "policy",
     ]  # fmt: skip
@@ -86,6 +86,8 @@ def test_the_ways_are_these_four():
     assert fixed.evaluations == pytest.approx([0.75, 1.5, 3.25])
     assert fixed.agreement == pytest.approx((records.said == records.drawn[:, None]).mean(axis=0))
     assert shown.compute == pytest.approx(np.array([39, 55]) / WHOLE)
+    assert fixed.seconds == pytest.approx([0.13, 0.16, 0.23])
+    assert shown.seconds == pytest.approx([0.34, 0.42])
     assert shown.accuracy == pytest.approx(records.shown_right.mean(axis=0))
     # entropy is a falling function of confidence here, so both rules trace one frontier
     assert entropy.compute.min() == policy.compute.min() == pytest.approx(17 / WHOLE)
@@ -95,7 +97,7 @@ def test_the_ways_are_these_four():
 def test_the_entropy_rule_stops_at_the_first_look_with_no_more_than_its_entropy():
     stopping = synthetic()
     records = stopping.fresh
-    way = ways(stopping, COST, TOTAL)[2]
+    way = ways(stopping, COST, CLOCK, TOTAL)[2]
     middle = len(way.settings) // 2
     value = np.unique(np.quantile(records.entropy, np.linspace(0, 1, 60)))[middle]
     looks = np.array([next((k for k, e in enumerate(row) if e <= value), 3) for row in records.entropy])

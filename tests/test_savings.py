@@ -31,7 +31,7 @@ def saved(**options) -> Saved:
     ]
     done = realised(stopping, COST, CLOCK, TOTAL)
     return Saved(
-        stopping, ways(stopping, COST, TOTAL), done, live, Film(tuple(rows), (0, 2, 4)), [(2, "probe: 1"), None]
+        stopping, ways(stopping, COST, CLOCK, TOTAL), done, live, Film(tuple(rows), (0, 2, 4)), [(2, "probe: 1"), None]
     )
 
 
