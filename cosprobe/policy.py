@@ -198,7 +198,12 @@ def least_problems(risk: float, confidence: float, rate: float = 0.0) -> int | N
     count = math.ceil(math.log(1 - confidence) / math.log(1 - risk) - 1e-9)
     if rate <= 0 or rate >= risk:
         return count if rate <= 0 else None
-    return next((n for n in range(count, MOST) if _tail(math.ceil(rate * n), n, risk) <= 1 - confidence), None)
+    for errors in range(math.ceil(rate * count), math.ceil(rate * MOST)):
+        most = int(errors / rate + 1e-9)  # the largest n this many errors belong to has the smallest tail
+        if _tail(errors, most, risk) <= 1 - confidence:
+            first = max(count, int((errors - 1) / rate + 1e-9) + 1)
+            return next(n for n in range(first, most + 1) if _tail(errors, n, risk) <= 1 - confidence)
+    return None
 
 
 def binomial_tails(samples: int, rate: float) -> Float[np.ndarray, "count errors"]:

@@ -22,7 +22,7 @@ from cosprobe.film import Film, FilmRow, film_strip
 from cosprobe.frontier import Realised, Way, outcome, policy_looks, realised, ways
 from cosprobe.pipelines import PipelineConfig, load_pipeline
 from cosprobe.probes import ProbeBank
-from cosprobe.report import markdown_table, open_table, write_whole
+from cosprobe.report import WIDTH, markdown_table, open_table, write_whole
 from cosprobe.stopping import EarlyConfig, Live, Stopping, run_live, stop_early
 from cosprobe.tasks import Task
 
@@ -80,7 +80,8 @@ def write_savings(
     saved: Sequence[Saved], cost: Cost, clock: Cost, total: int, run_dir: Path, console: Console | None = None
 ) -> Path:
     """Prints the tables and writes run_dir/report/early, early.md last. total: steps of a finished run."""
-    folder, console = Path(run_dir) / "report" / "early", console or Console()
+    folder = Path(run_dir) / "report" / "early"
+    console = console or (Console() if Console().is_terminal else Console(width=max(WIDTH, Console().width)))
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"frontier.png": partial(frontier_figure, saved)}
     for one in saved:
@@ -134,7 +135,7 @@ def remarks(one: Saved) -> list[str]:
         f"{done.seconds:.3f} s per problem instead of {done.finished_seconds:.3f}.",
     ]
     for name, (mean, lower, upper) in (("the policy", done.gain), ("stopping at the first look", done.first_gain)):
-        verdict = "more often" if lower > 0 else "less often" if upper < 0 else "as often, as far as this can tell,"
+        verdict = "more often" if lower > 0 else "less often" if upper < 0 else "neither more nor less often"
         lines.append(
             f"Right by {name} {verdict} than by the finished video ({done.finished_accuracy:.3f}): "
             f"{mean:+.3f} [{lower:+.3f}, {upper:+.3f}]."
@@ -261,7 +262,7 @@ def _ways_table(one: Saved, cost: Cost, total: int) -> list[list[str]]:
 
 
 def _live_table(one: Saved) -> list[list[str]]:
-    rows = [["problem", "read at", "probe says", "confidence", "full run draws", "right", "seconds"]]
+    rows = [["problem", "read at", "probe says", "sure", "video ends on", "right", "seconds"]]
     for live in one.live:
         end = "none" if live.drawn < 0 else str(live.drawn)
         said = live.answer

@@ -114,7 +114,8 @@ def test_how_many_problems_a_risk_takes():
     few = least_problems(0.05, 0.95, rate=0.02)
     assert few is not None and few > 59
     assert stats.binom.cdf(math.ceil(0.02 * few), few, 0.05) <= 0.05
-    assert all(stats.binom.cdf(math.ceil(0.02 * n), n, 0.05) > 0.05 for n in range(59, few))
+    sizes = np.arange(59, few)
+    assert (stats.binom.cdf(np.ceil(0.02 * sizes), sizes, 0.05) > 0.05).all()
     assert least_problems(0.05, 0.95, rate=0.05) is None
     assert least_problems(0.05, 0.95, rate=0.0499) is None
 

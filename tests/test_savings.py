@@ -57,7 +57,7 @@ def test_everything_is_written_and_the_tables_are_printed(tmp_path):
     [
         ((0.04, 0.01, 0.07), "more often than by the finished video (0.800): +0.040 [+0.010, +0.070]"),
         ((-0.04, -0.07, -0.01), "less often than by the finished video"),
-        ((0.01, -0.02, 0.04), "as often, as far as this can tell, than by the finished video"),
+        ((0.01, -0.02, 0.04), "neither more nor less often than by the finished video"),
     ],
 )
 def test_more_often_right_is_said_only_when_the_interval_says_so(gain, words):
