@@ -12,12 +12,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cosprobe.capture import capture
-from cosprobe.collect import Sample, images, noise_seed
+from cosprobe.collect import Sample, images
 from cosprobe.grid import Grid
-from cosprobe.pipelines import PipelineConfig, fingerprint, load_pipeline, sample, stop_after
-from cosprobe.pooling import Pooling
+from cosprobe.halting import halting
+from cosprobe.pipelines import PipelineConfig, fingerprint, load_pipeline, sample
 from cosprobe.probes import ProbeBank
+from cosprobe.reading import pooling_of, probabilities
+from cosprobe.stopping import fresh_samples
 from cosprobe.tasks import Problem, Task
 from cosprobe.types import Cell
 
@@ -38,14 +39,14 @@ class EarlyAnswer:
 def early_answers(
     model: Any, pipeline: PipelineConfig, task: Task, bank: ProbeBank, target: str, cell: Cell, drawn: Sequence[Sample]
 ) -> list[EarlyAnswer]:
-    """Runs every sample up to the step of `cell` and asks its probe; then lets a full run of the same seed draw."""
+    """Runs every sample up to `cell` and asks its probe; then lets a full run of the same seed draw."""
     found = []
     for first in range(0, len(drawn), pipeline.batch):
         batch = drawn[first : first + pipeline.batch]
         problems = [s.problem for s in batch]
         arguments = (images(task, problems), [p.prompt for p in problems], [s.seed for s in batch])
         features = _features_at(model, pipeline, bank, cell, problems, arguments)
-        odds = bank.probabilities(features[:, None], target, [cell])[0]
+        odds = probabilities(bank, features[:, None], target, [cell])[0]
         video = sample(model, pipeline, *arguments)
         for problem, chances, clip in zip(problems, odds, video, strict=True):
             end = task.readout(problem, clip).answer
@@ -58,16 +59,16 @@ def early_answers(
 def _features_at(
     model: Any, pipeline: PipelineConfig, bank: ProbeBank, cell: Cell, problems: list[Problem], arguments: tuple
 ) -> torch.Tensor:
-    """[sample, region, channel] at one cell, of runs that end after its step; nothing is decoded."""
+    """[sample, region, channel] at one cell, of runs that are halted there."""
+    store, found = bank.provenance["store"], []
 
-    store = bank.provenance["store"]
-    kind = store["probe.pooling"]
-    pooling = Pooling(kind, store["probe.frames"], [p.regions for p in problems] if kind == "region" else ())
-    with capture(model, [cell.site], pooling, str(cell.step)) as tape:
-        sample(model, pipeline, *arguments, callback_on_step_end=stop_after(cell.step), output_type="latent")
-    at = tape.branches.index(cell.branch), tape.places.index(cell.place)
-    features = tape.features()[:, 0, 0, at[0], at[1]]
-    return torch.nn.functional.pad(features, (0, bank.mean.shape[1] - features.shape[-1]))
+    def enough(at: Cell, features: torch.Tensor) -> bool:
+        found.append(features)
+        return True
+
+    with halting(model, [cell], pooling_of(store["probe.pooling"], store["probe.frames"], problems), enough):
+        sample(model, pipeline, *arguments)
+    return found[0]
 
 
 def predict(trained: Any, bank: ProbeBank, use: Any, seed: int, folder: Path, console: Console | None = None) -> None:
@@ -112,12 +113,6 @@ def predict(trained: Any, bank: ProbeBank, use: Any, seed: int, folder: Path, co
 def _both(answers: list[EarlyAnswer]) -> tuple[list[int], list[int | None]]:
     """What the probe said, and what the full run drew."""
     return [a.answer for a in answers], [a.drawn for a in answers]
-
-
-def fresh_samples(task: Task, used: int, kind: str, count: int, seed: int) -> list[Sample]:
-    """`count` test problems of a kind beyond those a run with `used` problems has seen."""
-    problems = task.problems("test", used + count, kind)[used:]
-    return [Sample(problem, noise_seed(problem, 0, seed)) for problem in problems]
 
 
 def _best_at(grid: Grid, bank: ProbeBank, target: str, step: int, layer: int | None) -> Cell:

@@ -101,7 +101,8 @@ def train_mini(
         fit_to(autoencoder, folder / "autoencoder", config.autoencoder.steps, precision, every, clip=1.0)
     vae = cast(Any, channels_last(autoencoder.vae.half().float().eval()))  # stored in half precision: train on that
 
-    prompts = [*every_prompt(), ""]
+    learned = {p.prompt for pairs in sets.values() for _, problems in pairs for p in problems}
+    prompts = [*sorted(learned.union(every_prompt())), ""]
     tokenizer, text_encoder = build_text(prompts, config.seed)
     table = embed(prompts, tokenizer, text_encoder)
     latents = folder / "latents"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from cosprobe.calibration import temperatures
+from cosprobe.policy import Policy
+from cosprobe.reading import Reader, Reading, attached
 from cosprobe.solvers import design, standardise
-from cosprobe.tasks import Target
+from cosprobe.tasks import Problem, Target
 from cosprobe.types import Cell
 
 FORMAT = 2
@@ -188,6 +191,23 @@ class ProbeBank:
     ) -> Int[Tensor, "cell sample *region"]:
         """The label each probe gives."""
         return self.decision(features, target, cells).argmax(dim=-1)
+
+    def attach(
+        self,
+        pipeline: Any,
+        problems: Sequence[Problem],
+        policy: Policy | None = None,
+        tell: Callable[[Reading], None] | None = None,
+    ) -> AbstractContextManager[Reader]:
+        """Lets the probes answer from inside one call of `pipeline`, made in the block this context manager opens.
+
+        problems: of the images of that call, in order. policy: when to stop; without one, the policy that
+        `python probe.py use=early` has left in the bank. tell: gets (step, prediction, confidence) at every look.
+        The call is left, with what follows it in the block, as soon as every problem has an answer.
+        Raises ValueError naming the difference for a pipeline with another model, scheduler, number of steps or
+        guidance, and for problems of another task, kind or number of regions than the bank was made for.
+        """
+        return attached(self, pipeline, problems, policy, tell)
 
     def save(self, folder: Path | str) -> None:
         """Writes the tensors, then the description that vouches for them; a kill leaves no half bank behind."""

@@ -153,15 +153,19 @@ def write_report(grid: Grid, checks: Checks, run_dir: Path, films: Film | None =
     if films is not None:
         figures["film.png"] = partial(film_strip, films.rows, films.steps)
     for name, draw in figures.items():
-        _whole(folder / name, draw().savefig)
+        write_whole(folder / name, draw().savefig)
     text = summary_markdown(grid, checks, tuple(figures))
-    _whole(folder / "summary.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(folder / "summary.md", lambda path: path.write_text(text, encoding="utf-8"))
     return folder
 
 
 def summary_markdown(grid: Grid, checks: Checks, figures: tuple[str, ...] = ()) -> str:
     """The report's page: the table, remarks, every figure with how to read it, and provenance."""
-    out = ["# Where the answer becomes decodable", "", *_markdown(COLUMNS, [row.cells() for row in summarise(grid)])]
+    out = [
+        "# Where the answer becomes decodable",
+        "",
+        *markdown_table(COLUMNS, [row.cells() for row in summarise(grid)]),
+    ]
     out += [
         "", "Best cells are chosen on validation and read on test; intervals are bootstrapped by problem; `p` is "
         "corrected for all cells of a target (above 0.05: no evidence). `best input` and `x0-hat shows` are baselines "
@@ -169,7 +173,7 @@ def summary_markdown(grid: Grid, checks: Checks, figures: tuple[str, ...] = ()) 
     ]  # fmt: skip
     out += [f"* {line}" for line in remarks(grid, checks)]
     if checks.best:
-        out += ["", "## What the best cells survive", "", *_markdown(*check_table(grid, checks))]
+        out += ["", "## What the best cells survive", "", *markdown_table(*check_table(grid, checks))]
     for name in figures:
         target = name.removeprefix("frames_").removesuffix(".png")
         caption = CAPTIONS.get(name) or FRAMES_CAPTION.format(f"`{target}`")
@@ -179,7 +183,7 @@ def summary_markdown(grid: Grid, checks: Checks, figures: tuple[str, ...] = ()) 
     return "\n".join(out) + "\n"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     table = [head, ["-" * max(3, len(name)) for name in head], *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
 
@@ -220,7 +224,7 @@ def print_summary(grid: Grid, checks: Checks, run_dir: Path, console: Console | 
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=max(WIDTH, console.width))
-    table = _table()
+    table = open_table()
     for name in COLUMNS:
         side: Literal["left", "right"] = "right" if name in ("chance", "n") else "left"
         table.add_column(escape(name), justify=side, no_wrap=name.startswith("accuracy"))
@@ -229,7 +233,7 @@ def print_summary(grid: Grid, checks: Checks, run_dir: Path, console: Console | 
     console.print(table)
     if checks.best:
         head, rows = check_table(grid, checks)
-        survived = _table()
+        survived = open_table()
         for name in head:
             survived.add_column(escape(name), no_wrap=name == head[0])  # long cells go on in a second line, none is cut
         for cells in rows:
@@ -243,11 +247,11 @@ def print_summary(grid: Grid, checks: Checks, run_dir: Path, console: Console | 
         console.print(text, markup=False, highlight=False, soft_wrap=True)  # a path is never cut in two
 
 
-def _table() -> Table:
+def open_table() -> Table:
     return Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
 
 
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes under another name, then renames: the file is whole or absent."""
     unfinished = path.with_name(f".{path.stem}.part{path.suffix}")
     try:

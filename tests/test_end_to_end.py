@@ -138,6 +138,24 @@ def test_predict_reads_early_and_compares(run):
 
 
 @pytest.mark.slow
+def test_early_stopping_is_calibrated_reported_and_left_in_the_bank(run):
+    """The model is random, so no risk can be promised: what is checked is the line from the run to its report."""
+    settings = ("use=early", f"run={run[0]}", "use.calibration=59", "use.problems=4", "use.against=truth")
+    result = command("probe.py", *settings)
+    assert result.returncode == 0, result.stderr
+    assert "one_exit: a risk of 0.05 at confidence 0.95 takes 59 calibration problems" in result.stdout
+    folder = run[0] / "report" / "early"
+    for name in ("early.json", "early.md", "frontier.png", "film_one_exit.png"):
+        assert (folder / name).stat().st_size > 500, name
+    policy = json.loads((folder / "early.json").read_text())["kinds"]["one_exit"]["policy"]
+    assert policy["problems"] == 59 and policy["against"] == "truth"
+    assert load_probes(run[0]).provenance["policies"] == [policy]
+    again = command("probe.py", *settings)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("re-using them") == 2
+
+
+@pytest.mark.slow
 def test_predict_refuses_what_does_not_fit(run, tmp_path, capsys):
     for settings, message in (
         ([f"run={run[0]}", "use.step=7"], "use.step=7: expected a step these probes were trained at: 0 to 2"),

@@ -1,0 +1,35 @@
+"""What a probe says of a run that is halted at its cell is what it says of a whole run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from planted_bank import CELLS, CONFIG, bank_for
+from tiny import wan
+
+from cosprobe.capture import capture
+from cosprobe.collect import Sample, images, noise_seed
+from cosprobe.early import early_answers
+from cosprobe.pipelines import load_pipeline, sample
+from cosprobe.reading import pooling_of
+from cosprobe.tasks import MazeConfig
+
+TASK = MazeConfig(frames=5).build()
+
+
+def test_a_halted_answer_is_that_of_a_whole_run(tmp_path):
+    wan().save_pretrained(tmp_path)
+    config = replace(CONFIG, path=str(tmp_path))
+    model, bank, cell = load_pipeline(config), bank_for(config), CELLS[2]
+    drawn = [Sample(p, noise_seed(p, 0, 0)) for p in TASK.problems("test", 2, "one_exit")]
+    problems = [s.problem for s in drawn]
+    answers = early_answers(model, config, TASK, bank, "answer", cell, drawn)
+    with capture(model, [cell.site], pooling_of("region", False, problems), str(cell.step)) as tape:
+        video = sample(model, config, images(TASK, problems), [p.prompt for p in problems], [s.seed for s in drawn])
+    features = tape.parts[(cell.step, cell.site, "cond")][:, 0]
+    odds = bank.probabilities(features[:, None], "answer", [cell])[0]
+    assert [a.answer for a in answers] == odds.argmax(-1).tolist()
+    assert [a.probability for a in answers] == pytest.approx(odds.amax(-1).tolist())
+    assert [a.drawn for a in answers] == [TASK.readout(p, clip).answer for p, clip in zip(problems, video, strict=True)]
+    assert [a.right for a in answers] == [TASK.solutions(p) for p in problems]

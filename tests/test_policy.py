@@ -1,0 +1,168 @@
+"""The promise of a stopping policy, on synthetic runs whose true risk is known; its tails against scipy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cosprobe.policy import (
+    binomial_interval,
+    binomial_tails,
+    calibrate,
+    first_look,
+    fixed_sequence,
+    least_problems,
+    outcomes,
+    p_values,
+    read_policy,
+    starting_point,
+    thresholds,
+)
+from cosprobe.types import Cell
+
+RISK, LEVEL, DRAWS, SAMPLES = 0.05, 0.9, 1000, 150
+CELLS = (Cell(0, "5", "cond", "all"), Cell(2, "6", "cond", "all"))
+ABOUT = {"target": "answer", "task": "maze", "kind": "one_exit", "cells": CELLS}
+TRIED = thresholds(4)[3::4]  # still ends where every run stops; fewer for speed
+MANY = 60_000
+
+
+def runs(rng: np.random.Generator, shape: tuple[int, ...], honest: float) -> tuple[np.ndarray, np.ndarray]:
+    """Synthetic runs of three looks: confidence rises from look to look, and a look errs with chance
+    1 - confidence**honest (at honest=1 confidence is what it says), the looks of a run independently."""
+    confidence = np.sort(1 - 0.75 * rng.random((*shape, 3)) ** 3, axis=-1)
+    return confidence, rng.random((*shape, 3)) > confidence**honest
+
+
+@pytest.fixture(scope="module")
+def truth() -> dict[float, tuple[np.ndarray, np.ndarray]]:
+    """Per honesty: the true risk of every threshold, among all runs and among those answered."""
+    found = {}
+    for honest in (0.4, 1.0, 2.0):
+        confidence, wrong = runs(np.random.default_rng(99), (MANY,), honest)
+        answered, errors = outcomes(confidence, wrong, TRIED)
+        found[honest] = errors / len(wrong), errors / np.maximum(answered, 1)
+    return found
+
+
+@pytest.mark.parametrize("honest", [0.4, 1.0, 2.0])
+@pytest.mark.parametrize("against", ["choice", "truth"])
+def test_the_risk_is_exceeded_no_more_often_than_promised(against, honest, truth):
+    """1,000 calibrations at once; one-sided binomial test of the share whose true risk is above the one asked for.
+
+    The true risk is itself estimated (400,000 runs): thresholds within two of its standard errors count as kept.
+    """
+    confidence, wrong = runs(np.random.default_rng(1), (DRAWS, SAMPLES), honest)
+    start = starting_point(*runs(np.random.default_rng(2), (100,), honest), TRIED, RISK, against)
+    p = p_values(*outcomes(confidence, wrong, TRIED), SAMPLES, RISK, against)
+    last = fixed_sequence(p, 1 - LEVEL, start)
+    risk = truth[honest][0 if against == "choice" else 1]
+    passed = last >= start
+    exceeded = passed & (risk[last] > RISK + 2 * math.sqrt(RISK / MANY))
+    assert stats.binomtest(int(exceeded.sum()), DRAWS, 1 - LEVEL, alternative="greater").pvalue > 0.01
+    assert passed.mean() > 0.1, "a policy that never stops keeps every promise"
+
+
+def test_the_promise_is_used_not_only_kept(truth):
+    """The test above would pass if policies were far too careful: where the risk can be reached, some exceed it."""
+    confidence, wrong = runs(np.random.default_rng(1), (DRAWS, SAMPLES), 1.0)
+    last = fixed_sequence(p_values(*outcomes(confidence, wrong, TRIED), SAMPLES, RISK, "choice"), 1 - LEVEL)
+    risk = truth[1.0][0][last]
+    assert (risk > RISK).mean() > 0.01
+    assert np.median(risk) > RISK / 3
+
+
+def test_choosing_without_a_test_breaks_the_promise(truth):
+    """The same runs, the most eager threshold whose *observed* risk is small enough: far above one in ten."""
+    confidence, wrong = runs(np.random.default_rng(1), (DRAWS, SAMPLES), 1.0)
+    _, errors = outcomes(confidence, wrong, TRIED)
+    last = np.array([np.flatnonzero(row <= RISK * SAMPLES)[-1] for row in errors])
+    assert (truth[1.0][0][last] > RISK).mean() > 0.3
+
+
+def test_outcomes_are_those_of_a_loop(rng):
+    confidence, wrong = runs(rng, (4, 30), 1.0)
+    answered, errors = outcomes(confidence, wrong, TRIED)
+    for d in range(4):
+        for t, threshold in enumerate(TRIED):
+            looks = [next((k for k in range(3) if row[k] >= threshold), None) for row in confidence[d]]
+            assert answered[d, t] == sum(k is not None for k in looks)
+            assert errors[d, t] == sum(wrong[d, i, k] for i, k in enumerate(looks) if k is not None)
+
+
+def test_the_first_look_counts_not_the_surest():
+    assert first_look(np.array([[0.2, 0.9, 0.4], [0.1, 0.2, 0.3]]), 0.4).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.4])
+def test_tails_and_intervals_are_those_of_scipy(rate):
+    table = binomial_tails(60, rate)
+    count, errors = np.meshgrid(np.arange(61), np.arange(61), indexing="ij")
+    assert np.allclose(table, stats.binom.cdf(errors, count, rate), atol=1e-12)
+    for wrong, total in ((0, 40), (3, 40), (40, 40), (7, 311)):
+        exact = stats.binomtest(wrong, total).proportion_ci(0.95, "exact")
+        assert binomial_interval(wrong, total) == pytest.approx((exact.low, exact.high), abs=1e-9)
+    assert binomial_interval(0, 0) == (0.0, 1.0)
+
+
+def test_how_many_problems_a_risk_takes():
+    assert least_problems(0.05, 0.95) == 59  # 0.95**59 = 0.0485
+    assert least_problems(0.01, 0.95) == 299
+    few = least_problems(0.05, 0.95, rate=0.02)
+    assert few is not None and few > 59
+    assert stats.binom.cdf(math.ceil(0.02 * few), few, 0.05) <= 0.05
+    sizes = np.arange(59, few)
+    assert (stats.binom.cdf(np.ceil(0.02 * sizes), sizes, 0.05) > 0.05).all()
+    assert least_problems(0.05, 0.95, rate=0.05) is None
+    assert least_problems(0.05, 0.95, rate=0.0499) is None
+
+
+def test_a_sequence_ends_before_its_first_failure():
+    p = np.array([[0.01, 0.04, 0.2, 0.01], [0.2, 0.01, 0.01, 0.01]])
+    assert fixed_sequence(p, 0.05).tolist() == [1, -1]
+    assert fixed_sequence(p, 0.05, start=1).tolist() == [1, 3]
+
+
+def test_thresholds_go_from_careful_to_always():
+    tried = thresholds(4)
+    assert (np.diff(tried) < 0).all()
+    assert tried[0] == pytest.approx(0.9999) and tried[-1] == 0
+
+
+def test_a_policy_says_what_it_was_made_of(rng):
+    confidence, wrong = runs(rng, (300,), 2.0)
+    policy = calibrate(confidence[:, :2], wrong[:, :2], 4, 0.2, 0.95, against="choice", **ABOUT)
+    assert policy.stops and policy.p <= 0.05 and policy.problems == 300
+    look = first_look(confidence[:, :2], policy.threshold)
+    assert policy.answered == (look < 2).sum()
+    assert policy.errors == wrong[look < 2, look[look < 2]].sum()
+    assert read_policy(policy.described()) == policy
+
+
+def test_probes_that_know_nothing_never_stop():
+    confidence, wrong = np.full((100, 2), 0.99999), np.ones((100, 2), dtype=bool)
+    policy = calibrate(confidence, wrong, 4, RISK, 0.95, against="choice", **ABOUT)
+    assert not policy.stops and policy.answered == 0
+    assert policy.described()["threshold"] is None
+    assert read_policy(policy.described()) == policy
+
+
+@pytest.mark.parametrize(
+    ("count", "risk", "level", "message"),
+    [
+        (58, 0.05, 0.95, "use.calibration=58: expected at least 59 problems"),
+        (58, 0.0, 0.95, "use.risk=0.0: expected more than 0 and less than 1"),
+        (58, 0.05, 1.0, "use.confidence=1.0: expected more than 0 and less than 1"),
+    ],
+)
+def test_what_cannot_be_promised_is_refused(count, risk, level, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(np.ones((count, 2)), np.zeros((count, 2), dtype=bool), 4, risk, level, against="choice", **ABOUT)
+
+
+def test_a_damaged_policy_is_refused():
+    with pytest.raises(ValueError, match="stopping policy: damaged or of another version"):
+        read_policy({"threshold": 0.5})
