@@ -14,7 +14,7 @@ LAYERS = {  # a module may import any module that stands before it
         *("tasks", "pooling", "solvers", "ridge", "newton"),
         *("metrics", "latency", "timing", "calibration", "grid", "predictions", "scoring", "store"),
     ],
-    2: ["pipelines", "capture", "randomised", "probes"],
+    2: ["pipelines", "cost", "capture", "randomised", "probes"],
     3: [
         *("devices", "data", "refitting", "transfer", "efficiency", "nuisance", "training"),
         *("collect", "samples", "baselines", "evaluation", "autoencoding", "flowmatching", "mini"),
