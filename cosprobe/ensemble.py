@@ -24,7 +24,7 @@ from cosprobe.capture import Tape, capture
 from cosprobe.collect import images, noise_seed
 from cosprobe.grid import Grid
 from cosprobe.interventions import check_finite, encoded_once
-from cosprobe.methods import PROBES, WINDOWED, Course, Finished, Plan, course, disagreement
+from cosprobe.methods import WINDOWED, Course, Finished, Plan, course, disagreement, windows
 from cosprobe.pipelines import PipelineConfig, block_list, experts, sample
 from cosprobe.pooling import Pooling
 from cosprobe.probes import ProbeBank, load_probes
@@ -120,11 +120,6 @@ class Bench:
     def depth(self) -> int:
         return min(len(block_list(model)) for model in experts(self.model).values())
 
-    @property
-    def middle(self) -> tuple[int, ...]:
-        """The quarter of the layers that begins in the middle: the window of the paper (20 to 29 of 40)."""
-        return tuple(range(self.depth // 2, max(self.depth // 2 + 1, 3 * self.depth // 4)))
-
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
@@ -176,7 +171,7 @@ def ensemble(
     task = task or FAMILIES[problem.task]().build()
     bench = Bench(pipeline, config or PipelineConfig(frames=task.frames), task, probes)
     if method in WINDOWED:
-        plan.setdefault("layers", bench.middle)
+        plan.setdefault("layers", windows(bench.depth)["middle"])
     chosen = Plan(seeds, **plan)
     outcome = run(bench, method, chosen, [problem], seed)
     answer = int(outcome.answers[0])

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -211,7 +212,18 @@ METHODS: dict[str, Callable[[Plan, int], Course]] = {
     for f in (single, hidden, x0, latent, vote, best_of, probe_best, probe_weighted, prune, probe_vote)
 }  # fmt: skip
 PROBES = ("probe_best", "probe_weighted", "prune", "probe_vote")
+QUARTERS = ("early", "second", "middle", "late")
 WINDOWED = ("hidden", "probe_weighted")
+
+
+def windows(depth: int) -> dict[str, tuple[int, ...]]:
+    """Windows of layers of a model with `depth` blocks: its quarters, `early`, `second`, `middle` and `late`, and `all`.
+
+    The third quarter is called `middle` as the paper does (20 to 29 of 40). Every quarter has at least one block.
+    """
+    edges = [depth * i // 4 for i in range(5)]
+    parts = {n: tuple(range(a, max(a + 1, b))) for n, (a, b) in zip(QUARTERS, pairwise(edges), strict=True)}
+    return parts | {"all": tuple(range(depth))}
 
 
 def course(method: str, plan: Plan, steps: int) -> Course:
