@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cosprobe.devices import TrainerConfig
 from cosprobe.mini import MiniConfig
 from cosprobe.pipelines import PipelineConfig
+from cosprobe.seeds import EnsembleConfig
 from cosprobe.tasks import FAMILIES
 from cosprobe.training import ProbeConfig
 
@@ -60,7 +61,7 @@ class PredictConfig:
 SCHEMAS: dict[str, dict[str, type]] = {
     "task": dict(FAMILIES),
     "experiment": {"probes": ProbeExperiment, "mini": MiniConfig},
-    "use": {"predict": PredictConfig},
+    "use": {"predict": PredictConfig, "ensemble": EnsembleConfig},
 }
 
 

@@ -1,6 +1,6 @@
 """Seed ensembles: several noise seeds of one problem in one batch, one video out of them.
 
-    answer = ensemble(pipeline, problem, method="prune", seeds=8, probes=Reader.load("runs/maze-layers", task))
+    answer = ensemble(pipeline, problem, method="prune", seeds=8, probes=Reader.load("runs/maze-layers"))
     answer.video, answer.choice, answer.disagreement
 
 Every method (`cosprobe.methods`) is one call of the real pipeline: runs that are given up leave the running batch,
@@ -9,6 +9,7 @@ what is averaged is averaged between its blocks, and the first frame of a proble
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -47,15 +48,26 @@ class Reader:
     task: str
 
     @classmethod
-    def load(cls, folder: Path | str, task: Task) -> Reader:
-        """The probes of a finished run. Raises ValueError when there are none that read answers."""
-        bank, grid = load_probes(folder), Grid.load(folder)
+    def load(cls, folder: Path | str, task: str = "maze") -> Reader:
+        """The probes of a finished run on the family `task`."""
+        return cls.of(load_probes(folder), Grid.load(folder), task)
+
+    @classmethod
+    def of(cls, bank: ProbeBank, grid: Grid, task: str) -> Reader:
+        """Raises ValueError when there are no probes that read answers."""
         names = [t.name for role in ROLES for t in bank.targets if t.role == role and t.name in grid.targets]
         if not names:
-            raise ValueError(f"run={str(folder)!r}: its probes read no answer or choice; train on a task that has one")
+            raise ValueError("these probes read no answer or choice: expected a target of either; train probes of one")
         cells = [cell for cell in bank.cells if cell.is_layer and cell.branch == "cond"]
-        table = {n: {c: float(grid.at(n, c).validation_accuracy) for c in cells} for n in names}
-        return cls(bank, table, task.name)
+        return cls(bank, {n: {c: float(grid.at(n, c).validation_accuracy) for c in cells} for n in names}, task)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the probes and of which of them are read."""
+        digest = hashlib.sha256(repr(sorted((n, sorted(t.items())) for n, t in self.accuracy.items())).encode())
+        for name in sorted(self.accuracy):
+            digest.update(self.bank.weights[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def target(self, problem: Problem) -> str:
         """The target a run of this problem is read by. Raises ValueError for a problem the probes do not know."""
@@ -202,7 +214,9 @@ def run(
     path = course(method, plan, bench.config.steps)
     reader = bench.reader
     if reader is None and (path.reads or path.weighs or read):
-        raise ValueError(f"method={method!r} reads probes: pass those of a train.py run; without: vote, best_of, hidden")
+        raise ValueError(
+            f"method={method!r} reads probes: pass those of a train.py run; without: vote, best_of, hidden"
+        )
     samples = [problem for problem in problems for _ in range(path.seeds)]
     numbers = range(path.seeds) if which is None else which[: path.seeds]
     seeds = [noise_seed(problem, k, seed) for problem in problems for k in numbers]

@@ -217,7 +217,7 @@ WINDOWED = ("hidden", "probe_weighted")
 
 
 def windows(depth: int) -> dict[str, tuple[int, ...]]:
-    """Windows of layers of a model with `depth` blocks: its quarters, `early`, `second`, `middle` and `late`, and `all`.
+    """Windows of layers of a model with `depth` blocks: `early`, `second`, `middle`, `late` quarter, and `all`.
 
     The third quarter is called `middle` as the paper does (20 to 29 of 40). Every quarter has at least one block.
     """

@@ -295,7 +295,7 @@ def _thinning(thin: Callable[[int], Sequence[int] | None], held: list[Tensor]) -
             return {}
         at, size = list(keep), len(tensors["latents"])
         for condition in held:
-            condition.set_(condition[at].clone())
+            condition.data = condition[at]
         memory = vars(running.scheduler)
         for name in ("model_outputs", "last_sample"):
             value = memory.get(name)

@@ -6,7 +6,7 @@ one run), and that of three whole runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(6, 20, 40, ("early", "middle", "all"), ((0,),), (3,)),
+    "quick": Size(6, 16, 40, ("early", "middle", "all"), ((0,),), (3,)),
     "full": Size(8, 120, 240, ("early", "second", "middle", "late", "all"), ((0,), (1,), (2,), (0, 1, 2)), (3, 8)),
 }
 
@@ -123,9 +123,7 @@ def fresh_problems(task: Task, split: str, used: int, count: int) -> list[Proble
 def price(candidate: Candidate, steps: int, cost: Cost) -> float:
     """Operations for one problem: prompts of all seeds, its first frame once, every step of every run, decodes."""
     path = course(candidate.method, candidate.plan, steps)
-    return (
-        cost.text * path.seeds + cost.image + path.evaluations(steps) * cost.evaluation + path.finished * cost.decode
-    )
+    return cost.text * path.seeds + cost.image + path.evaluations(steps) * cost.evaluation + path.finished * cost.decode
 
 
 def candidates(bench: Bench, size: Size) -> list[Candidate]:
@@ -170,8 +168,9 @@ def compare(bench: Bench, size: Size, used: int, seed: int, folder: Path, identi
     options, parts = candidates(bench, size), windows(bench.depth)
     swept = {name: Candidate("hidden", replace(PAPER, layers=parts[name])) for name in size.windows}
     paper = price(Candidate("hidden", replace(PAPER, layers=parts["middle"])), steps, cost)
-    budgets = {"the paper's": paper, "three runs": price(Candidate("vote", Plan(3)), steps, cost)}
-    validation = trials.right(options, "validation")
+    budgets = {"the paper's": paper, "three runs'": price(Candidate("vote", Plan(3)), steps, cost)}
+    rivals = [c for c in options if c.free or sum(o.method == c.method for o in options) > 1]  # else nothing to choose
+    validation = trials.right(rivals, "validation")
     chosen = {name: choose(options, validation, steps, cost, budget) for name, budget in budgets.items()}
 
     curves = {m: [Candidate(m, Plan(k)) for k in range(2, size.seeds + 1)] for m in CURVES}
@@ -208,7 +207,7 @@ def choose(
     for method in METHODS:
         mine = [c for c in affordable if c.method == method]
         if mine:
-            chosen[method] = max(mine, key=lambda c: (round(float(right[c].mean()), 9), -prices[c]))
+            chosen[method] = max(mine, key=lambda c: (_score(right, c), -prices[c])) if len(mine) > 1 else mine[0]
     shortest = price(Candidate("single", Plan(length=1)), steps, cost)
     length = 1 + int((budget * (1 + SLACK) - shortest) / cost.evaluation)
     return {"single": Candidate("single", Plan(length=length))} | chosen
@@ -222,7 +221,7 @@ def groups(problems: Sequence[Problem]) -> dict[str, np.ndarray]:
         found |= {kind: kinds == kind for kind in dict.fromkeys(kinds.tolist())}
     for name in problems[0].difficulty:
         values = np.array([p.difficulty[name] for p in problems])
-        cuts = [c for c in np.unique(values)[:-1]]
+        cuts = np.unique(values)[:-1].tolist()
         if cuts:  # the cut that comes nearest to halves
             cut = min(cuts, key=lambda c: abs((values <= c).mean() - 0.5))
             found |= {f"{name} <= {cut}": values <= cut, f"{name} > {cut}": values > cut}
@@ -244,6 +243,10 @@ def error_correlation(right: Float[np.ndarray, "problem seed"]) -> float:
     count, wrong = right.shape[1], right.shape[1] - right.sum(axis=1)
     rate, both = float(wrong.mean() / count), float((wrong * (wrong - 1)).mean() / (count * (count - 1)))
     return (both - rate**2) / (rate * (1 - rate)) if 0 < rate < 1 else float("nan")
+
+
+def _score(right: dict[Candidate, np.ndarray], candidate: Candidate) -> float:
+    return round(float(right[candidate].mean()), 9)  # sums of equal parts may differ in rounding
 
 
 def _order(pool: dict[str, Tensor], reads: Sequence[int]) -> dict[int, float]:

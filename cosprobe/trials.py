@@ -66,7 +66,8 @@ class Trials:
         self.identity = identity | {"seed": seed, "steps": bench.config.steps, "batch": bench.config.batch}
 
     def records(self, split: str) -> dict[str, Tensor]:
-        """Every problem with every seed: answers, scores, right [problem, seed], odds [problem, seed, step, candidate]."""
+        """Every problem with every seed: answers and right [problem, seed], scores [problem, seed, candidate], and odds
+        [problem, seed, step, candidate] where there are probes."""
         return self._read([None], split)[0]
 
     def right(self, found: Sequence[Candidate], split: str) -> dict[Candidate, np.ndarray]:
