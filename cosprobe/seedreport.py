@@ -59,8 +59,10 @@ def print_ensemble(comparison: Comparison, page: Path, console: Console | None =
     """The comparison at each budget and what follows from it, on the terminal."""
     console = console or Console()
     for budget in comparison.chosen:
-        head, *body = rows(comparison, budget)
-        table = Table(*head, box=None, padding=(0, 2, 0, 0), title=_caption(comparison, budget), title_justify="left")
+        head, *body = (row[:-1] for row in rows(comparison, budget, digits=2))  # 80 columns
+        table = Table(box=None, padding=(0, 2, 0, 0), title=_caption(comparison, budget), title_justify="left")
+        for name in head:
+            table.add_column(name, no_wrap=True)
         for row in body:
             table.add_row(*row)
         console.print(table)
@@ -70,19 +72,19 @@ def print_ensemble(comparison: Comparison, page: Path, console: Console | None =
     console.print(f"\npage: {page}", highlight=False, soft_wrap=True)
 
 
-def rows(comparison: Comparison, budget: str) -> list[list[str]]:
+def rows(comparison: Comparison, budget: str, digits: int = 3) -> list[list[str]]:
     """A header and a row per method: what was chosen, what it costs, how often it is right, and both differences."""
-    head = ["method", "runs' worth", "right", "minus hidden", "minus single"]
+    head = ["method", "runs", "right", "minus hidden", "minus single"]
     chosen = comparison.chosen[budget]
-    body = [["one run", "1.00", _interval(comparison.estimate(comparison.plain)), "", ""]]
+    body = [["one run", "1.00", _interval(comparison.estimate(comparison.plain), digits), "", ""]]
     for candidate in chosen.values():
         gains = [comparison.gain(candidate, chosen[m]) if chosen[m] != candidate else None for m in REFERENCES]
         body.append(
             [
                 str(candidate),
                 f"{comparison.cost[candidate] / comparison.plain_cost:.2f}",
-                _interval(comparison.estimate(comparison.test[candidate])),
-                *("" if gain is None else _signed(gain) for gain in gains),
+                _interval(comparison.estimate(comparison.test[candidate]), digits),
+                *("" if gain is None else _signed(gain, digits) for gain in gains),
             ]
         )
     return [head, *body]
@@ -127,9 +129,10 @@ def lines(comparison: Comparison) -> list[str]:
         f"{len(comparison.keys)} test problems ({keys} distinct), {comparison.right.shape[1]} noise seeds each, "
         f"{steps} sampler steps; one run costs {comparison.plain_cost:.2f} GFLOP. Settings were chosen on "
         f"{len(next(iter(comparison.validation.values())))} validation problems; test was read once. Intervals: 95 %, "
-        "problems drawn with replacement, differences paired by problem.",
+        "problems drawn with replacement, differences paired by problem. Settings: K noise seeds, s steps (indices), "
+        "L layers, `all`: means written back into all runs. Runs: compute in whole runs, operations counted.",
         "",
-        *remarks(comparison),
+        *(f"* {line}" for line in remarks(comparison)),
         "",
         "![accuracy against compute](ensemble.png)",
         "",
@@ -148,7 +151,7 @@ def lines(comparison: Comparison) -> list[str]:
             table.append([group, str(int(mask.sum())), f"{comparison.plain[mask].mean():.2f}", *cells])
         out += [f"### {_caption(comparison, budget)}", "", *_markdown(table), ""]
     out += ["## The paper's window", "", *_markdown(_windows(comparison)), ""]
-    sweep = [["settings", "runs' worth", "right on validation"]]
+    sweep = [["settings", "runs", "right on validation"]]
     order = sorted(comparison.validation, key=lambda c: -float(comparison.validation[c].mean()))
     for c in order[:40]:
         sweep.append(
@@ -226,7 +229,7 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
         e = _of(comparison, paper)
         axes.errorbar(
             [comparison.cost[paper] / comparison.plain_cost], [e.mean], ([e.mean - e.lower], [e.upper - e.mean]),
-            color=PAPERS, marker="*", markersize=9, elinewidth=0.8, label="hidden, 3 seeds",
+            color=PAPERS, marker="*", markersize=9, elinewidth=0.8, label="hidden, 3 seeds, middle",
         )  # fmt: skip
     count = comparison.right.shape[1]
     axes.axhline(oracle(comparison.right, count).mean(), color=NONE, linestyle=":", linewidth=1)
@@ -286,12 +289,12 @@ def _colour(method: str) -> str:
     return OURS if method in PROBES else PAPERS if method == "hidden" else PLAIN
 
 
-def _interval(e: Estimate) -> str:
-    return f"{e.mean:.3f} [{e.lower:.3f}, {e.upper:.3f}]"
+def _interval(e: Estimate, digits: int = 3) -> str:
+    return f"{e.mean:.{digits}f} [{e.lower:.{digits}f}, {e.upper:.{digits}f}]"
 
 
-def _signed(e: Estimate) -> str:
-    return f"{e.mean:+.3f} [{e.lower:+.3f}, {e.upper:+.3f}]"
+def _signed(e: Estimate, digits: int = 3) -> str:
+    return f"{e.mean:+.{digits}f} [{e.lower:+.{digits}f}, {e.upper:+.{digits}f}]"
 
 
 def _finite(value: float) -> float | None:

@@ -41,14 +41,15 @@ class Candidate:
         return path.edit is None and not path.length
 
     def __str__(self) -> str:
+        """Method, K seeds, step indices s, layers L: `hidden K=3 s0 L4-5`."""
         if self.method == "single":
             return f"single, {self.plan.length} steps"
-        parts = [self.method, f"{self.plan.seeds} seeds"]
+        parts = [self.method, f"K={self.plan.seeds}"]
         if self.plan.steps is not None:
-            parts.append(f"step {' '.join(map(str, self.plan.steps))}")
+            parts.append("s" + ",".join(map(str, self.plan.steps)))
         if self.plan.layers:
-            parts.append(f"layers {self.plan.layers[0]}-{self.plan.layers[-1]}")
-        return ", ".join([*parts, *(["back into all"] if self.plan.back == "all" else [])])
+            parts.append(f"L{self.plan.layers[0]}-{self.plan.layers[-1]}")
+        return " ".join([*parts, *(["all"] if self.plan.back == "all" else [])])
 
 
 class Trials:
