@@ -219,12 +219,12 @@ def test_the_output_for_an_estimate_gives_that_estimate(kind):
 
 
 def test_what_cannot_be_averaged_is_refused_in_one_line_and_leaves_no_hook(pipeline):
-    with pytest.raises(ValueError, match=r"layers=\[1, 3\]: layer 3 is outside the model, expected 0 to 2"):
-        with average_blocks(pipeline, 3, (1, 3), (0,)):
-            pass
-    with pytest.raises(ValueError, match="back='some': expected one of first, all"):
-        with average_blocks(pipeline, 3, (1,), (0,), back="some"):
-            pass
+    outside = pytest.raises(ValueError, match=r"layers=\[1, 3\]: layer 3 is outside the model, expected 0 to 2")
+    with outside, average_blocks(pipeline, 3, (1, 3), (0,)):
+        pass
+    unknown = pytest.raises(ValueError, match="back='some': expected one of first, all")
+    with unknown, average_blocks(pipeline, 3, (1,), (0,), back="some"):
+        pass
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipeline.transformer.modules())
 
 
@@ -235,9 +235,9 @@ def test_activations_that_are_not_finite_are_named(pipeline):
 
     hook = pipeline.transformer.blocks[1].register_forward_hook(poison)
     try:
-        with pytest.raises(ValueError, match=r"layer 1 gave NaN or infinite activations at step 0 \(sample 4 of the b"):
-            with average_blocks(pipeline, 3, (1,), (0,)):
-                draw(pipeline)
+        message = r"layer 1 gave NaN or infinite activations at step 0 \(sample 4 of the batch"
+        with pytest.raises(ValueError, match=message), average_blocks(pipeline, 3, (1,), (0,)):
+            draw(pipeline)
     finally:
         hook.remove()
 
