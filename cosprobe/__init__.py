@@ -10,7 +10,7 @@ In the order of the data:
   data, devices, training, solvers, probes     fit every probe of a grid at once; keep them
   evaluation, scoring, metrics, grid  accuracy, intervals, baselines, significance
   figures, film, report               what a person sees
-  early       trained probes at work
+  early, ensemble                     trained probes at work
   mini, autoencoding, flowmatching, card     the model in the package, and how it was trained
 """
 
@@ -21,6 +21,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import 
 from cosprobe.capture import Tape, capture
 from cosprobe.collect import collect
 from cosprobe.devices import TrainerConfig
+from cosprobe.ensemble import ensemble
 from cosprobe.grid import Grid
 from cosprobe.pipelines import PipelineConfig, load_pipeline, sample
 from cosprobe.pooling import Pooling
@@ -42,6 +43,7 @@ __all__ = [
     "TrainerConfig",
     "capture",
     "collect",
+    "ensemble",
     "fit",
     "load_pipeline",
     "load_probes",

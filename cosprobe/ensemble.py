@@ -1,6 +1,6 @@
 """Seed ensembles: several noise seeds of one problem in one batch, one video out of them.
 
-    answer = ensemble(pipeline, problem, method="prune", seeds=8, probes=Reader.load("runs/maze-layers"))
+    answer = ensemble(pipeline, problem, method="prune", seeds=8, probes="runs/maze-layers")
     answer.video, answer.choice, answer.disagreement
 
 Every method (`cosprobe.methods`) is one call of the real pipeline: runs that are given up leave the running batch,
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Reader:
     task: str
 
     @classmethod
-    def load(cls, folder: Path | str, task: str = "maze") -> Reader:
+    def load(cls, folder: Path | str, task: str) -> Reader:
         """The probes of a finished run on the family `task`."""
         return cls.of(load_probes(folder), Grid.load(folder), task)
 
@@ -167,7 +167,7 @@ def ensemble(
     problem: Problem,
     method: str = "prune",
     seeds: int = 8,
-    probes: Reader | None = None,
+    probes: Reader | Path | str | None = None,
     task: Task | None = None,
     config: PipelineConfig | None = None,
     seed: int = 0,
@@ -175,13 +175,17 @@ def ensemble(
 ) -> EnsembleAnswer:
     """One answer to `problem` from several noise seeds.
 
-    task: default, the problem's family with its own settings. config: how the pipeline samples, default 20 steps.
-    seed: what the noise seeds are drawn from. plan: `steps`, `layers`, `back`, `length` of `Plan`.
+    probes: of a finished train.py run, or its folder. task, config: how the problem is drawn and read, how the pipeline
+    samples; default, as when the probes were trained, else the family's own settings and 20 steps. seed: what the
+    noise seeds are drawn from. plan: `steps`, `layers`, `back`, `length` of `Plan`.
     Raises ValueError for an unknown method, fewer than two seeds, a window outside the model, a method that reads
     probes without any, and probes that do not know the problem.
     """
-    task = task or FAMILIES[problem.task]().build()
-    bench = Bench(pipeline, config or PipelineConfig(frames=task.frames), task, probes)
+    reader = Reader.load(probes, problem.task) if isinstance(probes, str | Path) else probes
+    made = {} if reader is None else reader.bank.provenance["store"]
+    task = task or _as_made(FAMILIES[problem.task], "task", made).build()
+    config = config or _as_made(PipelineConfig, "pipeline", made or {"pipeline.frames": task.frames})
+    bench = Bench(pipeline, config, task, reader)
     if method in WINDOWED:
         plan.setdefault("layers", windows(bench.depth)["middle"])
     chosen = Plan(seeds, **plan)
@@ -248,6 +252,12 @@ def run(
         prompts, watched = [p.prompt for p in samples], thin if path.cuts or steps else None
         video = np.asarray(sample(model, config, images(bench.task, samples), prompts, seeds, watched))
     return _outcome(bench.task, path, problems, alive, video, odds)
+
+
+def _as_made(kind: type, group: str, store: dict[str, Any]) -> Any:
+    """Settings of a group as they stand in the provenance of a store; its own defaults for what does not."""
+    known = {f.name: store[f"{group}.{f.name}"] for f in fields(kind) if f"{group}.{f.name}" in store}
+    return kind(**known)
 
 
 def _outcome(

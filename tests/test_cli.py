@@ -110,12 +110,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(argument, message, here
     [
         ([], "run: expected run=FOLDER, the folder of a finished train.py run"),
         (["run=nowhere"], "run='nowhere': expected the folder of a train.py run, found no config.yaml"),
-        (["run=x", "use=predikt"], "use=predikt: unknown option. Did you mean use=predict? Options of use: predict"),
+        (["run=x", "use=predikt"], "use=predikt: unknown option. Did you mean use=predict? Options of use: ensemble, predict"),
         (["run=x", "use.stp=3"],
          "use.stp=3: unknown option. Did you mean use.step? Options of use: layer, problems, step"),
         (["run=x", "use.layer=a"], "use.layer=a: expected a whole number or null; now it is null"),
         (["run=x", "use.step=-1"], "use.step=-1: expected at least 0"),
         (["run=x", "use.problems=0"], "use.problems=0: expected at least 1"),
+        (["run=x", "use=ensemble", "use.size=huge"], "use.size='huge': expected one of quick, full"),
         (["run=x", "task.problems=3"],
          "task.problems=3: unknown option. Did you mean use.problems? Options: run, seed, use"),
     ],
@@ -185,7 +186,7 @@ def test_help_shows_purpose_groups_and_two_examples(here, capsys):
     assert probe.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert text.count("\n  python probe.py ") == 3  # usage and two examples
-    assert "\n  use         predict*\n" in text
+    assert "\n  use         ensemble, predict*\n" in text
     assert list(here.iterdir()) == []
 
 
