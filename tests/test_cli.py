@@ -110,7 +110,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(argument, message, here
     [
         ([], "run: expected run=FOLDER, the folder of a finished train.py run"),
         (["run=nowhere"], "run='nowhere': expected the folder of a train.py run, found no config.yaml"),
-        (["run=x", "use=predikt"], "use=predikt: unknown option. Did you mean use=predict? Options of use: ensemble, predict"),
+        (["run=x", "use=predikt"],
+         "use=predikt: unknown option. Did you mean use=predict? Options of use: ensemble, predict"),
         (["run=x", "use.stp=3"],
          "use.stp=3: unknown option. Did you mean use.step? Options of use: layer, problems, step"),
         (["run=x", "use.layer=a"], "use.layer=a: expected a whole number or null; now it is null"),
