@@ -36,8 +36,8 @@ ROLES = ("answer", "choice")  # of the targets a run is judged by, in this order
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
-    """Probes that read a run's answer while it runs.
+class Judge:
+    """Probes that judge a run while it runs, by how sure they are of its answer.
 
     accuracy: of every layer cell of every answer or choice target on validation, which says what layer to read at a
     step. task: the family the probes were trained on.
@@ -48,12 +48,12 @@ class Reader:
     task: str
 
     @classmethod
-    def load(cls, folder: Path | str, task: str) -> Reader:
+    def load(cls, folder: Path | str, task: str) -> Judge:
         """The probes of a finished run on the family `task`."""
         return cls.of(load_probes(folder), Grid.load(folder), task)
 
     @classmethod
-    def of(cls, bank: ProbeBank, grid: Grid, task: str) -> Reader:
+    def of(cls, bank: ProbeBank, grid: Grid, task: str) -> Judge:
         """Raises ValueError when there are no probes that read answers."""
         names = [t.name for role in ROLES for t in bank.targets if t.role == role and t.name in grid.targets]
         if not names:
@@ -117,10 +117,10 @@ class Bench:
     model: Any
     config: PipelineConfig
     task: Task
-    reader: Reader | None = None
+    judge: Judge | None = None
 
     def __post_init__(self) -> None:
-        made = {} if self.reader is None else self.reader.bank.provenance["store"]
+        made = {} if self.judge is None else self.judge.bank.provenance["store"]
         for name in ("steps", "guidance"):
             if made and made[f"pipeline.{name}"] != getattr(self.config, name):
                 raise ValueError(
@@ -167,7 +167,7 @@ def ensemble(
     problem: Problem,
     method: str = "prune",
     seeds: int = 8,
-    probes: Reader | Path | str | None = None,
+    probes: Judge | Path | str | None = None,
     task: Task | None = None,
     config: PipelineConfig | None = None,
     seed: int = 0,
@@ -181,11 +181,11 @@ def ensemble(
     Raises ValueError for an unknown method, fewer than two seeds, a window outside the model, a method that reads
     probes without any, and probes that do not know the problem.
     """
-    reader = Reader.load(probes, problem.task) if isinstance(probes, str | Path) else probes
-    made = {} if reader is None else reader.bank.provenance["store"]
+    judge = Judge.load(probes, problem.task) if isinstance(probes, str | Path) else probes
+    made = {} if judge is None else judge.bank.provenance["store"]
     task = task or _as_made(FAMILIES[problem.task], "task", made).build()
     config = config or _as_made(PipelineConfig, "pipeline", made or {"pipeline.frames": task.frames})
-    bench = Bench(pipeline, config, task, reader)
+    bench = Bench(pipeline, config, task, judge)
     if method in WINDOWED:
         plan.setdefault("layers", windows(bench.depth)["middle"])
     chosen = Plan(seeds, **plan)
@@ -216,8 +216,8 @@ def run(
     probes are read. Raises ValueError as `ensemble` does.
     """
     path = course(method, plan, bench.config.steps)
-    reader = bench.reader
-    if reader is None and (path.reads or path.weighs or read):
+    judge = bench.judge
+    if judge is None and (path.reads or path.weighs or read):
         raise ValueError(
             f"method={method!r} reads probes: pass those of a train.py run; without: vote, best_of, hidden"
         )
@@ -278,19 +278,19 @@ def _outcome(
         apart = disagreement(odds[path.reads[0]].argmax(dim=-1))
     else:
         apart = torch.full((len(problems),), torch.nan)
-    return Outcome(finished.answers[rows, at], alive[rows, at], apart, clips[rows, at], finished, odds)
+    return Outcome(finished.answers[rows, at], alive[rows, at], apart, clips[rows.numpy(), at.numpy()], finished, odds)
 
 
 class _Reading:
     """Asks probes of a run that is under capture; cut together with its batch."""
 
-    def __init__(self, reader: Reader, tape: Tape, pooling: Pooling, samples: Sequence[Problem], frames: int):
-        self.reader, self.tape, self.pooling = reader, tape, pooling
+    def __init__(self, judge: Judge, tape: Tape, pooling: Pooling, samples: Sequence[Problem], frames: int):
+        self.judge, self.tape, self.pooling = judge, tape, pooling
         self.samples, self.places = list(samples), pooling.places(frames)
 
     def __call__(self, step: int) -> Float[Tensor, "sample candidate"]:
-        cells = {name: self.reader.cell(name, step) for name in self.reader.accuracy}
-        return self.reader.read(cells, self.samples, self._features)
+        cells = {name: self.judge.cell(name, step) for name in self.judge.accuracy}
+        return self.judge.read(cells, self.samples, self._features)
 
     def _features(self, cell: Cell) -> Tensor:
         return self.tape.parts[cell.step, cell.site, cell.branch][:, self.places.index(cell.place)]
@@ -303,26 +303,26 @@ class _Reading:
 
 @contextmanager
 def _reading(bench: Bench, steps: Sequence[int], samples: Sequence[Problem]) -> Iterator[_Reading]:
-    reader = bench.reader
-    assert reader is not None
-    names = sorted({reader.target(p) for p in samples})
-    sites = sorted({reader.cell(name, step).site for name in names for step in steps}, key=int)
-    pooling = reader.pooling(samples)
+    judge = bench.judge
+    assert judge is not None
+    names = sorted({judge.target(p) for p in samples})
+    sites = sorted({judge.cell(name, step).site for name in names for step in steps}, key=int)
+    pooling = judge.pooling(samples)
     with capture(bench.model, sites, pooling, ",".join(map(str, steps))) as tape:
-        yield _Reading(reader, tape, pooling, samples, _latent_frames(bench))
+        yield _Reading(judge, tape, pooling, samples, _latent_frames(bench))
 
 
 def _weigh(bench: Bench, plan: Plan, samples: Sequence[Problem]) -> Callable[..., Tensor]:
     """How much surer than a guess the probe of each sample is, at the layer that is being averaged."""
-    reader = bench.reader
-    assert reader is not None
-    pooling, places = reader.pooling(samples), reader.pooling(samples).places(_latent_frames(bench))
-    names = sorted({reader.target(p) for p in samples})
-    table = {(s, n): {t: reader.cell(t, s, n) for t in names} for s in plan.steps or (0,) for n in plan.layers}
+    judge = bench.judge
+    assert judge is not None
+    pooling, places = judge.pooling(samples), judge.pooling(samples).places(_latent_frames(bench))
+    names = sorted({judge.target(p) for p in samples})
+    table = {(s, n): {t: judge.cell(t, s, n) for t in names} for s in plan.steps or (0,) for n in plan.layers}
 
     def weigh(step: int, layer: int, tokens: Tensor, size: tuple[int, int, int]) -> Float[Tensor, " batch"]:
         pooled = pooling(tokens, size).cpu()
-        odds = reader.read(table[step, layer], samples, lambda cell: pooled[:, places.index(cell.place)])
+        odds = judge.read(table[step, layer], samples, lambda cell: pooled[:, places.index(cell.place)])
         return (odds.amax(dim=-1) - 1 / odds.shape[-1]).clamp_min(0)
 
     return weigh

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from cosprobe.ensemble import Bench, Reader
+from cosprobe.ensemble import Bench, Judge
 from cosprobe.figures import STYLE, new_figure
 from cosprobe.grid import Grid
 from cosprobe.methods import PROBES
@@ -38,9 +38,9 @@ def ensembles(trained: Any, bank: ProbeBank, use: EnsembleConfig, seed: int, fol
     if found != made:
         raise ValueError(f"run={str(folder)!r}: its probes were made for model {made}, found {found}; retrain")
     task = trained.task.build()
-    reader = Reader.of(bank, Grid.load(folder), task.name)
-    bench = Bench(load_pipeline(trained.pipeline), trained.pipeline, task, reader)
-    identity = {"store": bank.provenance["store"], "accuracy": reader.fingerprint}
+    judge = Judge.of(bank, Grid.load(folder), task.name)
+    bench = Bench(load_pipeline(trained.pipeline), trained.pipeline, task, judge)
+    identity = {"store": bank.provenance["store"], "accuracy": judge.fingerprint}
     comparison = compare(bench, SIZES[use.size], trained.task.problems, seed, folder / FOLDER, identity)
     print_ensemble(comparison, write_ensemble(comparison, folder / "report" / FOLDER))
 

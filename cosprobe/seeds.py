@@ -122,7 +122,8 @@ def fresh_problems(task: Task, split: str, used: int, count: int) -> list[Proble
 
 
 def price(candidate: Candidate, steps: int, cost: Cost) -> float:
-    """Operations for one problem: prompts of all seeds, its first frame once, every step of every run, decodes."""
+    """Operations for one problem: prompts of all seeds, its first frame once, every step of every run, decodes.
+    Probes, thousands of operations where a block takes millions, are left out."""
     path = course(candidate.method, candidate.plan, steps)
     return cost.text * path.seeds + cost.image + path.evaluations(steps) * cost.evaluation + path.finished * cost.decode
 
@@ -131,7 +132,7 @@ def candidates(bench: Bench, size: Size) -> list[Candidate]:
     """Everything that is tried on validation; of equals the first one is taken."""
     parts, reads = windows(bench.depth), range(min(READS, bench.config.steps))
     found = [Candidate(m, Plan(k)) for k in range(2, size.seeds + 1) for m in ("vote", "best_of")]
-    if bench.reader is not None:
+    if bench.judge is not None:
         found += [
             Candidate(m, Plan(k, (s,)))
             for m in ("probe_best", "probe_vote")
@@ -147,7 +148,7 @@ def candidates(bench: Bench, size: Size) -> list[Candidate]:
         for steps in shifts:
             found += [Candidate("hidden", Plan(k, steps, parts[w])) for w in size.windows]
             found += [Candidate(m, Plan(k, steps)) for m in ("x0", "latent")]
-            if bench.reader is not None:
+            if bench.judge is not None:
                 found.append(Candidate("probe_weighted", Plan(k, steps, parts["middle"])))
         if len(size.counts) > 1:
             found.append(Candidate("hidden", Plan(k, (0,), parts["middle"], "all")))
@@ -175,7 +176,7 @@ def compare(bench: Bench, size: Size, used: int, seed: int, folder: Path, identi
     chosen = {name: choose(options, validation, steps, cost, budget) for name, budget in budgets.items()}
 
     curves = {m: [Candidate(m, Plan(k)) for k in range(2, size.seeds + 1)] for m in CURVES}
-    curves = {m: row for m, row in curves.items() if bench.reader is not None or m not in PROBES}
+    curves = {m: row for m, row in curves.items() if bench.judge is not None or m not in PROBES}
     used_ones = [c for row in (*chosen.values(), swept) for c in row.values()] + [c for r in curves.values() for c in r]
     test = trials.right(list(dict.fromkeys(used_ones)), "test")
     pool = trials.records("test")

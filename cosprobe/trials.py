@@ -63,7 +63,7 @@ class Trials:
         self, bench: Bench, problems: dict[str, list[Problem]], seeds: int, seed: int, folder: Path, identity: dict
     ):
         self.bench, self.problems, self.seeds, self.seed, self.folder = bench, problems, seeds, seed, folder
-        self.reads = tuple(range(min(READS, bench.config.steps))) if bench.reader is not None else ()
+        self.reads = tuple(range(min(READS, bench.config.steps))) if bench.judge is not None else ()
         self.identity = identity | {"seed": seed, "steps": bench.config.steps, "batch": bench.config.batch}
 
     def records(self, split: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cosprobe import cost as costing
 from cosprobe.capture import capture
 from cosprobe.collect import images, noise_seed
-from cosprobe.ensemble import Bench, Reader, ensemble, run
+from cosprobe.ensemble import Bench, Judge, ensemble, run
 from cosprobe.methods import (
     METHODS,
     PROBES,
@@ -44,7 +44,7 @@ FREE = [m for m in METHODS if Candidate(m, Plan(3, layers=(1,))).free]
 LAYERS, WIDTH = 3, 24
 
 
-def reader():
+def judge():
     """Probes of random weights: they read something, different for every run."""
     draw = torch.Generator().manual_seed(1)
     targets = tuple(t for t in TASK.targets if t.name in ("answer", "choice"))
@@ -57,12 +57,12 @@ def reader():
                               "pipeline.guidance": 1.0}},
     )  # fmt: skip
     accuracy = {c: 0.5 + int(c.site) * (1 if c.step else -1) / 10 for c in cells}  # last layer, at step 0 the first
-    return Reader(bank, {t.name: accuracy for t in targets}, "maze")
+    return Judge(bank, {t.name: accuracy for t in targets}, "maze")
 
 
 @pytest.fixture(scope="module")
 def bench():
-    return Bench(wan(), CONFIG, TASK, reader())
+    return Bench(wan(), CONFIG, TASK, judge())
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +151,13 @@ def test_probes_read_what_capture_pools(bench, records):
     layers = {0: 0, 1: 2, 2: 2}  # best on validation, by the table above
     for i, problem in enumerate(PROBLEMS):
         seeds = [noise_seed(problem, k, 0) for k in range(4)]
-        pooling = bench.reader.pooling([problem] * 4)
+        pooling = bench.judge.pooling([problem] * 4)
         with capture(bench.model, "all", pooling) as tape:
             video = sample(bench.model, CONFIG, images(TASK, [problem] * 4), [problem.prompt] * 4, seeds)
         features, name = tape.features(), {"one_exit": "answer", "choice": "choice"}[problem.kind]
         for step, layer in layers.items():
             cell = Cell(step, str(layer), "cond", "all")
-            odds = bench.reader.bank.probabilities(features[:, step, layer, 0, 0][:, None], name, [cell])[0]
+            odds = bench.judge.bank.probabilities(features[:, step, layer, 0, 0][:, None], name, [cell])[0]
             torch.testing.assert_close(records.odds[step][i], odds, atol=1e-4, rtol=0)
         read = [TASK.readout(problem, clip) for clip in video]
         assert records.finished.answers[i].tolist() == [-1 if r.answer is None else r.answer for r in read]
@@ -184,12 +184,14 @@ def test_what_changes_its_runs_cannot_be_replayed(records):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_price_is_what_is_counted(bench, method):
-    """Counted operations of a whole call equal the sum of its parts: what is dropped is not computed."""
+    """Counted operations of a whole call equal the sum of its parts: what is dropped is not computed. Where probes
+    read, pooling and probes come on top, which the price leaves out."""
     candidate, problem = Candidate(method, plan(method, 4)), PROBLEMS[:1]
     parts = costing.flops(bench.model, CONFIG, images(TASK, problem), [problem[0].prompt])
     with FlopCounterMode(display=False, custom_mapping=costing._ATTENTION) as counter:
         run(bench, method, candidate.plan, problem)
-    assert counter.get_total_flops() == price(candidate, CONFIG.steps, parts)
+    counted, known = counter.get_total_flops(), price(candidate, CONFIG.steps, parts)
+    assert known < counted < 1.005 * known if method in PROBES else counted == known
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -207,7 +209,7 @@ def test_the_order_of_seeds_changes_nothing(bench, method):
 
 def test_a_problem_is_answered(bench):
     for method in ("prune", "hidden", "vote"):
-        found = ensemble(bench.model, PROBLEMS[0], method, 3, probes=bench.reader, task=TASK, config=CONFIG)
+        found = ensemble(bench.model, PROBLEMS[0], method, 3, probes=bench.judge, task=TASK, config=CONFIG)
         same = run(bench, method, plan(method, layers=(1,)), PROBLEMS[:1])
         assert found.video.shape == (5, 64, 64, 3) and found.run == int(same.run[0])
         assert found.choice == TASK.readout(PROBLEMS[0], found.video).answer
@@ -235,7 +237,7 @@ def test_a_problem_is_answered(bench):
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_one_line(bench, arguments, message):
-    given = {"problem": PROBLEMS[0], "probes": bench.reader, "task": TASK, "config": CONFIG, "seeds": 3} | arguments
+    given = {"problem": PROBLEMS[0], "probes": bench.judge, "task": TASK, "config": CONFIG, "seeds": 3} | arguments
     with pytest.raises(ValueError, match=message) as caught:
         ensemble(bench.model, **given)
     assert "\n" not in str(caught.value)

@@ -82,11 +82,11 @@ def test_prices_count_every_part():
 def test_nothing_is_chosen_beyond_the_budget_and_ties_go_to_the_cheapest():
     options = [Candidate("probe_best", Plan(k, (s,))) for k in (2, 3, 4) for s in (0, 1)]
     options += [Candidate("vote", Plan(k)) for k in (2, 3)]
-    right = {c: np.array([1.0, 0.0]) for c in options} | {options[4]: np.array([1.0, 1.0])}  # 4 seeds, step 0
+    right = {c: np.array([1.0, 0.0]) for c in options} | {options[5]: np.array([1.0, 1.0])}  # 4 seeds, step 1
     chosen = choose(options, right, 10, COST, price(options[3], 10, COST))  # 3 seeds, step 1
     assert chosen["probe_best"] == options[0] and "vote" not in chosen
     generous = choose(options, right, 10, COST, 1000.0)
-    assert generous["probe_best"] == options[4] and generous["vote"] == options[6]
+    assert generous["probe_best"] == options[5] and generous["vote"] == options[6]
     for budget in (40.0, 63.0, 64.0, 1000.0):
         single = choose([], {}, 10, COST, budget)["single"]
         longer = Candidate("single", Plan(length=single.plan.length + 1))
