@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cosprobe.cost import _ATTENTION, Cost, flops, seconds
 from cosprobe.pipelines import PipelineConfig, sample
 
-IMAGES = torch.rand(2, 3, 64, 64)
-TOKENS, TEXT, WIDTH, FFN = 2 * 8 * 8, 32, 24, 32  # of tests/tiny.py: 5 frames of 64 x 64, 4 and 8 times smaller
+IMAGES = torch.rand(2, 3, 32, 32)
+TOKENS, TEXT, WIDTH, FFN = 2 * 4 * 4, 32, 24, 32  # of tests/tiny.py: 5 frames of 32 x 32, 4 and 8 times smaller
 
 
 def by_hand(layers: int, channels: int = 12, freq: int = 16, text: int = 64) -> tuple[list[int], int]:
