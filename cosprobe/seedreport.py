@@ -94,13 +94,15 @@ def remarks(comparison: Comparison) -> list[str]:
     """What the numbers say, in words: who beats the paper's method, the window, the headroom."""
     said = []
     for budget, chosen in comparison.chosen.items():
+        hidden, p = chosen["hidden"], comparison.p_better(budget)
         better = [
-            f"{m} ({_signed(comparison.gain(c, chosen['hidden']))})"
+            f"{m} ({_signed(comparison.gain(c, hidden))}, p {p[m]:.3f} corrected for all methods)"
             for m, c in chosen.items()
-            if m != "hidden" and comparison.gain(c, chosen["hidden"]).clear
+            if m != "hidden" and comparison.gain(c, hidden).clear
         ]
         said.append(
-            f"At {budget} compute, more often right than hidden with an interval clear of zero: "
+            f"At {budget} compute, more often right than {hidden} (which spends "
+            f"{comparison.cost[hidden] / comparison.plain_cost:.2f} runs) with an interval clear of zero: "
             f"{', '.join(better) or 'nothing'}."
         )
     said.append(f"Window: {'; '.join(_window_gains(comparison))}.")
@@ -178,6 +180,7 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
         "test_problems": len(comparison.keys),
         "one_run": {"gflop": comparison.plain_cost, "right": vars(comparison.estimate(comparison.plain))},
         "budgets_gflop": comparison.budgets,
+        "p_better_than_hidden": {budget: comparison.p_better(budget) for budget in comparison.chosen},
         "chosen": {b: {m: entry(c, row) for m, c in row.items()} for b, row in comparison.chosen.items()},
         "windows": {w: vars(comparison.estimate(comparison.test[c])) for w, c in comparison.windows.items()},
         "oracle": {k: float(oracle(comparison.right, k).mean()) for k in range(1, count + 1)},

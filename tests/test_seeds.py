@@ -197,6 +197,9 @@ def planted(better):
 
 def test_remarks_name_what_is_clearly_better_and_nothing_else():
     assert "clear of zero: probe_best (+0.250 [+0.1" in remarks(planted(10))[0]
+    assert (
+        planted(10).p_better("the paper's")["probe_best"] < 0.01 < 0.05 < planted(1).p_better("the paper's")["single"]
+    )
     assert remarks(planted(1))[0].endswith("clear of zero: nothing.")
     text = " ".join(remarks(planted(1)))
     assert "correlation of errors between seeds 1.00" in text and "0.75 at step 0" in text
