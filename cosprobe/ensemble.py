@@ -289,6 +289,8 @@ class _Reading:
         self.samples, self.places = list(samples), pooling.places(frames)
 
     def __call__(self, step: int) -> Float[Tensor, "sample candidate"]:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # captured features are copied asynchronously
         cells = {name: self.judge.cell(name, step) for name in self.judge.accuracy}
         return self.judge.read(cells, self.samples, self._features)
 
