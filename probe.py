@@ -1,11 +1,11 @@
 """Uses trained probes: reads a model's answers from inside, before it has drawn them.
 
-  python probe.py use=predict|early run=FOLDER [name=value ...]
+  python probe.py use=predict|early|ensemble run=FOLDER [name=value ...]
 
 Examples:
-  python probe.py use=predict run=runs/maze-layers                     at step 0, from the best layer
-  python probe.py use=predict run=runs/maze-layers use.step=2 use.layer=5 use.problems=8
+  python probe.py use=predict run=runs/maze-layers use.step=2  read new problems early, beside what the full run draws
   python probe.py use=early run=runs/maze-layers               stop as soon as a probe is sure, with a stated risk
+  python probe.py use=ensemble run=runs/maze-layers            several seeds against one run, at matched compute
 
 FOLDER is the run folder of a finished train.py run.
 """
@@ -16,19 +16,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosprobe.config import UseRun, command, read_run
+from cosprobe.config import PredictConfig, UseRun, command, read_run
 from cosprobe.early import predict
 from cosprobe.probes import load_probes
 from cosprobe.savings import answer_early
+from cosprobe.seedreport import ensembles
+from cosprobe.seeds import EnsembleConfig
 from cosprobe.stopping import EarlyConfig
+
+USES = {PredictConfig: predict, EarlyConfig: answer_early, EnsembleConfig: ensembles}
 
 
 def use(run: UseRun) -> None:
-    settings = (read_run(run.run), load_probes(run.run), run.use, run.seed, Path(run.run))
-    if isinstance(run.use, EarlyConfig):
-        answer_early(*settings)
-    else:
-        predict(*settings)
+    USES[type(run.use)](read_run(run.run), load_probes(run.run), run.use, run.seed, Path(run.run))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ In the order of the data:
   halting, reading    runs that end behind a block, answers that stream out of them
   policy, stopping    when to stop, with a stated risk
   cost, frontier, savings     what that saves, counted
+  methods, ensemble, trials, seeds    several noise seeds against one run, at matched compute
   early       trained probes at work
   mini, autoencoding, flowmatching, card     the model in the package, and how it was trained
 """
@@ -24,6 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import 
 from cosprobe.capture import Tape, capture
 from cosprobe.collect import collect
 from cosprobe.devices import TrainerConfig
+from cosprobe.ensemble import ensemble
 from cosprobe.grid import Grid
 from cosprobe.pipelines import PipelineConfig, load_pipeline, sample
 from cosprobe.pooling import Pooling
@@ -45,6 +47,7 @@ __all__ = [
     "TrainerConfig",
     "capture",
     "collect",
+    "ensemble",
     "fit",
     "load_pipeline",
     "load_probes",

@@ -97,8 +97,8 @@ def capture(
             for layer, block in enumerate(blocks):
                 if str(layer) in watcher.tape.sites:
                     undo.callback(block.register_forward_hook(watcher.on_block(str(layer))).remove)
-            undo.callback(_replace(model, "cache_context", watcher.around_context))
-        undo.callback(_replace(pipeline.scheduler, "step", watcher.around_step))
+            undo.callback(wrap_method(model, "cache_context", watcher.around_context))
+        undo.callback(wrap_method(pipeline.scheduler, "step", watcher.around_step))
         yield watcher.tape
     watcher.audit()
 
@@ -284,8 +284,8 @@ def _refuse(pipeline: Any, models: dict[str, nn.Module]) -> None:
             )
 
 
-def _replace(owner: Any, name: str, around: Callable) -> Callable[[], None]:
-    """Wraps a method on one instance; returns what undoes it."""
+def wrap_method(owner: Any, name: str, around: Callable) -> Callable[[], None]:
+    """Lets `around(original, *args)` answer for a method of one instance; returns what undoes it."""
     original = getattr(owner, name, None)
     if original is None:
         return lambda: None

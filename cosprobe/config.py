@@ -29,6 +29,7 @@ from cosprobe.adapting import AdapterConfig
 from cosprobe.devices import TrainerConfig
 from cosprobe.mini import MiniConfig
 from cosprobe.pipelines import PipelineConfig
+from cosprobe.seeds import EnsembleConfig
 from cosprobe.stopping import EarlyConfig
 from cosprobe.tasks import FAMILIES
 from cosprobe.training import ProbeConfig
@@ -62,7 +63,7 @@ class PredictConfig:
 SCHEMAS: dict[str, dict[str, type]] = {
     "task": dict(FAMILIES),
     "experiment": {"probes": ProbeExperiment, "mini": MiniConfig, "lora": AdapterConfig},
-    "use": {"predict": PredictConfig, "early": EarlyConfig},
+    "use": {"predict": PredictConfig, "early": EarlyConfig, "ensemble": EnsembleConfig},
 }
 
 

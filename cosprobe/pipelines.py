@@ -22,6 +22,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+PROMPTS = ("prompt_embeds", "negative_prompt_embeds")  # what a pipeline's loop holds per sample beside its latents
+KINDS = (".json", ".safetensors")  # of files that make a model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -170,18 +172,14 @@ def load_pipeline(config: PipelineConfig, device: str = "cpu") -> DiffusionPipel
         raise ValueError(f"pipeline.path={str(folder)!r}: not a complete diffusers pipeline ({reason})") from error
     for transformer in experts(pipeline).values():
         architecture(transformer)
-    if config.lora:
-        _load_adapter(pipeline, config.lora)
-    pipeline.set_progress_bar_config(disable=True)
-    return freeze(pipeline.to(device))
-
-
-def _load_adapter(pipeline: DiffusionPipeline, folder: str) -> None:
     try:
-        pipeline.load_lora_weights(folder, local_files_only=True, use_safetensors=True)
+        if config.lora:
+            pipeline.load_lora_weights(config.lora, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:160]
-        raise ValueError(f"pipeline.lora={folder!r}: expected adapters of this model ({reason})") from error
+        raise ValueError(f"pipeline.lora={config.lora!r}: expected adapters of this model ({reason})") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return freeze(pipeline.to(device))
 
 
 def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -194,10 +192,10 @@ def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 def fingerprint(*folders: Path) -> str:
     """Identity of a model's folders: every config, and size and 16 spread samples of every weight file."""
     digest = hashlib.sha256()
-    named = [(p.relative_to(folder), p) for folder in folders for p in sorted(folder.rglob("*"))]
-    for name, path in (pair for pair in named if pair[1].suffix in (".json", ".safetensors")):
+    paths = [(folder, p) for folder in folders for p in sorted(folder.rglob("*")) if p.suffix in KINDS]
+    for folder, path in paths:
         size = path.stat().st_size
-        digest.update(f"{name}:{size}".encode())
+        digest.update(f"{path.relative_to(folder)}:{size}".encode())
         with path.open("rb") as file:
             for place in range(16) if path.suffix == ".safetensors" else range(1):
                 file.seek(place * size // 16)
@@ -217,13 +215,14 @@ def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], limit: in
 
 
 @contextmanager
-def batched_images(pipeline: DiffusionPipeline) -> Iterator[None]:
+def batched_images(pipeline: DiffusionPipeline) -> Iterator[list[Tensor]]:
     """Lets one call serve a batch of different first frames, which diffusers does not offer.
 
     Each problem is prepared by the pipeline's own `prepare_latents` as if alone and the results are
     concatenated, so noise and condition never depend on the batch. Undone on exit.
+    Yields a list that will hold the condition of the batch, the very tensor the pipeline's loop works with.
     """
-    original = pipeline.prepare_latents
+    original, held = pipeline.prepare_latents, []
 
     def prepare(image: Tensor, batch_size: int, *rest: Any) -> tuple[Tensor, ...]:
         *shape, generator, latents, last = rest
@@ -232,11 +231,12 @@ def batched_images(pipeline: DiffusionPipeline) -> Iterator[None]:
             for i in range(batch_size)
         ]
         noise, condition, *mask = zip(*alone, strict=True)
-        return (torch.cat(noise), torch.cat(condition), *(m[0] for m in mask))
+        held.append(torch.cat(condition))
+        return (torch.cat(noise), held[-1], *(m[0] for m in mask))
 
     pipeline.prepare_latents = prepare
     try:
-        yield
+        yield held
     finally:
         del pipeline.prepare_latents
 
@@ -248,23 +248,29 @@ def sample(
     images: Float[Tensor, "batch 3 height width"],
     prompts: Sequence[str],
     seeds: Sequence[int],
+    thin: Callable[[int], Sequence[int] | None] | None = None,
     **overrides: Any,
 ) -> np.ndarray | Tensor:
     """Samples a batch of different problems through the pipeline's `__call__`.
 
     images: first frames in [0, 1]. seeds: one per sample; a sample's noise depends on its seed alone.
+    thin: called with each step index when the step is done; says which samples of what is left of the batch go on
+    (places, in order), None for all. The others are dropped: nothing more is computed for them.
     Returns float video [batch, frame, height, width, 3] in [0, 1]; `overrides` go to the pipeline (with
     `output_type="latent"` the result is the latent tensor).
+    Raises ValueError for `thin` with a transformer whose samples must go one by one.
     """
     check_prompts(pipeline, [*prompts, config.negative_prompt], config.prompt_tokens)
     transformer = next(iter(experts(pipeline).values()))
     if len(images) > 1 and transformer.config.get("image_dim", None) is not None:
+        if thin is not None:
+            raise ValueError(
+                "this transformer is given a CLIP image embedding (Wan2.1): expected one whose samples can share a "
+                "batch, such as Wan2.2; samples cannot be dropped on the way"
+            )
         # Wan2.1 repeats its CLIP image embedding over the batch: different problems must go one by one
-        alone = [
-            sample(pipeline, config, images[i : i + 1], [prompts[i]], [seeds[i]], **overrides)
-            for i in range(len(images))
-        ]
-        return np.concatenate(alone)
+        alone = zip(images.split(1), prompts, seeds, strict=True)
+        return np.concatenate([sample(pipeline, config, i, [p], [s], **overrides) for i, p, s in alone])
     arguments = {
         "image": images,
         "prompt": list(prompts),
@@ -278,8 +284,40 @@ def sample(
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
         "output_type": "np",
     }
-    with batched_images(pipeline):
+    with batched_images(pipeline) as held:
+        if thin is not None:
+            names = [n for n in pipeline._callback_tensor_inputs if n in ("latents", *PROMPTS)]
+            overrides |= {
+                "callback_on_step_end": _thinning(thin, held),
+                "callback_on_step_end_tensor_inputs": names,
+            }
         return pipeline(**(arguments | overrides)).frames
+
+
+def _thinning(thin: Callable[[int], Sequence[int] | None], held: list[Tensor]) -> Callable[[Any, int, Any, dict], dict]:
+    """A `callback_on_step_end` that drops samples from the running batch.
+
+    What a pipeline takes back from a callback is replaced; the condition is a local variable of its loop, so it is
+    cut in place, as is what a multi-step scheduler remembers of earlier steps.
+    """
+
+    def callback(running: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        keep = thin(step)
+        if keep is None:
+            return {}
+        at, size = list(keep), len(tensors["latents"])
+        for condition in held:
+            condition.data = condition[at]
+        memory = vars(running.scheduler)
+        for name in ("model_outputs", "last_sample"):
+            value = memory.get(name)
+            if isinstance(value, list):
+                memory[name] = [v[at] if isinstance(v, Tensor) and len(v) == size else v for v in value]
+            elif isinstance(value, Tensor):
+                memory[name] = value[at]
+        return {name: value[at] for name, value in tensors.items() if value is not None}
+
+    return callback
 
 
 def stop_after(step: int) -> Callable[[Any, int, Any, dict], dict]:

@@ -14,14 +14,20 @@ LAYERS = {  # a module may import any module that stands before it
         *("tasks", "pooling", "solvers", "ridge", "newton"),
         *("metrics", "latency", "timing", "calibration", "grid", "predictions", "scoring", "store", "policy"),
     ],
-    2: ["pipelines", "cost", "capture", "randomised", "halting", "reading", "probes"],
+    2: ["pipelines", "cost", "capture", "interventions", "randomised", "halting", "reading", "probes"],
     3: [
         *("devices", "data", "refitting", "transfer", "efficiency", "nuisance", "training"),
         *("collect", "samples", "baselines", "evaluation"),
         *("solving", "autoencoding", "flowmatching", "encoding", "mini", "adapting"),
     ],
-    4: ["stopping", "frontier", "early", "card", "checks"],
-    5: ["figures", "film", "gallery", "diagnostics", "summary", "report", "savings"],
+    4: [
+        *("methods", "ensemble", "trials", "seeds"),
+        *("stopping", "frontier", "early", "card", "checks"),
+    ],
+    5: [
+        *("figures", "film", "gallery", "diagnostics", "summary", "report"),
+        *("savings", "seedreport"),
+    ],
     6: ["config"],
     7: ["train", "probe"],
 }
@@ -30,7 +36,7 @@ ONLY_IN = {  # library: the modules that may import it
     "hydra": {"config"},
     "omegaconf": {"config"},
     "yaml": {"config"},
-    "matplotlib": {"figures", "film", "gallery", "diagnostics", "report", "savings"},
+    "matplotlib": {"figures", "film", "gallery", "diagnostics", "report", "savings", "seedreport"},
     "lightning": {*LAYERS[3], *LAYERS[4], "report"},
     "peft": {"adapting"},
     "torchmetrics": {"training"},

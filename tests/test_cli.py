@@ -111,7 +111,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(argument, message, here
         ([], "run: expected run=FOLDER, the folder of a finished train.py run"),
         (["run=nowhere"], "run='nowhere': expected the folder of a train.py run, found no config.yaml"),
         (["run=x", "use=predikt"], "use=predikt: unknown option. Did you mean use=predict? "
-         "Options of use: early, predict"),
+         "Options of use: early, ensemble, predict"),
         (["run=x", "use.stp=3"],
          "use.stp=3: unknown option. Did you mean use.step? Options of use: layer, problems, step"),
         (["run=x", "use.layer=a"], "use.layer=a: expected a whole number or null; now it is null"),
@@ -121,6 +121,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(argument, message, here
         (["run=x", "use=early", "use.calibration=58"],
          "use.calibration=58: expected at least 59 problems, the fewest that can show a risk of 0.05 at confidence "
          "0.95 (without a single error); raise it or allow more risk"),
+        (["run=x", "use=ensemble", "use.size=huge"], "use.size='huge': expected one of quick, full"),
         (["run=x", "task.problems=3"],
          "task.problems=3: unknown option. Did you mean use.problems? Options: run, seed, use"),
     ],
@@ -189,8 +190,8 @@ def test_help_shows_purpose_groups_and_two_examples(here, capsys):
             assert f"\n  {group}\n" in text
     assert probe.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert text.count("\n  python probe.py ") == 3  # usage and two examples
-    assert "\n  use         early, predict*\n" in text
+    assert text.count("\n  python probe.py ") == 4  # usage and three examples
+    assert "\n  use         early, ensemble, predict*\n" in text
     assert list(here.iterdir()) == []
 
 

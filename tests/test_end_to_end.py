@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import probe
-from cosprobe import Grid, load_probes
+from cosprobe import Grid, ensemble, load_pipeline, load_probes
 from cosprobe.config import read_run
 from cosprobe.samples import load_samples
+from cosprobe.seeds import SIZES, Size
 from cosprobe.store import ActivationStore
 from tests.tiny import wan
 
@@ -153,6 +154,23 @@ def test_early_stopping_is_calibrated_reported_and_left_in_the_bank(run):
     again = command("probe.py", *settings)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("re-using them") == 2
+
+
+@pytest.mark.slow
+def test_ensembles_are_compared_and_answer(model, run, monkeypatch, capsys):
+    tiny = Size(3, 2, 4, ("middle", "early", "all"), ((0,),), (3,))
+    monkeypatch.setitem(SIZES, "quick", tiny)
+    for bars in (2, 0):  # the second time everything is on disk
+        assert probe.main(["use=ensemble", f"run={run[0]}"]) == 0
+        said = capsys.readouterr().out
+        assert said.count("ensemble: batches") == bars
+        assert "At the paper's compute" in said and "probe_vote K=3 s" in said and "Headroom: one run is right" in said
+    for name in ("ensemble.json", "ensemble.md", "ensemble.png"):
+        assert (run[0] / "report" / "ensemble" / name).stat().st_size > 1000
+    settings = read_run(run[0])
+    problem = settings.task.build().problems("calibration", 1)[0]
+    found = ensemble(load_pipeline(settings.pipeline), problem, "prune", 3, probes=run[0])
+    assert found.video.shape == (5, 64, 64, 3) and found.evaluations == 3 + 2 + 1
 
 
 @pytest.mark.slow

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
 
 from cosprobe.encoding import encode_condition
 from cosprobe.pipelines import PipelineConfig, batched_images, experts, fingerprint, load_pipeline, sample
@@ -145,3 +146,30 @@ def test_the_shipped_model_is_a_plain_diffusers_folder():
     assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     card = (Path(folder) / "README.md").read_text()
     assert all(word in card for word in ("one_exit", "rooms walked", "seed", "Minutes"))
+
+
+@pytest.mark.parametrize(("experts", "guidance", "multistep"), [(1, 1.0, False), (2, 3.0, False), (1, 3.0, True)])
+def test_samples_can_leave_a_running_batch(experts, guidance, multistep):
+    """Who stays ends as if alone; nothing is computed for who left."""
+    pipeline, config = wan(experts), replace(CONFIG, steps=4, guidance=guidance)
+    if multistep:  # it remembers earlier steps of every sample
+        pipeline.scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+    four, sizes = torch.cat([IMAGES, 1 - IMAGES]), []
+    models = [pipeline.transformer, pipeline.transformer_2][:experts]
+    hooks = [m.register_forward_hook(lambda model, args, output: sizes.append(len(output[0]))) for m in models]
+    video = sample(pipeline, config, four, [PROMPT] * 4, [1, 2, 3, 4], thin=lambda step: {1: [1, 3], 2: [1]}.get(step))
+    for hook in hooks:
+        hook.remove()
+    alone = sample(pipeline, config, four[3:], [PROMPT], [4])
+    np.testing.assert_allclose(video, alone, atol=1e-5)
+    branches = 1 if guidance == 1 else 2
+    assert sizes == [size for size in (4, 4, 2, 1) for _ in range(branches)]
+
+
+def test_samples_that_go_one_by_one_cannot_leave():
+    pipeline = wan()
+    pipeline.transformer.register_to_config(image_dim=8)
+    with pytest.raises(ValueError, match="this transformer is given a CLIP image embedding .Wan2.1.: expected one"):
+        sample(pipeline, CONFIG, IMAGES, [PROMPT] * 2, [1, 2], thin=lambda step: None)
