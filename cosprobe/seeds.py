@@ -31,8 +31,8 @@ SLACK = 1e-9  # relative; two budgets closer than this are equal
 @dataclass(frozen=True)
 class Size:
     """seeds: of each problem in the records. validation, test: problems. windows: of layers, the paper's first, which
-    is taken when others are no better. shifts: steps at which
-    means are tried. counts: K that are tried for methods that change their runs."""
+    is taken when others are no better. shifts: steps at which means are tried. counts: K that are tried for methods
+    that change their runs."""
 
     seeds: int
     validation: int
