@@ -10,11 +10,12 @@ import pytest
 
 import probe
 import train
-from cosprobe import checks, scoring
+from cosprobe import checks, scoring, seeds
 from cosprobe.grid import BASELINES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LESS = {"predict": ["use.step=1", "use.problems=2"], "early": ["use.calibration=59", "use.problems=2"], "ensemble": []}
 SMALL = ["task.problems=24", "pipeline.steps=3", "probe.epochs=3", "pipeline.batch=8"]
 
 
@@ -54,20 +55,22 @@ def test_every_safeguard_names_what_the_grid_holds():
 @pytest.mark.slow
 def test_every_command_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(seeds.SIZES, "quick", seeds.Size(3, 2, 4, ("middle", "all"), ((0,),), (3,)))
     shown = [line for line in commands() if line.startswith("python ")]
     assert any("train.py" in line for line in shown) and any("probe.py" in line for line in shown)
     for line in sorted(shown, key=lambda line: "probe.py" in line):
         _, script, *settings = shlex.split(line)
         if "--help" in settings or "--cfg" in settings:
             assert {"train.py": train, "probe.py": probe}[script].main(settings) == 0
-        elif "experiment=mini" in settings:  # its own test trains it
+        elif any(setting.startswith("experiment=") for setting in settings):  # their own tests train them
             assert train.main([*settings, "--cfg"]) == 0
         elif script == "train.py":
             keys = {setting.split("=")[0] for setting in settings}
             fewer = ["probe.steps=0,2"] if "probe.steps" in keys else []
             assert train.main([*settings, *SMALL, *fewer]) == 0, line
         else:
-            assert probe.main([*settings, "use.step=1", "use.problems=2"]) == 0, line
+            use = next(setting.partition("=")[2] for setting in settings if setting.startswith("use="))
+            assert probe.main([*settings, *LESS[use]]) == 0, line
 
 
 @pytest.mark.slow
