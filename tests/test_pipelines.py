@@ -138,14 +138,14 @@ def test_experts_are_named():
 def test_the_shipped_model_is_a_plain_diffusers_folder():
     folder = PipelineConfig().folder
     files = [path for path in folder.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 10e6
+    assert sum(path.stat().st_size for path in files) <= 12e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
     pipeline = WanImageToVideoPipeline.from_pretrained(folder)
     assert type(pipeline.transformer).__name__ == "WanTransformer3DModel"
     assert type(pipeline.text_encoder).__name__ == "UMT5EncoderModel"
     assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     card = (Path(folder) / "README.md").read_text()
-    assert all(word in card for word in ("one_exit", "rooms walked", "seed", "Minutes"))
+    assert all(word in card for word in ("one_exit", "rooms 4", "seed", "Minutes"))
 
 
 @pytest.mark.parametrize(("experts", "guidance", "multistep"), [(1, 1.0, False), (2, 3.0, False), (1, 3.0, True)])
