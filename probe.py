@@ -13,7 +13,7 @@ FOLDER is the run folder of a finished train.py run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cosprobe.config import PredictConfig, UseRun, command, read_run
@@ -24,7 +24,7 @@ from cosprobe.seedreport import ensembles
 from cosprobe.seeds import EnsembleConfig
 from cosprobe.stopping import EarlyConfig
 
-USES = {PredictConfig: predict, EarlyConfig: answer_early, EnsembleConfig: ensembles}
+USES: dict[type, Callable[..., None]] = {PredictConfig: predict, EarlyConfig: answer_early, EnsembleConfig: ensembles}
 
 
 def use(run: UseRun) -> None:
