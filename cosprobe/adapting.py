@@ -62,7 +62,7 @@ def train_adapter(
     transformer, vae = model.transformer, model.vae
     beside = transformer.config.in_channels - transformer.config.out_channels
     given = vae.config.get("z_dim", 0) + vae.config.get("scale_factor_temporal", 0)
-    if beside != given or transformer.config.get("image_dim"):
+    if beside != given or not given or transformer.config.get("image_dim"):
         raise ValueError(
             f"{type(model).__name__}: expected an image-to-video pipeline that gives its transformer the encoded first "
             "frame and nothing else, such as Wan 2.2 I2V or the model in the package"

@@ -62,7 +62,7 @@ class PredictConfig:
 # Groups whose options are different classes. The other groups only choose values of one class.
 SCHEMAS: dict[str, dict[str, type]] = {
     "task": dict(FAMILIES),
-    "experiment": {"probes": ProbeExperiment, "mini": MiniConfig, "lora": AdapterConfig},
+    "experiment": {"probes": ProbeExperiment, "mini": MiniConfig, "mini_small": MiniConfig, "lora": AdapterConfig},
     "use": {"predict": PredictConfig, "early": EarlyConfig, "ensemble": EnsembleConfig},
 }
 

@@ -69,14 +69,18 @@ class Judge:
             digest.update(self.bank.weights[name].contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of problems whose runs can be read."""
+        return tuple(sorted({kind for name in self.accuracy for kind in self.bank.target(name).kinds}))
+
     def target(self, problem: Problem) -> str:
         """The target a run of this problem is read by. Raises ValueError for a problem the probes do not know."""
         fitting = [name for name in self.accuracy if problem.kind in self.bank.target(name).kinds]
         if problem.task != self.task or not fitting:
-            known = {kind for name in self.accuracy for kind in self.bank.target(name).kinds}
             raise ValueError(
                 f"problem {problem.name!r}: these probes do not know it, expected task {self.task!r}, "
-                f"kind {' or '.join(sorted(known))}; train probes on its task"
+                f"kind {' or '.join(self.kinds)}; train probes on its task"
             )
         return fitting[0]
 

@@ -122,10 +122,11 @@ class Comparison:
         return dict(zip(others, max_t_bootstrap(differences, self.keys)[0].tolist(), strict=True))
 
 
-def fresh_problems(task: Task, split: str, used: int, count: int) -> list[Problem]:
-    """`count` problems of a split beyond those a run that drew `used` problems over all splits has seen."""
+def fresh_problems(task: Task, split: str, used: int, count: int, kinds: Sequence[str]) -> list[Problem]:
+    """`count` problems of some kinds beyond those that a run which drew `used` over all splits has seen of a split."""
     seen = round(used * SHARES[split])
-    return task.problems(split, seen + count)[seen:]
+    beyond = task.problems(split, seen + count * (1 if set(kinds) >= set(task.kinds) else len(task.kinds)))[seen:]
+    return [problem for problem in beyond if problem.kind in kinds][:count]
 
 
 def price(candidate: Candidate, steps: int, cost: Cost) -> float:
@@ -168,7 +169,8 @@ def compare(bench: Bench, size: Size, used: int, seed: int, folder: Path, identi
     """
     steps = bench.config.steps
     counts = {"validation": size.validation, "test": size.test}
-    problems = {split: fresh_problems(bench.task, split, used, count) for split, count in counts.items()}
+    kinds = bench.task.kinds if bench.judge is None else bench.judge.kinds  # a model may never settle on a choice
+    problems = {split: fresh_problems(bench.task, split, used, count, kinds) for split, count in counts.items()}
     one = problems["validation"][:1]
     cost = flops(bench.model, bench.config, images(bench.task, one), [p.prompt for p in one])
     trials = Trials(bench, problems, size.seeds, seed, folder, identity)

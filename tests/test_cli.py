@@ -58,7 +58,7 @@ MISTAKES = [
     ("probe=", "unknown option. Options of probe: frames, layers"),
     ("task=maize", f"unknown option. Did you mean task=maze? Options of task: {', '.join(TASKS)}"),
     ("trainer=tpu", "unknown option. Did you mean trainer=cpu? Options of trainer: cpu, gpu"),
-    ("experiment=minni", "unknown option. Did you mean experiment=mini? Options of experiment: mini, probes"),
+    ("experiment=minni", "unknown option. Did you mean experiment=mini? Options of experiment: lora, mini, mini_small, probes"),
     # types
     ("seed=x", "expected a whole number; now it is 0"),
     ("seed=1.5", "expected a whole number; now it is 0"),
@@ -199,7 +199,7 @@ def test_examples_of_the_help_are_valid(capsys):
     for entry, root in ((train, TrainRun), (probe, UseRun)):
         shown = [line.split() for line in entry.__doc__.splitlines() if line.startswith("  python ")]
         examples = [words for words in shown if "[name=value" not in words]
-        assert len(examples) == 2
+        assert len(examples) == (3 if root is UseRun else 2)
         for words in examples:
             settings = [word for word in words[2:] if "=" in word]
             assert settings

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cosprobe.tasks import hide
-from cosprobe.tasks.hide import DOWN, LANES, NONE, PAINT, REST, STRAIGHT, UP, WAYS, Hide, HideConfig, Scene, vocabulary
+from cosprobe.tasks.hide import DOWN, LANES, NONE, PAINT, REST, STRAIGHT, UP, WAYS, Hide, HideConfig, Scene
 from cosprobe.tasks.task import Problem
 
 TASK = Hide()
@@ -83,18 +83,16 @@ def test_labels_are_balanced(problems, target):
     assert np.abs(shares - 1 / classes).max() < 4 * np.sqrt((1 - 1 / classes) / classes / len(problems))
 
 
-def test_prompts_say_the_direction_in_words_of_the_vocabulary(problems):
-    words, phrasings = set(vocabulary()), {UP: set(), STRAIGHT: set(), DOWN: set()}
-    assert vocabulary() == sorted(words)
+def test_prompts_say_the_direction_in_words(problems):
+    phrasings = {UP: set(), STRAIGHT: set(), DOWN: set()}
     for problem in problems:
         said = problem.prompt.split()
-        assert len(said) <= 30 and set(said) <= words
+        assert len(said) <= 30
         assert problem.prompt == " ".join(said) and all(word.isalpha() and word.islower() for word in said)
         assert [any(way in problem.prompt for way in ways) for ways in WAYS].index(True) == problem.layout.shift
         assert sum(way in problem.prompt for ways in WAYS for way in ways) == 1
         phrasings[problem.layout.shift].add(problem.prompt)
     assert min(map(len, phrasings.values())) >= 40 and len(hide.PROMPTS) >= 4
-    assert {word for prompts in phrasings.values() for prompt in prompts for word in prompt.split()} == words
 
 
 # identity

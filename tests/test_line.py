@@ -11,7 +11,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from cosprobe.tasks import Problem, Task
-from cosprobe.tasks.line import BLUE, GOLD, PALETTE, RED, Line, LineConfig, canonical_key, vocabulary
+from cosprobe.tasks.line import BLUE, GOLD, PALETTE, RED, Line, LineConfig, canonical_key
 
 TASK = Line()
 SMALL = Line(size=3, row=3, pieces=(3, 6))
@@ -126,13 +126,10 @@ def test_there_are_near_misses_on_most_boards(problems):
     assert np.mean(np.array(misses) > 0) > 0.8
 
 
-def test_prompts_vary_and_keep_to_the_vocabulary(problems):
-    words = set(vocabulary())
-    assert vocabulary() == sorted(words)
+def test_prompts_vary_and_say_how_many_win(problems):
     for task in (TASK, SMALL, Line(row=5), Line(row=6, pieces=(16, 20))):
         prompts = {p.prompt for p in (problems if task is TASK else task.problems("model", 12))}
         for prompt in prompts:
-            assert set(prompt.split()) <= words
             assert len(prompt.split()) <= 30
             assert prompt == prompt.lower() and prompt.replace(" ", "").isalpha()
             assert {3: "three", 4: "four", 5: "five", 6: "six"}[task.row] in prompt

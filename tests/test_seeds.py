@@ -60,7 +60,7 @@ def test_planted_errors_show_their_correlation(rng):
 
 def test_problems_are_new_to_the_run_that_trained_the_probes():
     for split, seen in (("validation", 20), ("test", 30)):
-        fresh = fresh_problems(TASK, split, 100, 6)
+        fresh = fresh_problems(TASK, split, 100, 6, TASK.kinds)
         assert len(fresh) == 6
         assert not {p.key for p in fresh} & {p.key for p in TASK.problems(split, seen)}
 
@@ -118,7 +118,7 @@ def test_a_second_comparison_runs_nothing_and_says_the_same(compared, bench, mon
 def test_numbers_on_disk_are_those_of_runs(compared, bench):  # noqa: F811
     """Any candidate, free or not, run by hand on the same problems gives the same answers."""
     found, _ = compared
-    problems = fresh_problems(TASK, "test", 20, 4)
+    problems = fresh_problems(TASK, "test", 20, 4, TASK.kinds)
     assert found.keys.tolist() == [p.key for p in problems]
     for c in (found.chosen["the paper's"]["hidden"], found.chosen["the paper's"]["probe_best"]):
         outcome = run(bench, c.method, c.plan, problems)
