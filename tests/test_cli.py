@@ -58,7 +58,8 @@ MISTAKES = [
     ("probe=", "unknown option. Options of probe: frames, layers"),
     ("task=maize", f"unknown option. Did you mean task=maze? Options of task: {', '.join(TASKS)}"),
     ("trainer=tpu", "unknown option. Did you mean trainer=cpu? Options of trainer: cpu, gpu"),
-    ("experiment=minni", "unknown option. Did you mean experiment=mini? Options of experiment: lora, mini, mini_small, probes"),
+    ("experiment=minni",
+     "unknown option. Did you mean experiment=mini? Options of experiment: lora, mini, mini_small, probes"),
     # types
     ("seed=x", "expected a whole number; now it is 0"),
     ("seed=1.5", "expected a whole number; now it is 0"),

@@ -163,16 +163,14 @@ class Line:
             ways = (won > 0).sum(-1)
             fits = ~over & (ways >= least) & (ways <= most) & (won.max(-1) == 1) & ((threatened > 0).sum(-1) <= 1)
             picky = rng.random((len(waiting), 1)) < PICKY
-            rank = 1 + picky * (2 * threatened.any(-1) + (blocked > 0)) + even * self._even(marks, won)
+            rank = 1 + picky * (2 * threatened.any(-1) + (blocked > 0) + even * self._even(marks, won))
             best, found = (fits * rank).argmax(-1), fits.any(-1)
             boards[waiting[found]] = marks[found, best[found]]
             waiting = waiting[~found]
             if not len(waiting):
                 return boards
-        wanted = f"{least} to {most} cells that complete a row"
-        raise ValueError(
-            f"task.pieces={self.pieces}: no board with {wanted}; expected fewer pieces or a longer task.row"
-        )
+        text = f"no board found with {least} to {most} cells that complete a row; expected fewer pieces or longer rows"
+        raise ValueError(f"task.pieces={self.pieces}: {text}")
 
     def _even(self, marks: np.ndarray, won: np.ndarray) -> np.ndarray:
         """Near 1 where winning cells see as many own pieces more than others in line as other empty cells do."""
