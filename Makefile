@@ -25,7 +25,7 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m cosprobe.gallery docs/figures/families.png
 	$(BIN)/python train.py probe=layers
-	$(BIN)/python probe.py use=early run=runs/maze-layers
+	$(BIN)/python probe.py use=early run=runs/maze-layers use.problems=100
 	$(BIN)/python probe.py use=ensemble run=runs/maze-layers
 	cd runs/maze-layers/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../docs/figures/
 	cd runs/maze-layers/report && cp early/frontier.png ../../../docs/figures/early.png && cp ensemble/ensemble.png ../../../docs/figures/

@@ -53,7 +53,7 @@ class EarlyConfig:
     confidence: float = 0.95
     against: str = "choice"
     calibration: int = 300
-    problems: int = 100
+    problems: int = 60
 
     def __post_init__(self) -> None:
         if self.against not in AGAINST:
