@@ -24,8 +24,8 @@ from cosprobe.tasks.task import check_request, distinct
 
 RARE = 1e-4  # a p below this is no chance
 # Pixels may tell 0.1 more than a guess does, and still tell more than that in these kinds (docs/tasks.md: measured
-# 0.20, 0.25 and 0.13): dead ends close to the exits of mazes, own pieces in line with each of several winning cells.
-HINTS = {("maze", "one_exit"): 0.25, ("maze", "choice"): 0.3, ("line", "several"): 0.17}
+# 0.19 and 0.25): dead ends close to the exits of mazes.
+HINTS = {("maze", "one_exit"): 0.25, ("maze", "choice"): 0.3}
 
 
 def problem(key: str, index: int = 0, split: str = "train") -> Problem:
