@@ -97,8 +97,8 @@ def capture(
             for layer, block in enumerate(blocks):
                 if str(layer) in watcher.tape.sites:
                     undo.callback(block.register_forward_hook(watcher.on_block(str(layer))).remove)
-            undo.callback(wrap_method(model, "cache_context", watcher.around_context))
-        undo.callback(wrap_method(pipeline.scheduler, "step", watcher.around_step))
+            undo.enter_context(wrapped(model, "cache_context", watcher.around_context))
+        undo.enter_context(wrapped(pipeline.scheduler, "step", watcher.around_step))
         yield watcher.tape
     watcher.audit()
 
@@ -284,16 +284,24 @@ def _refuse(pipeline: Any, models: dict[str, nn.Module]) -> None:
             )
 
 
-def wrap_method(owner: Any, name: str, around: Callable) -> Callable[[], None]:
-    """Lets `around(original, *args)` answer for a method of one instance; returns what undoes it."""
+@contextmanager
+def wrapped(owner: Any, name: str, around: Callable) -> Iterator[None]:
+    """Lets `around(original, *args)` answer for a method of one instance, if it has one of that name."""
     original = getattr(owner, name, None)
     if original is None:
-        return lambda: None
+        yield
+        return
     was_instance = name in vars(owner)
 
     @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def answer(*args: Any, **kwargs: Any) -> Any:
         return around(original, *args, **kwargs)
 
-    setattr(owner, name, wrapped)
-    return lambda: setattr(owner, name, original) if was_instance else delattr(owner, name)
+    setattr(owner, name, answer)
+    try:
+        yield
+    finally:
+        if was_instance:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)

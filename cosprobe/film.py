@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,7 +23,7 @@ from matplotlib.patheffects import withStroke
 from cosprobe.collect import Sample, decode_steps, watch
 from cosprobe.data import ProbeSamples
 from cosprobe.pipelines import PipelineConfig
-from cosprobe.tasks import Task
+from cosprobe.tasks import Problem, Task
 from cosprobe.tasks.task import Box
 
 RIGHT, WRONG, FREE = "#009e73", "#cc3311", "#0072b2"  # green, red and blue that stay apart for every eye
@@ -76,21 +76,26 @@ def record(
         return None
     steps = decode_steps(spec, pipeline.steps)
     watched = watch(model, pipeline, task, [drawn[i] for i in chosen.values()], steps)
-    rows = []
-    for (title, i), clips in zip(chosen.items(), watched, strict=True):
-        problem = drawn[i].problem
-        rows.append(
-            FilmRow(
-                title,
-                task.image(problem),
-                (clips[:, -1] * 255).round().astype(np.uint8),
-                tuple(task.readout(problem, clip).forced for clip in clips),
-                problem.regions if task.candidates == task.regions else (),
-                problem.answer,
-                ends[i],
-            )
-        )
+    rows = [
+        film_row(task, title, drawn[i].problem, clips, ends[i])
+        for (title, i), clips in zip(chosen.items(), watched, strict=True)
+    ]
     return Film(tuple(rows), steps)
+
+
+def film_row(
+    task: Task, title: str, problem: Problem, clips: Float[np.ndarray, "step frame height width 3"], drawn: int | None
+) -> FilmRow:
+    """A watched problem. clips: x0-hat decoded, in [0, 1]; drawn: where the finished video ends, None for nowhere."""
+    return FilmRow(
+        title,
+        task.image(problem),
+        (clips[:, -1] * 255).round().astype(np.uint8),
+        tuple(task.readout(problem, clip).forced for clip in clips),
+        problem.regions if task.candidates == task.regions else (),
+        problem.answer,
+        drawn,
+    )
 
 
 def film_strip(rows: Sequence[FilmRow], steps: Sequence[int]) -> Figure:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cosprobe.capture import wrap_method
+from cosprobe.capture import wrapped
 from cosprobe.pipelines import architecture, block_list, clean_estimate, experts, token_grid
 
 BACK = ("first", "all")
@@ -121,11 +121,8 @@ def average_clean(pipeline: Any, group: int, steps: Sequence[int], back: str = "
             output = changed
         return original(output, timestep, noisy, *a, **k)
 
-    undo = wrap_method(pipeline.scheduler, "step", around)
-    try:
+    with wrapped(pipeline.scheduler, "step", around):
         yield
-    finally:
-        undo()
 
 
 @contextmanager
@@ -143,11 +140,8 @@ def average_latents(pipeline: Any, group: int, steps: Sequence[int], back: str =
             return result
         return (group_mean(result[0], group, back), *result[1:])
 
-    undo = wrap_method(pipeline.scheduler, "step", around)
-    try:
+    with wrapped(pipeline.scheduler, "step", around):
         yield
-    finally:
-        undo()
 
 
 @contextmanager
@@ -160,11 +154,8 @@ def encoded_once(pipeline: Any) -> Iterator[None]:
             last[:] = [(image, original(image, *args, **kwargs))]
         return last[0][1]
 
-    undo = wrap_method(pipeline.vae, "encode", around)
-    try:
+    with wrapped(pipeline.vae, "encode", around):
         yield
-    finally:
-        undo()
 
 
 def output_for(scheduler: Any, step: int, clean: Tensor, noisy: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from rich.markup import escape
 from cosprobe.collect import Sample, decode_steps, images, noise_seed, watch
 from cosprobe.cost import Cost, flops, seconds
 from cosprobe.figures import STYLE, new_figure
-from cosprobe.film import Film, FilmRow, film_strip
+from cosprobe.film import Film, film_row, film_strip
 from cosprobe.frontier import Realised, Way, outcome, policy_looks, realised, ways
 from cosprobe.pipelines import PipelineConfig, load_pipeline
 from cosprobe.probes import ProbeBank
@@ -212,7 +212,7 @@ def _film(
     early, (agreed, _) = looks < len(policy.cells), outcome(records, looks)
     sorts = {"as drawn": early & agreed, "otherwise": early & ~agreed, "finished": ~early}
     chosen = {title: int(np.flatnonzero(sort)[0]) for title, sort in sorts.items() if sort.any()}
-    stops, rows = [], []
+    stops: list[tuple[int, str] | None] = []
     for i in chosen.values():
         answered = None if looks[i] == len(policy.cells) else policy.cells[looks[i]].step
         said = f"probe: {records.said[i, min(looks[i], len(policy.cells) - 1)]}"
@@ -223,19 +223,11 @@ def _film(
     drawn = [Sample(records.problems[i], noise_seed(records.problems[i], 0, seed)) for i in chosen.values()]
     if not drawn:
         return None, []
-    for (title, i), clips in zip(chosen.items(), watch(model, pipeline, task, drawn, steps), strict=True):
-        problem, end = records.problems[i], int(records.drawn[i])
-        rows.append(
-            FilmRow(
-                title,
-                task.image(problem),
-                (clips[:, -1] * 255).round().astype(np.uint8),
-                tuple(task.readout(problem, clip).forced for clip in clips),
-                problem.regions if task.candidates == task.regions else (),
-                problem.answer,
-                None if end < 0 else end,
-            )
-        )
+    watched = zip(chosen.items(), watch(model, pipeline, task, drawn, steps), strict=True)
+    rows = [
+        film_row(task, title, records.problems[i], clips, None if records.drawn[i] < 0 else int(records.drawn[i]))
+        for (title, i), clips in watched
+    ]
     return Film(tuple(rows), steps), stops
 
 
