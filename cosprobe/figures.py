@@ -64,21 +64,26 @@ def skill_colours() -> LinearSegmentedColormap:
 def maps(grid: Grid, targets: Sequence[str], place: str | None = None, branch: str | None = None) -> Figure:
     """One layer x step map per target, two to a row: skill, where there is no evidence, where the probe reads more
     than x0-hat shows, and the best cell. Default plane: that of each target's best cell."""
-    columns, rows = (1 if len(targets) == 1 else 2), -(-len(targets) // 2)
+    return side_by_side([("", grid, target) for target in targets], place, branch)
+
+
+def side_by_side(shown: Sequence[tuple[str, Grid, str]], place: str | None = None, branch: str | None = None) -> Figure:
+    """The maps of several grids, as in `maps`. shown: name to print before the title, grid and target of each."""
+    columns, rows = (1 if len(shown) == 1 else 2), -(-len(shown) // 2)
     with rc_context(STYLE):
         figure = new_figure(4.8 if columns == 1 else 8.0, 0.85 + 2.75 * rows)
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         notes = set()
-        for axes, target in zip(panels, targets, strict=False):
+        for axes, (name, grid, target) in zip(panels, shown, strict=False):
             plane, best = grid.plane(target, place, branch), grid.best(target)
             notes |= _map(axes, plane.transpose("layer", "step", ...), "layer", "step")
             inside = str(plane.place.values) == best.cell.place and str(plane.branch.values) == best.cell.branch
             if inside and best.p <= ALPHA:
                 notes |= _mark(axes, _rank(plane, "step", best.cell.step), _rank(plane, "layer", int(best.cell.site)))
             _experts(axes, plane)
-            axes.set_title(_title(grid, target, plane), loc="left", linespacing=1.35)
+            axes.set_title((f"{name}: " if name else "") + _title(grid, target, plane), loc="left", linespacing=1.35)
             axes.set(xlabel=STEP_LABEL, ylabel=LAYER_LABEL)
-        for axes in panels[len(targets) :]:
+        for axes in panels[len(shown) :]:
             axes.set_visible(False)
         _colorbar(figure, panels)
         _map_legend(figure, notes, columns)

@@ -25,7 +25,7 @@ LAYERS = {  # a module may import any module that stands before it
         *("stopping", "frontier", "early", "card", "checks"),
     ],
     5: [
-        *("figures", "film", "gallery", "diagnostics", "summary", "report"),
+        *("figures", "beside", "film", "gallery", "diagnostics", "summary", "report"),
         *("savings", "seedreport"),
     ],
     6: ["config"],
