@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from cosprobe.autoencoding import Family, to_model_range, video_of
+from cosprobe.autoencoding import IDLE, Family, to_model_range, video_of
 from cosprobe.flowmatching import LatentClips
 from cosprobe.tasks import FAMILIES, Problem, Task
 
@@ -90,15 +90,19 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 
 def measure_scale(vae: AutoencoderKLWan, families: Sequence[Family], length: int, path: Path) -> None:
-    """Mean and deviation of the latents per channel, over 128 clips of every family; registered with the model."""
+    """Mean and deviation of the latents per channel, over 128 clips of every family; registered with the model.
+
+    A deviation counts as at least `IDLE` of the largest: at its own scale a channel that carries nothing would be as
+    important to flow matching as one that carries the picture."""
     if not path.exists():
         latents = torch.cat([
             _latent(vae, task, problems[first : first + BATCH], length)
             for task, problems in families for first in range(0, min(128, len(problems)), BATCH)
         ])  # fmt: skip
+        deviations = latents.std(dim=(0, 2, 3, 4))
         values = {
             "latents_mean": latents.mean(dim=(0, 2, 3, 4)).tolist(),
-            "latents_std": latents.std(dim=(0, 2, 3, 4)).tolist(),
+            "latents_std": deviations.clamp(min=IDLE * float(deviations.max())).tolist(),
         }
         path.write_text(json.dumps(values))
     vae.register_to_config(**json.loads(path.read_text()))

@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from cosprobe.autoencoding import AutoencoderConfig, AutoencoderTraining, Family
+from cosprobe.autoencoding import AutoencoderConfig, AutoencoderTraining, Family, revive
 from cosprobe.encoding import (
     TEXT_WIDTH,
     build_text,
@@ -95,7 +95,7 @@ def train_mini(
     longest = {task.name: (task, problems) for task, problems in sets[max(config.lengths)]}
     practised = [longest[name] for name in config.autoencoder.families or longest]
     autoencoder = AutoencoderTraining(config.autoencoder, practised, config.lengths, config.seed)
-    _begin(autoencoder.vae, config.autoencoder.start, "autoencoder", "vae")
+    _begin(autoencoder.vae, config.autoencoder.start, "autoencoder", "vae", config.autoencoder.steps > 0)
     channels_last(autoencoder.vae)
     with _timed(folder, "autoencoder"):
         fit_to(autoencoder, folder / "autoencoder", config.autoencoder.steps, precision, every, clip=1.0)
@@ -147,13 +147,17 @@ def training_sets(config: Any, tasks: Mapping[str, Task]) -> dict[int, list[Fami
     return sets
 
 
-def _begin(model: nn.Module, start: str, group: str, part: str) -> None:
-    """Weights of an earlier model, if any. Raises ValueError when they are not there or have other sizes."""
+def _begin(model: nn.Module, start: str, group: str, part: str, revived: bool = False) -> None:
+    """Weights of an earlier model, if any; revived: as `revive` leaves them. Raises ValueError when they are not there
+    or have other sizes."""
     if not start:
         return
     try:
         folder = PipelineConfig(path="" if start == "mini" else start).folder / part
-        model.load_state_dict(type(model).from_pretrained(folder, torch_dtype=torch.float32).state_dict())
+        known = type(model).from_pretrained(folder, torch_dtype=torch.float32)
+        if revived:
+            revive(known)
+        model.load_state_dict(known.state_dict())
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"experiment.{group}.start={start!r}: expected a diffusers folder with a {part} of the sizes set here"

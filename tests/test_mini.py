@@ -11,8 +11,16 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from safetensors.torch import load_file
 
-from cosprobe.autoencoding import AutoencoderConfig, AutoencoderTraining, ClipBatches, to_model_range, video_of
-from cosprobe.encoding import TEXT_TOKENS, build_text, embed, every_prompt
+from cosprobe.autoencoding import (
+    AutoencoderConfig,
+    AutoencoderTraining,
+    ClipBatches,
+    build_autoencoder,
+    revive,
+    to_model_range,
+    video_of,
+)
+from cosprobe.encoding import TEXT_TOKENS, build_text, embed, every_prompt, measure_scale
 from cosprobe.flowmatching import FlowBatches, FlowConfig, FlowMatching, LatentClips
 from cosprobe.mini import MiniConfig, families, train_mini, training_sets
 from cosprobe.tasks import FAMILIES, Maze
@@ -74,6 +82,39 @@ def test_a_killed_run_ends_where_an_unbroken_one_would(tmp_path, monkeypatch):
         assert all(torch.equal(value, state[key]) for key, value in weights(again)[name].items())
 
 
+@torch.no_grad()
+def test_idle_channels_are_begun_anew_and_the_others_stay_as_they_are():
+    torch.manual_seed(0)
+    vae = build_autoencoder(AutoencoderConfig(base_dim=4, z_dim=4, dim_mult=[1, 1, 1])).double()
+    assert revive(vae) == []
+    vae.register_to_config(latents_std=[1.0, 0.1, 2.0, 0.5])
+    vae.post_quant_conv.weight[:, [1, 3]] = 0  # the decoder does not look at the idle ones
+    vae.post_quant_conv.bias.zero_()
+    clip = torch.rand(1, 3, 5, 32, 32, dtype=torch.float64)
+    before = vae.encode(clip).latent_dist
+    drawn = vae.decode(before.mean).sample
+    assert revive(vae) == [1, 3]
+    after = vae.encode(clip).latent_dist
+    for name in ("mean", "logvar"):
+        torch.testing.assert_close(getattr(after, name)[:, [0, 2]], getattr(before, name)[:, [0, 2]])
+    assert (after.logvar[:, [1, 3]] == -4).all() and (after.mean[:, [1, 3]].std(dim=(0, 2, 3, 4)) > 0).all()
+    assert (vae.decode(after.mean).sample - drawn).abs().max() > 1e-3
+    vae.decoder.conv_in.weight[:, [1, 3]] = 0
+    torch.testing.assert_close(vae.decode(after.mean).sample, drawn)
+
+
+@torch.no_grad()
+def test_a_channel_that_carries_nothing_is_not_blown_up(tmp_path):
+    vae = build_autoencoder(CONFIG.autoencoder).eval()
+    vae.quant_conv.weight[1] *= 1e-6
+    measure_scale(vae, [(TASK, TASK.problems("model", 3))], 5, tmp_path / "scale.json")
+    deviations = torch.tensor(vae.config["latents_std"])
+    assert deviations.argmin() == 1 and deviations[1] == pytest.approx(0.25 * float(deviations.max()))
+    videos = torch.stack([to_model_range(video_of(TASK, problem, 5)) for problem in TASK.problems("model", 3)])
+    seen = vae.encode(videos).latent_dist.mode().std(dim=(0, 2, 3, 4))
+    torch.testing.assert_close(deviations.max(), seen.max())
+
+
 def clips_of(latent, **given):
     """Clips that hold `latent` and nothing else of interest; the last of two prompts is the empty one."""
     number, _, frames, height, width = latent.shape
@@ -113,6 +154,14 @@ def test_an_epoch_holds_every_clip_once_whatever_its_length():
     for frames, drawn in seen.items():
         for pair in zip(drawn[::2], drawn[1::2], strict=False):
             assert sorted(torch.cat(pair).tolist()) == [frames + n for n in range(8)]
+
+
+def test_half_of_a_stage_is_its_longest_videos_and_the_rest_shorter_ones_alike():
+    clips = {frames: clips_of(torch.zeros(4, 1, frames // 4 + 1, 1, 1)) for frames in (17, 5, 9, 13)}
+    plan = FlowBatches(clips, FlowConfig(stages=[[5, 7], [13, 4000]], batch=4), 0, 0).plan
+    share = {frames: float((plan[7:] == frames).mean()) for frames in clips}
+    assert (plan[:7] == 5).all() and share[17] == 0
+    assert abs(share[13] - 0.5) < 0.03 and abs(share[5] - 0.25) < 0.03 and abs(share[9] - 0.25) < 0.03
 
 
 def test_prompts_are_dropped_as_often_as_asked():
