@@ -9,7 +9,7 @@ In the order of the data:
   collect     problems through the pipeline under capture, into a store
   data, devices, training, solvers, probes     fit every probe of a grid at once; keep them
   evaluation, scoring, metrics, grid  accuracy, intervals, baselines, significance
-  figures, beside, film, report       what a person sees
+  figures, film, report, beside       what a person sees
   halting, reading    runs that end behind a block, answers that stream out of them
   policy, stopping    when to stop, with a stated risk
   cost, frontier, savings     what that saves, counted

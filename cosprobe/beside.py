@@ -1,4 +1,4 @@
-"""Maps of several runs side by side: `python -m cosprobe.beside FILE RUN:TARGET RUN:TARGET ...` draws one picture."""
+"""Maps of several runs in one picture: `python -m cosprobe.beside FILE NAME=RUN:TARGET NAME=RUN:TARGET ...`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cosprobe.figures import side_by_side
 from cosprobe.grid import Grid
+from cosprobe.report import write_whole
 
 
 def named(run: str) -> tuple[str, Grid, str]:
@@ -30,10 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     chosen = parser.parse_args(argv)
     try:
-        shown = [named(run) for run in chosen.runs]
-    except ValueError as error:
+        write_whole(Path(chosen.file), side_by_side([named(run) for run in chosen.runs]).savefig)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    side_by_side(shown).savefig(chosen.file)
 
 
 if __name__ == "__main__":

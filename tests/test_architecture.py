@@ -25,7 +25,7 @@ LAYERS = {  # a module may import any module that stands before it
         *("stopping", "frontier", "early", "card", "checks"),
     ],
     5: [
-        *("figures", "beside", "film", "gallery", "diagnostics", "summary", "report"),
+        *("figures", "film", "gallery", "diagnostics", "summary", "report", "beside"),
         *("savings", "seedreport"),
     ],
     6: ["config"],

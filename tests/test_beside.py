@@ -58,3 +58,8 @@ def test_command_draws_the_picture_or_names_what_is_missing(runs, tmp_path, caps
             main([str(tmp_path / "other.png"), run])
         assert words in capsys.readouterr().err
     assert not (tmp_path / "other.png").exists()
+    for file, words in (("nowhere/maps.png", "No such file or directory"), ("maps.tea", "tea")):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / file), str(runs / "base")])
+        assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["maps.png"]
