@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cosprobe.tasks import Problem, Task
 
-IDLE = 0.25  # a channel whose latents vary less than this share of the most varied one's carries nothing
+IDLE = 0.25  # a channel whose latents vary no more than this share of the most varied one's counts as unused
 
 
 @dataclass
@@ -72,13 +72,15 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKLWan:
 
 @torch.no_grad()
 def revive(vae: AutoencoderKLWan) -> list[int]:
-    """Gives new weights to the latent channels that vary at most `IDLE` of the most varied one, and returns them.
+    """Gives new weights to the latent channels that vary at most `IDLE` of the most varied one, by the `latents_std`
+    the model was saved with, and returns their numbers.
 
     A channel that the KL term has pressed down to noise never comes back: the decoder has learned not to look at it.
     The 1 x 1 x 1 convolutions on both sides of the latent are first merged into their neighbours, so that a channel
     has weights of its own; but for the border of the picture nothing else changes.
     """
     deviations = torch.tensor(vae.config["latents_std"])
+    # deviations below the share were raised to it (`measure_scale`): count those that stand there, rounding apart
     idle = torch.nonzero(deviations <= 1.001 * IDLE * deviations.max()).flatten().tolist()
     if not idle:
         return idle

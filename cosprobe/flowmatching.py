@@ -102,7 +102,7 @@ class FlowBatches(IterableDataset):
 
 
 def _lengths(known: Sequence[int], longest: int, steps: int, draw: np.random.Generator) -> np.ndarray:
-    """A length per step: the longest half of the time, the shorter ones in turn for the rest."""
+    """Frames of the clips of each step: the longest length half of the time, the shorter ones alike for the rest."""
     *shorter, last = [length for length in known if length <= longest]
     share = [0.5 / len(shorter)] * len(shorter) + [0.5] if shorter else [1.0]
     return draw.choice([*shorter, last], size=steps, p=share)
