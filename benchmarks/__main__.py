@@ -1,4 +1,4 @@
-"""`python -m benchmarks [capture] [fit] [run]`: measures the pairs (all without a name), prints one table of ratios."""
+"""`python -m benchmarks [capture] [fit] [learn] [run]`: measures pairs (all without a name), prints ratios."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import capturing, fitting, running
+from benchmarks import capturing, fitting, learning, running
 from benchmarks.pairs import Pair
 
 MEASURES: dict[str, Callable[..., list[Pair]]] = {
     "capture": capturing.measure,
     "fit": fitting.measure,
+    "learn": learning.measure,
     "run": running.measure,
 }
 

@@ -22,7 +22,7 @@ from cosprobe.capture import capture
 from cosprobe.collect import Sample, decode_steps, draw_samples, fill, images, say, settings
 from cosprobe.data import ProbeSamples
 from cosprobe.devices import TrainerConfig
-from cosprobe.metrics import cluster_bootstrap, correctness
+from cosprobe.metrics import correctness, share_interval
 from cosprobe.pipelines import PipelineConfig, block_list, experts, sample, stop_after
 from cosprobe.pooling import Pooling
 from cosprobe.randomised import RANDOMISED, randomised, replay
@@ -163,7 +163,7 @@ def weights_table(
                 right = correctness(predicted[:, carried], labels[carried])
                 found[t, w] = right.mean(axis=1)
                 if split == "test":
-                    lower[t, w], upper[t, w] = cluster_bootstrap(right, part.keys[carried], seed=seed)
+                    lower[t, w], upper[t, w] = share_interval(right, part.keys[carried], seed=seed)
     calls, seconds = tensors["spent"].sum(dim=0).tolist()
     return WeightsTable(
         tuple(t.name for t in targets), cells, scores["test"], lower, upper, scores["validation"],

@@ -66,8 +66,8 @@ def cluster_bootstrap(
 
     correct: any number per sample (right or wrong, or a difference of two cells: every cell sees the same draws,
     so differences are paired). keys: the problem of each sample. The order of samples does not matter.
-    Cells right on every sample get the interval [1, 1]: the bootstrap cannot see errors that were never drawn.
-    Raises ValueError for no samples.
+    Equal values give an interval without width: a bootstrap cannot see errors that were never drawn. For shares of
+    right answers there is `share_interval`. Raises ValueError for no samples.
     Source: cluster bootstrap, Cameron, Gelbach and Miller (2008), section II; here of a ratio of sums.
     """
     correct = np.asarray(correct, dtype=np.float64)
@@ -78,6 +78,19 @@ def cluster_bootstrap(
         means = drawn.means(correct[start : start + CHUNK])
         bounds[:, start : start + CHUNK] = np.quantile(means, tails, axis=1)
     return bounds[0], bounds[1]
+
+
+def share_interval(
+    right: Float[np.ndarray, "cell sample"], keys: Shaped[np.ndarray, "sample"], draws: int = 1000, seed: int = 0
+) -> tuple[Float[np.ndarray, "cell"], Float[np.ndarray, "cell"]]:
+    """`cluster_bootstrap` of shares, each sample between 0 (wrong) and 1 (right). A cell that is right, or wrong, on
+    every sample of n problems gets the exact binomial bound 0.025^(1/n) on its open side (Clopper and Pearson 1934).
+    """
+    right = np.asarray(right, dtype=np.float64)
+    lower, upper = cluster_bootstrap(right, keys, draws, seed)
+    bound = ((1 - COVERAGE) / 2) ** (1 / len(np.unique(keys)))
+    never_wrong, never_right = (right == 1).all(axis=1), (right == 0).all(axis=1)
+    return np.where(never_wrong, bound, lower), np.where(never_right, 1 - bound, upper)
 
 
 def max_t_bootstrap(

@@ -130,6 +130,7 @@ def train_mini(
         fit_to(flow, folder / "flow", config.flow.steps, precision, every, None, [curve])
     worlds = {name: asdict(cast(Any, task)) for name, task in tasks.items()}
     recipe = {"settings": asdict(config), "tasks": worlds, "minutes": _minutes(folder), "curve": _curve(folder)}
+    recipe["before"] = _before(config.flow.start)
     return export(flow.average.module, vae, tokenizer, text_encoder, config.flow.shift, recipe, folder / "pipeline")
 
 
@@ -153,7 +154,7 @@ def _begin(model: nn.Module, start: str, group: str, part: str, revived: bool = 
     if not start:
         return
     try:
-        folder = PipelineConfig(path="" if start == "mini" else start).folder / part
+        folder = _folder(start) / part
         known = type(model).from_pretrained(folder, torch_dtype=torch.float32)
         if revived:
             revive(known)
@@ -162,6 +163,19 @@ def _begin(model: nn.Module, start: str, group: str, part: str, revived: bool = 
         raise ValueError(
             f"experiment.{group}.start={start!r}: expected a diffusers folder with a {part} of the sizes set here"
         ) from error
+
+
+def _folder(start: str) -> Path:
+    return PipelineConfig(path="" if start == "mini" else start).folder
+
+
+def _before(start: str) -> list[dict[str, Any]]:
+    """Recipes of the runs whose weights this one went on from, the oldest first; empty for random weights."""
+    path = _folder(start) / "recipe.json"
+    if not start or not path.is_file():
+        return []
+    recipe = json.loads(path.read_text())
+    return [*recipe.pop("before", []), recipe]
 
 
 def build_transformer(config: MiniConfig, vae: AutoencoderKLWan) -> WanTransformer3DModel:

@@ -176,7 +176,7 @@ def frontier_figure(saved: Sequence[Saved]) -> Figure:
                 axes.axhline(
                     1 - policy.risk, color="#999999", linewidth=0.8, label=f"1 - risk asked for ({policy.risk:g})"
                 )
-            axes.set_title(f"{policy.task}, {policy.kind}: {done.samples} fresh problems", loc="left")
+            axes.set_title(f"{policy.task}, {policy.kind.replace('_', '-')}: {done.samples} fresh problems", loc="left")
             axes.set(
                 xlabel="mean compute, share of a finished run with decoding",
                 ylabel="right" if truth else "agrees with the finished run",

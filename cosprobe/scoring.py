@@ -12,7 +12,14 @@ import xarray as xr
 from jaxtyping import Float, Int, Shaped
 
 from cosprobe.grid import ALPHA, BASELINES, CEILING, CHANCE, GUESSES, INPUTS, MAJORITY, READOUT, VISIBLE, Grid
-from cosprobe.metrics import cluster_bootstrap, correctness, majority, max_t_bootstrap, max_t_permutation
+from cosprobe.metrics import (
+    cluster_bootstrap,
+    correctness,
+    majority,
+    max_t_bootstrap,
+    max_t_permutation,
+    share_interval,
+)
 from cosprobe.predictions import Evaluated, SplitPredictions, TargetPredictions
 from cosprobe.tasks import Target
 from cosprobe.timing import timing
@@ -129,7 +136,7 @@ def _score(
     guess = majority(np.asarray(result.train_labels))
     rows, trial = _rows(test, target, guess, steps), _rows(validation, target, guess, steps)
     right, keys = rows.right, rows.keys
-    lower, upper = cluster_bootstrap(right, keys, draws, seed)
+    lower, upper = share_interval(right, keys, draws, seed)
 
     layer, baseline = position[:, : len(layers)], _baseline_rows(position, len(layers), cells, test.readout)
     if target.role == "nuisance":  # it is one of the nuisances itself
@@ -228,7 +235,7 @@ def _beside_the_video(
     if wrong.any() and target.role == "answer":
         knew = right[:cells, wrong]
         found["knew"] = knew.mean(axis=1)
-        found["knew_lower"], found["knew_upper"] = cluster_bootstrap(knew, test.keys[wrong], draws, seed)
+        found["knew_lower"], found["knew_upper"] = share_interval(knew, test.keys[wrong], draws, seed)
     return found
 
 
@@ -289,7 +296,7 @@ def _model(evaluated: Evaluated, draws: int, seed: int) -> dict[str, float]:
         test = result.test.carried()
         if result.target.role == "answer" and test.drawn is not None and len(test.keys):
             right = correctness(test.drawn[None], test.labels)
-            lower, upper = cluster_bootstrap(right, test.keys, draws, seed)
+            lower, upper = share_interval(right, test.keys, draws, seed)
             bounds = (float(right.mean()), float(lower[0]), float(upper[0]))
             return dict(zip(("model_accuracy", "model_accuracy_lower", "model_accuracy_upper"), bounds, strict=True))
     return dict.fromkeys(("model_accuracy", "model_accuracy_lower", "model_accuracy_upper"), float("nan"))

@@ -264,7 +264,7 @@ def _forest(axes: Axes, entries: Sequence[tuple[str, Estimate, str]], comparison
 def _windows(comparison: Comparison) -> list[list[str]]:
     body = [["window", "layers", "right", "minus one run"]]
     for name, c in comparison.windows.items():
-        gain = comparison.estimate(comparison.test[c] - comparison.plain)
+        gain = comparison.gain(c)
         span = f"{c.plan.layers[0]}-{c.plan.layers[-1]}"
         body.append([name, span, _interval(_of(comparison, c)), _signed(gain)])
     return body
@@ -277,7 +277,7 @@ def _window_gains(comparison: Comparison) -> list[str]:
         return ["the middle window was not tried"]
     others = {name: c for name, c in comparison.windows.items() if name != "middle"}
     said = [f"middle minus {name} {_signed(comparison.gain(middle, c))}" for name, c in others.items()]
-    return [*said, f"middle minus one run {_signed(comparison.estimate(comparison.test[middle] - comparison.plain))}"]
+    return [*said, f"middle minus one run {_signed(comparison.gain(middle))}"]
 
 
 def _of(comparison: Comparison, candidate: Candidate) -> Estimate:

@@ -19,7 +19,7 @@ from cosprobe.collect import SHARES, images
 from cosprobe.cost import Cost, flops
 from cosprobe.ensemble import Bench
 from cosprobe.methods import METHODS, PROBES, Plan, course, windows
-from cosprobe.metrics import cluster_bootstrap, max_t_bootstrap
+from cosprobe.metrics import cluster_bootstrap, max_t_bootstrap, share_interval
 from cosprobe.tasks import Problem, Task
 from cosprobe.trials import READS, Candidate, Trials
 
@@ -67,6 +67,10 @@ class Estimate:
     lower: float
     upper: float
 
+    @classmethod
+    def of(cls, values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray]) -> Estimate:
+        return cls(float(values.mean()), float(bounds[0][0]), float(bounds[1][0]))
+
     @property
     def clear(self) -> bool:
         """Above zero, and the interval with it."""
@@ -104,15 +108,16 @@ class Comparison:
         """One run, the mean over its seeds, per test problem."""
         return self.right.mean(axis=1)
 
-    def estimate(self, values: np.ndarray, group: str = "all") -> Estimate:
-        """Mean of a number per test problem, e.g. of a difference, in a group; intervals draw problems."""
+    def estimate(self, right: np.ndarray, group: str = "all") -> Estimate:
+        """Share of right answers among the test problems of a group; intervals draw problems."""
         mask = self.groups[group]
-        lower, upper = cluster_bootstrap(values[None, mask], self.keys[mask])
-        return Estimate(float(values[mask].mean()), float(lower[0]), float(upper[0]))
+        return Estimate.of(right[mask], share_interval(right[None, mask], self.keys[mask]))
 
-    def gain(self, one: Candidate, other: Candidate, group: str = "all") -> Estimate:
-        """How much more often `one` is right than `other`, on the same problems."""
-        return self.estimate(self.test[one] - self.test[other], group)
+    def gain(self, one: Candidate, other: Candidate | None = None, group: str = "all") -> Estimate:
+        """How much more often `one` is right than `other`, or than one run, on the same problems."""
+        mask = self.groups[group]
+        more = (self.test[one] - (self.test[other] if other else self.plain))[mask]
+        return Estimate.of(more, cluster_bootstrap(more[None], self.keys[mask]))
 
     def p_better(self, budget: str, reference: str = "hidden") -> dict[str, float]:
         """p of every other method being more often right than `reference` at a budget, corrected for all of them."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import capturing, fitting, pairs, running
+from benchmarks import capturing, fitting, learning, pairs, running
 from benchmarks.__main__ import main, table
 from cosprobe.config import TrainRun, load
 from cosprobe.pipelines import load_pipeline
@@ -39,13 +39,20 @@ def test_no_repeats_are_refused():
 
 def test_an_unknown_name_is_refused(capsys):
     assert main(["captur"]) == 2
-    assert "captur: expected some of capture, fit, run" in capsys.readouterr().err
+    assert "captur: expected some of capture, fit, learn, run" in capsys.readouterr().err
 
 
 def test_capture_is_measured():
     (pair,) = capturing.measure(repeats=1, batch=2, steps=2)
     assert "8 layers and 3 sources" in pair.measured
     assert pair.ratio > 0
+
+
+def test_learning_is_measured_at_both_lengths():
+    small = ["experiment.flow.batch=2", "experiment.flow.compile=false"]
+    found = learning.measure(repeats=1, batches=1, settings=small)
+    assert [pair.measured for pair in found] == [f"2 clips of {n} frames learned from, compiled" for n in (5, 13)]
+    assert all(pair.ratio > 0 for pair in found)
 
 
 RIVALS = [("newton", fitting.logistic), ("ridge", fitting.ridge_by_folds), ("ridge", fitting.ridge_by_rows)]

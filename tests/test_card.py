@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cosprobe.card import Measured, difficulties, measure, rate, speed, write_card
+from cosprobe.card import Measured, difficulties, measure, rate, rewordings, speed, write_card
 from cosprobe.pipelines import PipelineConfig
 from cosprobe.solving import Solved, solve
-from cosprobe.tasks import Line, Maze
+from cosprobe.tasks import Line, Maze, Select
 from tests.tiny import CONFIG, wan
 
 RECIPE = {
@@ -19,9 +19,9 @@ RECIPE = {
     "tasks": {},
     "minutes": {"flow matching": 8.0},
     "curve": [
-        {"step": 100, "family": "line", "kind": "one", "right": 10, "of": 48},
-        {"step": 200, "family": "line", "kind": "one", "right": 44, "of": 48},
-        {"step": 300, "family": "line", "kind": "one", "right": 47, "of": 48},
+        {"step": 100, "family": "line", "kind": "one", "right": 10, "of": 48, "frames": 5},
+        {"step": 200, "family": "line", "kind": "one", "right": 44, "of": 48, "frames": 5},
+        {"step": 300, "family": "line", "kind": "one", "right": 47, "of": 48, "frames": 5},
     ],
 }
 
@@ -55,21 +55,48 @@ def test_rows_of_difficulty_hold_every_problem_once():
 
 def test_speed_counts_clips_and_the_first_time_nine_in_ten_are_right():
     text = "\n".join(speed(RECIPE))
-    assert "30.0 s for 1,000 clips" in text  # 480 s for 500 steps of 32
-    assert "line one 6" in text  # 200 steps of 32, in thousands
+    assert "| 1 | - | - | 8 | 16 | 5, 9 | 30.0 |" in text  # 480 s for 500 steps of 32
+    assert "line one 6 (5 frames)." in text  # 200 steps of 32, in thousands
+    before = {**RECIPE, "minutes": {"autoencoder": 3.0}, "curve": []}  # learned from no clip
+    later = {**RECIPE, "before": [before, {**RECIPE, "curve": []}], "minutes": {"encoding": 2, "flow matching": 4}}
+    text = "\n".join(speed(later))
+    rows = [
+        "| 1 | 3 | - | - | - | - | - |",
+        "| 2 | - | - | 8 | 16 | 5, 9 | 30.0 |",
+        "| 3 | - | 2 | 4 | 16 | 5, 9 | 15.0 |",
+    ]
+    assert "\n".join(rows) in text
+    assert "line one 22 (5 frames)." in text
 
 
 def test_a_card_names_families_kinds_and_misreadings(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(RECIPE))
     maze = solved(Maze(), [1, 0] * 10)
-    measured = Measured({"maze": maze}, {("maze", 5): solved(Maze(), [1] * 8)}, {"maze": (3, 500)})
+    measured = Measured({"maze": maze}, {("maze", 5): solved(Maze(), [1] * 8)}, {"maze": (3, 500)}, {})
     text = write_card(tmp_path, measured, PipelineConfig()).read_text()
-    assert "| problems | one_exit | choice |" in text and "| all | 1.000 [1.000, 1.000] of 10 | 0.000" in text
+    assert "| problems | one_exit | choice |" in text
+    assert "| all | 1.000 [0.692, 1.000] of 10 | 0.000 [0.000, 0.308] of 10 |" in text
     assert "| rooms 4 |" in text and "| 5 frames | 1.000" in text
     assert (
         "3 of 500 reconstructed references read differently" in text
         and "end on no answer, or on several: 0.500" in text
     )
+
+
+def test_other_words_name_something_else_in_the_same_picture(tmp_path):
+    task = Select()
+    problems = task.problems("test", 9)
+    (what, objects), (other, boxes) = rewordings(task, problems)
+    assert (what, other, len(objects), len(boxes)) == ("object", "box", 5, 4)
+    for before, after in [*zip(problems[::2], objects, strict=True), *zip(problems[1::2], boxes, strict=True)]:
+        assert (task.image(before) == task.image(after)).all() and before.prompt != after.prompt
+    assert all(before.answer == after.answer for before, after in zip(problems[::2], objects, strict=True))
+    assert all(before.answer != after.answer for before, after in zip(problems[1::2], boxes, strict=True))
+    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE))
+    right = solved(task, [1, 1, 1, 0])
+    measured = Measured({"select": right}, {}, {"select": (0, 4)}, {"select": {"object": right}})
+    text = write_card(tmp_path, measured, PipelineConfig()).read_text()
+    assert "Right when another object of the same picture is named: 0.750 [" in text
 
 
 @pytest.mark.slow

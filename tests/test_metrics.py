@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from cosprobe import metrics
 from cosprobe.metrics import (
@@ -18,6 +19,7 @@ from cosprobe.metrics import (
     max_t_permutation,
     permuted_blocks,
     problem_draws,
+    share_interval,
 )
 
 problem_lists = st.lists(st.integers(0, 6), min_size=1, max_size=25).map(np.array)
@@ -85,6 +87,19 @@ def test_cells_share_their_draws_so_differences_are_paired(monkeypatch):
     np.testing.assert_allclose(both[0][0] + 1, both[0][1])
     monkeypatch.setattr(metrics, "CHUNK", 1)  # cells worked on one at a time see the same draws
     np.testing.assert_allclose(cluster_bootstrap(np.concatenate([a, a + 1]), keys, 100), both)
+
+
+@pytest.mark.parametrize("problems", [1, 12, 200])
+def test_a_share_without_any_error_has_scipys_exact_bound_over_problems(problems):
+    """Two samples of every problem count as one; a share in between is the bootstrap's."""
+    keys = np.repeat(np.arange(problems), 2)
+    mixed = np.arange(2 * problems) % 2 / 1
+    lower, upper = share_interval(np.stack([np.ones(2 * problems), np.zeros(2 * problems), mixed]), keys)
+    exact = [stats.binomtest(k, problems).proportion_ci(0.95) for k in (problems, 0)]
+    np.testing.assert_allclose([lower[0], upper[0]], exact[0], atol=1e-12)
+    np.testing.assert_allclose([lower[1], upper[1]], exact[1], atol=1e-12)
+    plain = cluster_bootstrap(mixed[None], keys)
+    assert (lower[2], upper[2]) == (plain[0][0], plain[1][0])
 
 
 @SETTINGS

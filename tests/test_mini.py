@@ -80,6 +80,8 @@ def test_a_killed_run_ends_where_an_unbroken_one_would(tmp_path, monkeypatch):
     again = train_mini(further, tasks, tmp_path / "further", "32-true")
     for name, state in weights(whole).items():  # nothing to do: the start comes out again
         assert all(torch.equal(value, state[key]) for key, value in weights(again)[name].items())
+    first, second = (json.loads((folder / "recipe.json").read_text()) for folder in (whole, again))
+    assert first.pop("before") == [] and second["before"] == [first]
 
 
 @torch.no_grad()

@@ -1,0 +1,72 @@
+"""Flow matching as the recipe does it against the plain way: loss and gradients of the same number of clips.
+
+Recipe: compiled, attention whose gradient is cheap on CPUs, short videos for most of the clips. Plain: neither, and
+every clip as long as the videos that are sampled later. Latents are noise of the right shapes: what they show costs
+nothing. Run all: `make bench`; this alone: `python -m benchmarks learn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.pairs import Pair, side_by_side
+from cosprobe.config import TrainRun, load
+from cosprobe.flowmatching import Batch, FlowMatching
+from cosprobe.mini import MiniConfig
+from cosprobe.pipelines import load_pipeline
+
+
+def measure(repeats: int = 5, batches: int = 4, frames: int = 13, settings: Sequence[str] = ()) -> list[Pair]:
+    """The recipe at the two lengths that take most of its time, each against the plain way at `frames`."""
+    run: Any = load(TrainRun, ["experiment=mini", *settings])
+    config: MiniConfig = run.experiment
+    vae = load_pipeline(run.pipeline).vae
+    plain, quick = (_module(run, compiled) for compiled in (False, True))
+    pairs = []
+    for length in (5, frames):
+        short, long = _batch(vae, config.flow.batch, length), _batch(vae, config.flow.batch, frames)
+        _gradients(quick, short, 1)  # compiling is not part of a step
+        pairs.append(
+            side_by_side(
+                f"{batches * config.flow.batch} clips of {length} frames learned from, compiled",
+                partial(_gradients, quick, short, batches),
+                f"of {frames} frames, the plain way",
+                partial(_gradients, plain, long, batches),
+                repeats,
+            )
+        )
+    return pairs
+
+
+def _module(run: Any, compiled: bool) -> FlowMatching:
+    model = load_pipeline(run.pipeline)
+    module = FlowMatching(model.transformer.requires_grad_(True).train(), {}, run.experiment.flow)
+    if compiled:
+        module.on_fit_start()
+    return module
+
+
+def _batch(vae: Any, size: int, frames: int) -> Batch:
+    config = vae.config
+    latent = (size, config.z_dim, 1 + (frames - 1) // 4, 8, 8)
+    condition = (size, config.z_dim + config.scale_factor_temporal, *latent[2:])
+    return {
+        "latent": torch.randn(latent),
+        "condition": torch.randn(condition),
+        "active": torch.ones(size, *latent[2:]),
+        "noise": torch.randn(latent),
+        "time": torch.rand(size),
+        "prompt": torch.randn(size, 32, 64),
+    }
+
+
+def _gradients(module: FlowMatching, batch: Batch, times: int) -> None:
+    for _ in range(times):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = module.loss(batch)
+        loss.backward()
+        module.zero_grad(set_to_none=True)
