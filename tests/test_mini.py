@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from cosprobe.encoding import TEXT_TOKENS, build_text, embed, every_prompt, meas
 from cosprobe.flowmatching import FlowBatches, FlowConfig, FlowMatching, LatentClips
 from cosprobe.mini import MiniConfig, families, train_mini, training_sets
 from cosprobe.tasks import FAMILIES, Maze
+from cosprobe.tasks.select import COLOURS, PHRASES
 from tests.tiny import wan
 
 TASK = Maze()
@@ -197,6 +199,24 @@ def test_a_video_of_another_length_ends_as_the_reference_does():
     problem = TASK.problems("model", 1)[0]
     short = video_of(TASK, problem, 5)
     assert len(short) == 5 and np.array_equal(short[-1], TASK.video(problem)[-1])
+
+
+@pytest.mark.parametrize("phrase", PHRASES)
+def test_a_noun_carries_the_colour_that_stands_before_it(phrase):
+    """The same words in another order are another prompt: linearly, at the noun itself, for every pair of colours."""
+    pairs = list(product(COLOURS, COLOURS))
+    prompts = [phrase.format(colour=one, shape="cross", box=other) for one, other in pairs]
+    tokenizer, encoder = build_text(every_prompt(), 0)
+    embedded = embed(prompts, tokenizer, encoder)
+    words = phrase.format(colour="red", shape="cross", box="red").split()
+    for noun, which in (("cross", 0), ("box", 1)):
+        at_noun = embedded[:, words.index(noun)].numpy()
+        colour = np.array([COLOURS.index(pair[which]) for pair in pairs])
+        means = np.stack([at_noun[colour == c].mean(0) for c in range(len(COLOURS))])
+        spread = max(np.linalg.norm(at_noun[colour == c] - means[c], axis=1).max() for c in range(len(COLOURS)))
+        apart = min(np.linalg.norm(means[a] - means[b]) for a, b in combinations(range(len(COLOURS)), 2))
+        assert apart > 2 * spread, (noun, apart, spread)
+        assert apart > 0.2 * np.linalg.norm(means, axis=1).mean()
 
 
 def test_every_word_of_every_family_is_known():
