@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
-from cosprobe.encoding import channels_last, embed, encode_clips
+from cosprobe.encoding import embed, encode_clips
 from cosprobe.flowmatching import FlowConfig, FlowMatching
 from cosprobe.mini import fit_to, training_sets
 from cosprobe.tasks import Task
@@ -72,7 +72,7 @@ def train_adapter(
     table = embed(prompts, model.tokenizer, model.text_encoder)
     latents = folder / "latents"
     latents.mkdir(parents=True, exist_ok=True)
-    clips = {n: encode_clips(channels_last(vae), sets[n], n, latents, prompts, table) for n in config.lengths}
+    clips = {n: encode_clips(vae, sets[n], n, latents, prompts, table) for n in config.lengths}
 
     torch.manual_seed(config.seed)
     transformer.requires_grad_(False)

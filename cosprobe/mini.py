@@ -32,14 +32,13 @@ from cosprobe.autoencoding import AutoencoderConfig, AutoencoderTraining, Family
 from cosprobe.encoding import (
     TEXT_WIDTH,
     build_text,
-    channels_last,
     embed,
     encode_clips,
     every_prompt,
     measure_scale,
 )
 from cosprobe.flowmatching import FlowConfig, FlowMatching, LatentClips
-from cosprobe.pipelines import PipelineConfig
+from cosprobe.pipelines import PipelineConfig, channels_last
 from cosprobe.solving import LearningCurve
 from cosprobe.tasks import FAMILIES, Task
 
