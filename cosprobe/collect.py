@@ -20,9 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from cosprobe.capture import Tape, capture
-from cosprobe.pipelines import PipelineConfig, block_list, decode, experts, fingerprint, sample
+from cosprobe.pipelines import PipelineConfig, block_list, decode, experts, sample
 from cosprobe.pooling import Pooling
-from cosprobe.store import ActivationStore
+from cosprobe.store import ActivationStore, fingerprint
 from cosprobe.tasks import Problem, Task
 from cosprobe.types import SOURCES, SPLIT_ORDER, X0, parse_selection
 

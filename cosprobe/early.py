@@ -15,10 +15,11 @@ from rich.table import Table
 from cosprobe.collect import Sample, images
 from cosprobe.grid import Grid
 from cosprobe.halting import halting
-from cosprobe.pipelines import PipelineConfig, fingerprint, load_pipeline, sample
+from cosprobe.pipelines import PipelineConfig, load_pipeline, sample
 from cosprobe.probes import ProbeBank
 from cosprobe.reading import pooling_of, probabilities
 from cosprobe.stopping import fresh_samples
+from cosprobe.store import fingerprint
 from cosprobe.tasks import Problem, Task
 from cosprobe.types import Cell
 

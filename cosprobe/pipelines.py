@@ -6,7 +6,6 @@ different problems.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 PROMPTS = ("prompt_embeds", "negative_prompt_embeds")  # what a pipeline's loop holds per sample beside its latents
-KINDS = (".json", ".safetensors")  # of files that make a model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -197,20 +195,6 @@ def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
     return pipeline
-
-
-def fingerprint(*folders: Path) -> str:
-    """Identity of a model's folders: every config, and size and 16 spread samples of every weight file."""
-    digest = hashlib.sha256()
-    paths = [(folder, p) for folder in folders for p in sorted(folder.rglob("*")) if p.suffix in KINDS]
-    for folder, path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}:{size}".encode())
-        with path.open("rb") as file:
-            for place in range(16) if path.suffix == ".safetensors" else range(1):
-                file.seek(place * size // 16)
-                digest.update(file.read(65_536 if path.suffix == ".safetensors" else size))
-    return digest.hexdigest()[:16]
 
 
 def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], limit: int) -> None:

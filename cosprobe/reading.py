@@ -21,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cosprobe.halting import halting
-from cosprobe.pipelines import fingerprint
 from cosprobe.policy import Policy, read_policy
 from cosprobe.pooling import Pooling
+from cosprobe.store import fingerprint
 from cosprobe.tasks import Problem
 from cosprobe.types import Cell
 

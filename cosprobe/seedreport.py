@@ -18,9 +18,10 @@ from cosprobe.ensemble import Bench, Judge
 from cosprobe.figures import STYLE, new_figure
 from cosprobe.grid import Grid
 from cosprobe.methods import PROBES
-from cosprobe.pipelines import fingerprint, load_pipeline
+from cosprobe.pipelines import load_pipeline
 from cosprobe.probes import ProbeBank
 from cosprobe.seeds import SIZES, Comparison, EnsembleConfig, Estimate, compare, error_correlation, oracle
+from cosprobe.store import fingerprint
 from cosprobe.trials import Candidate
 
 FOLDER = "ensemble"

@@ -7,9 +7,10 @@ from dataclasses import fields
 import torch
 from tiny import CONFIG
 
-from cosprobe.pipelines import PipelineConfig, fingerprint
+from cosprobe.pipelines import PipelineConfig
 from cosprobe.policy import Policy
 from cosprobe.probes import ProbeBank
+from cosprobe.store import fingerprint
 from cosprobe.tasks import Target
 from cosprobe.types import Cell
 

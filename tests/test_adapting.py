@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from cosprobe.adapting import AdapterConfig, train_adapter
 from cosprobe.flowmatching import FlowConfig
 from cosprobe.mini import families
-from cosprobe.pipelines import PipelineConfig, fingerprint, load_pipeline
+from cosprobe.pipelines import PipelineConfig, load_pipeline
+from cosprobe.store import fingerprint
 from cosprobe.tasks import Maze
 from tests.tiny import cogvideox, wan
 
