@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.pairs import Pair, side_by_side
 from cosprobe.config import TrainRun, load
+from cosprobe.encoding import TEXT_TOKENS, TEXT_WIDTH
 from cosprobe.flowmatching import Batch, FlowMatching
 from cosprobe.mini import MiniConfig
 from cosprobe.pipelines import load_pipeline
@@ -60,7 +61,7 @@ def _batch(vae: Any, size: int, frames: int) -> Batch:
         "active": torch.ones(size, *latent[2:]),
         "noise": torch.randn(latent),
         "time": torch.rand(size),
-        "prompt": torch.randn(size, 32, 64),
+        "prompt": torch.randn(size, TEXT_TOKENS, TEXT_WIDTH),
     }
 
 

@@ -85,10 +85,9 @@ def measure(
 
 def rewordings(task: Select, problems: Sequence[Problem]) -> list[tuple[str, list[Problem]]]:
     """Half of the problems with the next object of the picture named, half with the next box."""
-    scenes = [p.layout for p in problems]
-    objects = [task.swapped(p, object=(s.named + 1) % len(s.objects)) for p, s in zip(problems, scenes, strict=True)]
-    boxes = [task.swapped(p, box=(s.corner + 1) % task.candidates) for p, s in zip(problems, scenes, strict=True)]
-    return [("object", objects[::2]), ("box", boxes[1::2])]
+    objects = [task.swapped(p, object=(p.layout.named + 1) % len(p.layout.objects)) for p in problems[::2]]
+    boxes = [task.swapped(p, box=(p.layout.corner + 1) % task.candidates) for p in problems[1::2]]
+    return [("object", objects), ("box", boxes)]
 
 
 @torch.no_grad()
