@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cosprobe.data import ProbeSamples
-from cosprobe.refitting import Estimate, decide, estimate, labelled, readable, refit, right, statistics
+from cosprobe.refitting import Estimate, decide, estimate, estimate_share, labelled, readable, refit, right, statistics
 from cosprobe.solvers import standardise
 from cosprobe.types import Cell
 
@@ -107,7 +107,7 @@ def description_length(
         uniform=uniform,
         compression=uniform / length.value[:-1],
         prior=float(length.value[-1]),
-        accuracy=estimate(np.stack(hits, axis=1), test.keys, draws, seed),
+        accuracy=estimate_share(np.stack(hits, axis=1), test.keys, draws, seed),
         labels=train.labels.numel(),
         n=len(test),
         converged=converged,

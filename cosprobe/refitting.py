@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from cosprobe.data import ProbeSamples
-from cosprobe.metrics import cluster_bootstrap, correctness
+from cosprobe.metrics import cluster_bootstrap, correctness, share_interval
 from cosprobe.newton import fit_newton
 from cosprobe.probes import affine, classes_last, readable_targets
 from cosprobe.solvers import design, spread
@@ -156,9 +156,19 @@ def estimate(
     values: Float[np.ndarray, "*axes sample"], keys: Shaped[np.ndarray, " sample"], draws: int, seed: int
 ) -> Estimate:
     """Means over samples with their intervals; every row sees the same draws of problems."""
-    lower, upper = cluster_bootstrap(values.reshape(-1, values.shape[-1]), keys, draws, seed)
-    shape = values.shape[:-1]
-    return Estimate(np.asarray(values.mean(axis=-1)), lower.reshape(shape), upper.reshape(shape))
+    return _shaped(values, cluster_bootstrap(values.reshape(-1, values.shape[-1]), keys, draws, seed))
+
+
+def estimate_share(
+    values: Float[np.ndarray, "*axes sample"], keys: Shaped[np.ndarray, " sample"], draws: int, seed: int
+) -> Estimate:
+    """`estimate` of shares: samples between 0 (wrong) and 1 (right), with a bound for rows without an error."""
+    return _shaped(values, share_interval(values.reshape(-1, values.shape[-1]), keys, draws, seed))
+
+
+def _shaped(values: Float[np.ndarray, "*axes sample"], bounds: tuple[np.ndarray, np.ndarray]) -> Estimate:
+    lower, upper = (bound.reshape(values.shape[:-1]) for bound in bounds)
+    return Estimate(np.asarray(values.mean(axis=-1)), lower, upper)
 
 
 def join_rare(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cosprobe.data import ProbeSamples
 from cosprobe.probes import CHUNK, ProbeBank, affine, classes_last
-from cosprobe.refitting import Estimate, Labelled, columns_of, estimate, join_rare, labelled, refit, right
+from cosprobe.refitting import Estimate, Labelled, columns_of, estimate_share, join_rare, labelled, refit, right
 from cosprobe.solvers import design, spread, standardise
 from cosprobe.tasks import Target
 from cosprobe.types import Cell
@@ -107,7 +107,7 @@ def _between_cells(
         probes = _Frozen(part.mean, part.std, part.weights[target.name], part.biases[target.name])
         hits = _cross(probes, test, target)
         names = tuple(str(getattr(cell, "site" if axis == "layer" else axis)) for cell in cells)
-        yield _matrix(target, axis, names, estimate(hits, test.keys, draws, seed), trained, len(test))
+        yield _matrix(target, axis, names, estimate_share(hits, test.keys, draws, seed), trained, len(test))
         if axis != "step":
             continue
         if missing := [cell.step for cell in cells if cell.step not in experts]:
@@ -118,7 +118,7 @@ def _between_cells(
             member = np.array([[one == name for one in ran] for name in names], dtype=np.float64)
             member /= member.sum(axis=1, keepdims=True)
             blocks = np.einsum("ei,fj,ijn->efn", member, member, hits, optimize=True)
-            yield _matrix(target, "expert", names, estimate(blocks, test.keys, draws, seed), trained, len(test))
+            yield _matrix(target, "expert", names, estimate_share(blocks, test.keys, draws, seed), trained, len(test))
 
 
 def _lines(cells: tuple[Cell, ...], best: Cell) -> dict[str, list[Cell]]:
@@ -153,7 +153,9 @@ def _between_groups(
             torch.cat([fit.bias for fit in fits]),
         )
         hits = _cross(probes, test, target)[:, 0]
-        columns = [estimate(hits[:, of_test == g], test.keys[of_test == g], draws, seed) for g in range(len(names))]
+        columns = [
+            estimate_share(hits[:, of_test == g], test.keys[of_test == g], draws, seed) for g in range(len(names))
+        ]
         yield Matrix(
             target.name,
             axis,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cosprobe.newton import fit_newton
 from cosprobe.probes import readable_targets
-from cosprobe.refitting import columns_of, join_rare, labelled, readable, refit, statistics
+from cosprobe.refitting import columns_of, estimate, estimate_share, join_rare, labelled, readable, refit, statistics
 from cosprobe.solvers import spread, standardise
 from cosprobe.types import Cell
 from tests.ddp_fit import planted
@@ -105,3 +105,13 @@ def test_bad_requests_are_named(samples):
         labelled(replace(samples, labels=samples.labels | {"doors": torn}), readable(samples, "doors"), (), "train")
     with pytest.raises(ValueError, match="2 penalties, expected one for each of 6 cells"):
         refit(samples.features.transpose(0, 1), samples.labels["doors"], readable(samples, "doors"), torch.ones(2))
+
+
+def test_shares_without_an_error_are_not_called_certain():
+    keys = np.repeat([f"k{i}" for i in range(12)], 2)
+    mixed = np.tile([1.0, 0.0, 1.0, 1.0], 6)
+    shares = np.stack([np.ones(24), mixed]).reshape(2, 1, 24)
+    found, plain = estimate_share(shares, keys, 200, 0), estimate(shares, keys, 200, 0)
+    assert found.lower[0, 0] == pytest.approx(0.025 ** (1 / 12)) and found.upper[0, 0] == 1  # Clopper and Pearson
+    assert (found.lower[1], found.upper[1]) == (plain.lower[1], plain.upper[1])
+    assert found.value.tolist() == plain.value.tolist() == [[1.0], [0.75]]
