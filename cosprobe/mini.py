@@ -91,8 +91,9 @@ def train_mini(
     goes on from its newest checkpoint, written `every` so many steps. tasks: by name, those of `families`."""
     folder.mkdir(parents=True, exist_ok=True)
     sets = training_sets(config, tasks)
-    longest = {task.name: (task, problems) for task, problems in sets[max(config.lengths)]}
-    practised = [longest[name] for name in config.autoencoder.families or longest]
+    widest = config.lengths[config.clips.index(max(config.clips))]  # which length a problem has is all one to it
+    known = {task.name: (task, problems) for task, problems in sets[widest]}
+    practised = [known[name] for name in config.autoencoder.families or known]
     autoencoder = AutoencoderTraining(config.autoencoder, practised, config.lengths, config.seed)
     _begin(autoencoder.vae, config.autoencoder.start, "autoencoder", "vae", config.autoencoder.steps > 0)
     channels_last(autoencoder.vae)
