@@ -23,7 +23,7 @@ from cosprobe.autoencoding import (
 )
 from cosprobe.encoding import TEXT_TOKENS, build_text, embed, every_prompt, measure_scale
 from cosprobe.flowmatching import FlowBatches, FlowConfig, FlowMatching, LatentClips
-from cosprobe.mini import MiniConfig, families, train_mini, training_sets
+from cosprobe.mini import MiniConfig, families, fit_to, train_mini, training_sets
 from cosprobe.tasks import FAMILIES, Maze
 from cosprobe.tasks.select import COLOURS, PHRASES
 from tests.tiny import wan
@@ -119,6 +119,15 @@ def test_a_channel_that_carries_nothing_is_not_blown_up(tmp_path):
     torch.testing.assert_close(deviations.max(), seen.max())
 
 
+def test_a_decoder_can_learn_alone(tmp_path):
+    settings = replace(CONFIG.autoencoder, stages=[[5, 2, 2]], decoder_only=True)
+    module = AutoencoderTraining(settings, [(TASK, TASK.problems("model", 3))], [5])
+    before = {name: value.clone() for name, value in module.vae.state_dict().items()}
+    fit_to(module, tmp_path, 2, "32-true", 2, 1.0)
+    parts = {name.partition(".")[0] for name, value in module.vae.state_dict().items() if (value != before[name]).any()}
+    assert parts == {"decoder", "post_quant_conv"}
+
+
 def clips_of(latent, **given):
     """Clips that hold `latent` and nothing else of interest; the last of two prompts is the empty one."""
     number, _, frames, height, width = latent.shape
@@ -205,11 +214,11 @@ def test_a_video_of_another_length_ends_as_the_reference_does():
 def test_a_noun_carries_the_colour_that_stands_before_it(phrase):
     """The same words in another order are another prompt: linearly, at the noun itself, for every pair of colours."""
     pairs = list(product(COLOURS, COLOURS))
-    prompts = [phrase.format(colour=one, shape="cross", box=other) for one, other in pairs]
+    prompts = [phrase.format(colour=one, shape="dash", box=other) for one, other in pairs]
     tokenizer, encoder = build_text(every_prompt(), 0)
     embedded = embed(prompts, tokenizer, encoder)
-    words = phrase.format(colour="red", shape="cross", box="red").split()
-    for noun, which in (("cross", 0), ("box", 1)):
+    words = phrase.format(colour="red", shape="dash", box="red").split()
+    for noun, which in (("dash", 0), ("box", 1)):
         at_noun = embedded[:, words.index(noun)].numpy()
         colour = np.array([COLOURS.index(pair[which]) for pair in pairs])
         means = np.stack([at_noun[colour == c].mean(0) for c in range(len(COLOURS))])

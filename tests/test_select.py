@@ -27,7 +27,7 @@ from cosprobe.tasks.task import Problem, Readout, Task, split_of
 
 TASK = Select()
 LIGHT = PALETTE[-1]
-COVERED = {"disc": 80, "bar": 40, "cross": 76}  # of the 100 pixels of an object
+COVERED = {"disc": 80, "bar": 40, "dash": 40}  # of the 100 pixels of an object
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ BOARD, BOX, ROOM, OBJECT = 64, 16, 12, 10  # units a side: board, box, room insi
 CELLS = [(y, x) for y in (21, 32, 43) for x in (21, 32, 43)]  # centres: objects touch neither each other nor boxes
 CORNERS = [(y, x) for y in (8, 56) for x in (8, 56)]  # centres of the boxes
 REGIONS = tuple(((x - 8) / 64, (y - 8) / 64, (x + 8) / 64, (y + 8) / 64) for y, x in CORNERS)
-COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("disc", "bar", "cross")
+COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("disc", "bar", "dash")
 PALETTE = np.array([[220, 40, 40], [30, 160, 60], [40, 80, 220], [250, 200, 0], [236, 236, 230]], dtype=np.uint8)
 PAINT, LIGHT = PALETTE / np.float32(255), len(COLOURS)  # the palette as readouts see it, the colour of the board
 PHRASES = (
@@ -244,9 +244,9 @@ def _cut(points: Iterable[tuple[int, int]], width: int, size: int = BOARD) -> tu
 
 @lru_cache
 def _shapes(height: int, width: int) -> Bool[np.ndarray, "shape height width"]:
-    """The shapes in so many pixels: any two differ in 37 of 100 pixels or more, none of them in detail alone."""
+    """The shapes in so many pixels: any two differ in a third of the pixels or more, none of them in detail."""
     y, x = np.ix_(*((np.arange(side) + 0.5) / side * 2 - 1 for side in (height, width)))
-    return np.stack([y**2 + x**2 <= 1, np.abs(x) <= 0.4 + 0 * y, np.abs(np.abs(x) - np.abs(y)) <= 0.45])
+    return np.stack([y**2 + x**2 <= 1, np.abs(x) <= 0.4 + 0 * y, np.abs(y) <= 0.4 + 0 * x])
 
 
 def _film(scene: Scene, size: int, way: list[tuple[int, int]]) -> UInt8[np.ndarray, "frame size size"]:
