@@ -155,7 +155,7 @@ def _begin(model: nn.Module, start: str, group: str, part: str, revived: bool = 
     if not start:
         return
     try:
-        folder = _folder(start) / part
+        folder = PipelineConfig(path=start).folder / part
         known = type(model).from_pretrained(folder, torch_dtype=torch.float32)
         if revived:
             revive(known)
@@ -166,13 +166,9 @@ def _begin(model: nn.Module, start: str, group: str, part: str, revived: bool = 
         ) from error
 
 
-def _folder(start: str) -> Path:
-    return PipelineConfig(path="" if start == "mini" else start).folder
-
-
 def _before(start: str) -> list[dict[str, Any]]:
     """Recipes of the runs whose weights this one went on from, the oldest first; empty for random weights."""
-    path = _folder(start) / "recipe.json"
+    path = PipelineConfig(path=start).folder / "recipe.json"
     if not start or not path.is_file():
         return []
     recipe = json.loads(path.read_text())

@@ -27,8 +27,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class PipelineConfig:
-    """Which model, and how it samples. path: a diffusers folder; empty = the model in the package. lora: a folder of
-    adapters that diffusers' `load_lora_weights` reads; empty = none.
+    """Which model, and how it samples. path: a diffusers folder, or the name of a model in the package (`four`); empty
+    = `mini`. lora: a folder of adapters that diffusers' `load_lora_weights` reads; empty = none.
 
     steps: sampler steps. guidance: classifier-free guidance scale, 1 = off. frames: video frames (4k+1 for
     Wan). prompt_tokens: length prompts are padded to. batch: samples per call; part of the store's identity.
@@ -56,7 +56,8 @@ class PipelineConfig:
 
     @property
     def folder(self) -> Path:
-        return Path(self.path) if self.path else Path(str(files("cosprobe") / "weights" / "mini"))
+        given, shipped = Path(self.path), Path(str(files("cosprobe") / "weights" / (self.path or "mini")))
+        return given if self.path and (given.is_dir() or not shipped.is_dir()) else shipped
 
     @property
     def parts(self) -> list[Path]:

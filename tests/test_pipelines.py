@@ -136,8 +136,9 @@ def test_experts_are_named():
     assert list(experts(wan())) == ["only"] and list(experts(wan(2))) == ["high", "low"]
 
 
-def test_the_shipped_model_is_a_plain_diffusers_folder():
-    folder = PipelineConfig().folder
+@pytest.mark.parametrize("name", ["mini", "four"])
+def test_a_shipped_model_is_a_plain_diffusers_folder(name, tmp_path, monkeypatch):
+    folder = PipelineConfig(path=name).folder
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
@@ -146,7 +147,11 @@ def test_the_shipped_model_is_a_plain_diffusers_folder():
     assert type(pipeline.text_encoder).__name__ == "UMT5EncoderModel"
     assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     card = (Path(folder) / "README.md").read_text()
-    assert all(word in card for word in ("one_exit", "rooms", "seed", "Minutes"))
+    assert all(word in card for word in ("one_exit", "rooms", "seed", "flow matching"))
+    monkeypatch.chdir(tmp_path)
+    assert PipelineConfig().folder == folder.with_name("mini") and PipelineConfig(path="five").folder == Path("five")
+    (tmp_path / name).mkdir()  # what stands here comes before what is in the package
+    assert PipelineConfig(path=name).folder == Path(name)
 
 
 @pytest.mark.parametrize(("experts", "guidance", "multistep"), [(1, 1.0, False), (2, 3.0, False), (1, 3.0, True)])

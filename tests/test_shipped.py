@@ -1,0 +1,38 @@
+"""The model in the package that knows all families solves them and follows the words: a few problems of every kind."""
+
+from __future__ import annotations
+
+import pytest
+
+from cosprobe.card import rate, rewordings
+from cosprobe.pipelines import PipelineConfig, load_pipeline
+from cosprobe.solving import solve
+from cosprobe.tasks import FAMILIES, Select
+
+CONFIG = PipelineConfig(path="four")
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    pipeline = load_pipeline(CONFIG)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_most_problems_are_solved(shipped, name):
+    task = FAMILIES[name]().build()
+    problems = [p for kind in task.kinds for p in task.problems("test", 16, kind)]
+    solved = solve(shipped, CONFIG, task, problems, 0)
+    print(f"{name}: {rate(solved)}")  # noqa: T201
+    assert solved.right.mean() >= 0.7  # of a model that is right on 0.9, 11 of 16 or fewer in 1 of 60 tries
+
+
+@pytest.mark.slow
+def test_other_words_make_another_video_of_the_same_picture(shipped):
+    task = Select()
+    for what, asked in rewordings(task, task.problems("test", 32)):
+        solved = solve(shipped, CONFIG, task, asked, 0)
+        print(f"another {what} named: {rate(solved)}")  # noqa: T201
+        assert solved.right.mean() >= 0.7
