@@ -10,7 +10,7 @@ import torch
 
 from cosprobe import transfer
 from cosprobe.data import ProbeSamples
-from cosprobe.metrics import cluster_bootstrap, correctness
+from cosprobe.metrics import correctness, share_interval
 from cosprobe.probes import ProbeBank
 from cosprobe.refitting import labelled, readable, refit
 from cosprobe.solvers import spread, standardise
@@ -113,7 +113,7 @@ def test_each_square_is_the_frozen_probe_read_on_the_other_cell(samples, bank, f
             guess = bank.predict(test.features[:, [j]], target.name, [one])  # standardised by the training cell
             right = correctness(guess.numpy(), test.labels.numpy())
             assert matrix.accuracy[i, j] == pytest.approx(right.mean(), abs=1e-12)
-            lower, upper = cluster_bootstrap(right, test.keys, 200, 0)
+            lower, upper = share_interval(right, test.keys, 200, 0)
             assert (matrix.lower[i, j], matrix.upper[i, j]) == pytest.approx((lower[0], upper[0]), abs=1e-12)
     assert (matrix.n == len(test)).all()
     assert (matrix.trained == len(labelled(samples, target, cells, "train"))).all()
