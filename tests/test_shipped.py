@@ -23,16 +23,16 @@ def shipped():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_most_problems_are_solved(shipped, name):
     task = FAMILIES[name]().build()
-    problems = [p for kind in task.kinds for p in task.problems("test", 16, kind)]
+    problems = [p for kind in task.kinds for p in task.problems("test", 8, kind)]
     solved = solve(shipped, CONFIG, task, problems, 0)
     print(f"{name}: {rate(solved)}")  # noqa: T201
-    assert solved.right.mean() >= 0.7  # of a model that is right on 0.9, 11 of 16 or fewer in 1 of 60 tries
+    assert solved.right.mean() >= 0.6  # of 8 problems, a model that is right on 0.9 solves 4 or fewer in 1 of 200 tries
 
 
 @pytest.mark.slow
 def test_other_words_make_another_video_of_the_same_picture(shipped):
     task = Select()
-    for what, asked in rewordings(task, task.problems("test", 32)):
+    for what, asked in rewordings(task, task.problems("test", 24)):
         solved = solve(shipped, CONFIG, task, asked, 0)
         print(f"another {what} named: {rate(solved)}")  # noqa: T201
         assert solved.right.mean() >= 0.7
