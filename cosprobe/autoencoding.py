@@ -26,9 +26,8 @@ class AutoencoderConfig:
     with longest = 1 the model sees single frames; else whole videos of the mini model's lengths up to the longest.
     emphasis: weight of pixels that differ from the first frame: what moves is a small part of a picture.
     families: what it practises on (repeat a name to weight it); empty = all that the model learns, alike.
-    start: a pipeline folder whose autoencoder to go on from; empty = random weights, `mini` = that in the package.
+    start: `pipeline.path` of the autoencoder to go on from, such as `mini`; empty = random weights.
     Latent channels it makes no use of are begun anew. kl: at 1e-5 eight of twelve channels died.
-    decoder_only: the encoder stays as it is, and so do latents that were encoded before; a step costs a third less.
 
     Frames must be 4k+1: the Wan autoencoder works in chunks of four frames after the first. The learning
     rate decides: above 1e-3 the reconstruction error sticks at the error of a grey picture.
@@ -45,7 +44,6 @@ class AutoencoderConfig:
     emphasis: float = 8.0
     families: list[str] = field(default_factory=list)
     start: str = ""
-    decoder_only: bool = False
 
     @property
     def steps(self) -> int:
@@ -152,9 +150,6 @@ class AutoencoderTraining(L.LightningModule):
         self.config, self.families, self.lengths, self.seed = config, families, lengths, seed
         torch.manual_seed(seed)
         self.vae = build_autoencoder(config)
-        if config.decoder_only:
-            self.vae.encoder.requires_grad_(False)
-            self.vae.quant_conv.requires_grad_(False)
 
     def train_dataloader(self) -> DataLoader:
         batches = ClipBatches(self.families, self.lengths, self.config, self.seed, self.global_step)
@@ -173,8 +168,7 @@ class AutoencoderTraining(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict:
-        learning = [p for p in self.vae.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(learning, lr=self.config.lr, betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam(self.vae.parameters(), lr=self.config.lr, betas=(0.9, 0.95))
 
         def factor(step: int) -> float:
             left = (self.config.steps - step) / (0.3 * self.config.steps)

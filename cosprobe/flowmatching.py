@@ -29,8 +29,8 @@ class FlowConfig:
     lr: AdamW, for everything that is not a matrix of a block; muon_lr: `torch.optim.Muon`, for those that are; 0 =
     AdamW for all. emphasis: weight of the tokens a video may change against 1 elsewhere. dropout: share of
     samples that see the empty prompt, so that guidance can be used. decay_from: share of the run after which
-    the rate falls linearly to zero. start: a pipeline folder whose transformer to go on from; empty = random weights,
-    `mini` = the model in the package. compile: half a minute for each length, then a third less a step."""
+    the rate falls linearly to zero. start: `pipeline.path` of the transformer to go on from, such as `mini`; empty =
+    random weights. compile: half a minute for each length, then a third less a step."""
 
     stages: list[list[int]] = field(default_factory=lambda: [[5, 6000], [17, 600], [13, 3000]])
     batch: int = 32

@@ -95,8 +95,7 @@ def train_mini(
     known = {task.name: (task, problems) for task, problems in sets[widest]}
     practised = [known[name] for name in config.autoencoder.families or known]
     autoencoder = AutoencoderTraining(config.autoencoder, practised, config.lengths, config.seed)
-    revived = config.autoencoder.steps > 0 and not config.autoencoder.decoder_only
-    _begin(autoencoder.vae, config.autoencoder.start, "autoencoder", "vae", revived)
+    _begin(autoencoder.vae, config.autoencoder.start, "autoencoder", "vae", config.autoencoder.steps > 0)
     channels_last(autoencoder.vae)
     with _timed(folder, "autoencoder"):
         fit_to(autoencoder, folder / "autoencoder", config.autoencoder.steps, precision, every, clip=1.0)
