@@ -11,7 +11,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
 
 from cosprobe.encoding import encode_condition
-from cosprobe.pipelines import PipelineConfig, batched_images, experts, load_pipeline, sample
+from cosprobe.pipelines import SHIPPED, PipelineConfig, batched_images, experts, load_pipeline, sample
 from cosprobe.store import fingerprint
 from tests.tiny import CONFIG, PROMPT, wan
 
@@ -136,7 +136,7 @@ def test_experts_are_named():
     assert list(experts(wan())) == ["only"] and list(experts(wan(2))) == ["high", "low"]
 
 
-@pytest.mark.parametrize("name", ["mini", "four"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_model_is_a_plain_diffusers_folder(name, tmp_path, monkeypatch):
     folder = PipelineConfig(path=name).folder
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -150,8 +150,8 @@ def test_a_shipped_model_is_a_plain_diffusers_folder(name, tmp_path, monkeypatch
     assert all(word in card for word in ("one_exit", "rooms", "seed", "flow matching"))
     monkeypatch.chdir(tmp_path)
     assert PipelineConfig().folder == folder.with_name("mini") and PipelineConfig(path="five").folder == Path("five")
-    (tmp_path / name).mkdir()  # what stands here comes before what is in the package
-    assert PipelineConfig(path=name).folder == Path(name)
+    (tmp_path / name).mkdir()  # a folder that happens to stand here is not taken for it
+    assert PipelineConfig(path=name).folder == folder and PipelineConfig(path=f"./{name}").folder == Path(name)
 
 
 @pytest.mark.parametrize(("experts", "guidance", "multistep"), [(1, 1.0, False), (2, 3.0, False), (1, 3.0, True)])
