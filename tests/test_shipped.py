@@ -26,7 +26,7 @@ def test_most_problems_are_solved(shipped, name):
     problems = [p for kind in task.kinds for p in task.problems("test", 8, kind)]
     solved = solve(shipped, CONFIG, task, problems, 0)
     print(f"{name}: {rate(solved)}")  # noqa: T201
-    assert solved.right.mean() >= 0.6  # of 8 problems, a model that is right on 0.9 solves 4 or fewer in 1 of 200 tries
+    assert solved.right.mean() >= 0.7
 
 
 @pytest.mark.slow
