@@ -1,4 +1,4 @@
-"""`python -m benchmarks [capture] [fit] [learn] [run]`: measures pairs (all without a name), prints ratios."""
+"""`python -m benchmarks [allocate] [capture] [fit] [learn] [run]`: measures pairs (all without a name), prints ratios."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import capturing, fitting, learning, running
+from benchmarks import allocating, capturing, fitting, learning, running
 from benchmarks.pairs import Pair
 
 MEASURES: dict[str, Callable[..., list[Pair]]] = {
+    "allocate": allocating.measure,
     "capture": capturing.measure,
     "fit": fitting.measure,
     "learn": learning.measure,

@@ -26,7 +26,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cosprobe.adapting import AdapterConfig
-from cosprobe.devices import TrainerConfig
+from cosprobe.devices import TrainerConfig, keep_freed_memory
 from cosprobe.mini import MiniConfig
 from cosprobe.pipelines import PipelineConfig
 from cosprobe.seeds import EnsembleConfig
@@ -108,6 +108,7 @@ def command(root: type[Run], body: Callable[[Run], None], about: str, argv: Sequ
     """
     for module in ("lightning", "torch", "diffusers"):  # their deprecations are for us to mend, not to read in a run
         warnings.filterwarnings("ignore", module=rf"{module}\b")
+    keep_freed_memory()
     arguments = list(sys.argv[1:] if argv is None else argv)
     wanted = [a for a in arguments if a in ("--help", "-h", "--cfg")]
     settings = [a for a in arguments if a not in wanted]

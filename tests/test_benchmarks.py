@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import capturing, fitting, learning, pairs, running
+from benchmarks import allocating, capturing, fitting, learning, pairs, running
 from benchmarks.__main__ import main, table
 from cosprobe.config import TrainRun, load
 from cosprobe.pipelines import load_pipeline
@@ -39,7 +39,12 @@ def test_no_repeats_are_refused():
 
 def test_an_unknown_name_is_refused(capsys):
     assert main(["captur"]) == 2
-    assert "captur: expected some of capture, fit, learn, run" in capsys.readouterr().err
+    assert "captur: expected some of allocate, capture, fit, learn, run" in capsys.readouterr().err
+
+
+def test_keeping_memory_is_measured():
+    (pair,) = allocating.measure(repeats=1, batch=2, steps=1)
+    assert pair.measured == "sampling 2 problems, 1 steps, freed memory kept" and pair.ratio > 0
 
 
 def test_capture_is_measured():
