@@ -22,13 +22,20 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 # the figures of README.md and docs/, from real runs
+SMALL := pipeline.path=runs/small/pipeline pipeline.frames=5 task.frames=5
 docs: $(INSTALLED)
 	$(BIN)/python -m cosprobe.gallery docs/figures/families.png
-	$(BIN)/python train.py probe=layers
+	for task in maze hide select line; do $(BIN)/python train.py probe=layers task=$$task || exit 1; done
+	$(BIN)/python -m cosprobe.beside docs/figures/maps.png $(foreach task,maze hide select line,$(task)=runs/$(task)-layers:answer)
 	$(BIN)/python probe.py use=early run=runs/maze-layers use.problems=100
-	$(BIN)/python probe.py use=ensemble run=runs/maze-layers
+	for task in maze line; do $(BIN)/python probe.py use=ensemble run=runs/$$task-layers || exit 1; done
 	cd runs/maze-layers/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../docs/figures/
 	cd runs/maze-layers/report && cp early/frontier.png ../../../docs/figures/early.png && cp ensemble/ensemble.png ../../../docs/figures/
+	$(BIN)/python train.py experiment=mini_small run_dir=runs/small
+	$(BIN)/python train.py experiment=lora pipeline.path=runs/small/pipeline run_dir=runs/adapter
+	$(BIN)/python train.py probe=layers task=hide $(SMALL) run_dir=runs/hide-small
+	$(BIN)/python train.py probe=layers task=hide $(SMALL) pipeline.lora=runs/adapter/adapter run_dir=runs/hide-adapted
+	$(BIN)/python -m cosprobe.beside docs/figures/lora.png base=runs/hide-small:answer adapted=runs/hide-adapted:answer
 
 # ratios: capture, fit and run against what they replace or cannot avoid
 bench: $(INSTALLED)

@@ -32,7 +32,7 @@ class AdapterConfig:
     the recipe of the mini model. rank: of the updates; layers: names of the linear layers that get one. card: unseen
     problems of each kind on which the model is compared with and without the adapter."""
 
-    families: list[str] = field(default_factory=lambda: ["line"])
+    families: list[str] = field(default_factory=lambda: ["hide"])
     lengths: list[int] = field(default_factory=lambda: [5])
     clips: list[int] = field(default_factory=lambda: [4096])
     rank: int = 16

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 PROMPTS = ("prompt_embeds", "negative_prompt_embeds")  # what a pipeline's loop holds per sample beside its latents
-SHIPPED = ("mini", "four")  # models in the package
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
 class PipelineConfig:
-    """Which model, and how it samples. path: a diffusers folder, or `mini` or `four`, the models in the package; empty
-    = `mini`. lora: a folder of adapters that diffusers' `load_lora_weights` reads; empty = none.
+    """Which model, and how it samples. path: a diffusers folder; empty or `mini` = the model in the package.
+    lora: a folder of adapters that diffusers' `load_lora_weights` reads; empty = none.
 
     steps: sampler steps. guidance: classifier-free guidance scale, 1 = off. frames: video frames (4k+1 for
     Wan). prompt_tokens: length prompts are padded to. batch: samples per call; part of the store's identity.
@@ -57,8 +56,8 @@ class PipelineConfig:
 
     @property
     def folder(self) -> Path:
-        if self.path in ("", *SHIPPED):  # a folder of that name is `./four`
-            return Path(str(files("cosprobe") / "weights" / (self.path or "mini")))
+        if self.path in ("", "mini"):  # a folder of that name is `./mini`
+            return Path(str(files("cosprobe") / "weights" / "mini"))
         return Path(self.path)
 
     @property

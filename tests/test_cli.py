@@ -184,7 +184,7 @@ def test_help_shows_purpose_groups_and_two_examples(here, capsys):
         tasks = ", ".join(f"{task}*" if task == "maze" else task for task in TASKS)
         for group in (
             f"task        {tasks}",
-            "pipeline    four, mini*",
+            "pipeline    mini*",
             "probe       frames, layers*",
             "trainer     cpu*, gpu",
         ):

@@ -1,4 +1,4 @@
-"""The model in the package that knows all families solves them and follows the words: a few problems of every kind."""
+"""The model in the package solves every family and follows the words: a few problems of every kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cosprobe.pipelines import PipelineConfig, load_pipeline
 from cosprobe.solving import solve
 from cosprobe.tasks import FAMILIES, Select
 
-CONFIG = PipelineConfig(path="four")
+CONFIG = PipelineConfig()
 
 
 @pytest.fixture(scope="module")
