@@ -26,7 +26,8 @@ SMALL := pipeline.path=runs/small/pipeline pipeline.frames=5 task.frames=5
 docs: $(INSTALLED)
 	$(BIN)/python -m cosprobe.gallery docs/figures/families.png
 	for task in maze hide select line; do $(BIN)/python train.py probe=layers task=$$task || exit 1; done
-	$(BIN)/python -m cosprobe.beside docs/figures/maps.png $(foreach task,maze hide select line,$(task)=runs/$(task)-layers:answer)
+	$(BIN)/python -m cosprobe.beside docs/figures/maps.png maze=runs/maze-layers:answer hide=runs/hide-layers:inside \
+		select=runs/select-layers:answer line=runs/line-layers:answer
 	$(BIN)/python probe.py use=early run=runs/maze-layers use.problems=100
 	for task in maze line; do $(BIN)/python probe.py use=ensemble run=runs/$$task-layers || exit 1; done
 	cd runs/maze-layers/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../docs/figures/

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [allocate] [capture] [fit] [learn] [run]`: measures pairs (all without a name), prints ratios."""
+"""`python -m benchmarks [allocate] [capture] [fit] [learn] [run]`: measures pairs (or all), prints ratios."""
 
 from __future__ import annotations
 
