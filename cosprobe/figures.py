@@ -258,7 +258,7 @@ def _map_legend(figure: Figure, notes: set[str], columns: int) -> None:
     handles = {
         "best": (Line2D([], [], marker="*", color="white", markeredgecolor="black", markersize=10, linestyle=""),
                  "best cell (chosen on validation)"),
-        "ahead": (Line2D([], [], color=OUTLINE, linewidth=1.8), "inside: probe reads more than x0-hat shows"),
+        "ahead": (Line2D([], [], color=OUTLINE, linewidth=1.8), "outlined: probe reads more than x0-hat shows"),
         "blind": (Patch(facecolor="white", edgecolor=HATCH, hatch="/////"), f"no evidence (corrected p > {ALPHA})"),
         "undefined": (Patch(facecolor=UNDEFINED), "undefined: the inputs alone exceed 0.95"),
     }  # fmt: skip
