@@ -32,6 +32,7 @@ docs: $(INSTALLED)
 	for task in maze line; do $(BIN)/python probe.py use=ensemble run=runs/$$task-layers || exit 1; done
 	cd runs/maze-layers/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../docs/figures/
 	cd runs/maze-layers/report && cp early/frontier.png ../../../docs/figures/early.png && cp ensemble/ensemble.png ../../../docs/figures/
+	cp runs/line-layers/report/ensemble/ensemble.png docs/figures/ensemble-line.png
 	$(BIN)/python train.py experiment=mini_small run_dir=runs/small
 	$(BIN)/python train.py experiment=lora pipeline.path=runs/small/pipeline run_dir=runs/adapter
 	$(BIN)/python train.py probe=layers task=hide $(SMALL) run_dir=runs/hide-small
