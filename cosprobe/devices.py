@@ -44,9 +44,9 @@ def backend(config: TrainerConfig) -> str | None:
 
 
 def keep_freed_memory() -> None:
-    """Has this process give up to 2 GiB of freed memory to the next tensor. With the GNU C library, which is asked for
-    this here, a tensor of some megabytes is otherwise fresh from the kernel, which clears it page by page: a seventh of
-    the time of a small model on CPUs. Other systems are left as they are."""
+    """Has this process give up to 2 GiB of freed memory to the next tensor. By default the GNU C library hands it back
+    to the kernel, so that every tensor of some megabytes is new and cleared page by page. Other libraries are left as
+    they are."""
     if platform.libc_ver()[0] == "glibc":
         for name, value in KEPT.items():
             ctypes.CDLL(None).mallopt(name, value)
