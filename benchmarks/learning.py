@@ -26,24 +26,24 @@ def measure(repeats: int = 5, batches: int = 4, frames: int = 13, settings: Sequ
     run: Any = load(TrainRun, ["experiment=mini", *settings])
     config: MiniConfig = run.experiment
     vae = load_pipeline(run.pipeline).vae
-    plain, quick = (_module(run, compiled) for compiled in (False, True))
+    plain, quick = (learner(run, compiled) for compiled in (False, True))
     pairs = []
     for length in (5, frames):
-        short, long = _batch(vae, config.flow.batch, length), _batch(vae, config.flow.batch, frames)
-        _gradients(quick, short, 1)  # compiling is not part of a step
+        short, long = noise_batch(vae, config.flow.batch, length), noise_batch(vae, config.flow.batch, frames)
+        gradients(quick, short, 1)  # compiling is not part of a step
         pairs.append(
             side_by_side(
                 f"{batches * config.flow.batch} clips of {length} frames learned from, compiled",
-                partial(_gradients, quick, short, batches),
+                partial(gradients, quick, short, batches),
                 f"of {frames} frames, the plain way",
-                partial(_gradients, plain, long, batches),
+                partial(gradients, plain, long, batches),
                 repeats,
             )
         )
     return pairs
 
 
-def _module(run: Any, compiled: bool) -> FlowMatching:
+def learner(run: Any, compiled: bool) -> FlowMatching:
     model = load_pipeline(run.pipeline)
     module = FlowMatching(model.transformer.requires_grad_(True).train(), {}, run.experiment.flow)
     if compiled:
@@ -51,7 +51,7 @@ def _module(run: Any, compiled: bool) -> FlowMatching:
     return module
 
 
-def _batch(vae: Any, size: int, frames: int) -> Batch:
+def noise_batch(vae: Any, size: int, frames: int) -> Batch:
     config = vae.config
     latent = (size, config.z_dim, 1 + (frames - 1) // 4, 8, 8)
     condition = (size, config.z_dim + config.scale_factor_temporal, *latent[2:])
@@ -65,7 +65,7 @@ def _batch(vae: Any, size: int, frames: int) -> Batch:
     }
 
 
-def _gradients(module: FlowMatching, batch: Batch, times: int) -> None:
+def gradients(module: FlowMatching, batch: Batch, times: int) -> None:
     for _ in range(times):
         with torch.autocast("cpu", torch.bfloat16):
             loss = module.loss(batch)
