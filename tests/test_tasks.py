@@ -23,9 +23,6 @@ from cosprobe.tasks.hide import HideConfig
 from cosprobe.tasks.task import check_request, distinct
 
 RARE = 1e-4  # a p below this is no chance
-# Pixels may tell 0.1 more than a guess does, and still tell more than that in these kinds (docs/tasks.md: measured
-# 0.19 and 0.25): dead ends close to the exits of mazes.
-HINTS = {("maze", "one_exit"): 0.25, ("maze", "choice"): 0.3}
 
 
 def problem(key: str, index: int = 0, split: str = "train") -> Problem:
@@ -331,7 +328,7 @@ def test_a_linear_classifier_of_the_first_frame_finds_little(family, task):
         guess = (right.sum(1) / possible.sum(1)).mean()
         score, among = (right[np.arange(1000), pick.argmax(1)].mean() for pick in (odds, odds * possible))
         print(f"{family}/{kind}: pixels {score:.3f}, among the possible {among:.3f}, guess {guess:.3f}")  # noqa: T201
-        assert max(score, among) < guess + HINTS.get((family, kind), 0.1)
+        assert max(score, among) < guess + 0.1
 
 
 # what they share

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 
 Edge = tuple[int, int]
+
+EARLY = 0.2  # how much rarer a branch is cut one door further from the fork
+HINTS = {(0, 1): 0.5, (1, 1): 0.8, (1, 2): 0.3}  # what an open door tells of an exit, by rooms from it to both sides
+CLOSE, FAR = -0.25, 3  # what each room between start and exit tells, up to so many
+LEAST = -1.0  # mazes that tell no more than this are all kept
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ def draw_layout(n: int, kind: str, rng: np.random.Generator) -> Layout:
 
     Whether a tree is used is decided before the answer is drawn and must not depend on it, or the places of
     start and walls would tell the answer: a tree is kept only if every choice of answer could be cut out of it.
+    The cuts tell something all the same: a wall close to an exit speaks against it. So they are made close to the
+    fork, and a maze is kept the more rarely the more its doors speak for the exits that can be reached (`_hint`).
     """
     corners = (0, n - 1, n * n - n, n * n - 1)
     while True:
@@ -62,20 +70,44 @@ def draw_layout(n: int, kind: str, rng: np.random.Generator) -> Layout:
         steps = [[_edge(a, b) for a, b in pairwise(walk)] for walk in walks]
         if any(corner in walk[1:-1] for corner in corners for walk in walks):
             continue
-        if all(len(set(steps[j]) - set(steps[k])) >= 2 for j in range(4) for k in range(4) if j != k):
-            break
-    order = [int(k) for k in rng.permutation(4)]
-    kept = order[: 1 if kind == "one_exit" else int(rng.integers(2, 4))]
-    shared = {edge for k in kept for edge in steps[k]}
-    passages = set(tree)
-    for j in order[len(kept) :]:
-        branch = [edge for edge in steps[j] if edge not in shared][:-1]  # never the exit's own doorstep
-        if branch and all(edge in passages for edge in steps[j]):
-            passages.remove(branch[rng.integers(len(branch))])
-    alive = {k for k in range(4) if all(edge in passages for edge in steps[k])}
-    if alive != set(kept):  # two kept exits may leave a third no private branch: draw again
-        return draw_layout(n, kind, rng)
-    return Layout(n, start, frozenset(passages), {corners[k]: walks[k] for k in kept}, corners[kept[0]])
+        if any(len(set(steps[j]) - set(steps[k])) < 2 for j in range(4) for k in range(4) if j != k):
+            continue
+        order = [int(k) for k in rng.permutation(4)]
+        kept = order[: 1 if kind == "one_exit" else int(rng.integers(2, 4))]
+        shared = {edge for k in kept for edge in steps[k]}
+        passages = set(tree)
+        for j in order[len(kept) :]:
+            branch = [edge for edge in steps[j] if edge not in shared][:-1]  # never the exit's own doorstep
+            if branch and all(edge in passages for edge in steps[j]):
+                weight = EARLY ** np.arange(len(branch))
+                passages.remove(branch[rng.choice(len(branch), p=weight / weight.sum())])
+        alive = {k for k in range(4) if all(edge in passages for edge in steps[k])}
+        if alive != set(kept):  # two kept exits may leave a third no private branch
+            continue
+        if rng.random() < np.exp(LEAST - _hint(n, start, passages, kept)):
+            return Layout(n, start, frozenset(passages), {corners[k]: walks[k] for k in kept}, corners[kept[0]])
+
+
+def _hint(n: int, start: int, passages: set[Edge], kept: list[int]) -> float:
+    """How much more the open doors near them, and a start near them, speak for the exits that can be reached than for
+    the others: about the log odds that a linear classifier of the picture gives them."""
+    doors, rooms = _hints(n)
+    each = np.array([rooms[k][start] + sum(doors[k].get(edge, 0.0) for edge in passages) for k in range(4)])
+    others = [k for k in range(4) if k not in kept]
+    return float(each[kept].mean() - each[others].mean())
+
+
+@lru_cache
+def _hints(n: int) -> tuple[list[dict[Edge, float]], list[list[float]]]:
+    """What each open door tells of each exit [exit][door], and a start in each room [exit][room]."""
+    doors, rooms = [], []
+    for corner in (0, n - 1, n * n - n, n * n - 1):
+        away = [max(abs(a // n - corner // n), abs(a % n - corner % n)) for a in range(n * n)]
+        edges = [(a, a + 1) for a in range(n * n) if a % n < n - 1] + [(a, a + n) for a in range(n * n - n)]
+        rings = {(a, b): (min(away[a], away[b]), max(away[a], away[b])) for a, b in edges}
+        doors.append({edge: HINTS[ring] for edge, ring in rings.items() if ring in HINTS})
+        rooms.append([CLOSE * min(FAR, away[a]) for a in range(n * n)])
+    return doors, rooms
 
 
 def _spanning_tree(n: int, rng: np.random.Generator) -> set[Edge]:

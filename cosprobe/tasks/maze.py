@@ -1,8 +1,9 @@
 """Mazes: rooms on a lattice, one start, four candidate exits at the corners.
 
 `one_exit` problems have exactly one exit that can be reached; the branches to the others are cut somewhere
-between the fork and the exit's own doorstep, so the surroundings of an exit never tell whether it is the
-answer. `choice` problems leave two or three exits reachable: any of them is right, the model must commit.
+between the fork and the exit's own doorstep, and mazes are drawn so that walls near an exit tell little of whether
+it is the answer (`lattice.draw_layout`). `choice` problems leave two or three exits reachable: any of them is right,
+the model must commit.
 
 Rooms lie on an 8 x 8 board of tiles, a room in the middle half of its tile, so one room is one token of the
 mini model and any image size that is a multiple of 16 shows the same problem.
