@@ -63,7 +63,8 @@ MEANING = {
     "baseline_validation": "validation accuracy of each baseline",
     "reference": "test accuracy of the strongest input or guess on validation (perception: of the guesses)",
     "reference_source": "which baseline the reference is",
-    "visible": "test accuracy of the stronger of x0_readout and x0_latent on validation, at the same step",
+    "visible": "test accuracy of the strongest on validation of x0_latent at the step and x0_readout there, or at the "
+    "decoded steps around it where it is not decoded",
     "visible_source": "which baseline the visible one is",
     "chance": "test accuracy of the better guess on validation: any class, or the most frequent training label",
     "n_train": "training samples", "n_validation": "validation samples", "n_test": "test samples",
@@ -144,8 +145,8 @@ def _score(
     trial_baseline = _take(trial.accuracy, baseline)
     chance = cells + int(trial.accuracy[cells + 1] > trial.accuracy[cells])
     names = GUESSES if target.role == "perception" else INPUTS
-    reference, reference_source = _strongest(names, baseline, trial_baseline)
-    visible, visible_source = _strongest(VISIBLE, baseline, trial_baseline)
+    reference, reference_source = _strongest(names, baseline[[BASELINES.index(n) for n in names]], trial.accuracy)
+    visible, visible_source = _strongest((READOUT, *VISIBLE), _shown(baseline), trial.accuracy)
     b, v = _take(rows.accuracy, reference), _take(rows.accuracy, visible)
     accuracy = _take(rows.accuracy, layer)
     room = np.where(b > CEILING, np.nan, 1 - b)[:, None]
@@ -278,14 +279,27 @@ def _take(values: Float[np.ndarray, "row"], index: Int[np.ndarray, "*axes"]) -> 
     return np.where(index >= 0, values[index], np.nan)
 
 
+def _shown(baseline: Int[np.ndarray, "baseline step branch place"]) -> Int[np.ndarray, "3 step branch place"]:
+    """Rows of all that x0-hat shows at a step: its readout, which at a step that is not decoded is the readout of the
+    decoded step before it and of the one after it, and the probe of its latents. A probe of few samples alone would
+    make any layer look ahead of the picture at the steps in between."""
+    readout, latent = (baseline[BASELINES.index(name)] for name in VISIBLE)
+    decoded = np.flatnonzero((readout >= 0).all(axis=(1, 2)))
+    if not len(decoded):
+        return np.stack([readout, readout, latent])
+    steps = np.arange(len(readout))
+    before = decoded[(np.searchsorted(decoded, steps, side="right") - 1).clip(min=0)]
+    after = decoded[np.searchsorted(decoded, steps).clip(max=len(decoded) - 1)]
+    return np.stack([readout[before], readout[after], latent])
+
+
 def _strongest(
-    names: tuple[str, ...], row: Int[np.ndarray, "baseline *axes"], trial: Float[np.ndarray, "baseline *axes"]
+    names: tuple[str, ...], rows: Int[np.ndarray, "name *axes"], trial: Float[np.ndarray, "row"]
 ) -> tuple[Int[np.ndarray, "*axes"], Shaped[np.ndarray, "*axes"]]:
     """Row and name of the baseline with the highest validation accuracy; -1 and "" where none exists."""
-    among = [BASELINES.index(name) for name in names]
-    scores = np.nan_to_num(trial[among], nan=-1.0)
+    scores = np.nan_to_num(_take(trial, rows), nan=-1.0)
     first = scores.argmax(axis=0)
-    chosen = np.take_along_axis(row[among], first[None], axis=0)[0]
+    chosen = np.take_along_axis(rows, first[None], axis=0)[0]
     return chosen, np.where(chosen >= 0, np.asarray(names)[first], "")
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from cosprobe.grid import Grid
+from cosprobe.grid import BASELINES, Grid
 from cosprobe.latency import latency
 from cosprobe.metrics import cluster_bootstrap, max_t_bootstrap, max_t_permutation
 from cosprobe.predictions import Evaluated, SplitPredictions, TargetPredictions
-from cosprobe.scoring import MEANING, build_grid
+from cosprobe.scoring import MEANING, _shown, build_grid
 from cosprobe.tasks import Target
 from cosprobe.types import EVERY_STEP, SOURCES, Cell
 
@@ -268,6 +268,8 @@ def test_corrected_p_of_skill_and_excess_are_those_of_metrics(grid):
     readout = (test.readout == test.labels).astype(float)
     guess = np.bincount(evaluated.results[0].train_labels).argmax()
     rows = {"chance": np.full(120, 0.25), "majority": (test.labels == guess).astype(float)}
+    trial = plane.baseline_validation.sel(baseline="x0_readout")
+    shown = {step: step for step in range(6)} | {4: max((3, 5), key=lambda step: float(trial.sel(step=step)))}
     for against, p in (("reference", "p_skill"), ("visible", "p_excess")):
         other = []
         for cell in layers:
@@ -275,7 +277,9 @@ def test_corrected_p_of_skill_and_excess_are_those_of_metrics(grid):
             if source in rows:
                 other.append(rows[source])
             else:
-                other.append(readout[cell.step] if source == "x0_readout" else right[at[replace(cell, site=source)]])
+                other.append(
+                    readout[shown[cell.step]] if source == "x0_readout" else right[at[replace(cell, site=source)]]
+                )
         difference = right[[at[cell] for cell in layers]] - np.array(other)
         expected = max_t_bootstrap(difference, test.keys, 200, 0)[0]
         found = [float(plane[p].sel(step=cell.step, layer=int(cell.site))) for cell in layers]
@@ -365,7 +369,34 @@ def test_steps_that_were_not_decoded_have_no_readout(grid):
     readout = grid.dataset.baseline_accuracy.sel(baseline="x0_readout", place="all")
     np.testing.assert_array_equal(np.isnan(readout.sel(target="answer")), [False, False, False, False, True, False])
     assert np.isnan(readout.sel(target="start")).all()
-    assert str(grid.dataset.visible_source.sel(target="answer", step=4).values[0]) == "x0_latent"
+
+
+def test_a_step_that_was_not_decoded_is_held_against_the_readout_around_it(grid):
+    """Step 4 is not decoded: what x0-hat shows there is its latents, or the readout of step 3 or 5."""
+    data = grid.dataset.sel(target="answer", place="all")
+    latent = float(data.baseline_validation.sel(baseline="x0_latent", step=4))
+    near = {step: float(data.baseline_validation.sel(baseline="x0_readout", step=step)) for step in (3, 5)}
+    assert max(near.values()) != latent
+    source, step = ("x0_latent", 4) if latent > max(near.values()) else ("x0_readout", max(near, key=near.get))
+    here = data.sel(step=4)
+    assert str(here.visible_source.values) == source
+    assert float(here.visible) == float(data.baseline_accuracy.sel(baseline=source, step=step))
+    np.testing.assert_allclose(here.excess, here.accuracy - here.visible)
+
+
+@pytest.mark.parametrize(
+    ("decoded", "rows"),
+    [
+        ([1, 3], ([1, 1, 1, 3, 3], [1, 1, 3, 3, 3])),  # the last decoded step before, the first one after
+        ([0, 1, 2, 3, 4], ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])),
+        ([], ([-1] * 5, [-1] * 5)),
+    ],
+)
+def test_what_x0_hat_shows_between_decoded_steps(decoded, rows):
+    table = np.full((len(BASELINES), 5, 1, 1), -1)
+    table[BASELINES.index("x0_readout"), decoded, 0, 0] = decoded
+    table[BASELINES.index("x0_latent"), :, 0, 0] = 10 + np.arange(5)
+    np.testing.assert_array_equal(_shown(table)[..., 0, 0], [*rows, [10, 11, 12, 13, 14]])
 
 
 def test_samples_without_a_label_change_nothing_but_are_not_counted():
