@@ -56,8 +56,12 @@ def _fill(model: Any, how: str, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         other = type(model).from_config(model.config)
-    for parameter, value in zip(model.parameters(), other.parameters(), strict=True):
-        parameter.copy_(value)
+    drawn = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:  # what a loaded adapter adds was learned too
+            parameter.zero_()
+        else:
+            parameter.copy_(drawn[name.replace(".base_layer.", ".")])
 
 
 @torch.no_grad()

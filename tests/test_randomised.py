@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from cosprobe.capture import capture
 from cosprobe.pipelines import experts, sample
@@ -73,3 +74,14 @@ def test_bad_input_is_named():
         sample(pipeline, CONFIG, IMAGES, [PROMPT] * 2, [1, 2], output_type="latent")
     with pytest.raises(ValueError, match="the tape holds no transformer calls: expected capture"):
         replay(pipeline, tape, (0,), POOLING)
+
+
+def test_fresh_weights_of_an_adapted_transformer_are_those_of_the_bare_one():
+    plain, adapted = wan(), wan()
+    adapted.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "ffn.net.2"], init_lora_weights=False))
+    tape, before = recorded(adapted), parameters(adapted)
+    with randomised(plain, "fresh", 0), randomised(adapted, "fresh", 0):
+        torch.testing.assert_close(replay(adapted, tape, (0, 2), POOLING), replay(plain, tape, (0, 2), POOLING))
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(adapted), strict=True))
+    trained = replay(adapted, tape, (0, 2), POOLING)
+    assert (trained - replay(plain, tape, (0, 2), POOLING)).abs().max() > 1e-3
