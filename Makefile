@@ -37,7 +37,7 @@ docs: $(INSTALLED)
 	$(BIN)/python train.py experiment=lora pipeline.path=runs/small/pipeline run_dir=runs/adapter
 	$(BIN)/python train.py probe=layers task=hide $(SMALL) run_dir=runs/hide-small
 	$(BIN)/python train.py probe=layers task=hide $(SMALL) pipeline.lora=runs/adapter/adapter run_dir=runs/hide-adapted
-	$(BIN)/python -m cosprobe.beside docs/figures/lora.png base=runs/hide-small:answer adapted=runs/hide-adapted:answer
+	$(BIN)/python -m cosprobe.beside docs/figures/lora.png base=runs/hide-small:inside adapted=runs/hide-adapted:inside
 
 # ratios: capture, fit and run against what they replace or cannot avoid
 bench: $(INSTALLED)

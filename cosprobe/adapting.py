@@ -23,7 +23,7 @@ from cosprobe.tasks import Task
 
 
 def _flow() -> FlowConfig:
-    return FlowConfig(stages=[[5, 400]], lr=3e-3, muon_lr=0.0, warmup=20, compile=False)
+    return FlowConfig(stages=[[5, 1500]], lr=3e-3, muon_lr=0.0, warmup=20, compile=False)
 
 
 @dataclass

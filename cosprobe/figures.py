@@ -183,12 +183,13 @@ def _title(grid: Grid, target: str, plane: xr.Dataset) -> str:
     kinds, best = str(plane.kinds.values), grid.best(target)
     every = {kind for names in grid.dataset.kinds.values for kind in names.split(",")}
     everything = len(every) > 1 and set(kinds.split(",")) == every
-    kinds = "all" if everything else " and ".join(kind.replace("_", "-") for kind in kinds.split(","))
+    named = " and ".join(kind.replace("_", "-") for kind in kinds.split(","))
+    whose = "all problems" if everything else f"kind {named}"
     where = f", place {plane.place.values}" if grid.dataset.sizes["place"] > 1 else ""
     where += f", {plane.branch.values}" if "branch" in grid.dataset.dims else ""
     question = QUESTIONS.get(str(plane.role.values), "")
     result = f"best accuracy {best.accuracy:.2f}" if best.p <= ALPHA else "no evidence"
-    return f"$\\bf{{{bold(target)}}}$: {question}\n{kinds} problems, n = {int(plane.n_test)}, {result}{where}"
+    return f"$\\bf{{{bold(target)}}}$: {question}\n{whose}, n = {int(plane.n_test)}, {result}{where}"
 
 
 def _map(axes: Axes, data: xr.Dataset, rows: str, columns: str) -> set[str]:

@@ -245,7 +245,9 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
     axes.minorticks_off()
     axes.set(xlabel="compute (one run = 1)", ylabel="right answers, test")
     axes.set_title("default settings, 2 seeds and more", loc="left")
-    axes.legend(frameon=False, fontsize=7.5, loc="lower right")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.5 * (high - low), high)  # room for the legend
+    axes.legend(frameon=False, fontsize=7.5, loc="lower left", ncols=2, columnspacing=1.0)
 
 
 def _forest(axes: Axes, entries: Sequence[tuple[str, Estimate, str]], comparison: Comparison, title: str) -> None:

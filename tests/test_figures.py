@@ -61,7 +61,7 @@ def test_map_shows_the_skill_of_every_cell(grid):
 def test_title_says_what_is_decoded_from_how_many_of_what(grid):
     answer, choice = (axes.get_title(loc="left") for axes in panels(headline(grid)))
     assert "which candidate is right?" in answer
-    assert "one-exit problems, n = 196" in answer
+    assert "kind one-exit, n = 196" in answer
     assert f"best accuracy {grid.best('answer').accuracy:.2f}" in answer
     assert "which one will the model pick?" in choice
     (control,) = (axes.get_title(loc="left") for axes in panels(maps(grid, ["control"])))
