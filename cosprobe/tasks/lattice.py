@@ -33,8 +33,17 @@ class Layout:
 
     @property
     def corners(self) -> tuple[int, int, int, int]:
-        n = self.rooms
-        return 0, n - 1, n * n - n, n * n - 1
+        return corners_of(self.rooms)
+
+
+def corners_of(n: int) -> tuple[int, int, int, int]:
+    """The rooms in the corners of n x n rooms, row by row."""
+    return 0, n - 1, n * n - n, n * n - 1
+
+
+def doors_of(n: int) -> list[Edge]:
+    """Every pair of neighbouring rooms: those side by side, then those above each other."""
+    return [(a, a + 1) for a in range(n * n) if a % n < n - 1] + [(a, a + n) for a in range(n * n - n)]
 
 
 def canonical_key(layout: Layout) -> str:
@@ -60,7 +69,7 @@ def draw_layout(n: int, kind: str, rng: np.random.Generator) -> Layout:
     The cuts tell something all the same: a wall close to an exit speaks against it. So they are made close to the
     fork, and a maze is kept the more rarely the more its doors speak for the exits that can be reached (`_hint`).
     """
-    corners = (0, n - 1, n * n - n, n * n - 1)
+    corners = corners_of(n)
     while True:
         tree = _spanning_tree(n, rng)
         start = int(rng.integers(n * n))
@@ -101,17 +110,16 @@ def _hint(n: int, start: int, passages: set[Edge], kept: list[int]) -> float:
 def _hints(n: int) -> tuple[list[dict[Edge, float]], list[list[float]]]:
     """What each open door tells of each exit [exit][door], and a start in each room [exit][room]."""
     doors, rooms = [], []
-    for corner in (0, n - 1, n * n - n, n * n - 1):
+    for corner in corners_of(n):
         away = [max(abs(a // n - corner // n), abs(a % n - corner % n)) for a in range(n * n)]
-        edges = [(a, a + 1) for a in range(n * n) if a % n < n - 1] + [(a, a + n) for a in range(n * n - n)]
-        rings = {(a, b): (min(away[a], away[b]), max(away[a], away[b])) for a, b in edges}
+        rings = {(a, b): (min(away[a], away[b]), max(away[a], away[b])) for a, b in doors_of(n)}
         doors.append({edge: HINTS[ring] for edge, ring in rings.items() if ring in HINTS})
         rooms.append([CLOSE * min(FAR, away[a]) for a in range(n * n)])
     return doors, rooms
 
 
 def _spanning_tree(n: int, rng: np.random.Generator) -> set[Edge]:
-    edges = [(a, a + 1) for a in range(n * n) if a % n < n - 1] + [(a, a + n) for a in range(n * n - n)]
+    edges = doors_of(n)
     group = list(range(n * n))
 
     def root(a: int) -> int:

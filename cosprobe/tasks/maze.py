@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from cosprobe.tasks.lattice import Edge, Layout, canonical_key, draw_layout
+from cosprobe.tasks.lattice import Edge, Layout, canonical_key, doors_of, draw_layout
 from cosprobe.tasks.task import (
     Box,
     Problem,
@@ -165,9 +165,10 @@ class Maze:
         frame = np.asarray(video[-1], dtype=np.float32) * 255.0
         distance = np.square(frame[:, :, None, :] - PALETTE.astype(np.float32)).sum(-1)
         is_trail = distance.argmin(-1) == TRAIL
-        n = layout.rooms
-        steps = [(a, a + 1) for a in range(n * n) if a % n < n - 1] + [(a, a + n) for a in range(n * n - n)]
-        drawn = {cell for cell in [*range(n * n), *steps] if is_trail[self._pixels(layout, cell)].mean() > 0.5}
+        steps = doors_of(layout.rooms)
+        drawn = {
+            cell for cell in [*range(layout.rooms**2), *steps] if is_trail[self._pixels(layout, cell)].mean() > 0.5
+        }
         reached = _flood(layout.start, {edge for edge in steps if edge in drawn}, drawn)
         exits = [k for k, corner in enumerate(layout.corners) if corner in reached]
         root = np.sqrt(distance)
