@@ -9,10 +9,10 @@ what is averaged is averaged between its blocks, and the first frame of a proble
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,95 +23,13 @@ from torch import Tensor
 
 from cosprobe.capture import Tape, capture
 from cosprobe.collect import images, noise_seed
-from cosprobe.grid import Grid
-from cosprobe.interventions import check_finite, encoded_once
-from cosprobe.methods import WINDOWED, Course, Finished, Plan, course, disagreement, windows
+from cosprobe.interventions import encoded_once
+from cosprobe.judging import Judge
+from cosprobe.methods import WINDOWED, Course, Finished, Plan, course, disagreement, only, windows
 from cosprobe.pipelines import PipelineConfig, block_list, experts, sample
 from cosprobe.pooling import Pooling
-from cosprobe.probes import ProbeBank, load_probes
 from cosprobe.tasks import FAMILIES, Problem, Task
 from cosprobe.types import Cell
-
-ROLES = ("answer", "choice")  # of the targets a run is judged by, in this order
-
-
-@dataclass(frozen=True, eq=False)
-class Judge:
-    """Probes that judge a run while it runs, by how sure they are of its answer.
-
-    accuracy: of every layer cell of every answer or choice target on validation, which says what layer to read at a
-    step. task: the family the probes were trained on.
-    """
-
-    bank: ProbeBank
-    accuracy: dict[str, dict[Cell, float]]
-    task: str
-
-    @classmethod
-    def load(cls, folder: Path | str, task: str) -> Judge:
-        """The probes of a finished run on the family `task`."""
-        return cls.of(load_probes(folder), Grid.load(folder), task)
-
-    @classmethod
-    def of(cls, bank: ProbeBank, grid: Grid, task: str) -> Judge:
-        """Raises ValueError when there are no probes that read answers."""
-        names = [t.name for role in ROLES for t in bank.targets if t.role == role and t.name in grid.targets]
-        if not names:
-            raise ValueError("these probes read no answer or choice: expected a target of either; train probes of one")
-        cells = [cell for cell in bank.cells if cell.is_layer and cell.branch == "cond"]
-        return cls(bank, {n: {c: float(grid.at(n, c).validation_accuracy) for c in cells} for n in names}, task)
-
-    @property
-    def fingerprint(self) -> str:
-        """Identity of the probes and of which of them are read."""
-        digest = hashlib.sha256(repr(sorted((n, sorted(t.items())) for n, t in self.accuracy.items())).encode())
-        for name in sorted(self.accuracy):
-            digest.update(self.bank.weights[name].contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of problems whose runs can be read."""
-        return tuple(sorted({kind for name in self.accuracy for kind in self.bank.target(name).kinds}))
-
-    def target(self, problem: Problem) -> str:
-        """The target a run of this problem is read by. Raises ValueError for a problem the probes do not know."""
-        fitting = [name for name in self.accuracy if problem.kind in self.bank.target(name).kinds]
-        if problem.task != self.task or not fitting:
-            raise ValueError(
-                f"problem {problem.name!r}: these probes do not know it, expected task {self.task!r}, "
-                f"kind {' or '.join(self.kinds)}; train probes on its task"
-            )
-        return fitting[0]
-
-    def cell(self, target: str, step: int, layer: int | None = None) -> Cell:
-        """The cell that is best on validation at a step (index), or at a step and layer. Raises ValueError."""
-        table = self.accuracy[target]
-        here = [c for c in table if c.step == step and layer in (None, int(c.site))]
-        if not here:
-            where = f"step {step}" if layer is None else f"step {step}, layer {layer}"
-            steps, layers = sorted({c.step for c in table}), sorted({int(c.site) for c in table})
-            raise ValueError(f"{where}: no probes were trained there, expected steps {steps} and layers {layers}")
-        return max(here, key=lambda c: (table[c], -int(c.site)))
-
-    def pooling(self, problems: Sequence[Problem]) -> Pooling:
-        """As the bank's features were pooled; the boxes are a list that may be cut together with the batch."""
-        store = self.bank.provenance["store"]
-        kind = store["probe.pooling"]
-        return Pooling(kind, store["probe.frames"], [p.regions for p in problems] if kind == "region" else ())
-
-    def read(
-        self, cells: dict[str, Cell], problems: Sequence[Problem], features: Callable[[Cell], Tensor]
-    ) -> Float[Tensor, "sample candidate"]:
-        """Probabilities of the candidates for each sample. cells: per target; features: [sample, region, channel]."""
-        targets = [self.target(p) for p in problems]
-        odds: dict[str, Tensor] = {}
-        for name in sorted(set(targets)):
-            rows = features(cells[name]).float()
-            check_finite(rows, cells[name].step, int(cells[name].site))
-            rows = torch.nn.functional.pad(rows, (0, self.bank.mean.shape[1] - rows.shape[-1]))
-            odds[name] = self.bank.probabilities(rows[:, None], name, [cells[name]])[0]
-        return torch.stack([odds[name][i] for i, name in enumerate(targets)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,13 +59,14 @@ class Bench:
 class Outcome:
     """What a method returned for a batch of problems.
 
-    answers: -1 for none. run: which seed's video it is. disagreement: share of seeds that do not give the most
-    frequent answer, by the finished videos where several were, else by the first probes read; NaN where neither.
-    finished and odds (by step) are of the runs and seeds that were there.
+    answers: -1 for none. run: which seed's video it is. begun: how many of its seeds were. disagreement: share of seeds
+    that do not give the most frequent answer, by the finished videos where several were, else by the first probes
+    read of several; NaN where neither. finished and odds (by step) are of the runs and seeds that were there.
     """
 
     answers: Int[Tensor, " problem"]
     run: Int[Tensor, " problem"]
+    begun: Int[Tensor, " problem"]
     disagreement: Float[Tensor, " problem"]
     video: np.ndarray
     finished: Finished
@@ -194,13 +113,13 @@ def ensemble(
         plan.setdefault("layers", windows(bench.depth)["middle"])
     chosen = Plan(seeds, **plan)
     outcome = run(bench, method, chosen, [problem], seed)
-    answer = int(outcome.answers[0])
+    answer, path = int(outcome.answers[0]), course(method, chosen, bench.config.steps)
     return EnsembleAnswer(
         outcome.video[0],
         None if answer < 0 else answer,
         float(outcome.disagreement[0]),
         int(outcome.run[0]),
-        course(method, chosen, bench.config.steps).evaluations(bench.config.steps),
+        path.evaluations(bench.config.steps) * int(outcome.begun[0]) // path.seeds,
     )
 
 
@@ -214,7 +133,8 @@ def run(
     which: Sequence[int] | None = None,
     read: Sequence[int] = (),
 ) -> Outcome:
-    """Runs a method on problems, all seeds of all problems in one batch.
+    """Runs a method on problems, all seeds of all problems in one batch; where a method makes runs one after another,
+    one seed of all problems that still ask for one.
 
     which: numbers of the noise seeds of each problem, default 0, 1, .. K - 1. read: further step indices at which all
     probes are read. Raises ValueError as `ensemble` does.
@@ -225,8 +145,22 @@ def run(
         raise ValueError(
             f"method={method!r} reads probes: pass those of a train.py run; without: vote, best_of, hidden"
         )
+    numbers = list(range(path.seeds) if which is None else which[: path.seeds])
+    together = partial(_together, bench, plan, seed=seed, read=read)
+    return together(path, problems, numbers) if path.credit is None else _in_turn(together, path, problems, numbers)
+
+
+def _together(
+    bench: Bench,
+    plan: Plan,
+    path: Course,
+    problems: Sequence[Problem],
+    numbers: Sequence[int],
+    seed: int,
+    read: Sequence[int],
+) -> Outcome:
+    """All runs of a course in one batch."""
     samples = [problem for problem in problems for _ in range(path.seeds)]
-    numbers = range(path.seeds) if which is None else which[: path.seeds]
     seeds = [noise_seed(problem, k, seed) for problem in problems for k in numbers]
     model, config = bench.model, replace(bench.config, steps=path.length or bench.config.steps)
     alive = torch.arange(path.seeds).expand(len(problems), -1)
@@ -258,6 +192,37 @@ def run(
     return _outcome(bench.task, path, problems, alive, video, odds)
 
 
+def _in_turn(
+    together: Callable[..., Outcome], path: Course, problems: Sequence[Problem], numbers: Sequence[int]
+) -> Outcome:
+    """Runs made one after another, each of them together with those of all problems that still ask for one."""
+    assert path.credit is not None
+    size, asking = (len(problems), len(numbers)), torch.arange(len(problems))
+    clips: dict[tuple[int, int], np.ndarray] = {}
+    begun, run = torch.zeros(2, len(problems), dtype=torch.long)
+    for at, number in enumerate(numbers):
+        one = together(Course(1, only, asks=path.asks), [problems[i] for i in asking], [number])
+        if not at:  # room for as many as there may be
+            answers, scores = torch.full(size, -1), torch.full((*size, one.finished.scores.shape[-1]), torch.nan)
+            odds = {step: torch.full((*size, read.shape[-1]), torch.nan) for step, read in one.odds.items()}
+        answers[asking, at], scores[asking, at] = one.finished.answers[:, 0], one.finished.scores[:, 0]
+        for step, read in one.odds.items():
+            odds[step][asking, at] = read[:, 0]
+        clips |= {(int(i), at): clip for i, clip in zip(asking, one.video, strict=True)}
+        so_far = Finished(answers[asking, : at + 1], scores[asking, : at + 1])
+        credit = path.credit(so_far, [odds[step][asking, : at + 1] for step in path.asks])
+        enough = credit[:, -1] >= 1
+        begun[asking], run[asking] = at + 1, torch.where(enough, at, credit.argmax(dim=1))
+        asking = asking[~enough]
+        if not len(asking):
+            break
+    rows = torch.arange(len(problems))
+    shares = [disagreement(shown[None, :n])[0] for shown, n in zip(answers, begun.tolist(), strict=True)]
+    apart = torch.where(begun > 1, torch.stack(shares), torch.nan)
+    video = np.stack([clips[i, int(at)] for i, at in enumerate(run)])
+    return Outcome(answers[rows, run], run, begun, apart, video, Finished(answers, scores), odds)
+
+
 def _as_made(kind: type, group: str, store: dict[str, Any]) -> Any:
     """Settings of a group as they stand in the provenance of a store; its own defaults for what does not."""
     known = {f.name: store[f"{group}.{f.name}"] for f in fields(kind) if f"{group}.{f.name}" in store}
@@ -278,11 +243,12 @@ def _outcome(
     rows = torch.arange(len(problems))
     if path.finished > 1:
         apart = disagreement(finished.answers)
-    elif path.reads:
+    elif path.reads and path.seeds > 1:
         apart = disagreement(odds[path.reads[0]].argmax(dim=-1))
     else:
         apart = torch.full((len(problems),), torch.nan)
-    return Outcome(finished.answers[rows, at], alive[rows, at], apart, clips[rows.numpy(), at.numpy()], finished, odds)
+    begun, video = torch.full_like(at, path.seeds), clips[rows.numpy(), at.numpy()]
+    return Outcome(finished.answers[rows, at], alive[rows, at], begun, apart, video, finished, odds)
 
 
 class _Reading:

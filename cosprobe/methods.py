@@ -4,7 +4,8 @@ A course says what is averaged while the runs of a problem share a batch, which 
 which finished video is returned. Everything that decides is a function of probe readings and readouts alone, so a
 course without an edit can be run (`cosprobe.ensemble.run`) or replayed on records of whole runs (`replay`), with the
 same result. Seeds are exchangeable: the order they are given in decides nothing, but for `hidden`, `x0`, `latent`
-and `probe_weighted`, where the first seed is the run that goes on.
+and `probe_weighted`, where the first seed is the run that goes on, and for `retry` and `probe_retry`, which run them
+one after another.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.nn.functional import one_hot
 from cosprobe.interventions import BACK, average_blocks, average_clean, average_latents
 
 Odds = Float[Tensor, "problem seed candidate"]
+Credit = Callable[["Finished", list[Odds]], Float[Tensor, "problem seed"]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class Cut:
 class Course:
     """seeds: runs of each problem at the start. cuts: by step index. edit: called with the pipeline and, for a
     weighted mean, what weighs the samples. pick: which of the runs left is returned. length: sampler steps where
-    they are not the pipeline's own."""
+    they are not the pipeline's own. credit: with it the runs of a problem are made one after another, `seeds` at most,
+    until a video has a credit of 1; called with the videos so far and, for each step of `asks`, the readings so far.
+    """
 
     seeds: int
     pick: Callable[[Finished], Int[Tensor, " problem"]]
@@ -80,14 +84,17 @@ class Course:
     edit: Callable[..., AbstractContextManager] | None = None
     weighs: bool = False
     length: int = 0
+    credit: Credit | None = None
+    asks: tuple[int, ...] = ()
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """Step indices at which probes are read to decide which runs go on."""
-        return tuple(sorted(step for step, cut in self.cuts.items() if cut.reads))
+        """Step indices at which probes are read to decide which runs go on, or whether another is made."""
+        return tuple(sorted({*self.asks, *(step for step, cut in self.cuts.items() if cut.reads)}))
 
     def evaluations(self, steps: int) -> int:
-        """Whole steps run for one problem, those of all its seeds together, by a sampler of `steps` steps."""
+        """Whole steps run for one problem, those of all its seeds together, by a sampler of `steps` steps; at most
+        so many where runs are made one after another."""
         alive, total = self.seeds, 0
         for step in range(self.length or steps):
             total += alive
@@ -140,6 +147,35 @@ def margin(scores: Float[Tensor, "*any candidate"]) -> Float[Tensor, "*any"]:
     """How far the best forced-choice score is above the second."""
     two = scores.topk(2, dim=-1).values
     return two[..., 0] - two[..., 1]
+
+
+def shown(finished: Finished, odds: list[Odds]) -> Float[Tensor, "problem seed"]:
+    """1 for a video that shows an answer, 0 for one that settles on none."""
+    return (finished.answers >= 0).float()
+
+
+def believed(finished: Finished, odds: list[Odds]) -> Float[Tensor, "problem seed"]:
+    """How much more than a guess the probes, averaged over the runs so far, believe in what each video shows: 1 is as
+    much as a guess; 0 for a video that settles on no candidate."""
+    (read,) = odds
+    belief = read.mean(dim=1).gather(1, finished.answers.clamp_min(0)) * read.shape[-1]
+    return torch.where(finished.answers >= 0, belief, torch.zeros_like(belief))
+
+
+def in_turn(
+    path: Course, finished: Finished, odds: list[Odds]
+) -> tuple[Int[Tensor, " problem"], Int[Tensor, " problem"]]:
+    """Of runs made one after another how many are begun, and which of them is returned: the first with a credit of 1,
+    else the one with the highest. finished, odds (for each step of `path.asks`): of all that may be made."""
+    assert path.credit is not None
+    count = finished.answers.shape[1]
+    begun = torch.full((len(finished.answers),), count)
+    run = path.credit(finished, odds).argmax(dim=1)
+    for made in range(count, 0, -1):
+        so_far = Finished(finished.answers[:, :made], finished.scores[:, :made])
+        enough = path.credit(so_far, [read[:, :made] for read in odds])[:, -1] >= 1
+        begun, run = torch.where(enough, made, begun), torch.where(enough, made - 1, run)
+    return begun, run
 
 
 def disagreement(answers: Int[Tensor, "problem seed"]) -> Float[Tensor, " problem"]:
@@ -207,11 +243,23 @@ def prune(plan: Plan, steps: int) -> Course:
     return Course(plan.seeds, only, cuts)
 
 
+def retry(plan: Plan, steps: int) -> Course:
+    """One run after another until a video shows an answer."""
+    return Course(plan.seeds, only, credit=shown)
+
+
+def probe_retry(plan: Plan, steps: int) -> Course:
+    """One run after another until a video shows what the early probes believe in more than a guess."""
+    return Course(plan.seeds, only, credit=believed, asks=(_last(plan),))
+
+
 METHODS: dict[str, Callable[[Plan, int], Course]] = {
     f.__name__: f
-    for f in (single, hidden, x0, latent, vote, best_of, probe_best, probe_weighted, prune, probe_vote)
+    for f in (
+        single, hidden, x0, latent, vote, best_of, retry, probe_best, probe_weighted, prune, probe_vote, probe_retry
+    )
 }  # fmt: skip
-PROBES = ("probe_best", "probe_weighted", "prune", "probe_vote")
+PROBES = ("probe_best", "probe_weighted", "prune", "probe_vote", "probe_retry")
 QUARTERS = ("early", "second", "middle", "late")
 WINDOWED = ("hidden", "probe_weighted")
 
@@ -242,21 +290,24 @@ def course(method: str, plan: Plan, steps: int) -> Course:
 
 def replay(
     path: Course, finished: Finished, odds: dict[int, Odds]
-) -> tuple[Int[Tensor, " problem"], Int[Tensor, " problem"]]:
-    """What a course without an edit returns, from records of all runs finished: the answer of each problem, and which
-    of its seeds gave it. odds: probe readings of all seeds by step index.
+) -> tuple[Int[Tensor, " problem"], Int[Tensor, " problem"], Int[Tensor, " problem"]]:
+    """What a course without an edit returns, from records of all runs finished: the answer of each problem, which of
+    its seeds gave it, and how many runs of it were begun. odds: probe readings of all seeds by step index.
 
     Raises ValueError for a course that changes its runs: what it returns is in no record.
     """
     if path.edit is not None or path.length:
         raise ValueError("this course changes what its runs compute: expected one that only chooses among them")
+    if path.credit is not None:
+        begun, run = in_turn(path, finished, [odds[step] for step in path.asks])
+        return finished.answers.gather(1, run[:, None])[:, 0], run, begun
     alive = torch.arange(path.seeds).expand(len(finished.answers), -1)
     for step in sorted(path.cuts):
         here = odds[step].gather(1, _along(alive, odds[step])) if path.cuts[step].reads else _blank(alive)
         alive = alive.gather(1, path.cuts[step].choose(here))
     left = Finished(finished.answers.gather(1, alive), finished.scores.gather(1, _along(alive, finished.scores)))
     run = alive.gather(1, path.pick(left)[:, None])
-    return finished.answers.gather(1, run)[:, 0], run[:, 0]
+    return finished.answers.gather(1, run)[:, 0], run[:, 0], torch.full((len(run),), path.seeds)
 
 
 def _averaged(plan: Plan, average: Callable[..., Any], weighs: bool = False) -> Course:

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from cosprobe.ensemble import Bench, Judge
+from cosprobe.ensemble import Bench
 from cosprobe.figures import STYLE, new_figure
 from cosprobe.grid import Grid
+from cosprobe.judging import Judge
 from cosprobe.methods import PROBES
 from cosprobe.pipelines import load_pipeline
 from cosprobe.probes import ProbeBank
@@ -27,7 +28,15 @@ from cosprobe.trials import Candidate
 FOLDER = "ensemble"
 REFERENCES = ("hidden", "single")  # what every method is compared with, at the same budget
 OURS, PAPERS, PLAIN, NONE = "#0072b2", "#d55e00", "#666666", "#b0b0b0"
-MARKS = {"vote": "s", "best_of": "^", "probe_best": "o", "prune": "D", "probe_vote": "v"}
+MARKS = {
+    "vote": "s",
+    "best_of": "^",
+    "retry": "P",
+    "probe_best": "o",
+    "prune": "D",
+    "probe_vote": "v",
+    "probe_retry": "X",
+}
 
 
 def ensembles(trained: Any, bank: ProbeBank, use: EnsembleConfig, seed: int, folder: Path) -> None:
@@ -83,7 +92,7 @@ def rows(comparison: Comparison, budget: str, digits: int = 3) -> list[list[str]
         body.append(
             [
                 str(candidate),
-                f"{comparison.cost[candidate] / comparison.plain_cost:.2f}",
+                f"{comparison.spent[candidate] / comparison.plain_cost:.2f}",
                 _interval(comparison.estimate(comparison.test[candidate]), digits),
                 *("" if gain is None else _signed(gain, digits) for gain in gains),
             ]
@@ -97,13 +106,14 @@ def remarks(comparison: Comparison) -> list[str]:
     for budget, chosen in comparison.chosen.items():
         hidden, p = chosen["hidden"], comparison.p_better(budget)
         better = [
-            f"{m} ({_signed(comparison.gain(c, hidden))}, p {p[m]:.3f} corrected for all methods)"
+            f"{m} ({_signed(comparison.gain(c, hidden))}, p {p[m]:.3f} corrected for all methods, "
+            f"{comparison.spent[c] / comparison.plain_cost:.2f} runs)"
             for m, c in chosen.items()
             if m != "hidden" and comparison.gain(c, hidden).clear
         ]
         said.append(
             f"At {budget} compute, more often right than {hidden} (which spends "
-            f"{comparison.cost[hidden] / comparison.plain_cost:.2f} runs) with an interval clear of zero: "
+            f"{comparison.spent[hidden] / comparison.plain_cost:.2f} runs) with an interval clear of zero: "
             f"{', '.join(better) or 'nothing'}."
         )
     said.append(f"Window: {'; '.join(_window_gains(comparison))}.")
@@ -167,7 +177,7 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
     """Everything as JSON can hold it."""
 
     def entry(candidate: Candidate, chosen: dict[str, Candidate]) -> dict[str, Any]:
-        found: dict[str, Any] = {"settings": str(candidate), "gflop": comparison.cost[candidate]}
+        found: dict[str, Any] = {"settings": str(candidate), "gflop": comparison.spent[candidate]}
         for group in comparison.groups:
             found[group] = {"right": vars(comparison.estimate(comparison.test[candidate], group))}
             for m in REFERENCES:
@@ -219,20 +229,20 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
     """Methods that choose among runs at their default settings, from two seeds on, against compute."""
     for name, row in comparison.curves.items():
         found = [comparison.estimate(comparison.test[c]) for c in row]
-        worth = [comparison.cost[c] / comparison.plain_cost for c in row]
+        worth = [comparison.spent[c] / comparison.plain_cost for c in row]
         low = [e.mean - e.lower for e in found]
         high = [e.upper - e.mean for e in found]
         style = {"color": _colour(name), "marker": MARKS[name], "markersize": 4, "linewidth": 1.2, "elinewidth": 0.5}
         axes.errorbar(worth, [e.mean for e in found], (low, high), label=name, **style)
     longer = [c for row in comparison.chosen.values() for m, c in row.items() if m == "single"]
     plain = comparison.estimate(comparison.plain)
-    points = [(1.0, plain), *((comparison.cost[c] / comparison.plain_cost, _of(comparison, c)) for c in longer)]
+    points = [(1.0, plain), *((comparison.spent[c] / comparison.plain_cost, _of(comparison, c)) for c in longer)]
     axes.plot([x for x, _ in points], [e.mean for _, e in points], color=NONE, marker=".", label="single, more steps")
     paper = comparison.windows.get("middle")
     if paper is not None:
         e = _of(comparison, paper)
         axes.errorbar(
-            [comparison.cost[paper] / comparison.plain_cost], [e.mean], ([e.mean - e.lower], [e.upper - e.mean]),
+            [comparison.spent[paper] / comparison.plain_cost], [e.mean], ([e.mean - e.lower], [e.upper - e.mean]),
             color=PAPERS, marker="*", markersize=9, elinewidth=0.8, label="hidden, 3 seeds, middle",
         )  # fmt: skip
     count = comparison.right.shape[1]

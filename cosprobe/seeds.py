@@ -24,7 +24,7 @@ from cosprobe.tasks import Problem, Task
 from cosprobe.trials import READS, Candidate, Trials
 
 PAPER = Plan(seeds=3, steps=(0,))  # of `hidden` in arXiv 2603.16870, in the middle layers
-CURVES = ("vote", "best_of", "probe_best", "prune", "probe_vote")
+CURVES = ("vote", "best_of", "retry", "probe_best", "prune", "probe_vote", "probe_retry")
 SLACK = 1e-9  # relative; two budgets closer than this are equal
 
 
@@ -81,7 +81,8 @@ class Estimate:
 class Comparison:
     """Everything measured on the problems of one task.
 
-    keys: of the test problems. cost: GFLOP of a candidate for one problem. validation, test: share of right answers
+    keys: of the test problems. cost: GFLOP of a candidate for one problem, the mean over those of validation; spent:
+    on test, which differs where the course decides how many runs are made. validation, test: share of right answers
     per problem, [problem], by candidate. budgets: GFLOP by name. chosen: by budget and method. windows: the paper's
     method by window of layers. curves: by method, default settings with more and more seeds. groups: masks of test
     problems. plain_cost: GFLOP of one whole run. right: [problem, seed] of the records on test. order: how often the
@@ -92,6 +93,7 @@ class Comparison:
     steps: int
     keys: np.ndarray
     cost: dict[Candidate, float]
+    spent: dict[Candidate, float]
     validation: dict[Candidate, np.ndarray]
     test: dict[Candidate, np.ndarray]
     budgets: dict[str, float]
@@ -134,21 +136,24 @@ def fresh_problems(task: Task, split: str, used: int, count: int, kinds: Sequenc
     return [problem for problem in beyond if problem.kind in kinds][:count]
 
 
-def price(candidate: Candidate, steps: int, cost: Cost) -> float:
-    """Operations for one problem: prompts of all seeds, its first frame once, every step of every run, decodes.
+def price(candidate: Candidate, steps: int, cost: Cost, begun: float | None = None) -> float:
+    """Operations for one problem: prompts of all seeds, its first frame once, every step of every run, decodes. Where
+    runs are made one after another, whole runs: `begun` of them, all when not given.
     Probes, thousands of operations where a block takes millions, are left out."""
     path = course(candidate.method, candidate.plan, steps)
+    if path.credit is not None:
+        return cost.run(steps) * (path.seeds if begun is None else begun)
     return cost.text * path.seeds + cost.image + path.evaluations(steps) * cost.evaluation + path.finished * cost.decode
 
 
 def candidates(bench: Bench, size: Size) -> list[Candidate]:
     """Everything that is tried on validation; of equals the first one is taken."""
     parts, reads = windows(bench.depth), range(min(READS, bench.config.steps))
-    found = [Candidate(m, Plan(k)) for k in range(2, size.seeds + 1) for m in ("vote", "best_of")]
+    found = [Candidate(m, Plan(k)) for k in range(2, size.seeds + 1) for m in ("vote", "best_of", "retry")]
     if bench.judge is not None:
         found += [
             Candidate(m, Plan(k, (s,)))
-            for m in ("probe_best", "probe_vote")
+            for m in ("probe_best", "probe_vote", "probe_retry")
             for k in range(2, size.seeds + 1)
             for s in reads
         ]
@@ -185,21 +190,24 @@ def compare(bench: Bench, size: Size, used: int, seed: int, folder: Path, identi
     paper = price(Candidate("hidden", replace(PAPER, layers=parts["middle"])), steps, cost)
     budgets = {"the paper's": paper, "three runs'": price(Candidate("vote", Plan(3)), steps, cost)}
     rivals = [c for c in options if c.free or sum(o.method == c.method for o in options) > 1]  # else nothing to choose
-    validation = trials.right(rivals, "validation")
-    chosen = {name: choose(options, validation, steps, cost, budget) for name, budget in budgets.items()}
+    tried = trials.of(rivals, "validation")
+    validation = {c: trial.right for c, trial in tried.items()}
+    prices = {c: price(c, steps, cost, float(tried[c].begun.mean()) if c in tried else None) for c in options}
+    chosen = {name: choose(prices, validation, cost, budget) for name, budget in budgets.items()}
 
     curves = {m: [Candidate(m, Plan(k)) for k in range(2, size.seeds + 1)] for m in CURVES}
     curves = {m: row for m, row in curves.items() if bench.judge is not None or m not in PROBES}
     used_ones = [c for row in (*chosen.values(), swept) for c in row.values()] + [c for r in curves.values() for c in r]
-    test = trials.right(list(dict.fromkeys(used_ones)), "test")
+    test = trials.of(list(dict.fromkeys(used_ones)), "test")
     pool = trials.records("test")
     return Comparison(
         task=bench.task.name,
         steps=steps,
         keys=np.array([p.key for p in problems["test"]]),
-        cost={c: price(c, steps, cost) / 1e9 for c in {*options, *test}},
+        cost={c: value / 1e9 for c, value in prices.items()},
+        spent={c: price(c, steps, cost, float(trial.begun.mean())) / 1e9 for c, trial in test.items()},
         validation=validation,
-        test=test,
+        test={c: trial.right for c, trial in test.items()},
         budgets={name: budget / 1e9 for name, budget in budgets.items()},
         chosen=chosen,
         windows=swept,
@@ -212,19 +220,17 @@ def compare(bench: Bench, size: Size, used: int, seed: int, folder: Path, identi
 
 
 def choose(
-    options: Sequence[Candidate], right: dict[Candidate, np.ndarray], steps: int, cost: Cost, budget: float
+    prices: dict[Candidate, float], right: dict[Candidate, np.ndarray], cost: Cost, budget: float
 ) -> dict[str, Candidate]:
     """Of every method what is most often right on validation and costs no more than `budget`; of equals the cheapest,
-    then the first. `single` takes as many steps as the budget pays for."""
-    prices = {c: price(c, steps, cost) for c in options}
-    affordable = [c for c in options if prices[c] <= budget * (1 + SLACK)]
+    then the first. `single` takes as many steps as the budget pays for. prices: operations for one problem."""
+    affordable = [c for c, value in prices.items() if value <= budget * (1 + SLACK)]
     chosen = {}
     for method in METHODS:
         mine = [c for c in affordable if c.method == method]
         if mine:
             chosen[method] = max(mine, key=lambda c: (_score(right, c), -prices[c])) if len(mine) > 1 else mine[0]
-    shortest = price(Candidate("single", Plan(length=1)), steps, cost)
-    length = 1 + int((budget * (1 + SLACK) - shortest) / cost.evaluation)
+    length = 1 + int((budget * (1 + SLACK) - cost.run(1)) / cost.evaluation)
     return {"single": Candidate("single", Plan(length=length))} | chosen
 
 

@@ -52,6 +52,14 @@ class Candidate:
         return " ".join([*parts, *(["all"] if self.plan.back == "all" else [])])
 
 
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What came of a candidate, per problem: share of right answers, and how many of its runs were begun."""
+
+    right: np.ndarray
+    begun: np.ndarray
+
+
 class Trials:
     """What is on disk is read, the rest is run and kept.
 
@@ -71,23 +79,27 @@ class Trials:
         [problem, seed, step, candidate] where there are probes."""
         return self._read([None], split)[0]
 
-    def right(self, found: Sequence[Candidate], split: str) -> dict[Candidate, np.ndarray]:
-        """Share of right answers per problem. Free candidates are replayed on as many disjoint groups of seeds as the
-        records hold, the others are run with the first seeds."""
+    def of(self, found: Sequence[Candidate], split: str) -> dict[Candidate, Trial]:
+        """Free candidates are replayed on as many disjoint groups of seeds as the records hold, the others are run with
+        the first seeds."""
         run_for_real = [c for c in found if not c.free]
         pool, *trials = self._read([None, *run_for_real], split)
-        given = {c: trial["right"].numpy().astype(float) for c, trial in zip(run_for_real, trials, strict=True)}
+        given = {
+            c: Trial(trial["right"].numpy().astype(float), np.full(len(trial["right"]), float(c.plan.seeds)))
+            for c, trial in zip(run_for_real, trials, strict=True)
+        }
         return {c: given[c] if c in given else self._replayed(c, pool, split) for c in found}
 
-    def _replayed(self, candidate: Candidate, pool: dict[str, Tensor], split: str) -> np.ndarray:
-        count, each = candidate.plan.seeds, []
-        path = course(candidate.method, candidate.plan, self.bench.config.steps)
+    def _replayed(self, candidate: Candidate, pool: dict[str, Tensor], split: str) -> Trial:
+        count, right, begun = candidate.plan.seeds, [], []
+        path = self._path(candidate)
         for start in range(0, self.seeds - count + 1, count):
             part = slice(start, start + count)
             odds = {step: pool["odds"][:, part, i] for i, step in enumerate(self.reads)}
-            answers, _ = replay(path, Finished(pool["answers"][:, part], pool["scores"][:, part]), odds)
-            each.append(self._solved(answers, self.problems[split]).float())
-        return torch.stack(each).mean(dim=0).numpy().astype(float)
+            answers, _, runs = replay(path, Finished(pool["answers"][:, part], pool["scores"][:, part]), odds)
+            right.append(self._solved(answers, self.problems[split]).float())
+            begun.append(runs.float())
+        return Trial(*(torch.stack(each).mean(dim=0).numpy().astype(float) for each in (right, begun)))
 
     def _read(self, found: Sequence[Candidate | None], split: str) -> list[dict[str, Tensor]]:
         """Runs what is missing of several trials (None: the records), in one progress bar, and reads all of them."""

@@ -21,7 +21,7 @@ LAYERS = {  # a module may import any module that stands before it
         *("solving", "autoencoding", "flowmatching", "encoding", "mini", "adapting"),
     ],
     4: [
-        *("methods", "ensemble", "trials", "seeds"),
+        *("methods", "judging", "ensemble", "trials", "seeds"),
         *("stopping", "frontier", "early", "card", "checks"),
     ],
     5: [

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cosprobe import cost as costing
 from cosprobe.capture import capture
 from cosprobe.collect import images, noise_seed
-from cosprobe.ensemble import Bench, Judge, ensemble, run
+from cosprobe.ensemble import Bench, ensemble, run
+from cosprobe.judging import Judge
 from cosprobe.methods import (
     METHODS,
     PROBES,
@@ -178,9 +179,29 @@ def test_a_replay_returns_what_a_run_returns(bench, records, whole, method, seed
     outcome = run(bench, method, plan(method, seeds), PROBLEMS)
     part = Finished(records.finished.answers[:, :seeds], records.finished.scores[:, :seeds])
     odds = {step: value[:, :seeds] for step, value in records.odds.items()}
-    answers, which = replay(course(method, plan(method, seeds), CONFIG.steps), part, odds)
+    answers, which, begun = replay(course(method, plan(method, seeds), CONFIG.steps), part, odds)
     assert answers.tolist() == outcome.answers.tolist() and which.tolist() == outcome.run.tolist()
+    assert begun.tolist() == outcome.begun.tolist()
     np.testing.assert_allclose(outcome.video, whole[np.arange(2), which.numpy()], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["retry", "probe_retry"])
+def test_another_run_is_made_only_while_the_last_one_is_not_believed(name):
+    """Against the loop in words, on random videos and readings."""
+    draw = torch.Generator().manual_seed(3)
+    answers = torch.randint(-1, 4, (200, 3), generator=draw)
+    odds = (2 * torch.randn(200, 3, 4, generator=draw)).softmax(-1)
+    found = replay(course(name, Plan(3, (1,)), 20), Finished(answers, torch.zeros(200, 3, 4)), {1: odds})
+    made = Counter()
+    for shown, read, answer, which, begun in zip(answers, odds, *found, strict=True):
+        for count in range(1, 4):
+            belief = [0.0 if a < 0 else 1.0 if name == "retry" else 4 * float(read[:count, a].mean()) for a in shown]
+            if belief[count - 1] >= 1:
+                break
+        expected = count - 1 if belief[count - 1] >= 1 else max(range(3), key=lambda i: (belief[i], -i))
+        assert (int(which), int(answer), int(begun)) == (expected, int(shown[expected]), count)
+        made[count, belief[count - 1] >= 1] += 1
+    assert min(made[c, True] for c in (1, 2, 3)) > 3 and made[3, False] > 0  # every way to end
 
 
 def test_what_changes_its_runs_cannot_be_replayed(records):
@@ -195,12 +216,12 @@ def test_the_price_is_what_is_counted(bench, method):
     candidate, problem = Candidate(method, plan(method, 4)), PROBLEMS[:1]
     parts = costing.flops(bench.model, CONFIG, images(TASK, problem), [problem[0].prompt])
     with FlopCounterMode(display=False, custom_mapping=costing._ATTENTION) as counter:
-        run(bench, method, candidate.plan, problem)
-    counted, known = counter.get_total_flops(), price(candidate, CONFIG.steps, parts)
+        begun = float(run(bench, method, candidate.plan, problem).begun[0])
+    counted, known = counter.get_total_flops(), price(candidate, CONFIG.steps, parts, begun)
     assert known < counted < 1.005 * known if method in PROBES else counted == known
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "single"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("single", "retry", "probe_retry")])
 def test_the_order_of_seeds_changes_nothing(bench, method):
     """Of all seeds, or of those beside the first where the first one's run goes on."""
     first = method in ("hidden", "x0", "latent", "probe_weighted")
@@ -227,7 +248,7 @@ def test_a_problem_is_answered(bench):
     ("arguments", "message"),
     [
         ({"seeds": 1}, "seeds=1: expected at least 2; one seed is no ensemble, use method='single'"),
-        ({"method": "bestof"}, "method='bestof': expected one of single, hidden, x0, latent, vote, best_of, probe_b"),
+        ({"method": "bestof"}, "method='bestof': expected one of single, hidden, x0, latent, vote, best_of, retry, p"),
         ({"method": "hidden", "layers": (2, 3)}, r"layers=\[2, 3\]: layer 3 is outside the model, expected 0 to 2"),
         ({"method": "hidden", "layers": (0, -1)}, r"layer -1 is outside the model, expected 0 to 2"),
         ({"method": "probe_weighted", "layers": (7,)}, "step 0, layer 7: no probes were trained there, expected steps"),

@@ -79,16 +79,23 @@ def test_prices_count_every_part():
     assert price(Candidate("single", Plan(length=12)), 10, COST) == 1 + 5 + 12 * 2 + 4
 
 
+def test_runs_made_one_after_another_cost_what_was_begun():
+    one = 1 + 5 + 10 * 2 + 4
+    assert price(Candidate("retry", Plan(3)), 10, COST, begun=1.25) == 1.25 * one
+    assert price(Candidate("probe_retry", Plan(3)), 10, COST) == 3 * one
+
+
 def test_nothing_is_chosen_beyond_the_budget_and_ties_go_to_the_cheapest():
     options = [Candidate("probe_best", Plan(k, (s,))) for k in (2, 3, 4) for s in (0, 1)]
     options += [Candidate("vote", Plan(k)) for k in (2, 3)]
     right = {c: np.array([1.0, 0.0]) for c in options} | {options[5]: np.array([1.0, 1.0])}  # 4 seeds, step 1
-    chosen = choose(options, right, 10, COST, price(options[3], 10, COST))  # 3 seeds, step 1
+    prices = {c: price(c, 10, COST) for c in options}
+    chosen = choose(prices, right, COST, prices[options[3]])  # 3 seeds, step 1
     assert chosen["probe_best"] == options[0] and "vote" not in chosen
-    generous = choose(options, right, 10, COST, 1000.0)
+    generous = choose(prices, right, COST, 1000.0)
     assert generous["probe_best"] == options[5] and generous["vote"] == options[6]
     for budget in (40.0, 63.0, 64.0, 1000.0):
-        single = choose([], {}, 10, COST, budget)["single"]
+        single = choose({}, {}, COST, budget)["single"]
         longer = Candidate("single", Plan(length=single.plan.length + 1))
         assert price(single, 10, COST) <= budget < price(longer, 10, COST)
 
@@ -131,7 +138,7 @@ def test_every_budget_is_kept(compared):
     found, _ = compared
     for budget, row in found.chosen.items():
         assert {"single", "hidden", "probe_best"} <= set(row)
-        assert all(found.cost[c] <= found.budgets[budget] * (1 + 1e-6) for c in row.values())
+        assert all(found.cost.get(c, found.spent[c]) <= found.budgets[budget] * (1 + 1e-6) for c in row.values())
     assert set(found.chosen["three runs'"]) == set(METHODS)
 
 
@@ -164,7 +171,7 @@ def test_the_page_the_numbers_and_the_figure_are_written(compared, tmp_path):
     )
     assert (tmp_path / "ensemble" / "ensemble.png").stat().st_size > 10_000
     hidden = saved["chosen"]["the paper's"]["hidden"]
-    assert hidden["gflop"] == found.cost[found.chosen["the paper's"]["hidden"]]
+    assert hidden["gflop"] == found.spent[found.chosen["the paper's"]["hidden"]]
     assert hidden["all"]["minus_hidden"] == {"mean": 0.0, "lower": 0.0, "upper": 0.0}
     assert set(saved["windows"]) == {"early", "middle", "all"}
 
@@ -182,6 +189,7 @@ def planted(better):
         steps=20,
         keys=np.array([f"{i:02d}" for i in range(40)]),
         cost=dict.fromkeys(test, 2.0),
+        spent=dict.fromkeys(test, 2.0),
         validation=test,
         test=test,
         budgets={"the paper's": 2.0, "three runs'": 5.0},
