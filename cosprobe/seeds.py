@@ -44,7 +44,7 @@ class Size:
 
 SIZES = {
     "quick": Size(6, 16, 48, ("middle", "early", "all"), ((0,),), (3,)),
-    "full": Size(8, 120, 240, ("middle", "early", "second", "late", "all"), ((0,), (1,), (2,), (0, 1, 2)), (3, 8)),
+    "full": Size(6, 40, 240, ("middle", "early", "second", "late", "all"), ((0,), (0, 1, 2)), (3,)),
 }
 
 

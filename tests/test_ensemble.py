@@ -19,6 +19,7 @@ from cosprobe.judging import Judge
 from cosprobe.methods import (
     METHODS,
     PROBES,
+    Course,
     Finished,
     Plan,
     agreeing,
@@ -27,6 +28,7 @@ from cosprobe.methods import (
     majority,
     margin,
     most_confident,
+    only,
     replay,
     surest,
     windows,
@@ -204,6 +206,30 @@ def test_another_run_is_made_only_while_the_last_one_is_not_believed(name):
     assert min(made[c, True] for c in (1, 2, 3)) > 3 and made[3, False] > 0  # every way to end
 
 
+def test_only_problems_that_ask_for_another_run_get_one(bench, records, whole, monkeypatch):
+    """By a rule on probe readings that the first problem meets with its second seed, the other one never."""
+    sure = records.odds[0].amax(dim=-1)
+    bar = [float(sure[0, 1]), float(sure.max()) + 1]
+    keys = {float(sure[p, k]): bar[p] for p in range(2) for k in range(4)}
+
+    def rule(finished, odds):
+        near = [[min(keys, key=lambda known: abs(known - value)) for value in row] for row in odds[0].amax(-1).tolist()]
+        return torch.tensor([[float(value >= keys[value]) for value in row] for row in near])
+
+    path = Course(3, only, credit=rule, asks=(0,))
+    monkeypatch.setitem(METHODS, "probe_retry", lambda plan, steps: path)
+    outcome = run(bench, "probe_retry", Plan(3), PROBLEMS)
+    first = 1 if float(sure[0, 0]) >= bar[0] else 2
+    assert outcome.begun.tolist() == [first, 3] and outcome.run.tolist() == [first - 1, 0]
+    assert outcome.disagreement.isnan().tolist() == [first == 1, False]
+    np.testing.assert_allclose(outcome.video, whole[[0, 1], outcome.run.numpy()], atol=1e-4)
+    part = Finished(records.finished.answers[:, :3], records.finished.scores[:, :3])
+    answers, which, begun = replay(path, part, {0: records.odds[0][:, :3]})
+    assert (answers.tolist(), which.tolist(), begun.tolist()) == (
+        outcome.answers.tolist(), outcome.run.tolist(), outcome.begun.tolist()
+    )  # fmt: skip
+
+
 def test_what_changes_its_runs_cannot_be_replayed(records):
     with pytest.raises(ValueError, match="this course changes what its runs compute"):
         replay(course("hidden", plan("hidden"), 3), records.finished, records.odds)
@@ -242,6 +268,8 @@ def test_a_problem_is_answered(bench):
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.choice = 3
     assert found.evaluations == 9
+    retried = ensemble(bench.model, PROBLEMS[0], "probe_retry", 3, probes=bench.judge, task=TASK, config=CONFIG)
+    assert retried.evaluations == 3 * int(run(bench, "probe_retry", plan("probe_retry"), PROBLEMS[:1]).begun[0])
 
 
 @pytest.mark.parametrize(
