@@ -80,8 +80,8 @@ class Trials:
         return self._read([None], split)[0]
 
     def of(self, found: Sequence[Candidate], split: str) -> dict[Candidate, Trial]:
-        """Free candidates are replayed on as many disjoint groups of seeds as the records hold, the others are run with
-        the first seeds."""
+        """Free candidates are replayed on the records, each of whose seeds is once the first of K consecutive ones
+        (the first follows the last); the others are run with the first seeds."""
         run_for_real = [c for c in found if not c.free]
         pool, *trials = self._read([None, *run_for_real], split)
         given = {
@@ -93,8 +93,8 @@ class Trials:
     def _replayed(self, candidate: Candidate, pool: dict[str, Tensor], split: str) -> Trial:
         count, right, begun = candidate.plan.seeds, [], []
         path = self._path(candidate)
-        for start in range(0, self.seeds - count + 1, count):
-            part = slice(start, start + count)
+        for start in range(self.seeds):
+            part = [(start + i) % self.seeds for i in range(count)]
             odds = {step: pool["odds"][:, part, i] for i, step in enumerate(self.reads)}
             answers, _, runs = replay(path, Finished(pool["answers"][:, part], pool["scores"][:, part]), odds)
             right.append(self._solved(answers, self.problems[split]).float())

@@ -5,11 +5,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe import seeds, trials
-from cosprobe.cost import Cost
+from cosprobe import trials
+from cosprobe.collect import images
+from cosprobe.cost import Cost, flops
 from cosprobe.ensemble import run
 from cosprobe.methods import METHODS, Plan
 from cosprobe.seedreport import figure, numbers, remarks, write_ensemble
@@ -127,10 +129,18 @@ def test_numbers_on_disk_are_those_of_runs(compared, bench):  # noqa: F811
     found, _ = compared
     problems = fresh_problems(TASK, "test", 20, 4, TASK.kinds)
     assert found.keys.tolist() == [p.key for p in problems]
-    for c in (found.chosen["the paper's"]["hidden"], found.chosen["the paper's"]["probe_best"]):
-        outcome = run(bench, c.method, c.plan, problems)
-        right = [int(a) in TASK.solutions(p) for a, p in zip(outcome.answers, problems, strict=True)]
-        assert found.test[c].tolist() == [float(r) for r in right]
+    budgets = found.chosen["the paper's"], found.chosen["three runs'"]
+    for c in (budgets[0]["hidden"], budgets[0]["probe_best"], budgets[1]["retry"], budgets[1]["probe_retry"]):
+        right, begun = [], []
+        for start in range(3 if c.free else 1):
+            seeds = [(start + i) % 3 for i in range(c.plan.seeds)]
+            outcome = run(bench, c.method, c.plan, problems, which=seeds)
+            right.append([int(a) in TASK.solutions(p) for a, p in zip(outcome.answers, problems, strict=True)])
+            begun.append(outcome.begun.float())
+        np.testing.assert_allclose(found.test[c], np.mean(right, axis=0), atol=1e-6)
+        parts = flops(bench.model, bench.config, images(TASK, problems[:1]), [problems[0].prompt])
+        spent = price(c, bench.config.steps, parts, float(torch.stack(begun).mean()))
+        assert found.spent[c] * 1e9 == pytest.approx(spent, rel=1e-6)
     assert found.right.shape == (4, 3)
 
 
@@ -217,4 +227,3 @@ def test_remarks_name_what_is_clearly_better_and_nothing_else():
 def test_a_size_that_is_not_known_is_refused():
     with pytest.raises(ValueError, match="use.size='huge': expected one of quick, full"):
         EnsembleConfig("huge")
-    assert seeds.SIZES["quick"].seeds % 3 == 0  # whole groups of three seeds
