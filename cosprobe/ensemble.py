@@ -25,7 +25,7 @@ from cosprobe.capture import Tape, capture
 from cosprobe.collect import images, noise_seed
 from cosprobe.interventions import encoded_once
 from cosprobe.judging import Judge
-from cosprobe.methods import WINDOWED, Course, Finished, Plan, course, disagreement, only, windows
+from cosprobe.methods import WINDOWED, Course, Finished, Plan, course, disagreement, in_turn, only, windows
 from cosprobe.pipelines import PipelineConfig, block_list, experts, sample
 from cosprobe.pooling import Pooling
 from cosprobe.tasks import FAMILIES, Problem, Task
@@ -196,10 +196,8 @@ def _in_turn(
     together: Callable[..., Outcome], path: Course, problems: Sequence[Problem], numbers: Sequence[int]
 ) -> Outcome:
     """Runs made one after another, each of them together with those of all problems that still ask for one."""
-    assert path.credit is not None
     size, asking = (len(problems), len(numbers)), torch.arange(len(problems))
     clips: dict[tuple[int, int], np.ndarray] = {}
-    begun, run = torch.zeros(2, len(problems), dtype=torch.long)
     for at, number in enumerate(numbers):
         one = together(Course(1, only, asks=path.asks), [problems[i] for i in asking], [number])
         if not at:  # room for as many as there may be
@@ -210,17 +208,15 @@ def _in_turn(
             odds[step][asking, at] = read[:, 0]
         clips |= {(int(i), at): clip for i, clip in zip(asking, one.video, strict=True)}
         so_far = Finished(answers[asking, : at + 1], scores[asking, : at + 1])
-        credit = path.credit(so_far, [odds[step][asking, : at + 1] for step in path.asks])
-        enough = credit[:, -1] >= 1
-        begun[asking], run[asking] = at + 1, torch.where(enough, at, credit.argmax(dim=1))
-        asking = asking[~enough]
+        asking = asking[~path.enough(so_far, [odds[step][asking, : at + 1] for step in path.asks])]
         if not len(asking):
             break
-    rows = torch.arange(len(problems))
-    shares = [disagreement(shown[None, :n])[0] for shown, n in zip(answers, begun.tolist(), strict=True)]
+    finished, rows = Finished(answers, scores), torch.arange(len(problems))
+    begun, run = in_turn(path, finished, [odds[step] for step in path.asks])
+    shares = [disagreement(some[None, :n])[0] for some, n in zip(answers, begun.tolist(), strict=True)]
     apart = torch.where(begun > 1, torch.stack(shares), torch.nan)
-    video = np.stack([clips[i, int(at)] for i, at in enumerate(run)])
-    return Outcome(answers[rows, run], run, begun, apart, video, Finished(answers, scores), odds)
+    video = np.stack([clips[i, at] for i, at in enumerate(run.tolist())])
+    return Outcome(answers[rows, run], run, begun, apart, video, finished, odds)
 
 
 def _as_made(kind: type, group: str, store: dict[str, Any]) -> Any:

@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -91,6 +91,11 @@ class Course:
     def reads(self) -> tuple[int, ...]:
         """Step indices at which probes are read to decide which runs go on, or whether another is made."""
         return tuple(sorted({*self.asks, *(step for step, cut in self.cuts.items() if cut.reads)}))
+
+    def enough(self, finished: Finished, odds: list[Odds]) -> Bool[Tensor, " problem"]:
+        """Where the last of the runs made so far has the credit that ends the making of runs."""
+        assert self.credit is not None
+        return self.credit(finished, odds)[:, -1] >= 1
 
     def evaluations(self, steps: int) -> int:
         """Whole steps run for one problem, those of all its seeds together, by a sampler of `steps` steps; at most
@@ -166,14 +171,15 @@ def in_turn(
     path: Course, finished: Finished, odds: list[Odds]
 ) -> tuple[Int[Tensor, " problem"], Int[Tensor, " problem"]]:
     """Of runs made one after another how many are begun, and which of them is returned: the first with a credit of 1,
-    else the one with the highest. finished, odds (for each step of `path.asks`): of all that may be made."""
+    else the one with the highest. finished, odds (for each step of `path.asks`): of all that may be made; runs behind
+    the one that ended the making of runs do not count."""
     assert path.credit is not None
     count = finished.answers.shape[1]
     begun = torch.full((len(finished.answers),), count)
     run = path.credit(finished, odds).argmax(dim=1)
     for made in range(count, 0, -1):
         so_far = Finished(finished.answers[:, :made], finished.scores[:, :made])
-        enough = path.credit(so_far, [read[:, :made] for read in odds])[:, -1] >= 1
+        enough = path.enough(so_far, [read[:, :made] for read in odds])
         begun, run = torch.where(enough, made, begun), torch.where(enough, made - 1, run)
     return begun, run
 
