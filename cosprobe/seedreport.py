@@ -230,10 +230,9 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
     for name, row in comparison.curves.items():
         found = [comparison.estimate(comparison.test[c]) for c in row]
         worth = [comparison.spent[c] / comparison.plain_cost for c in row]
-        low = [e.mean - e.lower for e in found]
-        high = [e.upper - e.mean for e in found]
-        style = {"color": _colour(name), "marker": MARKS[name], "markersize": 4, "linewidth": 1.2, "elinewidth": 0.5}
-        axes.errorbar(worth, [e.mean for e in found], (low, high), label=name, **style)
+        # no intervals: most points stand close to one run, where they would hide each other
+        style = {"color": _colour(name), "marker": MARKS[name], "markersize": 4, "linewidth": 1.2, "alpha": 0.8}
+        axes.plot(worth, [e.mean for e in found], label=name, **style)
     longer = [c for row in comparison.chosen.values() for m, c in row.items() if m == "single"]
     plain = comparison.estimate(comparison.plain)
     points = [(1.0, plain), *((comparison.spent[c] / comparison.plain_cost, _of(comparison, c)) for c in longer)]
