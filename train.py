@@ -33,7 +33,8 @@ def train(run: TrainRun) -> None:
 
     fabric = launch(run.trainer)  # one process per device from here on
     model = load_pipeline(run.pipeline, str(fabric.device))
-    settings = (model, run.pipeline, task, run.task, run.probe, run.seed)
+    drawn = draw_samples(task, run.task, run.seed)
+    settings = (model, run.pipeline, task, run.task, run.probe, run.seed, drawn)
     store, few = collect(*settings, folder / "store"), collect_weights(*settings, folder / "weights")
     save_config(run, folder)  # after the store has agreed that these are this folder's settings
     samples, experts = load_samples(store, task)
@@ -44,7 +45,7 @@ def train(run: TrainRun) -> None:
 
     bank.save(folder / "probes")
     grid, checks = examine(evaluate(samples, experts, bank), samples, bank, weights, run.seed)
-    strips = record(model, run.pipeline, task, draw_samples(task, run.task, run.seed), samples, run.probe.decode)
+    strips = record(model, run.pipeline, task, drawn, samples, run.probe.decode)
     write_report(grid, checks, folder, strips)
     log_tensorboard(grid, folder / "tensorboard", bank.provenance)
     print_summary(grid, checks, folder)

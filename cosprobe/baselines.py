@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cosprobe.capture import capture
-from cosprobe.collect import Sample, decode_steps, draw_samples, fill, images, say, settings
+from cosprobe.collect import Sample, decode_steps, fill, images, say, settings
 from cosprobe.data import ProbeSamples
 from cosprobe.devices import TrainerConfig
 from cosprobe.metrics import correctness, share_interval
@@ -68,14 +68,20 @@ def few_steps(probe: Any, total: int) -> tuple[int, ...]:
 
 
 def collect_weights(
-    model: Any, pipeline: PipelineConfig, task: Task, task_config: Any, probe: Any, seed: int, folder: Path
+    model: Any,
+    pipeline: PipelineConfig,
+    task: Task,
+    task_config: Any,
+    probe: Any,
+    seed: int,
+    drawn: list[Sample],
+    folder: Path,
 ) -> ActivationStore | None:
     """Features [sample, weights, step, layer, place, region, channel] of the few samples, on disk; None when
     `probe.randomised` is 0, or so small that a split would be empty. Runs end after the last of the few steps and
     nothing is decoded."""
     if not probe.randomised:
         return None
-    drawn = draw_samples(task, task_config, seed)
     places = few_samples(drawn, probe.randomised)
     if len({drawn[i].problem.split for i in places}) < len(SPLIT_ORDER):
         say(f"random weights are left out: probe.randomised={probe.randomised} of {len(drawn)} samples is too few")

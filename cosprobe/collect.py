@@ -95,10 +95,17 @@ def settings(pipeline: PipelineConfig, task: Any, probe: Any, seed: int) -> dict
 
 
 def collect(
-    model: Any, pipeline: PipelineConfig, task: Task, task_config: Any, probe: Any, seed: int, folder: Path
+    model: Any,
+    pipeline: PipelineConfig,
+    task: Task,
+    task_config: Any,
+    probe: Any,
+    seed: int,
+    drawn: list[Sample],
+    folder: Path,
 ) -> ActivationStore:
-    """Collects what is not on disk yet. Chunks are cut by global index: one process and many write the same shards."""
-    drawn = draw_samples(task, task_config, seed)
+    """Collects what is not on disk yet of `drawn`, which is what `draw_samples` gives for these settings. Chunks are
+    cut by global index: one process and many write the same shards."""
     chunks = [drawn[i : i + pipeline.batch] for i in range(0, len(drawn), pipeline.batch)]
     store = ActivationStore(folder, settings(pipeline, task_config, probe, seed), len(chunks))
     size = store_bytes(model, pipeline, task, probe, len(drawn))

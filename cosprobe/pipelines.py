@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -214,27 +216,29 @@ def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], limit: in
 def batched_images(pipeline: DiffusionPipeline) -> Iterator[list[Tensor]]:
     """Lets one call serve a batch of different first frames, which diffusers does not offer.
 
-    Each problem is prepared by the pipeline's own `prepare_latents` as if alone and the results are
-    concatenated, so noise and condition never depend on the batch. Undone on exit.
+    The pipeline's own `prepare_latents` encodes the whole batch of images once for every generator of noise: here
+    the batch is encoded once, and the answer for a generator is the image at its place. A sample's noise does not
+    depend on its batch, its condition does up to rounding. Undone on exit.
     Yields a list that will hold the condition of the batch, the very tensor the pipeline's loop works with.
     """
-    original, held = pipeline.prepare_latents, []
+    original, encode = pipeline.prepare_latents, pipeline.vae.encode
+    held: list[Tensor] = []
+    encoded: list[Tensor] = []
 
-    def prepare(image: Tensor, batch_size: int, *rest: Any) -> tuple[Tensor, ...]:
-        *shape, generator, latents, last = rest
-        alone = [
-            original(image[i : i + 1], 1, *shape, generator[i], None if latents is None else latents[i : i + 1], last)
-            for i in range(batch_size)
-        ]
-        noise, condition, *mask = zip(*alone, strict=True)
-        held.append(torch.cat(condition))
-        return (torch.cat(noise), held[-1], *(m[0] for m in mask))
+    def prepare(*arguments: Any) -> tuple[Tensor, ...]:
+        noise, condition, *mask = original(*arguments)
+        if len(condition) != len(noise):
+            raise RuntimeError(f"the pipeline encoded {len(condition)} of {len(noise)} images: expected each once")
+        held.append(condition)
+        return (noise, condition, *mask)
 
-    pipeline.prepare_latents = prepare
-    try:
+    def by_turns(videos: Tensor) -> SimpleNamespace:
+        if not encoded:
+            encoded.extend(encode(videos).latent_dist.mode().split(1))
+        return SimpleNamespace(latents=encoded.pop(0))
+
+    with patch.object(pipeline, "prepare_latents", prepare), patch.object(pipeline.vae, "encode", by_turns):
         yield held
-    finally:
-        del pipeline.prepare_latents
 
 
 @torch.no_grad()

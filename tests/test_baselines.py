@@ -37,6 +37,7 @@ from tests.tiny import wan
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 TASK = MazeConfig(problems=40, frames=5)
+DRAWN = draw_samples(TASK.build(), TASK, 0)
 PROBE = ProbeConfig(layers="0,2", lambdas=[0.1], randomised=30)
 TRAINER = TrainerConfig(precision="32-true")
 PROBLEM = Maze().problems("train", 1)[0]
@@ -57,12 +58,12 @@ def pipeline(tmp_path_factory):
 @pytest.fixture(scope="module")
 def store(model, pipeline, tmp_path_factory) -> ActivationStore:
     folder = tmp_path_factory.mktemp("run") / "weights"
-    return collect_weights(model, pipeline, TASK.build(), TASK, PROBE, 0, folder)
+    return collect_weights(model, pipeline, TASK.build(), TASK, PROBE, 0, DRAWN, folder)
 
 
 @pytest.fixture(scope="module")
 def samples(model, pipeline, tmp_path_factory):
-    main = collect(model, pipeline, TASK.build(), TASK, PROBE, 0, tmp_path_factory.mktemp("run") / "store")
+    main = collect(model, pipeline, TASK.build(), TASK, PROBE, 0, DRAWN, tmp_path_factory.mktemp("run") / "store")
     return load_samples(main, TASK.build())[0]
 
 
@@ -103,9 +104,8 @@ def test_few_steps_are_kept_decoded_and_in_the_first_half(steps, decode, total, 
 
 def test_nothing_is_sampled_when_it_is_turned_off_or_a_split_would_be_empty(model, pipeline, tmp_path, capsys):
     def asked(count):
-        return collect_weights(
-            model, pipeline, TASK.build(), TASK, replace(PROBE, randomised=count), 0, tmp_path / "weights"
-        )
+        few = replace(PROBE, randomised=count)
+        return collect_weights(model, pipeline, TASK.build(), TASK, few, 0, DRAWN, tmp_path / "weights")
 
     assert asked(0) is None
     assert capsys.readouterr().out == ""
@@ -122,8 +122,7 @@ def test_trained_weights_are_the_main_store_at_these_samples_steps_and_layers(st
     tensors, notes = store.read()
     assert notes == {"steps": [0, 1, 2], "layers": [0, 2], "places": ["all"]}
     places = tensors["sample"].tolist()
-    drawn = draw_samples(TASK.build(), TASK, 0)
-    assert places == few_samples(drawn, 30)
+    assert places == few_samples(DRAWN, 30)
     assert [sum(samples.split[places] == split) for split in ("train", "validation", "test")] == [15, 6, 9]
     features = tensors["features"]
     assert features.shape == (30, 3, 3, 2, 1, 4, 24)  # sample, weights, step, layer, place, region, channel
@@ -152,7 +151,7 @@ def test_the_models_weights_are_as_before(model, pipeline, store, tmp_path):
 
 def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, pipeline, store, monkeypatch, capsys):
     before = store.read()[0]["features"]
-    arguments = (model, pipeline, TASK.build(), TASK, PROBE, 0, store.folder)
+    arguments = (model, pipeline, TASK.build(), TASK, PROBE, 0, DRAWN, store.folder)
 
     def refuse(*a, **k):
         raise AssertionError("sampled again")
@@ -168,7 +167,7 @@ def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, pipeline, st
     assert "3 of 4 shards are there" in capsys.readouterr().out
     assert torch.equal(mended.read()[0]["features"], before)
     with pytest.raises(ValueError, match="was made with probe.randomised=30, now probe.randomised=20"):
-        collect_weights(model, pipeline, TASK.build(), TASK, replace(PROBE, randomised=20), 0, store.folder)
+        collect_weights(model, pipeline, TASK.build(), TASK, replace(PROBE, randomised=20), 0, DRAWN, store.folder)
 
 
 # what is read

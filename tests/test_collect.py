@@ -27,6 +27,7 @@ from tests.tiny import wan
 module = import_module("cosprobe.collect")  # the package names the function alike
 PROBE = SimpleNamespace(layers="0,2", steps="all", pooling="region", frames=False, decode="auto")
 TASK = MazeConfig(problems=20, frames=5)
+DRAWN = draw_samples(TASK.build(), TASK, 0)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def store(model, config, tmp_path_factory):
-    return collect(model, config, TASK.build(), TASK, PROBE, 0, tmp_path_factory.mktemp("run") / "store")
+    return collect(model, config, TASK.build(), TASK, PROBE, 0, DRAWN, tmp_path_factory.mktemp("run") / "store")
 
 
 def test_problems_are_shared_out_and_the_seeds_of_one_stay_together():
@@ -87,7 +88,7 @@ def test_the_announced_size_is_the_size_on_disk(model, config, store):
 def test_what_is_stored_is_what_capture_gives(model, config, store):
     samples, experts = load_samples(store, TASK.build())
     assert experts == ["only"] * 3
-    drawn = draw_samples(TASK.build(), TASK, seed=0)[8:16]
+    drawn = DRAWN[8:16]
     problems = [s.problem for s in drawn]
     with capture(model, ["2"], Pooling("region", boxes=[p.regions for p in problems]), "1") as tape:
         video = sample(
@@ -109,7 +110,7 @@ def test_labels_belong_to_their_kinds(store):
     ).all()
     assert (samples.labels["choice"].numpy()[one_exit] < 0).all()
     assert samples.labels["choice"].numpy()[~one_exit].tolist() == samples.choice[~one_exit].tolist()
-    problems = [s.problem for s in draw_samples(TASK.build(), TASK, seed=0)]
+    problems = [s.problem for s in DRAWN]
     assert samples.labels["corridors"].tolist() == [list(p.labels["corridors"]) for p in problems]
     assert samples.keys.tolist() == [p.key[:15] for p in problems]
 
@@ -122,17 +123,17 @@ def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, config, stor
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "sample", refuse)
-        again = collect(model, config, TASK.build(), TASK, PROBE, 0, store.folder)
+        again = collect(model, config, TASK.build(), TASK, PROBE, 0, DRAWN, store.folder)
     assert again.fingerprint == store.fingerprint
     (store.folder / "shard-00001.safetensors").unlink()
-    mended = collect(model, config, TASK.build(), TASK, PROBE, 0, store.folder)
+    mended = collect(model, config, TASK.build(), TASK, PROBE, 0, DRAWN, store.folder)
     assert torch.equal(mended.read()[0]["features"], before)
 
 
 def test_other_settings_do_not_share_a_folder(model, config, store):
     other = MazeConfig(problems=20, frames=5, rooms=[4])
     with pytest.raises(ValueError, match=r"was made with task.rooms=\[4, 5\], now task.rooms=\[4\]"):
-        collect(model, config, other.build(), other, PROBE, 0, store.folder)
+        collect(model, config, other.build(), other, PROBE, 0, draw_samples(other.build(), other, 0), store.folder)
 
 
 def test_everything_that_shapes_a_store_is_in_its_fingerprint(config):
@@ -155,7 +156,7 @@ def test_too_few_problems():
 
 
 def test_watch_shows_the_finished_video_at_the_last_step(model, config):
-    drawn = draw_samples(TASK.build(), TASK, seed=0)[:2]
+    drawn = DRAWN[:2]
     seen = watch(model, config, TASK.build(), drawn, (0, 2))
     problems = [s.problem for s in drawn]
     video = sample(model, config, images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in drawn])

@@ -119,9 +119,31 @@ def test_one_problem_equals_the_plain_pipeline():
 def test_batched_images_is_undone():
     pipeline = wan()
     with pytest.raises(ZeroDivisionError), batched_images(pipeline):
-        assert "prepare_latents" in vars(pipeline)
+        assert "prepare_latents" in vars(pipeline) and "encode" in vars(pipeline.vae)
         raise ZeroDivisionError
-    assert "prepare_latents" not in vars(pipeline)
+    assert "prepare_latents" not in vars(pipeline) and "encode" not in vars(pipeline.vae)
+
+
+def test_a_batch_of_images_is_encoded_once(monkeypatch):
+    pipeline, encoded = wan(), []
+    encode = pipeline.vae.encode
+
+    def counted(videos):
+        encoded.append(len(videos))
+        return encode(videos)
+
+    monkeypatch.setattr(pipeline.vae, "encode", counted)
+    sample(pipeline, CONFIG, IMAGES, [PROMPT] * 2, [1, 2])
+    assert encoded == [2]
+    assert pipeline.vae.encode is counted
+
+
+def test_a_pipeline_that_encodes_other_than_expected_is_refused(monkeypatch):
+    pipeline = wan()
+    original = pipeline.prepare_latents
+    monkeypatch.setattr(pipeline, "prepare_latents", lambda *a: (original(*a)[0], original(*a)[1][:1]))
+    with pytest.raises(RuntimeError, match="the pipeline encoded 1 of 2 images: expected each once"):
+        sample(pipeline, CONFIG, IMAGES, [PROMPT] * 2, [1, 2])
 
 
 def test_the_recipes_condition_is_the_pipelines():

@@ -20,6 +20,7 @@ from tests.tiny import wan
 
 PROBE = SimpleNamespace(layers="1", steps="0,2", pooling="region", frames=True, decode="0")
 TASK = MazeConfig(problems=20, frames=5)
+DRAWN = draw_samples(TASK.build(), TASK, 0)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def samples(model, config, tmp_path_factory):
-    store = collect(model, config, TASK.build(), TASK, PROBE, 0, tmp_path_factory.mktemp("run") / "store")
+    store = collect(model, config, TASK.build(), TASK, PROBE, 0, DRAWN, tmp_path_factory.mktemp("run") / "store")
     return load_samples(store, TASK.build())[0]
 
 
@@ -62,7 +63,7 @@ def test_noise_is_the_latent_of_the_first_step_in_the_same_regions(samples):
 
 
 def test_first_frame_and_prompt_are_what_the_pipeline_was_given(model, config, samples):
-    drawn = draw_samples(TASK.build(), TASK, seed=0)[8:16]
+    drawn = DRAWN[8:16]
     problems = [s.problem for s in drawn]
     arguments = (images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in drawn])
     seen = []
@@ -116,7 +117,7 @@ def test_nuisance_cells_need_nuisances_and_nothing_else_changes(samples):
 
 
 def test_seeds_and_labels_come_along(samples):
-    drawn = draw_samples(TASK.build(), TASK, seed=0)
+    drawn = DRAWN
     assert samples.replica.tolist() == [s.replica for s in drawn]
     assert samples.difficulty["rooms"].tolist() == [s.problem.difficulty["rooms"] for s in drawn]
     assert set(samples.scores) == {"x0_readout", "final", "solved"}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import numpy as np
 
@@ -69,18 +70,16 @@ def draw_layout(n: int, kind: str, rng: np.random.Generator) -> Layout:
     The cuts tell something all the same: a wall close to an exit speaks against it. So they are made close to the
     fork, and a maze is kept the more rarely the more its doors speak for the exits that can be reached (`_hint`).
     """
-    corners = corners_of(n)
+    corners, doors = corners_of(n), doors_of(n)
     while True:
-        tree = _spanning_tree(n, rng)
-        start = int(rng.integers(n * n))
+        shuffled, start = rng.permutation(len(doors)).tolist(), int(rng.integers(n * n))
         if start in corners:
             continue
-        walks = _walks(start, tree, corners)
+        tree = _spanning_tree(n, [doors[i] for i in shuffled])
+        walks = _walks(start, tree, corners, n)
+        if walks is None or any(_private(a, b) < 2 for a, b in permutations(walks, 2)):
+            continue
         steps = [[_edge(a, b) for a, b in pairwise(walk)] for walk in walks]
-        if any(corner in walk[1:-1] for corner in corners for walk in walks):
-            continue
-        if any(len(set(steps[j]) - set(steps[k])) < 2 for j in range(4) for k in range(4) if j != k):
-            continue
         order = [int(k) for k in rng.permutation(4)]
         kept = order[: 1 if kind == "one_exit" else int(rng.integers(2, 4))]
         shared = {edge for k in kept for edge in steps[k]}
@@ -118,36 +117,37 @@ def _hints(n: int) -> tuple[list[dict[Edge, float]], list[list[float]]]:
     return doors, rooms
 
 
-def _spanning_tree(n: int, rng: np.random.Generator) -> set[Edge]:
-    edges = doors_of(n)
+def _spanning_tree(n: int, doors: Sequence[Edge]) -> list[Edge]:
+    """The doors that join rooms not joined yet by those before them, in their order."""
     group = list(range(n * n))
-
-    def root(a: int) -> int:
-        while group[a] != a:
-            group[a] = group[group[a]]
-            a = group[a]
-        return a
-
-    tree: set[Edge] = set()
-    for i in rng.permutation(len(edges)):
-        a, b = edges[i]
-        if root(a) != root(b):
-            group[root(a)] = root(b)
-            tree.add((a, b))
+    members = [[room] for room in range(n * n)]
+    tree: list[Edge] = []
+    for a, b in doors:
+        larger, smaller = group[a], group[b]
+        if larger != smaller:
+            if len(members[larger]) < len(members[smaller]):
+                larger, smaller = smaller, larger
+            for room in members[smaller]:
+                group[room] = larger
+            members[larger] += members[smaller]
+            tree.append((a, b))
+            if len(tree) == n * n - 1:
+                break
     return tree
 
 
-def _walks(start: int, tree: set[Edge], ends: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The unique walk in the tree from start to each end, both included."""
-    doors: dict[int, list[int]] = {}
+def _walks(start: int, tree: Sequence[Edge], ends: Sequence[int], n: int) -> list[tuple[int, ...]] | None:
+    """The unique walk in the tree from start to each end, both included; None when one leads through another end."""
+    beside: list[list[int]] = [[] for _ in range(n * n)]
     for a, b in tree:
-        doors.setdefault(a, []).append(b)
-        doors.setdefault(b, []).append(a)
-    came_from, frontier = {start: start}, [start]
+        beside[a].append(b)
+        beside[b].append(a)
+    came_from, frontier = [-1] * (n * n), [start]
+    came_from[start] = start
     while frontier:
         a = frontier.pop()
-        for b in doors[a]:
-            if b not in came_from:
+        for b in beside[a]:
+            if came_from[b] < 0:
                 came_from[b] = a
                 frontier.append(b)
     walks = []
@@ -155,8 +155,16 @@ def _walks(start: int, tree: set[Edge], ends: tuple[int, ...]) -> list[tuple[int
         walk = [end]
         while walk[-1] != start:
             walk.append(came_from[walk[-1]])
+            if walk[-1] in ends:
+                return None
         walks.append(tuple(reversed(walk)))
     return walks
+
+
+def _private(walk: Sequence[int], other: Sequence[int]) -> int:
+    """Doors of a walk that another one from the same start does not go through."""
+    shared = next(i for i, (a, b) in enumerate(zip(walk, other, strict=False)) if a != b)
+    return len(walk) - shared
 
 
 def _edge(a: int, b: int) -> Edge:
