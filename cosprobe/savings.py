@@ -166,10 +166,9 @@ def frontier_figure(saved: Sequence[Saved]) -> Figure:
                 _, right = outcome(one.stopping.fresh, policy_looks(one.stopping.fresh, policy))
                 at = float(right.mean()) if truth else 1 - done.risk
                 spread = None if truth else [[done.interval[1] - done.risk], [done.risk - done.interval[0]]]
-                axes.errorbar(
-                    done.compute, at, yerr=spread, marker="*", markersize=12, color="#0072b2",
-                    markeredgecolor="white", capsize=3, linestyle="", zorder=5, label="calibrated policy",
-                )  # fmt: skip
+                axes.errorbar(done.compute, at, yerr=spread, color="#0072b2", capsize=3, linestyle="", zorder=5)
+                star = {"marker": "*", "markersize": 12, "color": "#0072b2", "markeredgecolor": "white"}
+                axes.plot(done.compute, at, linestyle="", zorder=6, label="calibrated policy", **star)
             if truth:
                 axes.axhline(done.finished_accuracy, color="#cc79a7", linestyle="-.", label="finished video")
             else:

@@ -27,6 +27,8 @@ from cosprobe.trials import Candidate
 
 FOLDER = "ensemble"
 REFERENCES = ("hidden", "single")  # what every method is compared with, at the same budget
+CLOSE = 0.03  # up to so many runs beyond the first the axis of compute is linear, then logarithmic
+TICKS = (1, 1.05, 1.1, 1.2, 1.5, 2, 3, 6)
 OURS, PAPERS, PLAIN, NONE = "#0072b2", "#d55e00", "#666666", "#b0b0b0"
 MARKS = {
     "vote": "s",
@@ -229,28 +231,26 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
     """Methods that choose among runs at their default settings, from two seeds on, against compute."""
     for name, row in comparison.curves.items():
         found = [comparison.estimate(comparison.test[c]) for c in row]
-        worth = [comparison.spent[c] / comparison.plain_cost for c in row]
         # no intervals: most points stand close to one run, where they would hide each other
         style = {"color": _colour(name), "marker": MARKS[name], "markersize": 4, "linewidth": 1.2, "alpha": 0.8}
-        axes.plot(worth, [e.mean for e in found], label=name, **style)
+        axes.plot([_beyond(comparison, c) for c in row], [e.mean for e in found], label=name, **style)
     longer = [c for row in comparison.chosen.values() for m, c in row.items() if m == "single"]
     plain = comparison.estimate(comparison.plain)
-    points = [(1.0, plain), *((comparison.spent[c] / comparison.plain_cost, _of(comparison, c)) for c in longer)]
+    points = [(0.0, plain), *((_beyond(comparison, c), _of(comparison, c)) for c in longer)]
     axes.plot([x for x, _ in points], [e.mean for _, e in points], color=NONE, marker=".", label="single, more steps")
     paper = comparison.windows.get("middle")
     if paper is not None:
         e = _of(comparison, paper)
         axes.errorbar(
-            [comparison.spent[paper] / comparison.plain_cost], [e.mean], ([e.mean - e.lower], [e.upper - e.mean]),
+            [_beyond(comparison, paper)], [e.mean], ([e.mean - e.lower], [e.upper - e.mean]),
             color=PAPERS, marker="*", markersize=9, elinewidth=0.8, label="hidden, 3 seeds, middle",
         )  # fmt: skip
     count = comparison.right.shape[1]
     axes.axhline(oracle(comparison.right, count).mean(), color=NONE, linestyle=":", linewidth=1)
     axes.annotate(f"any of {count} seeds right", (0.98, oracle(comparison.right, count).mean()), (0, 3),
                   xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=PLAIN)  # fmt: skip
-    ticks = [1, 1.5, 2, 3, 4, 6, 8]
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_xscale("asinh", linear_width=CLOSE)
+    axes.set_xticks([t - 1 for t in TICKS], [f"{t:g}" for t in TICKS])
     axes.minorticks_off()
     axes.set(xlabel="compute (one run = 1)", ylabel="right answers, test")
     axes.set_title("default settings, 2 seeds and more", loc="left")
@@ -290,6 +290,11 @@ def _window_gains(comparison: Comparison) -> list[str]:
     others = {name: c for name, c in comparison.windows.items() if name != "middle"}
     said = [f"middle minus {name} {_signed(comparison.gain(middle, c))}" for name, c in others.items()]
     return [*said, f"middle minus one run {_signed(comparison.gain(middle))}"]
+
+
+def _beyond(comparison: Comparison, candidate: Candidate) -> float:
+    """Compute beyond one run, in runs."""
+    return comparison.spent[candidate] / comparison.plain_cost - 1
 
 
 def _of(comparison: Comparison, candidate: Candidate) -> Estimate:

@@ -37,7 +37,7 @@ from cosprobe.newton import Tally, add_tallies, newton_targets, shortfall
 from cosprobe.pooling import POOLINGS
 from cosprobe.probes import ProbeBank, affine, classes_last, readable_targets
 from cosprobe.ridge import fit_ridge
-from cosprobe.solvers import Chosen, Fitted, best_setting, curvature, design, row_losses, row_sums, spread, standardise
+from cosprobe.solvers import Chosen, Fitted, best_setting, curvature, design, row_sums, spread, standardise
 from cosprobe.tasks import Target
 
 KINDS = ("logistic", "newton", "ridge")
@@ -171,9 +171,9 @@ class ProbeTraining(L.LightningModule):
     def training_step(self, batch: ProbeBatch, index: int) -> Tensor:
         total = torch.zeros((), device=self.device)
         for name, values in self(batch.rows).items():
-            loss = row_losses(values, batch.labels[name])
+            loss, correct, count = row_sums(values, batch.labels[name])
             if self._measured():
-                self.metrics[f"train/{name}"].update(*row_sums(values, batch.labels[name]))
+                self.metrics[f"train/{name}"].update(loss, correct, count)
             # Divided by the labels a batch of this size carries on average, not by those it happens to carry:
             # that is unbiased, and the mean over processes of these gradients is the gradient of one process.
             total = total + loss.sum() * (self.trainer.world_size / (batch.size * self.labelled[name]))
@@ -191,7 +191,7 @@ class ProbeTraining(L.LightningModule):
         for name, values in self(batch.rows).items():
             self.metrics[f"validation/{name}"].update(*row_sums(values, batch.labels[name]))
 
-    def _measured(self) -> bool:  # counting what is right takes as long as a gradient step: at points of curves only
+    def _measured(self) -> bool:  # at points of curves only
         return (self.current_epoch + 1) % self.trainer.check_val_every_n_epoch == 0
 
     def on_train_epoch_end(self) -> None:

@@ -122,7 +122,7 @@ def test_curvature_bounds_the_hessian(rng, form):
 
 def test_row_sums_leave_out_rows_without_a_label(rng):
     values = torch.randn(2, 6, 1, 3, generator=rng)
-    labels = torch.tensor([0, -1, 2, 1, -1, 0])
+    labels = torch.tensor([0, -1, 2, 1, -1, 2])
     loss, correct, count = row_sums(values, labels)
     keep = labels >= 0
     for cell in range(2):
@@ -131,3 +131,4 @@ def test_row_sums_leave_out_rows_without_a_label(rng):
         assert torch.allclose(loss[cell, 0], expected)
         assert correct[cell, 0] == (logits.argmax(1) == labels[keep]).sum()
     assert count == 4
+    assert (row_sums(torch.zeros_like(values), labels)[1] == 1).all()  # of equals the first: label 0, once
