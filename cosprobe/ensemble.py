@@ -23,7 +23,6 @@ from torch import Tensor
 
 from cosprobe.capture import Tape, capture
 from cosprobe.collect import images, noise_seed
-from cosprobe.interventions import encoded_once
 from cosprobe.judging import Judge
 from cosprobe.methods import WINDOWED, Course, Finished, Plan, course, disagreement, in_turn, only, windows
 from cosprobe.pipelines import PipelineConfig, block_list, experts, sample
@@ -166,7 +165,6 @@ def _together(
     alive = torch.arange(path.seeds).expand(len(problems), -1)
     odds: dict[int, Tensor] = {}
     with ExitStack() as stack:
-        stack.enter_context(encoded_once(model))
         steps = sorted({*path.reads, *read})
         reading = stack.enter_context(_reading(bench, steps, samples)) if steps else None
         if path.edit is not None:

@@ -144,20 +144,6 @@ def average_latents(pipeline: Any, group: int, steps: Sequence[int], back: str =
         yield
 
 
-@contextmanager
-def encoded_once(pipeline: Any) -> Iterator[None]:
-    """Encodes an image that equals the one before it only once: the seeds of a problem stand side by side."""
-    last: list[tuple[Tensor, Any]] = []
-
-    def around(original: Callable, image: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not last or last[0][0].shape != image.shape or not torch.equal(last[0][0], image):
-            last[:] = [(image, original(image, *args, **kwargs))]
-        return last[0][1]
-
-    with wrapped(pipeline.vae, "encode", around):
-        yield
-
-
 def output_for(scheduler: Any, step: int, clean: Tensor, noisy: Tensor) -> Tensor:
     """The model output at `step` (a step index) whose x0-hat is `clean`: the inverse of `clean_estimate`."""
     kind, noisy = scheduler.config.get("prediction_type", "flow_prediction"), noisy.float()

@@ -216,14 +216,13 @@ def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], limit: in
 def batched_images(pipeline: DiffusionPipeline) -> Iterator[list[Tensor]]:
     """Lets one call serve a batch of different first frames, which diffusers does not offer.
 
-    The pipeline's own `prepare_latents` encodes the whole batch of images once for every generator of noise: here
-    the batch is encoded once, and the answer for a generator is the image at its place. A sample's noise does not
-    depend on its batch, its condition does up to rounding. Undone on exit.
-    Yields a list that will hold the condition of the batch, the very tensor the pipeline's loop works with.
+    The pipeline's own `prepare_latents` encodes the whole batch of images once for every generator of noise. Here it is
+    encoded once, equal neighbours as one, and the answer for a generator is the image at its place. A sample's noise
+    does not depend on its batch, its condition does up to rounding. Undone on exit. Yields a list that will
+    hold the condition of the batch, the very tensor the pipeline's loop works with.
     """
     original, encode = pipeline.prepare_latents, pipeline.vae.encode
-    held: list[Tensor] = []
-    encoded: list[Tensor] = []
+    held, encoded = list[Tensor](), list[Tensor]()
 
     def prepare(*arguments: Any) -> tuple[Tensor, ...]:
         noise, condition, *mask = original(*arguments)
@@ -232,9 +231,12 @@ def batched_images(pipeline: DiffusionPipeline) -> Iterator[list[Tensor]]:
         held.append(condition)
         return (noise, condition, *mask)
 
-    def by_turns(videos: Tensor) -> SimpleNamespace:
+    def by_turns(videos: Tensor) -> Any:
+        if len(videos) == 1:
+            return encode(videos)
         if not encoded:
-            encoded.extend(encode(videos).latent_dist.mode().split(1))
+            new = torch.tensor([i == 0 or not torch.equal(videos[i], videos[i - 1]) for i in range(len(videos))])
+            encoded.extend(encode(videos[new]).latent_dist.mode()[new.cumsum(0) - 1].split(1))
         return SimpleNamespace(latents=encoded.pop(0))
 
     with patch.object(pipeline, "prepare_latents", prepare), patch.object(pipeline.vae, "encode", by_turns):

@@ -252,7 +252,8 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
     axes.set_xscale("asinh", linear_width=CLOSE)
     axes.set_xticks([t - 1 for t in TICKS], [f"{t:g}" for t in TICKS])
     axes.minorticks_off()
-    axes.set_xlim(-CLOSE / 3, 1.25 * max(_beyond(comparison, c) for row in comparison.curves.values() for c in row))
+    ends = [_beyond(comparison, c) for row in comparison.curves.values() for c in row]
+    axes.set_xlim(-CLOSE / 3, 1.25 * max(ends, default=1.0))
     axes.set(xlabel="compute (one run = 1)", ylabel="right answers, test")
     axes.set_title("default settings, 2 seeds and more", loc="left")
     low, high = axes.get_ylim()

@@ -13,7 +13,6 @@ from cosprobe.interventions import (
     average_blocks,
     average_clean,
     average_latents,
-    encoded_once,
     group_mean,
     output_for,
 )
@@ -250,13 +249,3 @@ def test_both_experts_are_edited_and_restored():
         edited = draw(model, config=config)
     assert not np.array_equal(edited[0], plain[0]) and np.array_equal(edited[1], plain[1])
     assert np.array_equal(draw(model, config=config), plain)
-
-
-def test_the_first_frame_of_a_problem_is_encoded_once(pipeline, monkeypatch):
-    calls, original = [], pipeline.vae.encode
-    monkeypatch.setattr(pipeline.vae, "encode", lambda *a, **k: calls.append(1) or original(*a, **k))
-    plain = draw(pipeline)
-    assert len(calls) == 6
-    with encoded_once(pipeline):
-        assert np.array_equal(draw(pipeline), plain)
-    assert len(calls) == 8

@@ -135,6 +135,10 @@ def test_a_batch_of_images_is_encoded_once(monkeypatch):
     monkeypatch.setattr(pipeline.vae, "encode", counted)
     sample(pipeline, CONFIG, IMAGES, [PROMPT] * 2, [1, 2])
     assert encoded == [2]
+    runs = sample(pipeline, CONFIG, IMAGES.repeat_interleave(3, dim=0), [PROMPT] * 6, range(6))  # three seeds of each
+    assert encoded == [2, 2]
+    alone = sample(pipeline, CONFIG, IMAGES[1:], [PROMPT], [4])
+    np.testing.assert_allclose(runs[4], alone[0], atol=1e-5)
     assert pipeline.vae.encode is counted
 
 
