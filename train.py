@@ -13,7 +13,7 @@ from pathlib import Path
 from cosprobe.baselines import collect_weights, weights_table
 from cosprobe.card import train_and_describe
 from cosprobe.checks import examine
-from cosprobe.collect import collect, draw_samples
+from cosprobe.collect import collect, draw_samples, settings
 from cosprobe.config import ProbeExperiment, TrainRun, command, save_config
 from cosprobe.devices import launch
 from cosprobe.evaluation import evaluate
@@ -34,8 +34,8 @@ def train(run: TrainRun) -> None:
     fabric = launch(run.trainer)  # one process per device from here on
     model = load_pipeline(run.pipeline, str(fabric.device))
     drawn = draw_samples(task, run.task, run.seed)
-    settings = (model, run.pipeline, task, run.task, run.probe, run.seed, drawn)
-    store, few = collect(*settings, folder / "store"), collect_weights(*settings, folder / "weights")
+    work = (model, run.pipeline, task, run.probe, drawn, settings(run.pipeline, run.task, run.probe, run.seed))
+    store, few = collect(*work, folder / "store"), collect_weights(*work, folder / "weights")
     save_config(run, folder)  # after the store has agreed that these are this folder's settings
     samples, experts = load_samples(store, task)
     bank = fit(samples, run.probe, run.trainer, folder / "tensorboard", run.seed).signed(store=store.settings)

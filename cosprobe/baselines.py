@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cosprobe.capture import capture
-from cosprobe.collect import Sample, decode_steps, fill, images, say, settings
+from cosprobe.collect import Sample, decode_steps, fill, images, say
 from cosprobe.data import ProbeSamples
 from cosprobe.devices import TrainerConfig
 from cosprobe.metrics import correctness, share_interval
@@ -68,18 +68,11 @@ def few_steps(probe: Any, total: int) -> tuple[int, ...]:
 
 
 def collect_weights(
-    model: Any,
-    pipeline: PipelineConfig,
-    task: Task,
-    task_config: Any,
-    probe: Any,
-    seed: int,
-    drawn: list[Sample],
-    folder: Path,
+    model: Any, pipeline: PipelineConfig, task: Task, probe: Any, drawn: list[Sample], identity: dict, folder: Path
 ) -> ActivationStore | None:
     """Features [sample, weights, step, layer, place, region, channel] of the few samples, on disk; None when
     `probe.randomised` is 0, or so small that a split would be empty. Runs end after the last of the few steps and
-    nothing is decoded."""
+    nothing is decoded. drawn, identity: as for `collect`."""
     if not probe.randomised:
         return None
     places = few_samples(drawn, probe.randomised)
@@ -88,8 +81,7 @@ def collect_weights(
         return None
     chunks = [places[i : i + pipeline.batch] for i in range(0, len(places), pipeline.batch)]
     steps = few_steps(probe, pipeline.steps)
-    identity = settings(pipeline, task_config, probe, seed) | {"probe.randomised": probe.randomised}
-    store = ActivationStore(folder, identity, len(chunks))
+    store = ActivationStore(folder, identity | {"probe.randomised": probe.randomised}, len(chunks))
     transformer = next(iter(experts(model).values()))
     layers = parse_selection(probe.layers, len(block_list(transformer)), "probe.layers")
     frames = (pipeline.frames - 1) // model.vae_scale_factor_temporal + 1
@@ -97,7 +89,9 @@ def collect_weights(
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     size = 4 * len(places) * len(WEIGHTS) * len(steps) * len(layers) * len(some.places(frames)) * some.regions * width
     what = f"{len(places)} samples again, to step {steps[-1]}, for permuted and fresh weights"
-    return fill(store, size, what, partial(_chunk, model, pipeline, task, probe, steps, layers, drawn, seed), chunks)
+    return fill(
+        store, size, what, partial(_chunk, model, pipeline, task, probe, steps, layers, drawn, identity["seed"]), chunks
+    )
 
 
 @torch.no_grad()

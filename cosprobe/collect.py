@@ -95,19 +95,12 @@ def settings(pipeline: PipelineConfig, task: Any, probe: Any, seed: int) -> dict
 
 
 def collect(
-    model: Any,
-    pipeline: PipelineConfig,
-    task: Task,
-    task_config: Any,
-    probe: Any,
-    seed: int,
-    drawn: list[Sample],
-    folder: Path,
+    model: Any, pipeline: PipelineConfig, task: Task, probe: Any, drawn: list[Sample], identity: dict, folder: Path
 ) -> ActivationStore:
-    """Collects what is not on disk yet of `drawn`, which is what `draw_samples` gives for these settings. Chunks are
-    cut by global index: one process and many write the same shards."""
+    """Collects what is not on disk yet. drawn, identity: what `draw_samples` and `settings` give. Chunks are cut by
+    global index: one process and many write the same shards."""
     chunks = [drawn[i : i + pipeline.batch] for i in range(0, len(drawn), pipeline.batch)]
-    store = ActivationStore(folder, settings(pipeline, task_config, probe, seed), len(chunks))
+    store = ActivationStore(folder, identity, len(chunks))
     size = store_bytes(model, pipeline, task, probe, len(drawn))
     return fill(store, size, f"{len(drawn)} samples", partial(_chunk, model, pipeline, task, probe), chunks)
 

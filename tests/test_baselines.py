@@ -22,7 +22,7 @@ from cosprobe.baselines import (
     few_steps,
     weights_table,
 )
-from cosprobe.collect import Sample, collect, draw_samples
+from cosprobe.collect import Sample, collect, draw_samples, settings
 from cosprobe.devices import TrainerConfig
 from cosprobe.metrics import cluster_bootstrap
 from cosprobe.pipelines import PipelineConfig
@@ -58,12 +58,13 @@ def pipeline(tmp_path_factory):
 @pytest.fixture(scope="module")
 def store(model, pipeline, tmp_path_factory) -> ActivationStore:
     folder = tmp_path_factory.mktemp("run") / "weights"
-    return collect_weights(model, pipeline, TASK.build(), TASK, PROBE, 0, DRAWN, folder)
+    return collect_weights(model, pipeline, TASK.build(), PROBE, DRAWN, settings(pipeline, TASK, PROBE, 0), folder)
 
 
 @pytest.fixture(scope="module")
 def samples(model, pipeline, tmp_path_factory):
-    main = collect(model, pipeline, TASK.build(), TASK, PROBE, 0, DRAWN, tmp_path_factory.mktemp("run") / "store")
+    folder = tmp_path_factory.mktemp("run") / "store"
+    main = collect(model, pipeline, TASK.build(), PROBE, DRAWN, settings(pipeline, TASK, PROBE, 0), folder)
     return load_samples(main, TASK.build())[0]
 
 
@@ -105,7 +106,8 @@ def test_few_steps_are_kept_decoded_and_in_the_first_half(steps, decode, total, 
 def test_nothing_is_sampled_when_it_is_turned_off_or_a_split_would_be_empty(model, pipeline, tmp_path, capsys):
     def asked(count):
         few = replace(PROBE, randomised=count)
-        return collect_weights(model, pipeline, TASK.build(), TASK, few, 0, DRAWN, tmp_path / "weights")
+        identity = settings(pipeline, TASK, few, 0)
+        return collect_weights(model, pipeline, TASK.build(), few, DRAWN, identity, tmp_path / "weights")
 
     assert asked(0) is None
     assert capsys.readouterr().out == ""
@@ -151,7 +153,7 @@ def test_the_models_weights_are_as_before(model, pipeline, store, tmp_path):
 
 def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, pipeline, store, monkeypatch, capsys):
     before = store.read()[0]["features"]
-    arguments = (model, pipeline, TASK.build(), TASK, PROBE, 0, DRAWN, store.folder)
+    arguments = (model, pipeline, TASK.build(), PROBE, DRAWN, settings(pipeline, TASK, PROBE, 0), store.folder)
 
     def refuse(*a, **k):
         raise AssertionError("sampled again")
@@ -167,7 +169,7 @@ def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, pipeline, st
     assert "3 of 4 shards are there" in capsys.readouterr().out
     assert torch.equal(mended.read()[0]["features"], before)
     with pytest.raises(ValueError, match="was made with probe.randomised=30, now probe.randomised=20"):
-        collect_weights(model, pipeline, TASK.build(), TASK, replace(PROBE, randomised=20), 0, DRAWN, store.folder)
+        collect_weights(*arguments[:3], replace(PROBE, randomised=20), *arguments[4:])
 
 
 # what is read

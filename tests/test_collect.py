@@ -49,7 +49,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def store(model, config, tmp_path_factory):
-    return collect(model, config, TASK.build(), TASK, PROBE, 0, DRAWN, tmp_path_factory.mktemp("run") / "store")
+    folder = tmp_path_factory.mktemp("run") / "store"
+    return collect(model, config, TASK.build(), PROBE, DRAWN, settings(config, TASK, PROBE, 0), folder)
 
 
 def test_problems_are_shared_out_and_the_seeds_of_one_stay_together():
@@ -123,17 +124,18 @@ def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, config, stor
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "sample", refuse)
-        again = collect(model, config, TASK.build(), TASK, PROBE, 0, DRAWN, store.folder)
+        again = collect(model, config, TASK.build(), PROBE, DRAWN, settings(config, TASK, PROBE, 0), store.folder)
     assert again.fingerprint == store.fingerprint
     (store.folder / "shard-00001.safetensors").unlink()
-    mended = collect(model, config, TASK.build(), TASK, PROBE, 0, DRAWN, store.folder)
+    mended = collect(model, config, TASK.build(), PROBE, DRAWN, settings(config, TASK, PROBE, 0), store.folder)
     assert torch.equal(mended.read()[0]["features"], before)
 
 
 def test_other_settings_do_not_share_a_folder(model, config, store):
     other = MazeConfig(problems=20, frames=5, rooms=[4])
     with pytest.raises(ValueError, match=r"was made with task.rooms=\[4, 5\], now task.rooms=\[4\]"):
-        collect(model, config, other.build(), other, PROBE, 0, draw_samples(other.build(), other, 0), store.folder)
+        drawn = draw_samples(other.build(), other, 0)
+        collect(model, config, other.build(), PROBE, drawn, settings(config, other, PROBE, 0), store.folder)
 
 
 def test_everything_that_shapes_a_store_is_in_its_fingerprint(config):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cosprobe.collect import collect, draw_samples, images
+from cosprobe.collect import collect, draw_samples, images, settings
 from cosprobe.nuisance import nuisance_rows, own_blocks
 from cosprobe.pipelines import PipelineConfig, sample
 from cosprobe.pooling import Pooling
@@ -37,7 +37,8 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def samples(model, config, tmp_path_factory):
-    store = collect(model, config, TASK.build(), TASK, PROBE, 0, DRAWN, tmp_path_factory.mktemp("run") / "store")
+    folder = tmp_path_factory.mktemp("run") / "store"
+    store = collect(model, config, TASK.build(), PROBE, DRAWN, settings(config, TASK, PROBE, 0), folder)
     return load_samples(store, TASK.build())[0]
 
 
