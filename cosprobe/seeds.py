@@ -43,7 +43,7 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(6, 16, 48, ("middle", "early", "all"), ((0,),), (3,)),
+    "quick": Size(6, 16, 32, ("middle", "early", "all"), ((0,),), (3,)),
     "full": Size(6, 40, 240, ("middle", "early", "second", "late", "all"), ((0,), (0, 1, 2)), (3,)),
 }
 
