@@ -28,6 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from cosprobe.arrangement import channels_last
 from cosprobe.autoencoding import AutoencoderConfig, AutoencoderTraining, Family, revive
 from cosprobe.encoding import (
     TEXT_WIDTH,
@@ -38,7 +39,7 @@ from cosprobe.encoding import (
     measure_scale,
 )
 from cosprobe.flowmatching import FlowConfig, FlowMatching, LatentClips
-from cosprobe.pipelines import PipelineConfig, channels_last
+from cosprobe.pipelines import PipelineConfig
 from cosprobe.solving import LearningCurve
 from cosprobe.tasks import FAMILIES, Task
 

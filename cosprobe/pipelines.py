@@ -23,6 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from cosprobe.arrangement import arrange
+
 PROMPTS = ("prompt_embeds", "negative_prompt_embeds")  # what a pipeline's loop holds per sample beside its latents
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -182,16 +184,8 @@ def load_pipeline(config: PipelineConfig, device: str = "cpu") -> DiffusionPipel
         raise ValueError(f"pipeline.lora={config.lora!r}: expected adapters of this model ({reason})") from error
     pipeline.set_progress_bar_config(disable=True)
     if device == "cpu":
-        channels_last(pipeline.vae)
+        arrange(pipeline.vae, *experts(pipeline).values())
     return freeze(pipeline.to(device))
-
-
-def channels_last(model: nn.Module) -> nn.Module:
-    """Weights of 3-D convolutions in the order CPUs compute them fastest in: videos are coded in half the time."""
-    for part in model.modules():
-        if isinstance(part, nn.Conv3d):
-            part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last_3d)
-    return model
 
 
 def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:

@@ -14,7 +14,7 @@ LAYERS = {  # a module may import any module that stands before it
         *("tasks", "pooling", "solvers", "ridge", "newton"),
         *("metrics", "latency", "timing", "calibration", "grid", "predictions", "scoring", "store", "policy"),
     ],
-    2: ["pipelines", "cost", "capture", "interventions", "randomised", "halting", "reading", "probes"],
+    2: ["arrangement", "pipelines", "cost", "capture", "interventions", "randomised", "halting", "reading", "probes"],
     3: [
         *("devices", "data", "refitting", "transfer", "efficiency", "nuisance", "training"),
         *("collect", "samples", "baselines", "evaluation"),
@@ -40,7 +40,7 @@ ONLY_IN = {  # library: the modules that may import it
     "lightning": {*LAYERS[3], *LAYERS[4], "report"},
     "peft": {"adapting"},
     "torchmetrics": {"training"},
-    "diffusers": {"pipelines", "autoencoding", "encoding", "mini"},
+    "diffusers": {"arrangement", "pipelines", "autoencoding", "encoding", "mini"},
     "transformers": {"pipelines", "encoding", "mini"},
     "tokenizers": {"encoding"},
     "xarray": {"grid", "scoring", *LAYERS[4], *LAYERS[5]},

@@ -1,0 +1,69 @@
+"""The same models, their arithmetic arranged as CPUs are fast at it.
+
+Nothing is approximated and no weight changes: outputs agree with diffusers' own up to the last bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.transformers.transformer_wan import WanAttention
+from jaxtyping import Float
+from torch import Tensor, nn
+
+SLOPE, CUBIC = 1.5957691216057308, 0.044715  # of the tanh form of GELU; the slope is sqrt(8 / pi)
+
+
+def arrange(*models: nn.Module) -> None:
+    """Arranges autoencoders and transformers, in place; what is not known here stays as it is."""
+    for model in models:
+        channels_last(model)
+        for part in model.modules():
+            if isinstance(part, GELU) and part.approximate == "tanh":
+                part.gelu = _gelu
+            elif isinstance(part, WanAttention) and not part.is_cross_attention:
+                _rotate_at_once(part)
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """Weights of 3-D convolutions in the order CPUs compute them fastest in: videos are coded in half the time."""
+    for part in model.modules():
+        if isinstance(part, nn.Conv3d):
+            part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    return model
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """GELU with tanh, (1 + tanh(u)) / 2 written as sigmoid(2 u): half the time, torch's CPU tanh is slow."""
+    return x * torch.sigmoid((x * x).mul_(SLOPE * CUBIC).add_(SLOPE) * x)
+
+
+def _rotate_at_once(attention: WanAttention) -> None:
+    """Rotary embedding of queries and keys as one complex product each, where diffusers goes over every second
+    channel: an eighth of its time. The norms before the embedding apply it, the processor is given none."""
+    turn: list[Tensor] = []
+
+    def take(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        hidden, context, mask, rotary = (*args, None, None, None)[:4]
+        turn.clear()
+        if kwargs or rotary is None or hidden.dtype != torch.float32:
+            return None
+        turn.append(torch.complex(rotary[0][..., 0::2].contiguous(), rotary[1][..., 1::2].contiguous()))
+        return (hidden, context, mask, None), kwargs
+
+    def rotate(norm: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return rotated(output, turn[0], attention.heads) if turn else None
+
+    attention.register_forward_pre_hook(take, with_kwargs=True)
+    for norm in (attention.norm_q, attention.norm_k):
+        norm.register_forward_hook(rotate)
+
+
+def rotated(
+    tokens: Float[Tensor, "batch token channel"], turn: Any, heads: int
+) -> Float[Tensor, "batch token channel"]:
+    """Pairs of neighbouring channels turned by `turn`, complex [1, token, 1, pair]."""
+    pairs = torch.view_as_complex(tokens.unflatten(-1, (heads, -1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(2)
