@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cosprobe.baselines import collect_weights, weights_table
+from cosprobe.baselines import weights_table
 from cosprobe.card import train_and_describe
 from cosprobe.checks import examine
 from cosprobe.collect import collect, draw_samples, settings
@@ -34,12 +34,12 @@ def train(run: TrainRun) -> None:
     fabric = launch(run.trainer)  # one process per device from here on
     model = load_pipeline(run.pipeline, str(fabric.device))
     drawn = draw_samples(task, run.task, run.seed)
-    work = (model, run.pipeline, task, run.probe, drawn, settings(run.pipeline, run.task, run.probe, run.seed))
-    store, few = collect(*work, folder / "store"), collect_weights(*work, folder / "weights")
+    identity = settings(run.pipeline, run.task, run.probe, run.seed)
+    store = collect(model, run.pipeline, task, run.probe, drawn, identity, folder / "store")
     save_config(run, folder)  # after the store has agreed that these are this folder's settings
     samples, experts = load_samples(store, task)
     bank = fit(samples, run.probe, run.trainer, folder / "tensorboard", run.seed).signed(store=store.settings)
-    weights = weights_table(few, samples, run.probe, run.trainer, folder / "tensorboard", run.seed)
+    weights = weights_table(store, samples, run.probe, run.trainer, folder / "tensorboard", run.seed)
     if not fabric.is_global_zero:
         return
 

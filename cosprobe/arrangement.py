@@ -5,10 +5,12 @@ Nothing is approximated and no weight changes: outputs agree with diffusers' own
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
 from diffusers.models.activations import GELU
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from diffusers.models.transformers.transformer_wan import WanAttention
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -25,6 +27,10 @@ def arrange(*models: nn.Module) -> None:
                 part.gelu = _gelu
             elif isinstance(part, WanAttention) and not part.is_cross_attention:
                 _rotate_at_once(part)
+            elif isinstance(part, WanCausalConv3d):
+                _pad_inside(part)
+            elif isinstance(part, WanRMS_norm):
+                part.forward = MethodType(_rms, part)
 
 
 def channels_last(model: nn.Module) -> nn.Module:
@@ -38,6 +44,23 @@ def channels_last(model: nn.Module) -> nn.Module:
 def _gelu(x: Tensor) -> Tensor:
     """GELU with tanh, (1 + tanh(u)) / 2 written as sigmoid(2 u): half the time, torch's CPU tanh is slow."""
     return x * torch.sigmoid((x * x).mul_(SLOPE * CUBIC).add_(SLOPE) * x)
+
+
+def _pad_inside(convolution: WanCausalConv3d) -> None:
+    """Lets the convolution itself see zeros around each frame, where diffusers copies the video into a larger one; the
+    frames before the first, which are not the same on both sides, stay as they are."""
+    left, right, top, bottom, before, after = convolution._padding
+    if (left, top) == (right, bottom) and convolution.padding == (0, 0, 0):
+        convolution.padding, convolution._padding = (0, top, left), (0, 0, 0, 0, before, after)
+
+
+def _rms(norm: WanRMS_norm, x: Tensor) -> Tensor:
+    """The norm of an autoencoder: its two factors as one, and no bias of zero is added."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return WanRMS_norm.forward(norm, x)
+    length = torch.linalg.vector_norm(x, dim=1 if norm.channel_first else -1, keepdim=True).clamp_min(1e-12)
+    scaled = x * (norm.gamma * norm.scale) / length
+    return scaled + norm.bias if isinstance(norm.bias, Tensor) else scaled
 
 
 def _rotate_at_once(attention: WanAttention) -> None:

@@ -36,7 +36,7 @@ class Tape:
     sites: layer numbers as text, then sources. steps: the step indices kept. experts: per kept step, the
     transformer that ran. clean: x0-hat latents at the steps asked for. fixed: what the run was given, `noise` and
     `first_frame` pooled like the sites and `prompt` [sample, channel], where the transformer has such inputs.
-    recorded: per kept step the guidance context and the arguments of the transformer call that served `cond`.
+    recorded: per step asked for, the guidance context and the arguments of the transformer call that served `cond`.
     """
 
     sites: tuple[str, ...]
@@ -73,13 +73,14 @@ def capture(
     pooling: Pooling | None = None,
     steps: str = "all",
     clean: Sequence[int] = (),
-    record: bool = False,
+    record: Sequence[int] = (),
 ) -> Iterator[Tape]:
     """Captures one call of `pipeline` made inside the block; undone on exit, whatever happens.
 
     sites: a layer selection (`all`, `0:30:5`) or a list of layer numbers and sources (`embed`, `x_t`,
     `x0_latent`). pooling: default one mean per clip. steps: step indices to keep. clean: step indices at
-    which the x0-hat latent itself is kept. record: also keep the arguments of transformer calls, for `replay`.
+    which the x0-hat latent itself is kept. record: step indices at which the arguments of the transformer's
+    calls are kept, for `replay`.
 
     Raises ValueError for what can't be captured right: an unknown transformer class, a step cache, a
     compiled block, a sampler that calls the model more than once a step, a selection out of range; and
@@ -88,7 +89,7 @@ def capture(
     models = experts(pipeline)
     _refuse(pipeline, models)
     chosen = _sites(sites, models)
-    watcher = _Watcher(pipeline, models, chosen, pooling or Pooling("clip"), steps, set(clean), record)
+    watcher = _Watcher(pipeline, models, chosen, pooling or Pooling("clip"), steps, set(clean), set(record))
     with ExitStack() as undo:
         for expert, model in models.items():
             undo.callback(model.register_forward_pre_hook(watcher.on_model(expert), with_kwargs=True).remove)
@@ -114,7 +115,7 @@ class _Watcher:
         pooling: Pooling,
         steps: str,
         clean: set,
-        record: bool,
+        record: set,
     ):
         self.pipeline, self.models, self.pooling, self.spec, self.clean = pipeline, models, pooling, steps, clean
         self.record = record
@@ -135,7 +136,7 @@ class _Watcher:
             if self._context() != "uncond":
                 if self.step == 0:
                     self._keep_inputs(model, _first(args, kwargs), kwargs.get("encoder_hidden_states"))
-                if self.record and self.step in self.keep:
+                if self.step in self.record:
                     self.tape.recorded[self.step] = (self._context(), args, kwargs)
 
         return hook

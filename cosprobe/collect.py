@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -22,11 +23,13 @@ from torch import Tensor
 from cosprobe.capture import Tape, capture
 from cosprobe.pipelines import PipelineConfig, block_list, decode, experts, sample
 from cosprobe.pooling import Pooling
+from cosprobe.randomised import RANDOMISED, randomised, replay
 from cosprobe.store import ActivationStore, fingerprint
 from cosprobe.tasks import Problem, Task
 from cosprobe.types import SOURCES, SPLIT_ORDER, X0, parse_selection
 
-FORMAT = 2  # of what a shard holds
+FORMAT = 3  # of what a shard holds
+UNTRAINED = "untrained."  # begins the names of what networks without learned weights gave
 SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}
 
 
@@ -74,6 +77,23 @@ def decode_steps(spec: str, total: int) -> tuple[int, ...]:
     return parse_selection(spec, total, "probe.decode")
 
 
+def few_samples(drawn: Sequence[Sample], most: int) -> list[int]:
+    """Places of the first samples of every split, in the proportions of `drawn`, at most `most` in all; none when a
+    split would be empty. Of these, and at `few_steps` alone, transformers without learned weights are asked."""
+    share = min(1.0, most / len(drawn))
+    splits = np.array([s.problem.split for s in drawn])
+    each = [np.flatnonzero(splits == split) for split in SPLIT_ORDER]
+    few = [places[: int(share * len(places))] for places in each]
+    return [int(i) for places in few for i in places] if all(map(len, few)) else []
+
+
+def few_steps(probe: Any, total: int) -> tuple[int, ...]:
+    """Steps of the first half at which x0-hat is decoded too; the first kept step when there is none."""
+    kept = parse_selection(probe.steps, total, "probe.steps")
+    shown = decode_steps(probe.decode, total)
+    return tuple(step for step in kept if step in shown and step < total / 2) or kept[:1]
+
+
 def images(task: Task, problems: Sequence[Problem]) -> Float[Tensor, "batch 3 height width"]:
     """First frames in [0, 1]."""
     frames = np.stack([task.image(problem) for problem in problems])
@@ -89,7 +109,8 @@ def settings(pipeline: PipelineConfig, task: Any, probe: Any, seed: int) -> dict
         for f in fields(pipeline)
         if f.name not in ("name", "path", "lora")
     }
-    flat |= {f"probe.{name}": getattr(probe, name) for name in ("layers", "steps", "pooling", "frames", "decode")}
+    names = ("layers", "steps", "pooling", "frames", "decode", "randomised")
+    flat |= {f"probe.{name}": getattr(probe, name) for name in names}
     flat |= {f"version.{name}": version(name) for name in ("torch", "diffusers")}
     return flat | {"model": fingerprint(*pipeline.parts), "seed": seed, "format": FORMAT}
 
@@ -99,14 +120,19 @@ def collect(
 ) -> ActivationStore:
     """Collects what is not on disk yet. drawn, identity: what `draw_samples` and `settings` give. Chunks are cut by
     global index: one process and many write the same shards."""
-    chunks = [drawn[i : i + pipeline.batch] for i in range(0, len(drawn), pipeline.batch)]
+    few = few_samples(drawn, probe.randomised) if probe.randomised else []
+    if probe.randomised and not few:
+        say(f"random weights are left out: probe.randomised={probe.randomised} of {len(drawn)} samples is too few")
+    chunks = [range(i, min(i + pipeline.batch, len(drawn))) for i in range(0, len(drawn), pipeline.batch)]
     store = ActivationStore(folder, identity, len(chunks))
-    size = store_bytes(model, pipeline, task, probe, len(drawn))
-    return fill(store, size, f"{len(drawn)} samples", partial(_chunk, model, pipeline, task, probe), chunks)
+    size = store_bytes(model, pipeline, task, probe, len(drawn), len(few))
+    what = f"{len(drawn)} samples" + (f", permuted and fresh weights on {len(few)} of them" if few else "")
+    write = partial(_chunk, model, pipeline, task, probe, drawn, frozenset(few), identity["seed"])
+    return fill(store, size, what, write, chunks)
 
 
 def fill(
-    store: ActivationStore, size: int, what: str, write: Callable[[list], tuple[dict, dict]], chunks: Sequence[list]
+    store: ActivationStore, size: int, what: str, write: Callable[[Any], tuple[dict, dict]], chunks: Sequence[Any]
 ) -> ActivationStore:
     """Writes the shards that are not on disk yet, one per chunk, saying first how large the whole will be.
 
@@ -135,8 +161,8 @@ def fill(
     return store
 
 
-def store_bytes(model: Any, pipeline: PipelineConfig, task: Task, probe: Any, samples: int) -> int:
-    """Bytes the features will take, from the model's shape alone."""
+def store_bytes(model: Any, pipeline: PipelineConfig, task: Task, probe: Any, samples: int, few: int = 0) -> int:
+    """Bytes the features will take, from the model's shape alone. few: samples random weights are asked about."""
     transformer = next(iter(experts(model).values()))
     layers = parse_selection(probe.layers, len(block_list(transformer)), "probe.layers")
     steps = parse_selection(probe.steps, pipeline.steps, "probe.steps")
@@ -145,23 +171,26 @@ def store_bytes(model: Any, pipeline: PipelineConfig, task: Task, probe: Any, sa
     latent_frames = (pipeline.frames - 1) // model.vae_scale_factor_temporal + 1
     boxes = [[(0.0, 0.0, 1.0, 1.0)] * task.regions]
     pooling = Pooling(probe.pooling, probe.frames, boxes if probe.pooling == "region" else ())
-    cells = len(steps) * (len(layers) + len(SOURCES)) * (2 if pipeline.guidance > 1 else 1)
+    cells = samples * len(steps) * (len(layers) + len(SOURCES)) * (2 if pipeline.guidance > 1 else 1)
+    cells += few * len(RANDOMISED) * len(few_steps(probe, pipeline.steps)) * len(layers)
     size = next(transformer.parameters()).element_size()
-    return samples * cells * len(pooling.places(latent_frames)) * pooling.regions * width * size
+    return cells * len(pooling.places(latent_frames)) * pooling.regions * width * size
 
 
 @torch.no_grad()
 def _chunk(
-    model: Any, pipeline: PipelineConfig, task: Task, probe: Any, chunk: list[Sample]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    model: Any, pipeline: PipelineConfig, task: Task, probe: Any,
+    drawn: Sequence[Sample], few: frozenset[int], seed: int, places: range,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
+    chunk = [drawn[i] for i in places]
     problems = [s.problem for s in chunk]
+    asked, steps = [row for row, i in enumerate(places) if i in few], few_steps(probe, pipeline.steps)
+    record = steps if asked else ()
     layers = parse_selection(probe.layers, len(block_list(next(iter(experts(model).values())))), "probe.layers")
     decoded = decode_steps(probe.decode, pipeline.steps)
-    boxes = [p.regions for p in problems] if probe.pooling == "region" else ()
-    pooling = Pooling(probe.pooling, probe.frames, boxes)
     before_last = [step for step in decoded if step < pipeline.steps - 1]
     sites = [*(str(layer) for layer in layers), *SOURCES]
-    with capture(model, sites, pooling, probe.steps, clean=before_last) as tape:
+    with capture(model, sites, _pooling(probe, problems), probe.steps, before_last, record) as tape:
         video = sample(model, pipeline, images(task, problems), [p.prompt for p in problems], [s.seed for s in chunk])
     scores, answers = _readouts(task, problems, np.asarray(video))
     x0_scores = torch.full((len(chunk), pipeline.steps, task.candidates), float("nan"))
@@ -181,7 +210,33 @@ def _chunk(
         "solved": torch.tensor([int(a) in task.solutions(p) for a, p in zip(answers, problems, strict=True)]),
     }
     tensors |= {f"fixed.{name}": value for name, value in tape.fixed.items()}
-    return tensors | _labels(task, problems) | {"replica": torch.tensor([s.replica for s in chunk])}, _notes(tape)
+    tensors |= _labels(task, problems) | {"replica": torch.tensor([s.replica for s in chunk])}
+    if asked:
+        pooling = _pooling(probe, [problems[row] for row in asked])
+        tensors |= _untrained(model, tape, layers, pooling, asked, seed)
+        tensors[f"{UNTRAINED}sample"] = torch.tensor([places[row] for row in asked])
+    return tensors, _notes(tape) | {"untrained_steps": list(steps)}
+
+
+def _untrained(
+    model: Any, tape: Tape, layers: tuple[int, ...], pooling: Pooling, rows: list[int], seed: int
+) -> dict[str, Tensor]:
+    """Block outputs without learned weights for these rows of a batch, from the calls its run recorded: features
+    [sample, weights, step, layer, place, region, channel]; spent [sample, 2], evaluations and seconds."""
+    begin = time.monotonic()
+    features = []
+    for how in RANDOMISED:
+        with randomised(model, how, seed):
+            features.append(replay(model, tape, layers, pooling, rows))
+    spent = [len(RANDOMISED) * len(tape.recorded), (time.monotonic() - begin) / len(rows)]
+    return {
+        f"{UNTRAINED}features": torch.stack(features, dim=1).to(next(iter(tape.parts.values())).dtype),
+        f"{UNTRAINED}spent": torch.tensor([spent] * len(rows), dtype=torch.float64),
+    }
+
+
+def _pooling(probe: Any, problems: Sequence[Problem]) -> Pooling:
+    return Pooling(probe.pooling, probe.frames, [p.regions for p in problems] if probe.pooling == "region" else ())
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ sample by themselves they would only ever see their own noise, a weaker control.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cosprobe.capture import Tape, conditional
+from cosprobe.capture import BRANCHES, Tape, conditional
 from cosprobe.pipelines import architecture, block_list, experts, token_grid
 from cosprobe.pooling import Pooling
 
@@ -66,20 +66,26 @@ def _fill(model: Any, how: str, seed: int) -> None:
 
 @torch.no_grad()
 def replay(
-    pipeline: Any, tape: Tape, layers: tuple[int, ...], pooling: Pooling
+    pipeline: Any, tape: Tape, layers: tuple[int, ...], pooling: Pooling, rows: Sequence[int] | None = None
 ) -> Float[Tensor, "sample step layer place region channel"]:
     """Block outputs for the transformer calls recorded on `tape`, by the weights the pipeline has now (`cond` only).
 
-    Raises ValueError when the tape was made without `record=True`.
+    rows: the samples of the batch to run, in order; None for all. pooling: of these samples.
+    Raises ValueError when nothing was recorded on the tape.
     """
     if not tape.recorded:
-        raise ValueError("the tape holds no transformer calls: expected capture(..., record=True)")
-    return torch.stack([_replayed(pipeline, tape, step, layers, pooling) for step in tape.steps], dim=1)
+        raise ValueError("the tape holds no transformer calls: expected capture(..., record=steps)")
+    steps = sorted(tape.recorded)
+    return torch.stack([_replayed(pipeline, tape, step, layers, pooling, rows) for step in steps], dim=1)
 
 
-def _replayed(pipeline: Any, tape: Tape, step: int, layers: tuple[int, ...], pooling: Pooling) -> Tensor:
+def _replayed(
+    pipeline: Any, tape: Tape, step: int, layers: tuple[int, ...], pooling: Pooling, rows: Sequence[int] | None
+) -> Tensor:
     model = experts(pipeline)[tape.experts[step]]
     context, args, kwargs = tape.recorded[step]
+    if rows is not None:
+        args, kwargs = _of_samples(context, args, kwargs, rows)
     latent = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     size, index = token_grid(model, latent), architecture(model).video
     found: dict[int, Tensor] = {}
@@ -97,3 +103,15 @@ def _replayed(pipeline: Any, tape: Tape, step: int, layers: tuple[int, ...], poo
             undo.callback(blocks[layer].register_forward_hook(keep(layer)).remove)
         model(*args, **kwargs)
     return torch.stack([found[layer] for layer in layers], dim=1)
+
+
+def _of_samples(context: str, args: tuple, kwargs: dict, rows: Sequence[int]) -> tuple[tuple, dict[str, Any]]:
+    """A transformer call with these samples of its batch alone: of every tensor that has a row for each."""
+    size = len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+    halves = len(BRANCHES[context])
+    places = [half * (size // halves) + row for half in range(halves) for row in rows]
+
+    def cut(value: Any) -> Any:
+        return value[places] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+
+    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}

@@ -120,29 +120,38 @@ class ActivationStore:
         for part in self.folder.glob("*.part"):
             part.unlink()
 
-    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All shards, joined along the sample axis, each checked against its checksum; and their notes."""
-        parts, notes = [], set()
+    def read(self, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors whose name begins with `prefix`, joined along the sample axis over the shards that hold them, each
+        checked against its checksum; and their notes."""
+        parts: dict[str, list[Tensor]] = {}
+        notes = set()
         for index in range(self.shards):
             if not self._path(index).is_file():
                 raise ValueError(f"shard {str(self._path(index))!r} is missing: run train.py again to collect it")
-            metadata, tensors = self._open(index, load=True)
+            metadata, tensors = self._open(index, prefix)
+            notes.add(metadata["notes"])
+            if not tensors:
+                continue
             if metadata["checksum"] != _checksum(tensors):
                 raise self._damaged(index, "its checksum differs")
-            parts.append(tensors)
-            notes.add(metadata["notes"])
+            for name in tensors:
+                if name.startswith(prefix):
+                    parts.setdefault(name, []).append(tensors[name])
         if len(notes) != 1:
             raise ValueError(f"store {str(self.folder)!r}: its shards disagree on what their axes mean; delete it")
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, json.loads(notes.pop())
+        return {name: torch.cat(values) for name, values in parts.items()}, json.loads(notes.pop())
 
     def _path(self, index: int) -> Path:
         return self.folder / f"shard-{index:05d}.safetensors"
 
-    def _open(self, index: int, load: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
+    def _open(self, index: int, prefix: str | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """A shard's metadata, and its tensors when a name among them begins with `prefix`."""
         try:
             with safe_open(self._path(index), framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()} if load else {}  # noqa: SIM118
+                names = list(file.keys())
+                wanted = prefix is not None and any(name.startswith(prefix) for name in names)
+                tensors = {name: file.get_tensor(name) for name in names} if wanted else {}
         except (SafetensorError, OSError) as error:
             raise self._damaged(index, str(error).splitlines()[0]) from error
         if metadata.get("fingerprint") != self.fingerprint or metadata.get("index") != str(index):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention
 
 from cosprobe.arrangement import arrange
@@ -62,6 +62,37 @@ def test_other_ways_to_run_a_model_are_left_to_diffusers(how):
     with torch.no_grad():
         found, expected = ours(**given).sample.float(), theirs(**given).sample.float()
     assert close(found, expected) or (how == "half" and (found - expected).abs().max() < 0.02 * expected.abs().max())
+
+
+def autoencoder() -> AutoencoderKLWan:
+    torch.manual_seed(4)
+    model = AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True]
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_videos_are_coded_as_diffusers_does(dtype):
+    ours, theirs = autoencoder().to(dtype), autoencoder().to(dtype)
+    arrange(ours)
+    torch.manual_seed(5)
+    video = torch.randn(2, 3, 9, 16, 24, dtype=dtype)
+    with torch.no_grad():
+        found, expected = (model.encode(video).latent_dist.mode() for model in (ours, theirs))
+        assert expected.abs().max() > 0.1
+        tolerance = RELATIVE if dtype == torch.float32 else 0.02
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+        for length in (1, 3):
+            found, expected = (model.decode(latents(length, dtype)).sample for model in (ours, theirs))
+            assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def latents(length: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(2, 4, length, 4, 6, generator=torch.Generator().manual_seed(length)).to(dtype)
 
 
 def test_positions_matter_in_both():

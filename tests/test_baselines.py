@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import replace
+from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,25 +14,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe import baselines
-from cosprobe.baselines import (
-    TRAINED,
-    WEIGHTS,
-    collect_weights,
-    few_samples,
-    few_steps,
-    weights_table,
-)
-from cosprobe.collect import Sample, collect, draw_samples, settings
+from cosprobe.baselines import weights_table
+from cosprobe.capture import capture
+from cosprobe.collect import UNTRAINED, Sample, collect, draw_samples, few_samples, few_steps, images, settings
 from cosprobe.devices import TrainerConfig
 from cosprobe.metrics import cluster_bootstrap
-from cosprobe.pipelines import PipelineConfig
+from cosprobe.pipelines import PipelineConfig, sample
+from cosprobe.pooling import Pooling
+from cosprobe.randomised import RANDOMISED, randomised, replay
 from cosprobe.samples import load_samples
 from cosprobe.store import ActivationStore
 from cosprobe.tasks import Maze, MazeConfig
 from cosprobe.training import ProbeConfig, fit
 from cosprobe.types import Cell
-from tests.ddp_fit import planted
 from tests.tiny import wan
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -57,15 +52,16 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(model, pipeline, tmp_path_factory) -> ActivationStore:
-    folder = tmp_path_factory.mktemp("run") / "weights"
-    return collect_weights(model, pipeline, TASK.build(), PROBE, DRAWN, settings(pipeline, TASK, PROBE, 0), folder)
+    return asked(model, pipeline, PROBE, tmp_path_factory.mktemp("run") / "store")
+
+
+def asked(model, pipeline, probe, folder) -> ActivationStore:
+    return collect(model, pipeline, TASK.build(), probe, DRAWN, settings(pipeline, TASK, probe, 0), folder)
 
 
 @pytest.fixture(scope="module")
-def samples(model, pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "store"
-    main = collect(model, pipeline, TASK.build(), PROBE, DRAWN, settings(pipeline, TASK, PROBE, 0), folder)
-    return load_samples(main, TASK.build())[0]
+def samples(store):
+    return load_samples(store, TASK.build())[0]
 
 
 # what is asked
@@ -79,6 +75,10 @@ def test_few_samples_keep_the_proportions_and_the_first_of_every_split(problems,
     places = few_samples(drawn, most)
     assert len(places) <= most
     assert places == sorted(set(places))
+    least = min(int(count * seeds * min(1, most / len(names))) for count in counts.values())
+    assert (places == []) == (least == 0)
+    if not places:
+        return
     for split in counts:
         of_split, kept = [[i for i in among if names[i] == split] for among in (range(len(names)), places)]
         assert kept == of_split[: len(kept)]
@@ -103,73 +103,76 @@ def test_few_steps_are_kept_decoded_and_in_the_first_half(steps, decode, total, 
     assert few_steps(SimpleNamespace(steps=steps, decode=decode), total) == expected
 
 
-def test_nothing_is_sampled_when_it_is_turned_off_or_a_split_would_be_empty(model, pipeline, tmp_path, capsys):
-    def asked(count):
-        few = replace(PROBE, randomised=count)
-        identity = settings(pipeline, TASK, few, 0)
-        return collect_weights(model, pipeline, TASK.build(), few, DRAWN, identity, tmp_path / "weights")
-
-    assert asked(0) is None
-    assert capsys.readouterr().out == ""
-    assert asked(3) is None
-    assert "random weights are left out: probe.randomised=3 of 40 samples is too few" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
-    assert weights_table(None, planted(), PROBE, TRAINER, tmp_path, 0) is None
+def test_no_other_weights_are_tried_when_turned_off_or_when_a_split_would_be_empty(model, pipeline, tmp_path, capsys):
+    said = "random weights are left out: probe.randomised=3 of 40 samples is too few"
+    for count in (0, 3):
+        store = asked(model, pipeline, replace(PROBE, randomised=count), tmp_path / str(count))
+        assert (said in capsys.readouterr().out) == (count == 3)
+        assert store.read(UNTRAINED)[0] == {}
+        samples, _ = load_samples(store, TASK.build())
+        assert weights_table(store, samples, PROBE, TRAINER, tmp_path, 0) is None
 
 
 # what is stored
 
 
-def test_trained_weights_are_the_main_store_at_these_samples_steps_and_layers(store, samples):
-    tensors, notes = store.read()
-    assert notes == {"steps": [0, 1, 2], "layers": [0, 2], "places": ["all"]}
-    places = tensors["sample"].tolist()
+def test_other_weights_answer_the_very_calls_the_trained_ones_did(model, pipeline, store, samples):
+    tensors, notes = store.read(UNTRAINED)
+    assert notes["untrained_steps"] == [0, 1, 2]
+    places = tensors["untrained.sample"].tolist()
     assert places == few_samples(DRAWN, 30)
     assert [sum(samples.split[places] == split) for split in ("train", "validation", "test")] == [15, 6, 9]
-    features = tensors["features"]
-    assert features.shape == (30, 3, 3, 2, 1, 4, 24)  # sample, weights, step, layer, place, region, channel
-    for s, step in enumerate(notes["steps"]):
-        for k, layer in enumerate(notes["layers"]):
-            cell = samples.cells.index(Cell(step, str(layer), "cond", "all"))
-            trained = features[:, WEIGHTS.index(TRAINED), s, k, 0]
-            # batches are cut elsewhere, which may change the last bits
-            torch.testing.assert_close(trained, samples.features[places, cell], atol=1e-5, rtol=1e-5)
-            for w in (1, 2):
-                assert (features[:, w, s, k, 0] - trained).abs().mean() > 0.1 * trained.abs().mean()
-    assert not torch.equal(features[:, 1], features[:, 2])
+    features = tensors["untrained.features"]
+    assert features.shape == (30, 2, 3, 2, 1, 4, 24)  # sample, weights, step, layer, place, region, channel
+    assert not torch.equal(features[:, 0], features[:, 1])
+    some = places[16:24]  # validation and test samples, of two batches: here all in one, run again from the start
+    chunk, problems = [DRAWN[i] for i in some], [DRAWN[i].problem for i in some]
+    pooling = Pooling("region", boxes=[p.regions for p in problems])
+    given = (images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in chunk])
+    with capture(model, "0,2", pooling, "0:3", record=(0, 1, 2)) as tape:
+        sample(model, pipeline, *given, output_type="latent")
+    trained = tape.features()[:, :, :, 0]
+    for w, how in enumerate(RANDOMISED):
+        with randomised(model, how, 0):
+            expected = replay(model, tape, (0, 2), pooling)
+        torch.testing.assert_close(features[16:24, w], expected, atol=1e-5, rtol=1e-5)
+        assert (features[16:24, w] - trained).abs().mean() > 0.1 * trained.abs().mean()
+    for s, step in enumerate((0, 1, 2)):
+        for k, layer in enumerate("02"):
+            cell = samples.cells.index(Cell(step, layer, "cond", "all"))
+            torch.testing.assert_close(samples.features[some, cell], trained[:, s, k, 0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_cost_is_what_was_added(store):
-    calls, seconds = store.read()[0]["spent"].sum(dim=0).tolist()
-    assert calls == pytest.approx(30 * (3 + 2 * 3))  # three steps again, then each kind of weights at three steps
+    calls, seconds = store.read(UNTRAINED)[0]["untrained.spent"].sum(dim=0).tolist()
+    assert calls == 30 * 2 * 3  # each kind of weights at three steps
     assert 0 < seconds < 600
 
 
-def test_the_models_weights_are_as_before(model, pipeline, store, tmp_path):
+def test_the_models_weights_are_as_before(model, store):
     fresh = wan()
     for ours, theirs in zip(model.transformer.parameters(), fresh.transformer.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, pipeline, store, monkeypatch, capsys):
-    before = store.read()[0]["features"]
-    arguments = (model, pipeline, TASK.build(), PROBE, DRAWN, settings(pipeline, TASK, PROBE, 0), store.folder)
+    before = store.read(UNTRAINED)[0]["untrained.features"]
 
     def refuse(*a, **k):
         raise AssertionError("sampled again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(baselines, "sample", refuse)
-        again = collect_weights(*arguments)
+        patch.setattr(import_module("cosprobe.collect"), "sample", refuse)
+        again = asked(model, pipeline, PROBE, store.folder)
     assert again.fingerprint == store.fingerprint
-    assert "re-using" in capsys.readouterr().out
+    assert "40 samples, permuted and fresh weights on 30 of them are already in" in capsys.readouterr().out
     (store.folder / "shard-00002.safetensors").unlink()  # as if it had been killed before that shard
     (store.folder / "manifest.json").unlink()
-    mended = collect_weights(*arguments)
-    assert "3 of 4 shards are there" in capsys.readouterr().out
-    assert torch.equal(mended.read()[0]["features"], before)
+    mended = asked(model, pipeline, PROBE, store.folder)
+    assert "4 of 5 shards are there" in capsys.readouterr().out
+    assert torch.equal(mended.read(UNTRAINED)[0]["untrained.features"], before)
     with pytest.raises(ValueError, match="was made with probe.randomised=30, now probe.randomised=20"):
-        collect_weights(*arguments[:3], replace(PROBE, randomised=20), *arguments[4:])
+        asked(model, pipeline, replace(PROBE, randomised=20), store.folder)
 
 
 # what is read
@@ -179,14 +182,16 @@ def test_the_table_is_that_of_separate_fits_on_the_few(store, samples, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         table = weights_table(store, samples, PROBE, TRAINER, tmp_path, 0)
-        tensors, _ = store.read()
-        few = samples.rows(tensors["sample"].numpy())
+        tensors, _ = store.read(UNTRAINED)
+        few = samples.rows(tensors["untrained.sample"].numpy())
         assert table.targets == ("answer",)  # a random model settles on nothing: no choice
         assert table.cells == tuple(Cell(s, n, "cond", "all") for s in (0, 1, 2) for n in "02")
-        assert (table.samples, table.evaluations) == (30, 270)
+        assert (table.samples, table.evaluations) == (30, 180)
         target = next(t for t in samples.targets if t.name == "answer")
         for w in range(3):
-            features = tensors["features"][:, w].flatten(1, 3)
+            features = few.features[:, [few.cells.index(cell) for cell in table.cells]]
+            if w:
+                features = tensors["untrained.features"][:, w - 1].flatten(1, 3)
             these = replace(few, features=features, cells=table.cells, targets=(target,))
             bank = fit(these, replace(PROBE, kind="newton"), TRAINER, tmp_path, 0)
             for split, found in (("validation", table.validation), ("test", table.accuracy)):
@@ -202,7 +207,7 @@ def test_the_table_is_that_of_separate_fits_on_the_few(store, samples, tmp_path)
 
 
 def test_targets_the_few_do_not_carry_are_left_out(store, samples, tmp_path):
-    few = store.read()[0]["sample"].numpy()
+    few = store.read(UNTRAINED)[0]["untrained.sample"].numpy()
     labels = samples.labels["answer"].clone()
     test = few[samples.split[few] == "test"]
     labels[torch.from_numpy(test)] = -1

@@ -164,7 +164,7 @@ def test_recorded_calls_are_those_of_the_conditional_branch(pipeline):
 
     handle = pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True)
     try:
-        with capture(pipeline, ["0"], Pooling("clip"), "0,2", record=True) as tape:
+        with capture(pipeline, ["0"], Pooling("clip"), "0,2", record=(0, 2)) as tape:
             run(pipeline, config=config)
     finally:
         handle.remove()

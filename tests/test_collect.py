@@ -25,7 +25,7 @@ from cosprobe.tasks import MazeConfig
 from tests.tiny import wan
 
 module = import_module("cosprobe.collect")  # the package names the function alike
-PROBE = SimpleNamespace(layers="0,2", steps="all", pooling="region", frames=False, decode="auto")
+PROBE = SimpleNamespace(layers="0,2", steps="all", pooling="region", frames=False, decode="auto", randomised=10)
 TASK = MazeConfig(problems=20, frames=5)
 DRAWN = draw_samples(TASK.build(), TASK, 0)
 
@@ -82,8 +82,11 @@ def test_at_most_five_decodes_the_last_step_among_them():
 
 
 def test_the_announced_size_is_the_size_on_disk(model, config, store):
-    features = store.read()[0]["features"]
-    assert features.numel() * features.element_size() == store_bytes(model, config, TASK.build(), PROBE, 20)
+    tensors = store.read()[0]
+    both = [tensors["features"], tensors["untrained.features"]]
+    size = sum(features.numel() * features.element_size() for features in both)
+    assert [len(features) for features in both] == [20, 10]
+    assert size == store_bytes(model, config, TASK.build(), PROBE, 20, 10)
 
 
 def test_what_is_stored_is_what_capture_gives(model, config, store):
@@ -143,6 +146,7 @@ def test_everything_that_shapes_a_store_is_in_its_fingerprint(config):
     changed = [
         settings(config, MazeConfig(problems=21, frames=5), PROBE, 0),
         settings(config, TASK, SimpleNamespace(**vars(PROBE) | {"layers": "0"}), 0),
+        settings(config, TASK, SimpleNamespace(**vars(PROBE) | {"randomised": 0}), 0),
         settings(config, TASK, PROBE, 1),
         settings(PipelineConfig(path=config.path, steps=4, frames=5, batch=8), TASK, PROBE, 0),
         settings(PipelineConfig(path=config.path, steps=3, frames=5, batch=4), TASK, PROBE, 0),

@@ -18,7 +18,7 @@ POOLING = Pooling("frame")
 
 def recorded(pipeline, **changes):
     config = changes.pop("config", CONFIG)
-    with capture(pipeline, ["0", "2"], POOLING, "0,2", record=True) as tape:
+    with capture(pipeline, ["0", "2"], POOLING, "0,2", record=(0, 2)) as tape:
         sample(pipeline, config, IMAGES, [PROMPT] * 2, [1, 2], output_type="latent")
     return tape
 
@@ -39,7 +39,7 @@ def test_replay_with_the_trained_weights_gives_what_was_captured(experts, guidan
 def test_replay_of_a_doubled_batch_keeps_the_half_that_saw_the_prompt():
     pipeline = cogvideox()
     calls = {"num_inference_steps": 2, "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 32}
-    with capture(pipeline, ["0", "1"], POOLING, record=True) as tape:
+    with capture(pipeline, ["0", "1"], POOLING, record=(0, 1)) as tape:
         pipeline(PROMPT, guidance_scale=4.0, generator=torch.Generator().manual_seed(0), output_type="latent", **calls)
     torch.testing.assert_close(replay(pipeline, tape, (0, 1), POOLING), tape.features()[:, :, :, 0], rtol=0, atol=0)
 
@@ -85,3 +85,26 @@ def test_fresh_weights_of_an_adapted_transformer_are_those_of_the_bare_one():
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(adapted), strict=True))
     trained = replay(adapted, tape, (0, 2), POOLING)
     assert (trained - replay(plain, tape, (0, 2), POOLING)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_replay_of_some_samples_is_that_of_all(guidance):
+    pipeline = wan(experts=2)
+    tape = recorded(pipeline, config=replace(CONFIG, guidance=guidance))
+    whole = replay(pipeline, tape, (0, 2), POOLING)
+    assert not torch.equal(whole[0], whole[1])
+    for rows in ([1], [1, 0]):
+        torch.testing.assert_close(replay(pipeline, tape, (0, 2), POOLING, rows), whole[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_replay_of_some_samples_of_a_doubled_batch():
+    pipeline = cogvideox()
+    calls = {"num_inference_steps": 2, "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 32}
+    with capture(pipeline, ["0", "1"], POOLING, record=[1]) as tape:
+        pipeline(
+            [PROMPT, PROMPT[:40]], guidance_scale=4.0, generator=torch.Generator().manual_seed(0),
+            output_type="latent", **calls,
+        )  # fmt: skip
+    whole = tape.features()[:, 1:, :, tape.branches.index("cond")]
+    assert not torch.allclose(whole[0], whole[1], atol=1e-2)
+    torch.testing.assert_close(replay(pipeline, tape, (0, 1), POOLING, [1]), whole[1:], rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ from cosprobe.types import EVERY_STEP, FIRST_FRAME, FIXED, NOISE, NUISANCE, PROM
 from tests.ddp_fit import planted
 from tests.tiny import wan
 
-PROBE = SimpleNamespace(layers="1", steps="0,2", pooling="region", frames=True, decode="0")
+PROBE = SimpleNamespace(layers="1", steps="0,2", pooling="region", frames=True, decode="0", randomised=0)
 TASK = MazeConfig(problems=20, frames=5)
 DRAWN = draw_samples(TASK.build(), TASK, 0)
 

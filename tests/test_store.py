@@ -32,6 +32,20 @@ def filled(folder, shards=3, **settings):
     return store
 
 
+def test_names_that_few_shards_hold_are_read_from_those_alone(tmp_path):
+    store = ActivationStore(tmp_path / "store", {"seed": 0}, 3)
+    store.begin(1000)
+    for index in range(3):
+        extra = {"few.values": torch.full((2 - index,), index)} if index < 2 else {}
+        store.write(index, shard(index) | extra, NOTES)
+    store.finish()
+    tensors, notes = store.read("few.")
+    assert {name: value.tolist() for name, value in tensors.items()} == {"few.values": [0, 0, 1]} and notes == NOTES
+    assert store.read("none.")[0] == {}
+    whole, _ = store.read()
+    assert len(whole["features"]) == 6 and torch.equal(whole["few.values"], tensors["few.values"])
+
+
 def test_round_trip(tmp_path):
     filled(tmp_path / "store")
     store = ActivationStore.open(tmp_path / "store")

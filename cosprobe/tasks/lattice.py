@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise, permutations
+from itertools import pairwise
 
 import numpy as np
+from jaxtyping import Int
 
 Edge = tuple[int, int]
 
@@ -49,17 +50,20 @@ def doors_of(n: int) -> list[Edge]:
 
 def canonical_key(layout: Layout) -> str:
     """Identity under the 8 symmetries of the square: the smallest description over all of them."""
-    n = layout.rooms
+    n, rooms = layout.rooms, layout.rooms**2
+    places = _symmetries(n)
+    moved = np.sort(places[:, list(layout.passages)], axis=2)
+    doors = np.sort(moved @ [rooms, 1], axis=1)  # a number per door, in the order of pairs
+    start, *numbers = min(np.column_stack([places[:, layout.start], doors]).tolist())
+    return hashlib.sha256(repr((n, (start, [divmod(door, rooms) for door in numbers]))).encode()).hexdigest()[:16]
+
+
+@lru_cache
+def _symmetries(n: int) -> Int[np.ndarray, "8 room"]:
+    """Where each room lands under each symmetry of the square."""
     rooms = np.arange(n * n).reshape(n, n)
-    descriptions = []
-    for turned in (rooms, rooms.T):
-        for flipped in (turned, turned[::-1], turned[:, ::-1], turned[::-1, ::-1]):
-            # flipped[i, j] is the room that lands at (i, j); invert it to send rooms to their new places
-            place = np.empty(n * n, dtype=int)
-            place[flipped.ravel()] = np.arange(n * n)
-            edges = sorted(tuple(sorted((int(place[a]), int(place[b])))) for a, b in layout.passages)
-            descriptions.append((int(place[layout.start]), edges))
-    return hashlib.sha256(repr((n, min(descriptions))).encode()).hexdigest()[:16]
+    images = [turned[::up, ::left] for turned in (rooms, rooms.T) for up in (1, -1) for left in (1, -1)]
+    return np.stack([np.argsort(image, axis=None) for image in images])  # the room at a place, turned round
 
 
 def draw_layout(n: int, kind: str, rng: np.random.Generator) -> Layout:
@@ -75,10 +79,11 @@ def draw_layout(n: int, kind: str, rng: np.random.Generator) -> Layout:
         shuffled, start = rng.permutation(len(doors)).tolist(), int(rng.integers(n * n))
         if start in corners:
             continue
-        tree = _spanning_tree(n, [doors[i] for i in shuffled])
-        walks = _walks(start, tree, corners, n)
-        if walks is None or any(_private(a, b) < 2 for a, b in permutations(walks, 2)):
+        tree, beside = _spanning_tree(n, [doors[i] for i in shuffled])
+        parents = _parents(start, beside)
+        if not _apart(start, parents, corners):
             continue
+        walks = [_walk(start, parents, corner) for corner in corners]
         steps = [[_edge(a, b) for a, b in pairwise(walk)] for walk in walks]
         order = [int(k) for k in rng.permutation(4)]
         kept = order[: 1 if kind == "one_exit" else int(rng.integers(2, 4))]
@@ -117,12 +122,13 @@ def _hints(n: int) -> tuple[list[dict[Edge, float]], list[list[float]]]:
     return doors, rooms
 
 
-def _spanning_tree(n: int, doors: Sequence[Edge]) -> list[Edge]:
-    """The doors that join rooms not joined yet by those before them, in their order."""
-    group = list(range(n * n))
-    members = [[room] for room in range(n * n)]
+def _spanning_tree(n: int, doors: Sequence[Edge]) -> tuple[list[Edge], list[list[int]]]:
+    """The doors that join rooms not joined yet by those before them, in their order; and each room's neighbours."""
+    group, members = list(range(n * n)), [[room] for room in range(n * n)]
     tree: list[Edge] = []
-    for a, b in doors:
+    beside: list[list[int]] = [[] for _ in range(n * n)]
+    for door in doors:
+        a, b = door
         larger, smaller = group[a], group[b]
         if larger != smaller:
             if len(members[larger]) < len(members[smaller]):
@@ -130,41 +136,45 @@ def _spanning_tree(n: int, doors: Sequence[Edge]) -> list[Edge]:
             for room in members[smaller]:
                 group[room] = larger
             members[larger] += members[smaller]
-            tree.append((a, b))
+            tree.append(door)
+            beside[a].append(b)
+            beside[b].append(a)
             if len(tree) == n * n - 1:
                 break
-    return tree
+    return tree, beside
 
 
-def _walks(start: int, tree: Sequence[Edge], ends: Sequence[int], n: int) -> list[tuple[int, ...]] | None:
-    """The unique walk in the tree from start to each end, both included; None when one leads through another end."""
-    beside: list[list[int]] = [[] for _ in range(n * n)]
-    for a, b in tree:
-        beside[a].append(b)
-        beside[b].append(a)
-    came_from, frontier = [-1] * (n * n), [start]
-    came_from[start] = start
-    while frontier:
-        a = frontier.pop()
+def _parents(start: int, beside: list[list[int]]) -> list[int]:
+    """The room before each on its walk from start; start's is itself."""
+    parents, frontier = [-1] * len(beside), [start]
+    parents[start] = start
+    for a in frontier:  # grows on the way
         for b in beside[a]:
-            if came_from[b] < 0:
-                came_from[b] = a
+            if parents[b] < 0:
+                parents[b] = a
                 frontier.append(b)
-    walks = []
-    for end in ends:
-        walk = [end]
-        while walk[-1] != start:
-            walk.append(came_from[walk[-1]])
-            if walk[-1] in ends:
-                return None
-        walks.append(tuple(reversed(walk)))
-    return walks
+    return parents
 
 
-def _private(walk: Sequence[int], other: Sequence[int]) -> int:
-    """Doors of a walk that another one from the same start does not go through."""
-    shared = next(i for i, (a, b) in enumerate(zip(walk, other, strict=False)) if a != b)
-    return len(walk) - shared
+def _apart(start: int, parents: list[int], ends: Sequence[int]) -> bool:
+    """Whether the last two rooms of the walk from start to each end are on the walk to no other."""
+    doorsteps = [parents[end] for end in ends]
+    if start in doorsteps or len({*doorsteps}) < len(ends):
+        return False
+    for room in doorsteps:
+        while room != start:
+            room = parents[room]
+            if room in doorsteps:
+                return False
+    return True
+
+
+def _walk(start: int, parents: list[int], end: int) -> tuple[int, ...]:
+    """The rooms from start to end, both included."""
+    walk = [end]
+    while walk[-1] != start:
+        walk.append(parents[walk[-1]])
+    return tuple(reversed(walk))
 
 
 def _edge(a: int, b: int) -> Edge:
