@@ -60,7 +60,7 @@ def run(model, tmp_path_factory):
 def test_the_run_folder_is_complete(run):
     folder, output = run
     for name in (
-        "config.yaml", "store/manifest.json", "weights/manifest.json", "probes/bank.safetensors", "probes/bank.json",
+        "config.yaml", "store/manifest.json", "probes/bank.safetensors", "probes/bank.json",
         "tensorboard",
     ):  # fmt: skip
         assert (folder / name).exists(), name
@@ -102,11 +102,10 @@ def test_random_weights_decode_no_answer_beyond_what_goes_in(run):
 @pytest.mark.slow
 def test_a_second_run_reuses_the_store_and_gives_the_same_grid(model, run):
     before = Grid.load(run[0]).dataset.load()
-    stores = [path for name in ("store", "weights") for path in (run[0] / name).iterdir()]
-    written = {path: path.stat().st_mtime_ns for path in stores}
+    written = {path: path.stat().st_mtime_ns for path in (run[0] / "store").iterdir()}
     output = train(model, run[0])
-    assert output.count("re-using") == 2
-    assert {path: path.stat().st_mtime_ns for path in stores} == written
+    assert output.count("re-using") == 1
+    assert {path: path.stat().st_mtime_ns for path in (run[0] / "store").iterdir()} == written
     after = Grid.load(run[0]).dataset
     for name in ("accuracy", "skill", "p_permutation", "p_excess", "latency", "transfer_step", "weights_accuracy"):
         np.testing.assert_array_equal(before[name].values, after[name].values)
@@ -119,7 +118,7 @@ def test_two_processes_give_the_same_grid(model, run, tmp_path):
     one, two = (ActivationStore.open(folder / "store") for folder in (run[0], tmp_path / "two"))
     assert one.fingerprint == two.fingerprint
     tensors = one.read()[0], two.read()[0]
-    for name in tensors[0]:
+    for name in tensors[0].keys() - {"untrained.spent"}:  # seconds are never the same
         torch.testing.assert_close(tensors[0][name], tensors[1][name], rtol=0, atol=1e-6, equal_nan=True)
     samples, _ = load_samples(one, read_run(run[0]).task.build())
     banks = load_probes(run[0]), load_probes(tmp_path / "two")
