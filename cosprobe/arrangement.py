@@ -6,13 +6,12 @@ Nothing is approximated and no weight changes: outputs agree with diffusers' own
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any
 
 import torch
 from diffusers.models.activations import GELU
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from diffusers.models.transformers.transformer_wan import WanAttention
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 SLOPE, CUBIC = 1.5957691216057308, 0.044715  # of the tanh form of GELU; the slope is sqrt(8 / pi)
@@ -54,7 +53,7 @@ def _pad_inside(convolution: WanCausalConv3d) -> None:
         convolution.padding, convolution._padding = (0, top, left), (0, 0, 0, 0, before, after)
 
 
-def _rms(norm: WanRMS_norm, x: Tensor) -> Tensor:
+def _rms(norm: WanRMS_norm, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The norm of an autoencoder: its two factors as one, and no bias of zero is added."""
     if x.dtype not in (torch.float32, torch.float64):
         return WanRMS_norm.forward(norm, x)
@@ -77,16 +76,16 @@ def _rotate_at_once(attention: WanAttention) -> None:
         return (hidden, context, mask, None), kwargs
 
     def rotate(norm: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return rotated(output, turn[0], attention.heads) if turn else None
+        return _rotated(output, turn[0], attention.heads) if turn else None
 
     attention.register_forward_pre_hook(take, with_kwargs=True)
     for norm in (attention.norm_q, attention.norm_k):
         norm.register_forward_hook(rotate)
 
 
-def rotated(
-    tokens: Float[Tensor, "batch token channel"], turn: Any, heads: int
+def _rotated(
+    tokens: Float[Tensor, "batch token channel"], turn: Complex[Tensor, "1 token 1 pair"], heads: int
 ) -> Float[Tensor, "batch token channel"]:
-    """Pairs of neighbouring channels turned by `turn`, complex [1, token, 1, pair]."""
+    """Pairs of neighbouring channels turned, alike in every head."""
     pairs = torch.view_as_complex(tokens.unflatten(-1, (heads, -1, 2)))
     return torch.view_as_real(pairs * turn).flatten(2)

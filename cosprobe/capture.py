@@ -130,12 +130,12 @@ class _Watcher:
         def hook(model: nn.Module, args: tuple, kwargs: dict) -> None:
             self.step = self._step_index()
             self.expert = expert
-            self.size = token_grid(model, _first(args, kwargs))
+            self.size = token_grid(model, hidden_states(args, kwargs))
             self.tape.experts[self.step] = expert
             self.tape.calls[(self.step, expert, self._context())] += 1
             if self._context() != "uncond":
                 if self.step == 0:
-                    self._keep_inputs(model, _first(args, kwargs), kwargs.get("encoder_hidden_states"))
+                    self._keep_inputs(model, hidden_states(args, kwargs), kwargs.get("encoder_hidden_states"))
                 if self.step in self.record:
                     self.tape.recorded[self.step] = (self._context(), args, kwargs)
 
@@ -153,7 +153,7 @@ class _Watcher:
 
     def on_embed(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         if EMBED in self.tape.sites:
-            self._keep_tokens(EMBED, _first(args, kwargs))
+            self._keep_tokens(EMBED, hidden_states(args, kwargs))
 
     def on_block(self, site: str) -> Callable:
         def hook(block: nn.Module, args: tuple, output: Any) -> None:
@@ -251,7 +251,7 @@ def conditional(context: str, tensor: Tensor) -> Tensor:
     return tensor.chunk(len(BRANCHES[context]))[-1]
 
 
-def _first(args: tuple, kwargs: dict) -> Tensor:
+def hidden_states(args: tuple, kwargs: dict) -> Tensor:
     """The hidden states a model or a block was called with."""
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 

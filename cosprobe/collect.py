@@ -120,7 +120,7 @@ def collect(
 ) -> ActivationStore:
     """Collects what is not on disk yet. drawn, identity: what `draw_samples` and `settings` give. Chunks are cut by
     global index: one process and many write the same shards."""
-    few = few_samples(drawn, probe.randomised) if probe.randomised else []
+    few = few_samples(drawn, probe.randomised)
     if probe.randomised and not few:
         say(f"random weights are left out: probe.randomised={probe.randomised} of {len(drawn)} samples is too few")
     chunks = [range(i, min(i + pipeline.batch, len(drawn))) for i in range(0, len(drawn), pipeline.batch)]

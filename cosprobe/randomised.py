@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cosprobe.capture import BRANCHES, Tape, conditional
+from cosprobe.capture import BRANCHES, Tape, conditional, hidden_states
 from cosprobe.pipelines import architecture, block_list, experts, token_grid
 from cosprobe.pooling import Pooling
 
@@ -86,8 +86,7 @@ def _replayed(
     context, args, kwargs = tape.recorded[step]
     if rows is not None:
         args, kwargs = _of_samples(context, args, kwargs, rows)
-    latent = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    size, index = token_grid(model, latent), architecture(model).video
+    size, index = token_grid(model, hidden_states(args, kwargs)), architecture(model).video
     found: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
@@ -107,7 +106,7 @@ def _replayed(
 
 def _of_samples(context: str, args: tuple, kwargs: dict, rows: Sequence[int]) -> tuple[tuple, dict[str, Any]]:
     """A transformer call with these samples of its batch alone: of every tensor that has a row for each."""
-    size = len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+    size = len(hidden_states(args, kwargs))
     halves = len(BRANCHES[context])
     places = [half * (size // halves) + row for half in range(halves) for row in rows]
 
