@@ -28,7 +28,7 @@ docs: $(INSTALLED)
 	for task in maze hide select line; do $(BIN)/python train.py probe=layers task=$$task || exit 1; done
 	$(BIN)/python -m cosprobe.beside docs/figures/maps.png maze=runs/maze-layers:answer hide=runs/hide-layers:inside \
 		select=runs/select-layers:answer line=runs/line-layers:answer
-	$(BIN)/python probe.py use=early run=runs/maze-layers use.problems=100
+	$(BIN)/python probe.py use=early run=runs/maze-layers use.problems=300
 	for task in maze line; do $(BIN)/python probe.py use=ensemble run=runs/$$task-layers use.size=full || exit 1; done
 	cd runs/maze-layers/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../docs/figures/
 	cd runs/maze-layers/report && cp early/frontier.png ../../../docs/figures/early.png && cp ensemble/ensemble.png ../../../docs/figures/

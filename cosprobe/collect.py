@@ -56,12 +56,21 @@ def draw_samples(task: Task, config: Any, seed: int) -> list[Sample]:
             f"task.problems={problems}, task.seeds={seeds}: expected at least 10 problems (a split would be empty) "
             "and at least 1 seed"
         )
-    return [
-        Sample(problem, noise_seed(problem, which, seed), which)
-        for split in SPLIT_ORDER
-        for problem in task.problems(split, counts[split])
-        for which in range(seeds)
-    ]
+    return with_noise([p for split in SPLIT_ORDER for p in task.problems(split, counts[split])], seed, seeds)
+
+
+def with_noise(problems: Sequence[Problem], seed: int, seeds: int = 1) -> list[Sample]:
+    """Each problem with its first `seeds` noise seeds, which stay together."""
+    return [Sample(problem, noise_seed(problem, which, seed), which) for problem in problems for which in range(seeds)]
+
+
+def fresh_problems(task: Task, split: str, used: int, count: int, kinds: Sequence[str]) -> list[Problem]:
+    """`count` problems of some kinds, by turns, that a run of `used` problems over all splits has not seen: those of
+    validation or test beyond its own."""
+    seen = -(-round(used * SHARES[split]) // len(task.kinds))  # of every kind: a run's come by turns
+    most = seen + -(-count // len(kinds))
+    turns = zip(*(task.problems(split, most, kind)[seen:] for kind in task.kinds if kind in kinds), strict=True)
+    return [problem for turn in turns for problem in turn][:count]
 
 
 def noise_seed(problem: Problem, which: int, seed: int) -> int:

@@ -12,13 +12,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cosprobe.collect import Sample, images
+from cosprobe.collect import Sample, fresh_problems, images, with_noise
 from cosprobe.grid import Grid
 from cosprobe.halting import halting
 from cosprobe.pipelines import PipelineConfig, load_pipeline, sample
 from cosprobe.probes import ProbeBank
 from cosprobe.reading import pooling_of, probabilities
-from cosprobe.stopping import fresh_samples
 from cosprobe.store import fingerprint
 from cosprobe.tasks import Problem, Task
 from cosprobe.types import Cell
@@ -90,7 +89,7 @@ def predict(trained: Any, bank: ProbeBank, use: Any, seed: int, folder: Path, co
     for name in grid.with_role("answer", "choice"):
         cell = _best_at(grid, bank, name, use.step, use.layer)
         kind = bank.target(name).kinds[0]
-        drawn = fresh_samples(task, trained.task.problems, kind, use.problems, seed)
+        drawn = with_noise(fresh_problems(task, "test", trained.task.problems, use.problems, [kind]), seed)
         answers = early_answers(model, trained.pipeline, task, bank, name, cell, drawn)
         table = Table("problem", "probe says", "probability", "full run draws", "right", box=None, padding=(0, 3, 0, 0))
         table.title = (

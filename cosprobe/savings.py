@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 
-from cosprobe.collect import Sample, decode_steps, images, noise_seed, watch
+from cosprobe.collect import decode_steps, images, watch, with_noise
 from cosprobe.cost import Cost, flops, seconds
 from cosprobe.figures import STYLE, new_figure
 from cosprobe.film import Film, film_row, film_strip
@@ -219,7 +219,7 @@ def _film(
     first = {stop[0] for stop in stops if stop is not None}
     usual = [s for s in decode_steps("auto", pipeline.steps) if s not in first]
     steps = tuple(sorted({*first, *usual[: STRIP - len(first)]}))
-    drawn = [Sample(records.problems[i], noise_seed(records.problems[i], 0, seed)) for i in chosen.values()]
+    drawn = with_noise([records.problems[i] for i in chosen.values()], seed)
     if not drawn:
         return None, []
     watched = zip(chosen.items(), watch(model, pipeline, task, drawn, steps), strict=True)

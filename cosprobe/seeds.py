@@ -15,12 +15,12 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from cosprobe.collect import SHARES, images
+from cosprobe.collect import fresh_problems, images
 from cosprobe.cost import Cost, flops
 from cosprobe.ensemble import Bench
 from cosprobe.methods import METHODS, PROBES, Plan, course, windows
 from cosprobe.metrics import cluster_bootstrap, max_t_bootstrap, share_interval
-from cosprobe.tasks import Problem, Task
+from cosprobe.tasks import Problem
 from cosprobe.trials import READS, Candidate, Trials
 
 PAPER = Plan(seeds=3, steps=(0,))  # of `hidden` in arXiv 2603.16870, in the middle layers
@@ -127,13 +127,6 @@ class Comparison:
         others = [m for m in chosen if m != reference]
         differences = np.stack([self.test[chosen[m]] - self.test[chosen[reference]] for m in others])
         return dict(zip(others, max_t_bootstrap(differences, self.keys)[0].tolist(), strict=True))
-
-
-def fresh_problems(task: Task, split: str, used: int, count: int, kinds: Sequence[str]) -> list[Problem]:
-    """`count` problems of some kinds beyond those that a run which drew `used` over all splits has seen of a split."""
-    seen = round(used * SHARES[split])
-    beyond = task.problems(split, seen + count * (1 if set(kinds) >= set(task.kinds) else len(task.kinds)))[seen:]
-    return [problem for problem in beyond if problem.kind in kinds][:count]
 
 
 def price(candidate: Candidate, steps: int, cost: Cost, begun: float | None = None) -> float:

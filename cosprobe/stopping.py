@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cosprobe.capture import capture
-from cosprobe.collect import Sample, decode_steps, fill, images, noise_seed, say
+from cosprobe.collect import Sample, decode_steps, fill, fresh_problems, images, noise_seed, say, with_noise
 from cosprobe.pipelines import PipelineConfig, decode, sample
 from cosprobe.policy import (
     AGAINST,
@@ -143,8 +143,8 @@ def stop_early(
         start = starting_point(confidence, wrong, thresholds(odds.shape[-1]), use.risk, use.against)
         _say_how_many(kind, use, float(wrong[:, 0].mean()))
         setting = (model, trained.pipeline, task, bank, target.name, cells)
-        drawn = [Sample(p, noise_seed(p, 0, seed)) for p in task.problems("calibration", use.calibration, kind)]
-        fresh = fresh_samples(task, trained.task.problems, kind, use.problems, seed)
+        drawn = with_noise(task.problems("calibration", use.calibration, kind), seed)
+        fresh = with_noise(fresh_problems(task, "test", trained.task.problems, use.problems, [kind]), seed)
         calibration = record(*setting, drawn, (), folder)
         decoded = tuple(s for s in decode_steps("auto", trained.pipeline.steps) if s < trained.pipeline.steps - 1)
         policy = calibrate(
@@ -189,12 +189,6 @@ def plan(
     for cell, value in zip(able, loss.tolist(), strict=True):
         best[cell.step] = min(best.get(cell.step, (float("inf"), 0, cell)), (round(value, 9), int(cell.site), cell))
     return tuple(best[step][2] for step in sorted(best))
-
-
-def fresh_samples(task: Task, used: int, kind: str, count: int, seed: int) -> list[Sample]:
-    """`count` test problems of a kind beyond those a run with `used` problems has seen."""
-    problems = task.problems("test", used + count, kind)[used:]
-    return [Sample(problem, noise_seed(problem, 0, seed)) for problem in problems]
 
 
 def record(

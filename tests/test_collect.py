@@ -12,6 +12,7 @@ from cosprobe.collect import (
     collect,
     decode_steps,
     draw_samples,
+    fresh_problems,
     images,
     noise_seed,
     settings,
@@ -21,7 +22,7 @@ from cosprobe.collect import (
 from cosprobe.pipelines import PipelineConfig, sample
 from cosprobe.pooling import Pooling
 from cosprobe.samples import load_samples
-from cosprobe.tasks import MazeConfig
+from cosprobe.tasks import HideConfig, MazeConfig
 from tests.tiny import wan
 
 module = import_module("cosprobe.collect")  # the package names the function alike
@@ -63,6 +64,22 @@ def test_problems_are_shared_out_and_the_seeds_of_one_stay_together():
     owner = {}
     for s in drawn:
         assert owner.setdefault(s.problem.key, s.problem.split) == s.problem.split
+
+
+@pytest.mark.parametrize("config", [MazeConfig(problems=30, frames=5), HideConfig(problems=30, frames=9)])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_fresh_problems_are_none_the_run_has_seen_and_begin_where_it_ended(config, split):
+    task = config.build()
+    seen = {s.problem.key for s in draw_samples(task, config, 0) if s.problem.split == split}
+    assert len(seen) == {"validation": 6, "test": 9}[split]
+    fresh = fresh_problems(task, split, 30, 5, task.kinds[::-1])  # in whatever order they are asked for
+    assert len(fresh) == 5 and not seen & {p.key for p in fresh}
+    assert [p.kind for p in fresh] == [task.kinds[i % len(task.kinds)] for i in range(5)]
+    for kind in task.kinds:
+        alone = fresh_problems(task, split, 30, 3, [kind])
+        passed = {p.key for p in task.problems(split, 20, kind) if p.index < alone[0].index}
+        assert [p.kind for p in alone] == [kind] * 3 and not seen & {p.key for p in alone}
+        assert len(passed - seen) <= 1  # of an odd number by turns, one kind has one fewer
 
 
 def test_a_noise_seed_depends_on_seed_problem_and_repeat_only():

@@ -9,7 +9,7 @@ from planted_bank import CELLS, CONFIG, bank_for
 from tiny import wan
 
 from cosprobe.capture import capture
-from cosprobe.collect import Sample, images, noise_seed
+from cosprobe.collect import images, with_noise
 from cosprobe.early import early_answers
 from cosprobe.pipelines import load_pipeline, sample
 from cosprobe.reading import pooling_of
@@ -22,7 +22,7 @@ def test_a_halted_answer_is_that_of_a_whole_run(tmp_path):
     wan().save_pretrained(tmp_path)
     config = replace(CONFIG, path=str(tmp_path))
     model, bank, cell = load_pipeline(config), bank_for(config), CELLS[2]
-    drawn = [Sample(p, noise_seed(p, 0, 0)) for p in TASK.problems("test", 2, "one_exit")]
+    drawn = with_noise(TASK.problems("test", 2, "one_exit"), 0)
     problems = [s.problem for s in drawn]
     answers = early_answers(model, config, TASK, bank, "answer", cell, drawn)
     with capture(model, [cell.site], pooling_of("region", False, problems), str(cell.step)) as tape:

@@ -12,13 +12,13 @@ from planted_bank import ANSWER, CELLS, CONFIG, bank_for, policy_at
 from tiny import wan
 
 import cosprobe.stopping as module
-from cosprobe.collect import Sample, images, noise_seed
+from cosprobe.collect import images, with_noise
 from cosprobe.pipelines import load_pipeline, sample
-from cosprobe.stopping import EarlyConfig, Stopping, fresh_samples, plan, probe_for, record, run_live
+from cosprobe.stopping import EarlyConfig, Stopping, plan, probe_for, record, run_live
 from cosprobe.tasks import MazeConfig, Target
 
 TASK = MazeConfig(frames=5).build()
-DRAWN = [Sample(p, noise_seed(p, 0, 0)) for p in TASK.problems("calibration", 5, "one_exit")]
+DRAWN = with_noise(TASK.problems("calibration", 5, "one_exit"), 0)
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +122,6 @@ def test_against_decides_which_probe_answers_where_there_are_two(setting):
     assert probe_for(both, "choice", "truth") is choice
     assert probe_for(bank, "one_exit", "choice") is ANSWER
     assert probe_for(bank, "choice", "choice") is None
-
-
-def test_fresh_problems_are_none_the_run_has_seen():
-    seen = {p.key for p in TASK.problems("test", 4, "one_exit")}
-    fresh = fresh_samples(TASK, 4, "one_exit", 3, 0)
-    assert len(fresh) == 3 and not seen & {s.problem.key for s in fresh}
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,9 @@ class Task(Protocol):
     regions: int
     frames: int
 
-    def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]: ...
+    def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
+        """The first `count` of a split, of one kind, or of all kinds by turns."""
+        ...
 
     def image(self, problem: Problem) -> UInt8[np.ndarray, "height width 3"]: ...
 
