@@ -56,7 +56,7 @@ def draw_samples(task: Task, config: Any, seed: int) -> list[Sample]:
             f"task.problems={problems}, task.seeds={seeds}: expected at least 10 problems (a split would be empty) "
             "and at least 1 seed"
         )
-    say(f"{task.name}: drawing {problems} problems, {seeds} noise seeds each")
+    say(f"{task.name}: drawing {problems} problems")
     return with_noise([p for split in SPLIT_ORDER for p in task.problems(split, counts[split])], seed, seeds)
 
 
