@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from statistics import median
 
 import torch
 from rich import box
@@ -24,12 +25,14 @@ MEASURES: dict[str, Callable[..., list[Pair]]] = {
 
 def table(pairs: Sequence[Pair]) -> Table:
     """One row per pair: the ratio is seconds of `measured` over seconds of `against`."""
-    found = Table("measured", "against", "ratio", "lowest to highest", "seconds", box=box.SIMPLE_HEAD)
+    columns = ("measured", "against", "ratio", "lowest to highest", "seconds", "largest gap (median)")
+    found = Table(*columns, box=box.SIMPLE_HEAD)
     for pair in pairs:
         low, high = min(pair.ratios), max(pair.ratios)
         spread = f"{low:.2f} to {high:.2f} of {len(pair.ratios)}"
         seconds = " / ".join(f"{sorted(s)[len(s) // 2]:.1f}" for s in (pair.seconds, pair.other_seconds))
-        found.add_row(pair.measured, pair.against, f"{pair.ratio:.2f}", spread, seconds)
+        gaps = " / ".join(f"{max(own):.0e} ({median(own):.0e})" for own in pair.gaps)
+        found.add_row(pair.measured, pair.against, f"{pair.ratio:.2f}", spread, seconds, gaps)
     return found
 
 

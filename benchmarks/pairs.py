@@ -11,12 +11,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Pair:
-    """What was measured, against what, and the seconds of every repeat of each."""
+    """What was measured, against what, and the seconds of every repeat of each.
+
+    gaps: where both stop short of an optimum, by which share of it, fit by fit, for each of the two.
+    """
 
     measured: str
     against: str
     seconds: tuple[float, ...]
     other_seconds: tuple[float, ...]
+    gaps: tuple[tuple[float, ...], ...] = ()
 
     @property
     def ratios(self) -> tuple[float, ...]:

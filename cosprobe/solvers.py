@@ -93,6 +93,48 @@ def design(x: Float[Tensor, "cell sample region channel"], form: str) -> Float[T
     return x.flatten(2)[:, :, None] if form == "problem" else x
 
 
+@dataclass(frozen=True)
+class Turned:
+    """Rows of each cell in their principal axes, as in `Axes`, but rows innermost, and the basis as a product.
+
+    factors: matrices whose product is the basis. When rows are no more than columns it is never written out, which
+    would cost as much as the Gram matrix: coordinates follow from the decomposition itself.
+    """
+
+    mean: Float[Tensor, "cell width"]
+    coordinates: Float[Tensor, "cell axis row"]
+    variance: Float[Tensor, "cell axis"]
+    factors: tuple[Tensor, ...]
+
+    def into(self, weight: Float[Tensor, "cell width out"]) -> Float[Tensor, "cell axis out"]:
+        """Weights along the axes; what is orthogonal to all rows is lost."""
+        for factor in self.factors:
+            weight = factor.mT @ weight
+        return weight
+
+    def back(self, weight: Float[Tensor, "cell axis out"]) -> Float[Tensor, "cell width out"]:
+        """Weights along the axes as weights of the columns."""
+        for factor in reversed(self.factors):
+            weight = factor @ weight
+        return weight
+
+
+def turned(rows: Float[Tensor, "cell row width"]) -> Turned:
+    """The rows of each cell along the axes of `principal_axes`, in the precision of the rows throughout."""
+    count, width = rows.shape[1:]
+    mean = rows.mean(dim=1)
+    centred = rows - mean[:, None]
+    if count > width:
+        energy, basis = _eigh(centred.mT @ centred)
+        return Turned(mean, basis.mT @ centred.mT, energy.clamp(min=0) / count, (basis,))
+    energy, vectors = _eigh(centred @ centred.mT)
+    energy = torch.where(energy > ROUNDING[rows.dtype] * energy[:, -1:].clamp(min=0), energy, 0.0)
+    length = energy.sqrt()[:, None]
+    inverse = torch.where(length > 0, 1 / length, 0.0)
+    factors = centred.mT, vectors * inverse
+    return Turned(mean, (vectors * length).mT.contiguous(), energy / count, factors)
+
+
 def principal_axes(rows: Float[Tensor, "cell row width"]) -> Axes:
     """Axes of the centred rows, largest variance last; from the Gram matrix when rows are no more than columns.
 
@@ -103,7 +145,7 @@ def principal_axes(rows: Float[Tensor, "cell row width"]) -> Axes:
     centred = rows - mean[:, None]
     primal = count > width
     square = centred.mT @ centred if primal else centred @ centred.mT
-    energy, vectors = _eigh(square)
+    energy, vectors = _eigh(square.double())
     if primal:
         return Axes(mean, vectors.to(rows.dtype).contiguous(), (energy.clamp(min=0) / count).to(rows.dtype))
     energy = torch.where(energy > ROUNDING[rows.dtype] * energy[:, -1:].clamp(min=0), energy, 0.0)
@@ -154,7 +196,7 @@ def _eigh(
     square: Float[Tensor, "cell size size"],
 ) -> tuple[Float[Tensor, "cell size"], Float[Tensor, "cell size size"]]:
     with one_thread(square.device):
-        energy, vectors = torch.linalg.eigh(square.double())
+        energy, vectors = torch.linalg.eigh(square)
     return energy, vectors
 
 

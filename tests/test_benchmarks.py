@@ -9,6 +9,7 @@ from rich.console import Console
 from benchmarks import allocating, capturing, fitting, learning, pairs, running
 from benchmarks.__main__ import main, table
 from cosprobe.config import TrainRun, load
+from cosprobe.newton import PROMISED
 from cosprobe.pipelines import load_pipeline
 from cosprobe.training import ProbeConfig
 
@@ -50,7 +51,7 @@ def test_keeping_memory_is_measured():
 
 def test_capture_is_measured():
     (pair,) = capturing.measure(repeats=1, batch=2, steps=2)
-    assert "8 layers and 3 sources" in pair.measured
+    assert "8 layers and all inputs" in pair.measured
     assert pair.ratio > 0
 
 
@@ -69,7 +70,7 @@ def test_the_loop_finds_the_probes_of_the_fit(kind, rival):
     samples = fitting.synthetic(SMALL, steps=1, layers=2, channels=12)
     config = ProbeConfig(kind=kind, lambdas=[0.1])
     bank = fitting.whole_fit(samples, config)
-    cells = np.array([0, 4])
+    cells = np.array([0, 1])
     x, held = fitting.standardised(samples, cells)
     loop = fitting.sklearn_loop(x, held, samples, config.lambdas, rival)
     assert set(loop) == {(cell, target.name) for cell in range(2) for target in samples.targets}
@@ -80,12 +81,12 @@ def test_the_loop_finds_the_probes_of_the_fit(kind, rival):
             label = validation.labels[target.name]
             rows, _, _ = fitting.flat(held[cell : cell + 1], label, target)
             agree = loop[cell, target.name].predict(rows) == ours[cell][label >= 0].numpy().flatten()
-            assert agree.mean() > 0.97, target.name  # the loop stops at scikit-learn's own tolerance
+            assert agree.mean() > 0.97, target.name
 
 
 def test_candidates_become_one_binary_label_per_region():
     samples = fitting.synthetic(SMALL, steps=1, layers=2, channels=12)
-    x, _ = fitting.standardised(samples, np.array([4]))
+    x, _ = fitting.standardised(samples, np.array([1]))
     train = samples.subset("train")
     answer = next(t for t in samples.targets if t.name == "answer")
     rows, label, fold = fitting.flat(x, train.labels["answer"], answer, np.arange(60))
@@ -110,8 +111,34 @@ def test_a_run_that_fails_is_not_timed():
 def test_every_kind_of_fit_is_measured():
     sizes = {"kinds": ("logistic", "ridge"), "sizes": SMALL, "steps": 1, "layers": 2, "channels": 8, "some": 1}
     found = fitting.measure(repeats=1, **sizes)
-    assert [pair.against for pair in found] == ["fit, kind=logistic", "fit, kind=ridge", "fit, kind=ridge"]
-    assert all("5 cells (measured on 1), 8 targets" in pair.measured for pair in found)
+    assert [pair.against for pair in found] == ["fit, kind=logistic"] * 2 + ["fit, kind=ridge"] * 2
+    assert ["one thread" in pair.measured for pair in found] == [False, True, False, False]
+    assert all("2 cells (measured on 1), 8 targets" in pair.measured for pair in found)
+    assert [len(own) for own in found[0].gaps] == [8 * 3, 8 * 3]  # every target and penalty, theirs and ours
+    assert all(0 <= gap <= PROMISED for own in found[0].gaps for gap in own)
+    assert found[1].gaps == found[0].gaps and found[2].gaps == ()
+
+
+def test_the_gap_of_sklearn_falls_with_its_tolerance_and_the_loosest_that_keeps_the_promise_is_taken():
+    samples = fitting.synthetic(SMALL, steps=1, layers=2, channels=12)
+    x, held = fitting.standardised(samples, np.array([1]))
+    taken, gaps = fitting.loosest(x, held, samples)
+    assert max(gaps) <= PROMISED
+    rows, label, fold = fitting.flat(x, samples.subset("train").labels["corridors"], samples.targets[3])
+    part = fitting.Rows(rows, label, fold, rows, label)
+    found = [fitting.sklearn_gap(part, *fitting.each_penalty(part, [0.01], tol), 0.01) for tol in (1e-1, taken, 1e-8)]
+    assert found[0] > found[1] > found[2]
+    assert found[2] < 1e-5
+    weight = fitting.whole_fit(samples, ProbeConfig(kind="newton", lambdas=[0.01])).weights["corridors"][1]
+    one = fitting.each_penalty(part, [0.01], 1e-8)[0]
+    assert np.allclose((weight[:, 1] - weight[:, 0]).numpy(), one.coef_[0], atol=1e-3)
+
+
+def test_gaps_stand_beside_the_ratio():
+    pair = pairs.Pair("a", "b", (9.0,), (3.0,), ((1e-3, 2e-5, 1e-5), (4e-6,)))
+    with (console := Console(width=200)).capture() as printed:
+        console.print(table([pair, pairs.Pair("c", "d", (1.0,), (1.0,))]))
+    assert "1e-03 (2e-05) / 4e-06 (4e-06)" in printed.get()
 
 
 @pytest.mark.slow

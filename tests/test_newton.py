@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from cosprobe.newton import NewtonFit, add_tallies, fit_newton, newton_targets, shortfall
+from cosprobe.newton import Certificate, NewtonFit, fit_newton, newton_targets, relative_gaps, shortfall
 from cosprobe.solvers import design
 from cosprobe.tasks import Target
+from cosprobe.types import Cell
 
 LAMBDAS = [0.003, 1.0, 0.05]  # not in the order they are solved in
 DATA = st.integers(0, 2**31)
@@ -211,17 +212,87 @@ def test_the_same_input_gives_the_same_bits():
     assert torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
 
 
-def test_targets_together_are_tallied_by_name():
+def test_targets_together_are_certified_by_name():
     x = cells(10)
     labels = {"a": draw_labels(10, "problem"), "b": draw_labels(11, "region")}
     targets = (Target("a", 3, "problem", "answer", ("k",)), Target("b", 3, "region", "answer", ("k",)))
-    fitted, tally = newton_targets(x, labels, targets, LAMBDAS, lambda solve, count: solve(slice(0, count)))
-    assert tally == {"a": [9, 9], "b": [9, 9]}
+    fitted, ended = newton_targets(x, labels, targets, LAMBDAS, lambda solve, count: solve(slice(0, count)))
+    assert {name: one.tally for name, one in ended.items()} == {"a": [9, 9], "b": [9, 9]}
     assert torch.equal(fitted["b"][0], fit_newton(x, labels["b"], targets[1], LAMBDAS).weight)
-    assert shortfall(tally) == ""
-    both = add_tallies(tally, {"a": [7, 9], "b": [9, 9]})
-    assert both == {"a": [16, 18], "b": [18, 18]}
-    assert "did not converge: a 2 of 18;" in shortfall(both)
+    assert all((one.gap < 1e-8).all() for one in ended.values())
+    assert shortfall("newton", ended, [Cell(0, str(i), "cond", "all") for i in range(3)], LAMBDAS) == ""
+
+
+def test_fits_that_miss_are_named_with_their_cell_and_penalty_and_the_rest_counted():
+    good, bad = torch.ones(3, 3, dtype=torch.bool), torch.tensor([[True, False, True], [False] * 3, [True] * 3])
+    parts = {"a": [good, good], "b": [good, bad]}
+    ended = {name: Certificate.join([Certificate(p, torch.zeros(3, 3)) for p in own]) for name, own in parts.items()}
+    line = shortfall("logistic", ended, [Cell(2, str(i), "cond", "all") for i in range(6)], LAMBDAS)
+    assert line.startswith(
+        "logistic: fits that did not converge: b 4 of 18 (step 2, 3, cond, all, lambda 1; step 2, 4, cond, all, lambda "
+        "0.003; step 2, 4, cond, all, lambda 1; 1 more); read"
+    )
+    assert len(line.splitlines()) == 1
+
+
+def excess(x: torch.Tensor, labels: torch.Tensor, found: NewtonFit, one: Target) -> torch.Tensor:
+    """(f - f*) / f of every cell and penalty, both objectives written out, f* from a fit in fp64 to 1e-10."""
+    best = fit_newton(x.double(), labels, one, LAMBDAS, tolerance=1e-10)
+    shares = torch.zeros(len(x), len(LAMBDAS), dtype=torch.float64)
+    for cell in range(len(x)):
+        for i, value in enumerate(LAMBDAS):
+            f, lowest = (
+                objective(x[cell].double(), labels, one.form, value, w[cell, :, i].double(), b[cell, i].double())
+                for w, b in ((found.weight, found.bias), (best.weight, best.bias))
+            )
+            shares[cell, i] = (f - lowest) / f
+    return shares
+
+
+@pytest.mark.parametrize("channels", [5, 60])
+@pytest.mark.parametrize("form", ["candidate", "region", "problem"])
+def test_the_gap_is_never_less_than_what_is_left_to_the_optimum(form, channels):
+    """From anywhere, biases far from their best included, with a class that no row has."""
+    x, labels, one = cells(12, channels=channels), draw_labels(12, form), target(form, 4)
+    done = fit_newton(x, labels, one, LAMBDAS, tolerance=1e-10)
+    for away in (0.0, 1e-3, 0.1, 1.0):
+        noise = [away * torch.randn(t.shape, generator=generator(13), dtype=t.dtype) for t in (done.weight, done.bias)]
+        if form == "candidate":
+            noise[1] *= 0
+        moved = NewtonFit(done.weight + noise[0], done.bias + noise[1], done.converged, done.gradient, done.gap, 0)
+        bound = relative_gaps(x, labels, one, LAMBDAS, moved.weight, moved.bias)
+        assert (bound + 1e-12 >= excess(x, labels, moved, one)).all()
+        assert (bound > 1e-8).all() if away else (bound < 1e-6).all()
+
+
+@pytest.mark.parametrize("channels", [5, 60])
+@pytest.mark.parametrize("form", ["candidate", "region", "problem"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fit_to_a_gap_ends_within_it(dtype, form, channels):
+    x, labels, one = cells(14, channels=channels).to(dtype), draw_labels(14, form), target(form)
+    for gap in (1e-2, 1e-4, 1e-6):
+        found = fit_newton(x, labels, one, LAMBDAS, gap=gap)
+        assert found.converged.all() and (found.gap <= gap).all() and found.weight.dtype == dtype
+        exact = relative_gaps(x.double(), labels, one, LAMBDAS, found.weight.double(), found.bias.double())
+        assert (exact <= gap + 1e-6).all()  # what fp32 sees
+        assert (excess(x, labels, found, one) <= exact + 1e-12).all()
+
+
+def test_what_fp32_cannot_reach_is_reached_in_fp64():
+    x, labels, one = cells(15), draw_labels(15, "problem"), target("problem")
+    assert fit_newton(x, labels, one, [1e-5], gap=1e-13).converged.all()
+    short = fit_newton(x, labels, one, [1e-5], gap=1e-13, iterations=5)
+    assert not short.converged.any()
+    assert torch.equal(short.converged, short.gap <= 1e-13)
+
+
+def test_a_fit_goes_on_from_where_it_is_told_to():
+    x, labels, one = cells(16), draw_labels(16, "region"), target("region")
+    done = fit_newton(x, labels, one, LAMBDAS)
+    again = fit_newton(x, labels, one, LAMBDAS, start=(done.weight, done.bias))
+    assert again.iterations == 0 and close(again, done, 1e-9)
+    other = fit_newton(x, labels, one, LAMBDAS, start=(done.weight.flip(2), torch.randn_like(done.bias)))
+    assert other.iterations > 0 and close(other, done)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +302,7 @@ def test_targets_together_are_tallied_by_name():
         ({"lambdas": [0.1, 0.0]}, r"lambdas=\[0\.1, 0\.0\]: expected one or more penalties above 0"),
         ({"tolerance": 0.0}, r"tolerance=0\.0, iterations=50: expected both above 0"),
         ({"iterations": 0}, r"iterations=0: expected both above 0"),
+        ({"gap": 0.0}, r"gap=0\.0: expected a share of the objective above 0"),
         ({"labels": torch.full((60,), -1)}, r"target 't': no label among 60 samples, expected at least 1"),
         ({"labels": torch.full((60,), 3)}, r"target 't': label 3, expected -1 to 2"),
         ({"labels": torch.arange(60) % 3 - 2}, r"target 't': label -2, expected -1 to 2"),

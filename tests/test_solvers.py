@@ -14,6 +14,7 @@ from cosprobe.solvers import (
     row_sums,
     spread,
     standardise,
+    turned,
 )
 
 
@@ -55,6 +56,18 @@ def test_principal_axes_rebuild_the_rows_and_decorrelate_them(rng, rows, width):
     assert torch.allclose(coordinates @ axes.basis.mT + axes.mean[:, None], x, atol=1e-4)
     covariance = coordinates.mT @ coordinates / rows
     assert torch.allclose(covariance, torch.diag_embed(axes.variance), atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(30, 8), (8, 30), (12, 12)])
+def test_rows_are_turned_into_their_principal_axes_and_weights_there_and_back(rng, rows, width):
+    x = torch.randn(3, rows, width, generator=rng).double() + 2
+    turn, axes = turned(x), principal_axes(x)
+    assert torch.allclose(turn.variance, axes.variance, atol=1e-9)
+    assert torch.allclose(turn.coordinates.square().mean(dim=2), axes.variance, atol=1e-9)
+    weight = torch.randn(3, turn.coordinates.shape[1], 2, generator=rng).double()
+    weight[turn.variance == 0] = 0  # of axes that carry nothing
+    assert torch.allclose(turn.into(turn.back(weight)), weight)
+    assert torch.allclose((x - turn.mean[:, None]) @ turn.back(weight), turn.coordinates.mT @ weight)
 
 
 def test_axes_of_repeated_rows_carry_no_rounding_noise(rng):
