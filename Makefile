@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench validity clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train.py probe=layers
@@ -42,6 +42,10 @@ docs: $(INSTALLED)
 # ratios: capture, fit and run against what they replace or cannot avoid
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+# coverage of every interval and size of every test, by simulation with known truth (about 20 minutes)
+validity: $(INSTALLED)
+	$(BIN)/python -m validity docs/validity.md
 
 # torch first and alone: what follows then finds the build that was chosen and keeps it
 $(INSTALLED): pyproject.toml constraints.txt

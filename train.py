@@ -18,6 +18,7 @@ from cosprobe.config import ProbeExperiment, TrainRun, command, save_config
 from cosprobe.devices import launch
 from cosprobe.evaluation import evaluate
 from cosprobe.film import record
+from cosprobe.inputs import read_inputs
 from cosprobe.pipelines import load_pipeline
 from cosprobe.report import log_tensorboard, print_summary, write_report
 from cosprobe.samples import load_samples
@@ -37,14 +38,16 @@ def train(run: TrainRun) -> None:
     identity = settings(run.pipeline, run.task, run.probe, run.seed)
     store = collect(model, run.pipeline, task, run.probe, drawn, identity, folder / "store")
     save_config(run, folder)  # after the store has agreed that these are this folder's settings
-    samples, experts = load_samples(store, task)
+    samples, inputs, experts = load_samples(store, task)
     bank = fit(samples, run.probe, run.trainer, folder / "tensorboard", run.seed).signed(store=store.settings)
+    readings = read_inputs(samples, inputs, run.probe.kind, run.probe.lambdas, run.seed)
     weights = weights_table(store, samples, run.probe, run.trainer, folder / "tensorboard", run.seed)
     if not fabric.is_global_zero:
         return
 
     bank.save(folder / "probes")
-    grid, checks = examine(evaluate(samples, experts, bank), samples, bank, weights, run.seed)
+    evaluated = evaluate(samples, experts, bank, readings)
+    grid, checks = examine(evaluated, samples, inputs, bank, weights, run.seed)
     strips = record(model, run.pipeline, task, drawn, samples, run.probe.decode)
     write_report(grid, checks, folder, strips)
     log_tensorboard(grid, folder / "tensorboard", bank.provenance)

@@ -1,7 +1,7 @@
 """Capture against bare sampling: the same batch of problems through the model in the package, with the same noise.
 
-Captured: every block and every source at every step, pooled by region, stacked at the end, which is what a run keeps of
-a batch. Bare: the pipeline's own call. Both end with the decoded video. Run all: `make bench`; this alone:
+Captured: every block at every step, pooled by region, and all inputs, stacked at the end, which is what a run keeps
+of a batch. Bare: the pipeline's own call. Both end with the decoded video. Run all: `make bench`; this alone:
 `python -m benchmarks capture`.
 """
 
@@ -15,7 +15,6 @@ from cosprobe.collect import draw_samples, images
 from cosprobe.config import TrainRun, load
 from cosprobe.pipelines import block_list, experts, load_pipeline, sample
 from cosprobe.pooling import Pooling
-from cosprobe.types import SOURCES
 
 
 def measure(repeats: int = 7, batch: int = 16, steps: int = 20) -> list[Pair]:
@@ -26,17 +25,16 @@ def measure(repeats: int = 7, batch: int = 16, steps: int = 20) -> list[Pair]:
     problems = [s.problem for s in chunk]
     arguments = (images(task, problems), [p.prompt for p in problems], [s.seed for s in chunk])
     layers = len(block_list(next(iter(experts(model).values()))))
-    sites = [*map(str, range(layers)), *SOURCES]
     pooling = Pooling("region", boxes=[p.regions for p in problems])
 
     def bare() -> Any:
         return sample(model, config, *arguments)
 
     def captured() -> Tape:
-        with capture(model, sites, pooling) as tape:
+        with capture(model, "all", pooling, inputs=True) as tape:
             sample(model, config, *arguments)
-        tape.features()
+        tape.features(), tape.input_features()
         return tape
 
-    what = f"sampling {batch} problems, {steps} steps, {layers} layers and {len(SOURCES)} sources captured"
+    what = f"sampling {batch} problems, {steps} steps, {layers} layers and all inputs captured"
     return [side_by_side(what, captured, "the same without capture", bare, repeats)]

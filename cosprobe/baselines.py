@@ -21,7 +21,7 @@ from cosprobe.randomised import RANDOMISED
 from cosprobe.samples import HEADLINE
 from cosprobe.store import ActivationStore
 from cosprobe.training import fit
-from cosprobe.types import SOURCES, SPLIT_ORDER, Cell
+from cosprobe.types import SPLIT_ORDER, Cell
 
 TRAINED = "trained"
 WEIGHTS = (TRAINED, *RANDOMISED)
@@ -62,7 +62,6 @@ def weights_table(
         Cell(step, site, "cond", place)
         for step in notes["untrained_steps"]
         for site in notes["sites"]
-        if site not in SOURCES
         for place in notes["places"]
     )
     scores = {split: np.full((len(targets), len(WEIGHTS), len(cells)), np.nan) for split in ("validation", "test")}
@@ -81,7 +80,7 @@ def weights_table(
                 right = correctness(predicted[:, carried], labels[carried])
                 found[t, w] = right.mean(axis=1)
                 if split == "test":
-                    lower[t, w], upper[t, w] = share_interval(right, part.keys[carried], seed=seed)
+                    lower[t, w], upper[t, w] = share_interval(right, part.keys[carried])
     calls, seconds = tensors[f"{UNTRAINED}spent"].sum(dim=0).tolist()
     return WeightsTable(
         tuple(t.name for t in targets), cells, scores["test"], lower, upper, scores["validation"],

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cosprobe.pipelines import architecture, block_list, clean_estimate, experts, latent_tokens, token_grid
-from cosprobe.pooling import Pooling
+from cosprobe.pooling import Pooling, whole_frame
 from cosprobe.types import EMBED, FIRST_FRAME, NOISE, PROMPT, SOURCES, X0, X_T, parse_selection
 
 BRANCHES = {"cond": ("cond",), "uncond": ("uncond",), "cond_uncond": ("uncond", "cond")}  # order inside a batch
@@ -34,9 +34,10 @@ class Tape:
     """What one pipeline call left behind.
 
     sites: layer numbers as text, then sources. steps: the step indices kept. experts: per kept step, the
-    transformer that ran. clean: x0-hat latents at the steps asked for. fixed: what the run was given, `noise` and
-    `first_frame` pooled like the sites and `prompt` [sample, channel], where the transformer has such inputs.
-    recorded: per step asked for, the guidance context and the arguments of the transformer call that served `cond`.
+    transformer that ran. clean: x0-hat latents at the steps asked for. inputs: by name and step index, `region` and
+    `whole` of every input and of x0-hat, where the transformer has it (`input_features`); what does not change along
+    the steps stands at step 0. recorded: per step asked for, the guidance context and the arguments of the
+    transformer call that served `cond`.
     """
 
     sites: tuple[str, ...]
@@ -45,7 +46,7 @@ class Tape:
     places: tuple[str, ...] = ()
     experts: dict[int, str] = field(default_factory=dict)
     clean: dict[int, Tensor] = field(default_factory=dict)
-    fixed: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     recorded: dict[int, tuple[str, tuple, dict]] = field(default_factory=dict)
     parts: dict[tuple[int, str, str], Tensor] = field(default_factory=dict)
     calls: Counter[tuple[int, str, str]] = field(default_factory=Counter)
@@ -65,6 +66,16 @@ class Tape:
         ]
         return torch.stack(grid).permute(3, 0, 1, 2, 4, 5, 6).contiguous()
 
+    def input_features(self) -> dict[str, Float[Tensor, "sample step frame part channel"]]:
+        """Every input under `NAME.region` (parts are the regions of the pooling, if it has any) and `NAME.whole` (parts
+        are the coarse cells of `whole_frame`), all latent frames apart. step has one entry for what does not change."""
+        found = {}
+        for name, by_step in self.inputs.items():
+            steps = self.steps if name in SOURCES else (0,)
+            for part in by_step[steps[0]]:
+                found[f"{name}.{part}"] = torch.stack([by_step[step][part] for step in steps], dim=1)
+        return found
+
 
 @contextmanager
 def capture(
@@ -74,13 +85,14 @@ def capture(
     steps: str = "all",
     clean: Sequence[int] = (),
     record: Sequence[int] = (),
+    inputs: bool = False,
 ) -> Iterator[Tape]:
     """Captures one call of `pipeline` made inside the block; undone on exit, whatever happens.
 
     sites: a layer selection (`all`, `0:30:5`) or a list of layer numbers and sources (`embed`, `x_t`,
     `x0_latent`). pooling: default one mean per clip. steps: step indices to keep. clean: step indices at
     which the x0-hat latent itself is kept. record: step indices at which the arguments of the transformer's
-    calls are kept, for `replay`.
+    calls are kept, for `replay`. inputs: keep what the run is given and the latents of every step too, for baselines.
 
     Raises ValueError for what can't be captured right: an unknown transformer class, a step cache, a
     compiled block, a sampler that calls the model more than once a step, a selection out of range; and
@@ -89,7 +101,7 @@ def capture(
     models = experts(pipeline)
     _refuse(pipeline, models)
     chosen = _sites(sites, models)
-    watcher = _Watcher(pipeline, models, chosen, pooling or Pooling("clip"), steps, set(clean), set(record))
+    watcher = _Watcher(pipeline, models, chosen, pooling or Pooling("clip"), steps, set(clean), set(record), inputs)
     with ExitStack() as undo:
         for expert, model in models.items():
             undo.callback(model.register_forward_pre_hook(watcher.on_model(expert), with_kwargs=True).remove)
@@ -116,9 +128,11 @@ class _Watcher:
         steps: str,
         clean: set,
         record: set,
+        inputs: bool,
     ):
         self.pipeline, self.models, self.pooling, self.spec, self.clean = pipeline, models, pooling, steps, clean
-        self.record = record
+        self.record, self.inputs = record, inputs
+        self.whole: dict[int, Pooling] = {}  # by number of channels
         self.tape = Tape(sites)
         self.context = ""
         self.step = -1
@@ -134,26 +148,41 @@ class _Watcher:
             self.tape.experts[self.step] = expert
             self.tape.calls[(self.step, expert, self._context())] += 1
             if self._context() != "uncond":
-                if self.step == 0:
-                    self._keep_inputs(model, hidden_states(args, kwargs), kwargs.get("encoder_hidden_states"))
+                if self.step == 0 and self.inputs:
+                    self._keep_start(model, hidden_states(args, kwargs), kwargs.get("encoder_hidden_states"))
                 if self.step in self.record:
                     self.tape.recorded[self.step] = (self._context(), args, kwargs)
 
         return hook
 
-    def _keep_inputs(self, model: nn.Module, latent: Tensor, prompt: Tensor | None) -> None:
-        """What the run starts from: the noise, and whatever stands beside it on the channel axis."""
+    def _keep_start(self, model: nn.Module, latent: Tensor, prompt: Tensor | None) -> None:
+        """What the run starts from: the noise, whatever stands beside it on the channel axis, and the prompt."""
         latent, channel = conditional(self._context(), latent), architecture(model).layout.split().index("c")
         noise, beside = latent.tensor_split([model.config.out_channels], dim=channel)
         for name, part in ((NOISE, noise), (FIRST_FRAME, beside)):
             if part.shape[channel]:
-                self.tape.fixed[name] = self.pooling(latent_tokens(model, part), self.size).cpu()
+                self._keep_input(name, latent_tokens(model, part))
         if prompt is not None:
-            self.tape.fixed[PROMPT] = conditional(self._context(), prompt).float().mean(dim=1).cpu()
+            mean = conditional(self._context(), prompt).float().mean(dim=1)
+            self.tape.inputs[PROMPT] = {0: {"whole": mean[:, None, None].cpu()}}
+
+    def _keep_input(self, name: str, tokens: Tensor) -> None:
+        width = tokens.shape[-1]
+        if width not in self.whole:
+            # a grid probe is compared with the same cells
+            self.whole[width] = self.pooling if self.pooling.kind == "grid" else whole_frame(width)
+        pooled = {"whole": self.whole[width].by_frame(tokens, self.size)}
+        if self.pooling.kind == "region":
+            pooled["region"] = self.pooling.by_frame(tokens, self.size)
+        kind = next(self.models[self.expert].parameters()).dtype
+        kept = {part: value.to(kind).to("cpu", non_blocking=tokens.is_cuda) for part, value in pooled.items()}
+        self.tape.inputs.setdefault(name, {})[self.step] = kept
 
     def on_embed(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         if EMBED in self.tape.sites:
             self._keep_tokens(EMBED, hidden_states(args, kwargs))
+        if self.inputs and self.step in self.keep and self._context() != "uncond":
+            self._keep_input(EMBED, conditional(self._context(), hidden_states(args, kwargs)))
 
     def on_block(self, site: str) -> Callable:
         def hook(block: nn.Module, args: tuple, output: Any) -> None:
@@ -173,13 +202,14 @@ class _Watcher:
 
     def around_step(self, original: Callable, output: Tensor, timestep: Any, noisy: Tensor, *a: Any, **k: Any) -> Any:
         step, model = self._step_index(), self.models[self.expert]
-        wanted = step in self.keep
-        if wanted and X_T in self.tape.sites:
-            self._keep_source(X_T, latent_tokens(model, noisy))
-        if (wanted and X0 in self.tape.sites) or step in self.clean:
+        sites = self.tape.sites if step in self.keep else ()
+        inputs = self.inputs and step in self.keep
+        if X_T in sites or inputs:
+            self._keep_latent(X_T, latent_tokens(model, noisy), X_T in sites)
+        if X0 in sites or inputs or step in self.clean:
             estimate = clean_estimate(self.pipeline.scheduler, step, output, noisy)
-            if wanted and X0 in self.tape.sites:
-                self._keep_source(X0, latent_tokens(model, estimate))
+            if X0 in sites or inputs:
+                self._keep_latent(X0, latent_tokens(model, estimate), X0 in sites)
             if step in self.clean:
                 self.tape.clean[step] = estimate
         return original(output, timestep, noisy, *a, **k)
@@ -210,8 +240,11 @@ class _Watcher:
         for branch, half in zip(branches, tokens.chunk(len(branches)), strict=True):
             self._store(site, branch, half)
 
-    def _keep_source(self, site: str, tokens: Tensor) -> None:
-        self._store(site, "", tokens)  # the same for every branch
+    def _keep_latent(self, name: str, tokens: Tensor, as_site: bool) -> None:
+        if as_site:
+            self._store(name, "", tokens)  # the same for every branch
+        if self.inputs:
+            self._keep_input(name, tokens)
 
     def _store(self, site: str, branch: str, tokens: Tensor) -> None:
         kind = tokens.dtype if site not in (X_T, X0) else next(self.models[self.expert].parameters()).dtype

@@ -110,7 +110,7 @@ def rate(solved: Solved, keep: Any = slice(None)) -> str:
     if not len(right):
         return "-"
     keys = np.array([p.key for p in solved.problems])[keep]
-    lower, upper = share_interval(right[None], keys, 1000, 0)
+    lower, upper = share_interval(right[None], keys)
     return f"{right.mean():.3f} [{lower[0]:.3f}, {upper[0]:.3f}] of {len(right)}"
 
 
@@ -205,7 +205,7 @@ def write_card(folder: Path, measured: Measured, pipeline: PipelineConfig) -> Pa
         "## Accuracy",
         "",
         "Test problems, none of which (in any rotation or reflection) the model was trained on; answers are read from",
-        "decoded pixels; 95 % cluster-bootstrap intervals by problem. Of several right answers any counts.",
+        "decoded pixels; 95 % intervals by problem. Of several right answers any counts.",
         "",
         *(line for name in measured.solved for line in table(name, measured)),
         "## Recipe",

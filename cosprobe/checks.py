@@ -5,22 +5,26 @@ Cells were chosen on validation; every number here is read on test. The results 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import TypeVar
 
 import numpy as np
+import torch
 import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
 
 from cosprobe.baselines import WEIGHTS, WeightsTable
 from cosprobe.calibration import Reliability, reliability
 from cosprobe.data import ProbeSamples
-from cosprobe.efficiency import DescriptionLength, description_length
+from cosprobe.efficiency import DescriptionLength, description_length, side_by_side
 from cosprobe.grid import Grid
+from cosprobe.inputs import InputFeatures, input_samples
 from cosprobe.nuisance import Residualised, residualised
-from cosprobe.predictions import Evaluated
+from cosprobe.predictions import Evaluated, InputReading
 from cosprobe.probes import ProbeBank
 from cosprobe.samples import HEADLINE
 from cosprobe.scoring import build_grid
@@ -50,9 +54,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Checks:
-    """Per answer or choice: its best cell and what was done with it. lengths: the best cell first, then the block
-    input and the latent of x0-hat at its step. reliability: with and without the temperature. skipped: why
-    something is missing, one line each.
+    """Per answer or choice: its best cell and what was done with it. lengths: the best cell first, then the input of
+    block 0 and the latents of x0-hat at its step, in the forms that serve them best. reliability: with and without the
+    temperature. skipped: why something is missing, one line each.
     """
 
     best: dict[str, Cell]
@@ -65,29 +69,54 @@ class Checks:
 
 
 def examine(
-    evaluated: Evaluated, samples: ProbeSamples, bank: ProbeBank, weights: WeightsTable | None = None, seed: int = 0
+    evaluated: Evaluated,
+    samples: ProbeSamples,
+    inputs: Mapping[str, InputFeatures],
+    bank: ProbeBank,
+    weights: WeightsTable | None = None,
+    seed: int = 0,
+    draws: int = 1000,
 ) -> tuple[Grid, Checks]:
     """The grid of a bank, and all analyses of its best cells that there is material for, in the grid as well.
 
-    samples: those the bank was fitted and evaluated on.
+    samples: those the bank was fitted and evaluated on. inputs: of these samples. draws: as in `build_grid`.
     """
-    grid = build_grid(evaluated, seed=seed, provenance=bank.provenance)
+    grid = build_grid(evaluated, draws, seed, bank.provenance)
     best = {target: grid.best(target).cell for target in grid.with_role(*HEADLINE)}
     skipped: list[str] = []
     lengths: list[DescriptionLength] = []
     residuals: list[Residualised] = []
     curves: dict[str, tuple[Reliability, Reliability]] = {}
+    readings = {result.target.name: result.readings for result in evaluated.results}
     for name, cell in best.items():
-        beside = [Cell(cell.step, site, cell.branch, cell.place) for site in (EMBED, X0)]
-        cells = [cell, *(c for c in beside if c in bank.cells)]
-        penalties = bank.select(cells).lambdas[name]
-        lengths += _tried(skipped, partial(description_length, samples, name, cells, penalties, seed))
-        residuals += _tried(skipped, partial(residualised, samples, name, cells[:1], penalties[:1]))
+        penalty = bank.select([cell]).lambdas[name]
+        lengths += _tried(skipped, partial(_lengths, samples, inputs, readings[name], name, cell, penalty, seed))
+        residuals += _tried(skipped, partial(residualised, samples, name, [cell], penalty))
         curves[name] = _curves(samples, bank, name, cell)
     experts = dict(zip(evaluated.steps, evaluated.experts, strict=True))
     found = _tried(skipped, partial(matrices, samples, bank, best, experts))
     checks = Checks(best, tuple(chain(*found)), tuple(lengths), tuple(residuals), curves, weights, tuple(skipped))
     return with_checks(grid, checks), checks
+
+
+def _lengths(
+    samples: ProbeSamples,
+    inputs: Mapping[str, InputFeatures],
+    readings: Mapping[str, InputReading],
+    target: str,
+    cell: Cell,
+    penalty: Float[Tensor, " one"],
+    seed: int,
+) -> DescriptionLength:
+    """Of a cell, and of the input of block 0 and the latents of x0-hat at its step, where they were read."""
+    found = [description_length(samples, target, [cell], penalty, seed)]
+    step = sorted({c.step for c in samples.cells}).index(cell.step)
+    place = tuple(dict.fromkeys(c.place for c in samples.cells)).index(cell.place)
+    for name in (name for name in (EMBED, X0) if name in readings):
+        form, value = (getattr(readings[name], field)[step, place] for field in ("form", "penalty"))
+        of_input = input_samples(samples, inputs[name], target, replace(cell, site=name), str(form))
+        found.append(description_length(of_input, target, of_input.cells, torch.tensor([value]), seed))
+    return side_by_side(found)
 
 
 def _tried(skipped: list[str], analysis: Callable[[], Result]) -> list[Result]:

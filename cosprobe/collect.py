@@ -21,14 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from cosprobe.capture import Tape, capture
-from cosprobe.pipelines import PipelineConfig, block_list, decode, experts, sample
-from cosprobe.pooling import Pooling
+from cosprobe.pipelines import PipelineConfig, block_list, decode, experts, patch_columns, sample
+from cosprobe.pooling import Pooling, whole_frame
 from cosprobe.randomised import RANDOMISED, randomised, replay
 from cosprobe.store import ActivationStore, fingerprint
 from cosprobe.tasks import Problem, Task
-from cosprobe.types import SOURCES, SPLIT_ORDER, X0, parse_selection
+from cosprobe.types import SPLIT_ORDER, X0, parse_selection
 
-FORMAT = 3  # of what a shard holds
+FORMAT = 4  # of what a shard holds
 UNTRAINED = "untrained."  # begins the names of what networks without learned weights gave
 SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}
 
@@ -181,10 +181,21 @@ def store_bytes(model: Any, pipeline: PipelineConfig, task: Task, probe: Any, sa
     latent_frames = (pipeline.frames - 1) // model.vae_scale_factor_temporal + 1
     boxes = [[(0.0, 0.0, 1.0, 1.0)] * task.regions]
     pooling = Pooling(probe.pooling, probe.frames, boxes if probe.pooling == "region" else ())
-    cells = samples * len(steps) * (len(layers) + len(SOURCES)) * (2 if pipeline.guidance > 1 else 1)
+    cells = samples * len(steps) * len(layers) * (2 if pipeline.guidance > 1 else 1)
     cells += few * len(RANDOMISED) * len(few_steps(probe, pipeline.steps)) * len(layers)
+    features = cells * len(pooling.places(latent_frames)) * pooling.regions * width
+    noise, beside = patch_columns(transformer)
+    each_step = [width, noise, noise]  # embed, x_t, x0-hat
+    inputs = sum(n * input_parts(pooling, n) for n in each_step) * len(steps)
+    inputs += sum(n * input_parts(pooling, n) for n in (noise, beside))
     size = next(transformer.parameters()).element_size()
-    return cells * len(pooling.places(latent_frames)) * pooling.regions * width * size
+    return (features + samples * latent_frames * inputs) * size
+
+
+def input_parts(pooling: Pooling, channels: int) -> int:
+    """Spatial parts in which an input of so many channels is kept: the regions, and the cells of the whole frame."""
+    cells = pooling if pooling.kind == "grid" else whole_frame(channels)
+    return cells.across**2 + (pooling.regions if pooling.kind == "region" else 0)
 
 
 @torch.no_grad()
@@ -199,8 +210,8 @@ def _chunk(
     layers = parse_selection(probe.layers, len(block_list(next(iter(experts(model).values())))), "probe.layers")
     decoded = decode_steps(probe.decode, pipeline.steps)
     before_last = [step for step in decoded if step < pipeline.steps - 1]
-    sites = [*(str(layer) for layer in layers), *SOURCES]
-    with capture(model, sites, _pooling(probe, problems), probe.steps, before_last, record) as tape:
+    sites, pooling = [str(layer) for layer in layers], _pooling(probe, problems)
+    with capture(model, sites, pooling, probe.steps, before_last, record, inputs=True) as tape:
         video = sample(model, pipeline, images(task, problems), [p.prompt for p in problems], [s.seed for s in chunk])
     scores, answers = _readouts(task, problems, np.asarray(video))
     x0_scores = torch.full((len(chunk), pipeline.steps, task.candidates), float("nan"))
@@ -219,11 +230,10 @@ def _chunk(
         "choice": answers,
         "solved": torch.tensor([int(a) in task.solutions(p) for a, p in zip(answers, problems, strict=True)]),
     }
-    tensors |= {f"fixed.{name}": value for name, value in tape.fixed.items()}
+    tensors |= {f"input.{name}": value for name, value in tape.input_features().items()}
     tensors |= _labels(task, problems) | {"replica": torch.tensor([s.replica for s in chunk])}
     if asked:
-        pooling = _pooling(probe, [problems[row] for row in asked])
-        tensors |= _untrained(model, tape, layers, pooling, asked, seed)
+        tensors |= _untrained(model, tape, layers, _pooling(probe, [problems[row] for row in asked]), asked, seed)
         tensors[f"{UNTRAINED}sample"] = torch.tensor([places[row] for row in asked])
     return tensors, _notes(tape) | {"untrained_steps": list(steps)}
 

@@ -36,6 +36,7 @@ class ProbeSamples:
     scores: more arrays per sample, `x0_readout` [sample, step, candidate] (NaN at steps not decoded) and
     `final` [sample, candidate]. replica: which of its problem's noise seeds a sample has, from 0. difficulty:
     what makes a problem hard, by name, a whole number per sample; also the nuisances that are partialled out.
+    left_out: why a target that the task has is not among `targets`, a sentence each.
     Raises ValueError when shapes disagree, a split is unknown, a label is out of range or a problem is in two splits.
     """
 
@@ -50,6 +51,7 @@ class ProbeSamples:
     choice: np.ndarray | None = None
     replica: np.ndarray | None = None
     difficulty: dict[str, np.ndarray] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         count, cells, regions = self.features.shape[:3]

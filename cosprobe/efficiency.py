@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cosprobe.data import ProbeSamples
-from cosprobe.refitting import Estimate, decide, estimate, estimate_share, labelled, readable, refit, right, statistics
+from cosprobe.refitting import (
+    Estimate,
+    decide,
+    estimate_mean,
+    estimate_share,
+    labelled,
+    readable,
+    refit,
+    right,
+    statistics,
+)
 from cosprobe.solvers import standardise
 from cosprobe.types import Cell
 
@@ -64,11 +74,10 @@ def description_length(
     cells: Sequence[Cell],
     lambdas: Float[Tensor, " penalty"],
     seed: int = 0,
-    draws: int = 1000,
 ) -> DescriptionLength:
     """Bits per label of `target` at each cell, and test accuracy against the number of training problems.
 
-    lambdas: the penalty of each cell. seed: of the order of problems, the same for every cell, and of the bootstrap.
+    lambdas: the penalty of each cell. seed: of the order of problems, the same for every cell.
     Raises ValueError for an unknown target or cell, not one penalty per cell, or fewer training problems than make two
     blocks.
     """
@@ -96,7 +105,7 @@ def description_length(
             frequency = known.flatten().bincount(minlength=classes).double() / known.numel()
             bits[:-1, block] = code_length(decide(x[:, at], probes, kind.form), coming, known.numel())
             bits[-1, block] = code_length(frequency.log().expand(1, *coming.shape, -1), coming, known.numel())[0]
-    length = estimate(bits, train.keys, draws, seed)
+    length = estimate_mean(bits, train.keys)
     return DescriptionLength(
         target=target,
         cells=tuple(cells),
@@ -107,11 +116,26 @@ def description_length(
         uniform=uniform,
         compression=uniform / length.value[:-1],
         prior=float(length.value[-1]),
-        accuracy=estimate_share(np.stack(hits, axis=1), test.keys, draws, seed),
+        accuracy=estimate_share(np.stack(hits, axis=1), test.keys),
         labels=train.labels.numel(),
         n=len(test),
         converged=converged,
     )
+
+
+def side_by_side(lengths: Sequence[DescriptionLength]) -> DescriptionLength:
+    """One result of several that were measured on the same labels of one target, in this order."""
+    first = lengths[0]
+    bits, lower, upper, compression, converged = (
+        np.concatenate([getattr(one, name) for one in lengths])
+        for name in ("bits", "lower", "upper", "compression", "converged")
+    )
+    accuracy = Estimate(*(np.concatenate([getattr(one.accuracy, name) for one in lengths])
+                          for name in ("value", "lower", "upper")))  # fmt: skip
+    return replace(
+        first, cells=tuple(cell for one in lengths for cell in one.cells), bits=bits, lower=lower, upper=upper,
+        compression=compression, accuracy=accuracy, converged=converged,
+    )  # fmt: skip
 
 
 def doubling(problems: int, target: str) -> tuple[int, ...]:

@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from cosprobe.calibration import brier, ece
 from cosprobe.data import ProbeSamples
-from cosprobe.predictions import Evaluated, SplitPredictions, TargetPredictions
+from cosprobe.predictions import Evaluated, InputReading, SplitPredictions, TargetPredictions
 from cosprobe.probes import ProbeBank
 from cosprobe.tasks import Target
-from cosprobe.types import EVERY_STEP
 
 
-def evaluate(samples: ProbeSamples, experts: Sequence[str], bank: ProbeBank) -> Evaluated:
-    """Predictions of every cell for every target of the bank. experts: the transformer of each step kept."""
-    steps = sorted({cell.step for cell in samples.cells} - {EVERY_STEP})
+def evaluate(
+    samples: ProbeSamples,
+    experts: Sequence[str],
+    bank: ProbeBank,
+    readings: Mapping[str, Mapping[str, InputReading]] | None = None,
+) -> Evaluated:
+    """Predictions of every cell for every target of the bank. experts: the transformer of each step kept. readings: of
+    inputs, by target and input."""
+    steps = sorted({cell.step for cell in samples.cells})
     train, validation, test = (samples.subset(split) for split in ("train", "validation", "test"))
     settled = np.zeros(len(samples)) if samples.choice is None else samples.choice
     results = []
     for target in bank.targets:
+        read = dict((readings or {}).get(target.name, {}))
         kinds = np.isin(samples.kinds, target.kinds)
         none = int((kinds & (settled < 0)).sum()) if target.role == "choice" else 0
         results.append(
             TargetPredictions(
                 target,
                 train.labels[target.name].numpy(),
-                _predictions(validation, target, bank, steps),
-                _predictions(test, target, bank, steps),
+                train.keys,
+                _predictions(validation, target, bank, steps, {name: one.validation for name, one in read.items()}),
+                _predictions(test, target, bank, steps, {name: one.test for name, one in read.items()}),
                 bank.lambdas[target.name].numpy(),
                 none,
                 _trust(test, target, bank),
+                read,
             )
         )
-    return Evaluated(samples.cells, tuple(experts), tuple(results))
+    return Evaluated(samples.cells, tuple(experts), tuple(results), samples.left_out)
 
 
-def _predictions(samples: ProbeSamples, target: Target, bank: ProbeBank, steps: list[int]) -> SplitPredictions:
+def _predictions(
+    samples: ProbeSamples, target: Target, bank: ProbeBank, steps: list[int], inputs: dict[str, np.ndarray]
+) -> SplitPredictions:
     readout = None
     if target.role in ("answer", "choice"):  # what a forced choice reads from the decoded x0-hat
         scores = samples.scores["x0_readout"][:, steps]
@@ -48,6 +58,7 @@ def _predictions(samples: ProbeSamples, target: Target, bank: ProbeBank, steps: 
         predicted=bank.predict(samples.features, target.name).numpy(),
         readout=readout,
         drawn=samples.choice,
+        inputs=inputs,
     )
 
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from cosprobe.grid import ALPHA, MAJORITY, READOUT, Grid
+from cosprobe.grid import ALPHA, READOUT, Grid
 from cosprobe.types import EMBED, X0, X_T
 
 WORST = -0.5  # skill below this is drawn as if it were this
@@ -40,14 +40,13 @@ QUESTIONS = {
     "perception": "visible in the first frame",
     "memory": "no longer to be seen",
     "nuisance": "should not matter, might",
-    "control": "random labels: must stay blank",
+    "control": "random labels: must be hatched",
 }
 BASELINE_STYLE = {
     X_T: ("probe on x_t, the noisy latent", {"color": "#444444", "linestyle": ":"}),
     EMBED: ("probe on embed, input of block 0", {"color": "#444444", "linestyle": "--"}),
     X0: ("probe on the latent of x0-hat", {"color": OUTLINE, "linestyle": "--"}),
     READOUT: ("forced-choice readout of decoded x0-hat", {"color": OUTLINE, "linestyle": "-", "marker": "o"}),
-    MAJORITY: ("most frequent label", {"color": "#9a9a9a", "linestyle": "-"}),
 }
 
 
@@ -146,6 +145,9 @@ def curves(grid: Grid, targets: Sequence[str], layers: Sequence[int] | None = No
                 known = np.isfinite(values.values)  # x0-hat is decoded at few steps: join them
                 if known.any():
                     axes.plot(plane.step[known], values[known], linewidth=1.3, markersize=3.5, label=label, **style)
+            best_input = {"color": "#e6ab02", "linewidth": 1.3, "label": "strongest input, where skill is 0"}
+            axes.plot(plane.step, plane.reference, **best_input)
+            axes.axhline(float(plane.chance), color="#9a9a9a", linewidth=1.3, label="chance")
             own = grid.dataset.attrs["model_accuracy"]
             if target in grid.with_role("answer") and np.isfinite(own):
                 axes.axhline(own, color="#cc79a7", linewidth=1.3, linestyle="-.", label="the model's own final answer")
@@ -194,9 +196,9 @@ def _title(grid: Grid, target: str, plane: xr.Dataset) -> str:
 
 def _map(axes: Axes, data: xr.Dataset, rows: str, columns: str) -> set[str]:
     """Draws skill with its marks; returns which marks occur."""
-    skill, p, p_excess = (data[name].values for name in ("skill", "p_permutation", "p_excess"))
+    skill, p, p_excess = (data[name].values for name in ("skill", "p_evidence", "p_excess"))
     axes.pcolormesh(np.ma.masked_invalid(skill), cmap=skill_colours(), vmin=WORST, vmax=1, edgecolors="none")
-    blind, ahead, undefined = p > ALPHA, (p_excess <= ALPHA) & (p <= ALPHA), np.isnan(skill)
+    blind, ahead, undefined = ~(p <= ALPHA), (p_excess <= ALPHA) & (p <= ALPHA), np.isnan(skill)
     notes = {name for name, mask in (("blind", blind), ("ahead", ahead), ("undefined", undefined)) if mask.any()}
     if blind.any():
         hatched = axes.pcolor(np.ma.masked_where(~blind, np.zeros(skill.shape)), hatch="/////", linewidth=0)
@@ -260,7 +262,7 @@ def _map_legend(figure: Figure, notes: set[str], columns: int) -> None:
         "best": (Line2D([], [], marker="*", color="white", markeredgecolor="black", markersize=10, linestyle=""),
                  "best cell (chosen on validation)"),
         "ahead": (Line2D([], [], color=OUTLINE, linewidth=1.8), "outlined: probe reads more than x0-hat shows"),
-        "blind": (Patch(facecolor="white", edgecolor=HATCH, hatch="/////"), f"no evidence (corrected p > {ALPHA})"),
+        "blind": (Patch(facecolor="white", edgecolor=HATCH, hatch="/////"), "no evidence above chance and inputs"),
         "undefined": (Patch(facecolor=UNDEFINED), "undefined: the inputs alone exceed 0.95"),
     }  # fmt: skip
     shown = [handles[name] for name in handles if name in notes]

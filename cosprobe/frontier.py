@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from cosprobe.cost import Cost
-from cosprobe.metrics import cluster_bootstrap
-from cosprobe.policy import Policy, binomial_interval, first_look, thresholds
+from cosprobe.metrics import difference_interval, share_interval
+from cosprobe.policy import Policy, first_look, thresholds
 from cosprobe.stopping import Records, Stopping
 from cosprobe.types import Cell
 
@@ -37,7 +37,7 @@ class Way:
 @dataclass(frozen=True)
 class Realised:
     """The calibrated policy on fresh problems. risk: errors among all problems (`choice`) or among `answered`
-    (`truth`), with its exact 95 % interval. seconds: mean wall time per problem, run one by one, and that of a finished
+    (`truth`), with its 95 % interval. seconds: mean wall time per problem, run one by one, and that of a finished
     run. gain: accuracy of the early answers minus that of the finished videos, by problem, with a paired 95 %
     interval. first_gain: the same if every run stopped at the first look."""
 
@@ -93,15 +93,16 @@ def realised(stopping: Stopping, cost: Cost, clock: Cost, total: int) -> Realise
     look = policy_looks(records, policy)
     early = look < len(policy.cells)
     rows = np.flatnonzero(early)
-    errors = int(records.wrong(policy.against)[rows, look[rows]].sum())
-    among = len(rows) if policy.against == "truth" else len(early)
-    agreed, right = outcome(records, look)
+    wrong = np.zeros(len(early))
+    wrong[rows] = records.wrong(policy.against)[rows, look[rows]]
+    among = early if policy.against == "truth" else np.ones_like(early)
+    _, right = outcome(records, look)
     return Realised(
         samples=len(early),
         answered=len(rows),
-        errors=errors,
-        risk=errors / among if among else 0.0,
-        interval=binomial_interval(errors, among),
+        errors=int(wrong.sum()),
+        risk=float(wrong[among].mean()) if among.any() else 0.0,
+        interval=_share(wrong[among], records.keys[among]),
         compute=float(spent(look, policy.cells, cost.until, cost.run(total)).mean() / cost.run(total)),
         evaluations=float(_evaluations(look, policy.cells, cost, total).mean()),
         seconds=float(spent(look, policy.cells, clock.until, clock.run(total)).mean()),
@@ -164,8 +165,16 @@ def _way(
     )
 
 
+def _share(wrong: Float[np.ndarray, " sample"], keys: Shaped[np.ndarray, " sample"]) -> tuple[float, float]:
+    """Interval of a share of errors; all there is between 0 and 1 where nothing was answered."""
+    if not len(wrong):
+        return 0.0, 1.0
+    lower, upper = share_interval(wrong[None], keys)
+    return float(lower[0]), float(upper[0])
+
+
 def _paired(right: Bool[np.ndarray, " sample"], records: Records) -> tuple[float, float, float]:
     """Mean difference to the finished video, and its interval by problem."""
     difference = right.astype(float) - records.solved
-    lower, upper = cluster_bootstrap(difference[None], records.keys)
+    lower, upper = difference_interval(difference[None], records.keys)
     return float(difference.mean()), float(lower[0]), float(upper[0])

@@ -1,7 +1,7 @@
 """The result: a labelled array of what every cell decodes, with intervals, baselines and significance.
 
-Everything is read on the test split; whatever had to be chosen (the best cell, the strongest baseline) was
-chosen on the validation split.
+Everything is read on the test split; whatever had to be chosen (the best cell, the form of an input, the reference)
+was chosen on train and validation.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from cosprobe.types import EMBED, FIXED, X0, X_T, Cell
+from cosprobe.types import INPUTS, X0, Cell
 
 CHANCE, MAJORITY, READOUT = "chance", "majority", "x0_readout"
 WEIGHTS = ("permuted_weights", "fresh_weights")  # on few samples: listed, never the reference
 GUESSES = (CHANCE, MAJORITY)  # what needs no input at all
-INPUTS = (*GUESSES, *FIXED, EMBED, X_T)  # the reference that skill is measured from: what needs no block of the model
 VISIBLE = (READOUT, X0)  # what the picture already shows
-BASELINES = (*INPUTS, *VISIBLE, *WEIGHTS)
+BASELINES = (*GUESSES, *INPUTS, *VISIBLE, *WEIGHTS)
 ALPHA = 0.05  # corrected p above this is no evidence
 CEILING = 0.95  # above this reference there is no room left: skill is NaN
 FILE = "grid.nc"
@@ -30,7 +29,7 @@ FILE = "grid.nc"
 
 @dataclass(frozen=True)
 class Best:
-    """The cell with the highest validation accuracy, and what it reaches on test."""
+    """The cell with the highest validation accuracy, and what it reaches on test. p: `p_evidence`."""
 
     target: str
     cell: Cell
@@ -73,7 +72,7 @@ class Grid:
         at = np.unravel_index(chosen, data.validation_accuracy.shape)
         cell = data.isel(dict(zip(order, at, strict=True)))
         name = Cell(int(cell.step), str(int(cell.layer)), str(cell.branch.values), str(cell.place.values))
-        values = (cell[v] for v in ("accuracy", "lower", "upper", "p_permutation", "validation_accuracy"))
+        values = (cell[v] for v in ("accuracy", "lower", "upper", "p_evidence", "validation_accuracy"))
         return Best(target, name, *map(float, values))
 
     def at(self, target: str, cell: Cell) -> xr.Dataset:
@@ -110,7 +109,7 @@ class Grid:
             raise ValueError(f"grid {str(path)!r} is missing: expected {FILE} or a run folder; run train.py first")
         try:
             dataset = xr.load_dataset(found[0], engine="netcdf4")
-            dataset["p_permutation"]
+            dataset["p_evidence"]
         except (OSError, ValueError, KeyError, RuntimeError):
             raise ValueError(f"grid {str(found[0])!r} is damaged: expected netCDF; run train.py again") from None
         return cls(dataset)

@@ -14,17 +14,22 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
+from scipy.special import ndtr, ndtri
 
 from cosprobe.metrics import CHUNK, COVERAGE, TIE, problem_draws
+
+# Standard deviations to either side of an interval: 1.96 would cover 0.91 to 0.95, because the maximum is taken anew in
+# every draw (`validity.onsets`).
+QUANTILE = 2.24
 
 
 @dataclass(frozen=True)
 class Latency:
     """Positions, in the unit of `at` (step index or layer), one per line; NaN for lines without evidence.
 
-    value: on all samples. lower, upper: 95 % percentile interval over draws of problems. censored: half of the maximum
-    is reached at the line's first point already, so the value means "at or before". drawn: the latency in every
-    draw, the same problems for all lines; NaN in draws where the line nowhere exceeds chance.
+    value: on all samples. lower, upper: 95 % interval from draws of problems, freed of their bias. censored: half of
+    the maximum is reached at the line's first point already, so the value means "at or before". drawn: the latency in
+    every draw, the same problems for all lines; NaN in draws where the line nowhere exceeds chance.
     """
 
     value: Float[np.ndarray, "line"]
@@ -93,7 +98,7 @@ def latency(
         value[part], drawn[part], censored[part] = crossed[:, 0], crossed[:, 1:], first[:, 0]
     known = np.asarray(found) & np.isfinite(value) & (np.isnan(drawn).mean(axis=1) <= 1 - COVERAGE)
     drawn = np.where(known[:, None], drawn, np.nan)
-    return Latency(np.where(known, value, np.nan), *_interval(drawn), censored & known, drawn)
+    return Latency(np.where(known, value, np.nan), *_interval(value, drawn), censored & known, drawn)
 
 
 def lag(latencies: Latency, first: Sequence[int], second: Sequence[int]) -> Lag:
@@ -105,8 +110,8 @@ def lag(latencies: Latency, first: Sequence[int], second: Sequence[int]) -> Lag:
     if len(first) != len(second):
         raise ValueError(f"{len(first)} first and {len(second)} second lines: expected pairs; repeat the shared line")
     a, b = np.asarray(first, dtype=int), np.asarray(second, dtype=int)
-    lower, upper = _interval(latencies.drawn[a] - latencies.drawn[b])
     value = latencies.value[a] - latencies.value[b]
+    lower, upper = _interval(value, latencies.drawn[a] - latencies.drawn[b])
     known = np.isfinite(value)
     return Lag(value, lower, upper, latencies.censored[a] & known, latencies.censored[b] & known)
 
@@ -133,9 +138,15 @@ def _half_maximum(
     return np.where(exceeds, start + share * (end - start), np.nan), (after == 0) & exceeds
 
 
-def _interval(drawn: Float[np.ndarray, "line draw"]) -> tuple[Float[np.ndarray, "line"], Float[np.ndarray, "line"]]:
+def _interval(
+    value: Float[np.ndarray, "line"], drawn: Float[np.ndarray, "line draw"]
+) -> tuple[Float[np.ndarray, "line"], Float[np.ndarray, "line"]]:
+    """Percentiles of the draws, corrected for how far their median is from the value (Efron 1981, "Nonparametric
+    standard errors and confidence intervals"), with QUANTILE standard deviations to either side."""
     bounds = np.full((2, len(drawn)), np.nan)
-    known = ~np.isnan(drawn).all(axis=1)
-    if known.any():
-        bounds[:, known] = np.nanquantile(drawn[known], [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], axis=1)
+    for line in np.flatnonzero(~np.isnan(drawn).all(axis=1) & np.isfinite(value)):
+        known = np.sort(drawn[line][~np.isnan(drawn[line])])
+        below = ((known < value[line] - TIE).sum() + (known <= value[line] + TIE).sum()) / 2 / len(known)
+        shift = 2 * ndtri(np.clip(below, 0.5 / len(known), 1 - 0.5 / len(known)))
+        bounds[:, line] = np.quantile(known, ndtr([shift - QUANTILE, shift + QUANTILE]))
     return bounds[0], bounds[1]

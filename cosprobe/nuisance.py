@@ -11,7 +11,7 @@ they do to spread rather than mean.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from cosprobe.refitting import (
     Estimate,
     Labelled,
     decide,
-    estimate,
+    estimate_difference,
     estimate_share,
     join_rare,
     labelled,
@@ -66,8 +66,6 @@ def residualised(
     target: str,
     cells: Sequence[Cell],
     lambdas: Float[Tensor, " penalty"],
-    draws: int = 1000,
-    seed: int = 0,
 ) -> Residualised:
     """Refits `target` at each cell, before and after nuisances (every column of `samples.difficulty`) are removed.
 
@@ -91,10 +89,10 @@ def residualised(
         target=target,
         cells=tuple(cells),
         nuisances=names,
-        before=estimate_share(hits, test.keys, draws, seed),
-        after=estimate_share(hits_left, test.keys, draws, seed),
-        difference=estimate(hits_left - hits, test.keys, draws, seed),
-        alone=estimate_share(alone, test.keys, draws, seed),
+        before=estimate_share(hits, test.keys),
+        after=estimate_share(hits_left, test.keys),
+        difference=estimate_difference(hits_left - hits, test.keys),
+        alone=estimate_share(alone, test.keys),
         n=len(test),
         converged=before.converged & after.converged,
     )
@@ -122,50 +120,23 @@ def partial_out(
     return left(x, nuisances), left(other, other_nuisances)
 
 
-def nuisance_rows(
-    samples: ProbeSamples, width: int, names: Sequence[str] | None = None
-) -> Float[Tensor, "sample region {width}"]:
-    """The nuisances as features of every sample, for a probe that sees nothing else.
+def nuisance_columns(samples: ProbeSamples, names: Sequence[str] | None = None) -> Float[Tensor, "sample column"]:
+    """The nuisances of every sample, as features of a probe that sees nothing else.
 
     Per nuisance (all of `samples.difficulty`, or those of `names`) its value, standardised by the training samples,
-    and the square of that; before them a constant, which lets a probe prefer a candidate whatever the nuisances say.
-    They are laid out by `own_blocks`.
-    Raises ValueError when there are no nuisances or `width` is smaller than the number of regions.
+    and the square of that. Raises ValueError when there are no nuisances.
     """
     names = tuple(samples.difficulty) if names is None else tuple(names)
     if not names:
         raise ValueError("difficulty: no nuisance is known of these samples; expected at least one column")
     train = np.asarray(samples.split) == "train"
-    columns = [np.ones(len(samples))]
+    columns = []
     for name in names:
         values = np.asarray(samples.difficulty[name], dtype=np.float64)
         deviation = values[train].std()
         score = (values - values[train].mean()) / deviation if deviation > 0 else np.zeros(len(values))
         columns += [score, score**2]
-    return own_blocks(torch.from_numpy(np.stack(columns, axis=1)).float(), samples.regions, width)
-
-
-def own_blocks(
-    values: Float[Tensor, "sample column"], regions: int, width: int, seed: int = 0
-) -> Float[Tensor, "sample {regions} {width}"]:
-    """Values of a sample as features of its regions: each region has them in columns of its own, zeros elsewhere.
-
-    So a scorer shared by all regions has weights for each, and can prefer one region given the values. Each block is
-    width // regions columns; where more values do not fit, a random orthogonal projection (the same for every region,
-    drawn once from `seed`, blind to data) brings them down to that. Columns that are left over are 0.
-    Raises ValueError when `width` is smaller than the number of regions.
-    """
-    block = width // regions
-    if block < 1:
-        raise ValueError(f"width={width}: expected at least one column for each of {regions} regions; widen it")
-    if values.shape[1] > block:
-        random = torch.randn(values.shape[1], block, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        values = values @ torch.linalg.qr(random)[0].to(values)
-    size = values.shape[1]
-    rows = values.new_zeros(len(values), regions, regions, block)
-    at = torch.arange(regions)
-    rows[:, at, at, :size] = values[:, None]
-    return torch.nn.functional.pad(rows.flatten(2), (0, width - regions * block))
+    return torch.from_numpy(np.stack(columns, axis=1)).float()
 
 
 def _one_hot(
@@ -198,7 +169,11 @@ def _alone(
 ) -> Float[np.ndarray, " test"]:
     """Right and wrong on test of a probe of the nuisances; its penalty, one of `lambdas`, chosen on validation as the
     bank chooses: most right, then the lowest cross-entropy."""
-    rows = nuisance_rows(samples, samples.regions * (1 + 2 * len(names)), names)[:, None]
+    rows = nuisance_columns(samples, names)[:, None, None]
+    if target.form == "region":  # a label for each region, all of which see the same
+        rows = rows.expand(-1, -1, samples.regions, -1)
+    else:
+        target = replace(target, form="problem")
     trial = labelled(samples, target, (), "validation")
     at = torch.from_numpy(train.where)
     stats = spread(rows[at])

@@ -6,6 +6,7 @@ different problems.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,6 +131,12 @@ def latent_tokens(transformer: nn.Module, latent: Tensor) -> Float[Tensor, "batc
     (t, h, w), (b, c, f, y, x) = _patch(transformer), latent.shape
     patches = latent.reshape(b, c, f // t, t, y // h, h, x // w, w).permute(0, 2, 4, 6, 1, 3, 5, 7)
     return patches.reshape(b, (f // t) * (y // h) * (x // w), c * t * h * w)
+
+
+def patch_columns(transformer: nn.Module) -> tuple[int, int]:
+    """Numbers in one token of the noisy latent, and of what stands beside it on the channel axis (0 for nothing)."""
+    volume, config = math.prod(_patch(transformer)), transformer.config
+    return volume * config.out_channels, volume * max(0, config.in_channels - config.out_channels)
 
 
 def _patch(transformer: nn.Module) -> tuple[int, int, int]:

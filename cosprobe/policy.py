@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.special import bdtr
 
 from cosprobe.types import Cell
 
@@ -200,42 +201,13 @@ def least_problems(risk: float, confidence: float, rate: float = 0.0) -> int | N
         return count if rate <= 0 else None
     for errors in range(math.ceil(rate * count), math.ceil(rate * MOST)):
         most = int(errors / rate + 1e-9)  # the largest n this many errors belong to has the smallest tail
-        if _tail(errors, most, risk) <= 1 - confidence:
+        if bdtr(float(errors), most, risk) <= 1 - confidence:
             first = max(count, int((errors - 1) / rate + 1e-9) + 1)
-            return next(n for n in range(first, most + 1) if _tail(errors, n, risk) <= 1 - confidence)
+            return next(n for n in range(first, most + 1) if bdtr(float(errors), n, risk) <= 1 - confidence)
     return None
 
 
 def binomial_tails(samples: int, rate: float) -> Float[np.ndarray, "count errors"]:
     """P(Binomial(count, rate) <= errors) for every count and number of errors from 0 to `samples`; exact."""
     count, errors = np.ogrid[: samples + 1, : samples + 1]
-    return np.minimum(np.exp(_log_mass(count, errors, rate)).cumsum(axis=1), 1.0)
-
-
-def binomial_interval(errors: int, samples: int, coverage: float = 0.95) -> tuple[float, float]:
-    """Exact two-sided interval of a rate (Clopper and Pearson 1934); (0, 1) of no samples."""
-    half = (1 - coverage) / 2
-    lower = _root(lambda rate: 1 - _tail(errors - 1, samples, rate) - half) if errors else 0.0
-    upper = _root(lambda rate: half - _tail(errors, samples, rate)) if errors < samples else 1.0
-    return lower, upper
-
-
-def _root(rising: Any) -> float:
-    """Where a rising function of a rate crosses 0."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
-    return (low + high) / 2
-
-
-def _tail(errors: int, samples: int, rate: float) -> float:
-    return float(np.exp(_log_mass(samples, np.arange(errors + 1), rate)).sum())
-
-
-def _log_mass(count: Any, errors: Any, rate: float) -> np.ndarray:
-    """log P(Binomial(count, rate) = errors), -inf beyond the count."""
-    factorial = np.concatenate([[0.0], np.log(np.arange(1, np.max(count) + 1)).cumsum()])
-    rest = np.maximum(count - errors, 0)
-    mass = factorial[count] - factorial[errors] - factorial[rest] + errors * math.log(rate) + rest * math.log1p(-rate)
-    return np.where(errors <= count, mass, -np.inf)
+    return np.where(errors < count, bdtr(np.minimum(errors, count).astype(float), count, rate), 1.0)

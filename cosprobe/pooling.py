@@ -17,6 +17,7 @@ from torch import Tensor
 
 POOLINGS = ("clip", "frame", "grid", "region")
 GRID = 4  # `grid` pooling is GRID x GRID coarse cells
+COLUMNS = 1024  # numbers that one frame of an input may take when the whole frame is kept
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the image
 
@@ -25,11 +26,12 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the im
 class Pooling:
     """kind: `clip` (one mean), `frame` (a mean per latent frame), `grid` (coarse cells over the clip) or
     `region` (a mean per candidate box). frames: with `region`, also keep every latent frame.
-    boxes: for `region`, the boxes of each sample of the batch."""
+    boxes: for `region`, the boxes of each sample of the batch. across: coarse cells a side, for `grid`."""
 
     kind: str
     frames: bool = False
     boxes: Sequence[Sequence[Box]] = ()
+    across: int = GRID
     _weights: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -48,7 +50,7 @@ class Pooling:
         if self.kind == "frame":
             return each
         if self.kind == "grid":
-            return tuple(f"r{r}c{c}" for r in range(GRID) for c in range(GRID))
+            return tuple(f"r{r}c{c}" for r in range(self.across) for c in range(self.across))
         return ("all", *each) if self.kind == "region" and self.frames else ("all",)
 
     def masks(self, batch: int, height: int, width: int) -> Float[Tensor, "batch part token"]:
@@ -58,16 +60,17 @@ class Pooling:
                 raise ValueError(f"region pooling got boxes for {len(self.boxes)} samples in a batch of {batch}")
             return torch.stack([box_masks(boxes, height, width) for boxes in self.boxes])
         if self.kind == "grid":
-            step = 1 / GRID
-            cells = [(c * step, r * step, (c + 1) * step, (r + 1) * step) for r in range(GRID) for c in range(GRID)]
+            step, sides = 1 / self.across, range(self.across)
+            cells = [(c * step, r * step, (c + 1) * step, (r + 1) * step) for r in sides for c in sides]
             return box_masks(cells, height, width).expand(batch, -1, -1)
         return torch.ones(batch, 1, height * width)
 
-    def __call__(
+    def by_frame(
         self, tokens: Float[Tensor, "batch token channel"], size: tuple[int, int, int]
-    ) -> Float[Tensor, "batch place region channel"]:
-        """tokens in the order (frame, height, width); `size` = latent frames, token rows, token columns.
+    ) -> Float[Tensor, "batch frame part channel"]:
+        """A mean for every latent frame and spatial part: region, coarse cell, or the whole frame.
 
+        tokens in the order (frame, height, width); `size` = latent frames, token rows, token columns.
         Raises ValueError when the token count is not frame x height x width.
         """
         frames, height, width = size
@@ -79,13 +82,25 @@ class Pooling:
             self._weights[place] = masks / masks.sum(-1, keepdim=True)
         weights = self._weights[place]
         by_frame = rearrange(tokens, "b (f s) d -> f b s d", f=frames)
-        parts = torch.stack([weights @ frame.float() for frame in by_frame], dim=1)  # batch frame part channel
+        return torch.stack([weights @ frame.float() for frame in by_frame], dim=1)
+
+    def __call__(
+        self, tokens: Float[Tensor, "batch token channel"], size: tuple[int, int, int]
+    ) -> Float[Tensor, "batch place region channel"]:
+        """The features of a probe. Arguments and errors as in `by_frame`."""
+        parts = self.by_frame(tokens, size)
         whole = parts.mean(dim=1, keepdim=True)
         if self.kind == "frame":
             return parts
         if self.kind == "grid":
             return rearrange(whole, "b 1 p d -> b p 1 d")
         return torch.cat([whole, parts], dim=1) if self.kind == "region" and self.frames else whole
+
+
+def whole_frame(channels: int) -> Pooling:
+    """The pooling that keeps an input of so many channels over the whole frame: a grid of at most GRID coarse cells a
+    side, as fine as keeps one frame within COLUMNS numbers; at least the mean of the frame."""
+    return Pooling("grid", across=max(g for g in range(1, GRID + 1) if g == 1 or g * g * channels <= COLUMNS))
 
 
 def box_masks(boxes: Sequence[Box], height: int, width: int) -> Float[Tensor, "box token"]:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from cosprobe.tasks import Target
-from cosprobe.types import EVERY_STEP, FIXED, SOURCES, Cell
+from cosprobe.types import Cell
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class SplitPredictions:
 
     labels: -1 (every region of a row, for region labels) leaves the sample out. keys: problem of each sample.
     predicted: label each cell gives. readout: forced-choice answer of decoded x0-hat at each step of the grid, -1 in
-    steps that were not decoded. drawn: the model's own final answer, -1 for none.
+    steps that were not decoded. drawn: the model's own final answer, -1 for none. inputs: by name of an input, and
+    for `x0_latent`, the label that its probe gives.
     """
 
     labels: Int[np.ndarray, "*label"]
@@ -25,6 +26,7 @@ class SplitPredictions:
     predicted: Int[np.ndarray, "cell *label"]
     readout: Int[np.ndarray, "step sample"] | None = None
     drawn: Int[np.ndarray, "sample"] | None = None
+    inputs: dict[str, Int[np.ndarray, "step place *label"]] = field(default_factory=dict)
 
     def carried(self) -> SplitPredictions:
         """Only the samples that carry the target."""
@@ -34,53 +36,81 @@ class SplitPredictions:
             raise ValueError("region labels: expected -1 in every region of a sample or in none")
         take = [None if x is None else np.asarray(x)[..., keep] for x in (self.readout, self.drawn)]
         labels, keys = np.asarray(self.labels)[keep], np.asarray(self.keys)[keep]
-        return SplitPredictions(labels, keys, np.asarray(self.predicted)[:, keep], *take)
+        inputs = {name: np.asarray(said)[:, :, keep] for name, said in self.inputs.items()}
+        readout, drawn = take
+        return SplitPredictions(labels, keys, np.asarray(self.predicted)[:, keep], readout, drawn, inputs)
+
+
+@dataclass(frozen=True)
+class InputReading:
+    """What was read of one target from one input, frozen, at every step and place of the grid.
+
+    form: the form that was kept. accuracy: of that form, in cross-validation. penalty: of its probe. columns: how many
+    numbers it has per row. projected: to how many principal axes of the training samples they were brought down; equal
+    to columns where they were not. validation, test: the labels it gives.
+    """
+
+    form: Shaped[np.ndarray, "step place"]
+    accuracy: Float[np.ndarray, "step place"]
+    penalty: Float[np.ndarray, "step place"]
+    columns: Int[np.ndarray, "step place"]
+    projected: Int[np.ndarray, "step place"]
+    validation: Int[np.ndarray, "step place *validation"]
+    test: Int[np.ndarray, "step place *test"]
 
 
 @dataclass(frozen=True)
 class TargetPredictions:
-    """One target: training labels, predictions on validation and test, the lambda chosen for each cell, how many
-    samples were left out because the model settled on no answer, and how far probabilities can be trusted
-    (`temperature`, and on test `brier`, `ece` and `ece_raw`, the latter without the temperature)."""
+    """One target: training labels and the problem of each, predictions on validation and test, the lambda chosen for
+    each cell, how many samples were left out because the model settled on no answer, and how far probabilities can be
+    trusted (`temperature`, and on test `brier`, `ece` and `ece_raw`, the latter without the temperature). readings: of
+    every input that was read, in what form, and its accuracy in cross-validation."""
 
     target: Target
     train_labels: Int[np.ndarray, "*train"]
+    train_keys: Shaped[np.ndarray, "sample"]
     validation: SplitPredictions
     test: SplitPredictions
     lambdas: Float[np.ndarray, "cell"]
     n_none: int = 0
     trust: dict[str, Float[np.ndarray, "cell"]] = field(default_factory=dict)
+    readings: dict[str, InputReading] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a grid is built from. cells: the cells axis of every prediction, layers and sources alike.
-    experts: which transformer ran, for each step that occurs in cells, in order. results: one per target."""
+    """What a grid is built from. cells: the cells axis of every prediction, all of them layers.
+    experts: which transformer ran, for each step that occurs in cells, in order. results: one per target. left_out:
+    why there are no probes of a target, a sentence each."""
 
     cells: tuple[Cell, ...]
     experts: tuple[str, ...]
     results: tuple[TargetPredictions, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def steps(self) -> tuple[int, ...]:
-        return tuple(sorted({cell.step for cell in self.cells} - {EVERY_STEP}))
+        return tuple(sorted({cell.step for cell in self.cells}))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return tuple(sorted({int(cell.site) for cell in self.cells if cell.is_layer}))
+        return tuple(sorted({int(cell.site) for cell in self.cells}))
 
-    def index(self) -> tuple[Int[np.ndarray, "step site branch place"], tuple[str, ...], tuple[str, ...]]:
-        """Where each cell stands in `cells` (-1: absent), and the branches and places, in order of appearance.
-        The site axis holds the layers, then SOURCES, then FIXED, whose one cell serves every step and branch."""
-        branches = tuple(dict.fromkeys(cell.branch for cell in self.cells))
-        places = tuple(dict.fromkeys(cell.place for cell in self.cells))
-        sites = {name: i for i, name in enumerate((*map(str, self.layers), *SOURCES, *FIXED))}
-        position = np.full((len(self.steps), len(sites), len(branches), len(places)), -1)
-        rank = {step: i for i, step in enumerate(self.steps)}
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """In order of appearance."""
+        return tuple(dict.fromkeys(cell.branch for cell in self.cells))
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """In order of appearance."""
+        return tuple(dict.fromkeys(cell.place for cell in self.cells))
+
+    def index(self) -> Int[np.ndarray, "step layer branch place"]:
+        """Where each cell stands in `cells`, -1 for one that is absent."""
+        axes = (self.steps, self.layers, self.branches, self.places)
+        position = np.full([len(axis) for axis in axes], -1)
         for i, cell in enumerate(self.cells):
-            site, place = sites[cell.site], places.index(cell.place)
-            if cell.step == EVERY_STEP:
-                position[:, site, :, place] = i
-            else:
-                position[rank[cell.step], site, branches.index(cell.branch), place] = i
-        return position, branches, places
+            names = (cell.step, int(cell.site), cell.branch, cell.place)
+            position[tuple(axis.index(name) for axis, name in zip(axes, names, strict=True))] = i
+        return position

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from cosprobe.data import ProbeSamples
-from cosprobe.metrics import cluster_bootstrap, correctness, share_interval
+from cosprobe.metrics import correctness, difference_interval, mean_interval, share_interval
 from cosprobe.newton import fit_newton
 from cosprobe.probes import affine, classes_last, readable_targets
 from cosprobe.solvers import design, spread
@@ -43,7 +43,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over test samples with its 95 % cluster-bootstrap interval by problem."""
+    """A mean over samples with its 95 % interval, which counts problems rather than samples."""
 
     value: Float[np.ndarray, "*axes"]
     lower: Float[np.ndarray, "*axes"]
@@ -152,18 +152,19 @@ def right(
     return correctness(decision.argmax(dim=-1).numpy(), labels.numpy())
 
 
-def estimate(
-    values: Float[np.ndarray, "*axes sample"], keys: Shaped[np.ndarray, " sample"], draws: int, seed: int
-) -> Estimate:
-    """Means over samples with their intervals; every row sees the same draws of problems."""
-    return _shaped(values, cluster_bootstrap(values.reshape(-1, values.shape[-1]), keys, draws, seed))
+def estimate_share(right: Float[np.ndarray, "*axes sample"], keys: Shaped[np.ndarray, " sample"]) -> Estimate:
+    """Shares of right answers; every sample between 0 (wrong) and 1 (right)."""
+    return _shaped(right, share_interval(right.reshape(-1, right.shape[-1]), keys))
 
 
-def estimate_share(
-    values: Float[np.ndarray, "*axes sample"], keys: Shaped[np.ndarray, " sample"], draws: int, seed: int
-) -> Estimate:
-    """`estimate` of shares: samples between 0 (wrong) and 1 (right), with a bound for rows without an error."""
-    return _shaped(values, share_interval(values.reshape(-1, values.shape[-1]), keys, draws, seed))
+def estimate_difference(difference: Float[np.ndarray, "*axes sample"], keys: Shaped[np.ndarray, " sample"]) -> Estimate:
+    """Mean differences of two shares on the same samples; every sample between -1 and 1."""
+    return _shaped(difference, difference_interval(difference.reshape(-1, difference.shape[-1]), keys))
+
+
+def estimate_mean(values: Float[np.ndarray, "*axes sample"], keys: Shaped[np.ndarray, " sample"]) -> Estimate:
+    """Means of what is neither a share nor a difference of shares."""
+    return _shaped(values, mean_interval(values.reshape(-1, values.shape[-1]), keys))
 
 
 def _shaped(values: Float[np.ndarray, "*axes sample"], bounds: tuple[np.ndarray, np.ndarray]) -> Estimate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,8 @@ from cosprobe.checks import Checks
 from cosprobe.diagnostics import check_panels, generalisation
 from cosprobe.figures import curves, frame_maps, headline, maps
 from cosprobe.film import Film, film_strip
-from cosprobe.grid import ALPHA, FILE, GUESSES, INPUTS, Best, Grid
+from cosprobe.grid import ALPHA, FILE, GUESSES, Best, Grid
+from cosprobe.metrics import LEAST_PROBLEMS
 from cosprobe.samples import HEADLINE
 from cosprobe.scoring import RELABELLED
 from cosprobe.summary import check_table
@@ -30,14 +31,18 @@ COLUMNS = ("target", "best cell", "accuracy [95 %]", "chance", "best input", "x0
 WIDTH = 110  # of the printed table where the output is no terminal
 
 CAPTIONS = {
-    "headline.png": "Where the answer can be read. One square per layer and denoising step; the colour is skill, the "
-    "share of the gap between the strongest of chance and the inputs (`embed`, `x_t`) and perfect that a linear probe "
-    "closes. Hatched: no evidence after correction for all squares. Orange outline: the probe reads more than the "
-    "picture (x0-hat) already shows at that step, after correction for all squares. Star: the cell with the best "
-    "validation accuracy.",
-    "curves.png": "Accuracy along the denoising steps, with 95 % intervals by problem, beside every baseline.",
+    "headline.png": "Where the answer can be read. One square per layer and denoising step. The colour is skill: the "
+    "share of the gap between the strongest input (never below chance) and perfect that a linear probe closes. "
+    "Hatched: no evidence that the probe reads more than chance and more than every input, after correction for all "
+    "squares. Brown: it reads less than the strongest input, which may be read in a richer form than a layer (the "
+    "whole frame, or latent frames side by side). White: as much as that input, however much that is. Orange "
+    "outline: the probe reads more than the picture (x0-hat) already shows at that step, after the same correction. "
+    "Star: the cell with the best validation accuracy.",
+    "curves.png": "Accuracy along the denoising steps, with 95 % intervals by problem, beside the strongest input, "
+    "the noisy latent, the input of block 0, chance, and what x0-hat shows.",
     "others.png": "The same maps for targets that are visible in the first frame, for nuisances, and for the control "
-    "target, whose labels are random: it must show no evidence. For perception targets skill starts at chance.",
+    "target, whose labels are random: all of its squares must be hatched. Skill starts at chance here, except for "
+    "memory targets, which have to beat the inputs of the frame and region that is read.",
     "generalisation.png": "Frozen probes read where they were not trained: rows name what a probe was trained on, "
     "columns what it is read on. A probe that works on its own step only reads something that other steps hold in "
     "another form or not at all.",
@@ -52,8 +57,8 @@ FRAMES_CAPTION = "Where in the video {} can be read: latent frames by layer and 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One target at its best cell. inputs, visible: test accuracy and name of the strongest input (`embed`, `x_t`)
-    and of the visible baseline at that step and place, NaN and "" where there is none."""
+    """One target at its best cell. inputs, visible: test accuracy and name of the reference of skill and of the visible
+    baseline at that step and place, NaN and "" where there is none."""
 
     best: Best
     where: str
@@ -63,6 +68,7 @@ class SummaryRow:
     samples: int
     problems: int
     left_out: int
+    elsewhere: int  # cells with evidence, where the best cell has none
 
     @property
     def found(self) -> bool:
@@ -71,9 +77,11 @@ class SummaryRow:
     def cells(self) -> tuple[str, ...]:
         """Text of every column."""
         b = self.best
-        evidence = f"p = {b.p:.3f}" if self.found else "no evidence"
+        none = f"none here, in {self.elsewhere} cells" if self.elsewhere else "no evidence"
+        evidence = f"p = {b.p:.3f}" if self.found else none
         accuracy = f"{b.accuracy:.2f} [{b.lower:.2f}, {b.upper:.2f}]"
-        inputs, visible = (f"{value:.2f} {name}" if name else "-" for value, name in (self.inputs, self.visible))
+        named = (self.inputs, self.visible)
+        inputs, visible = (f"{value:.2f} {name}" if name and name not in GUESSES else "-" for value, name in named)
         return (b.target, self.where, accuracy, f"{self.chance:.2f}", inputs, visible, evidence, str(self.samples))
 
 
@@ -86,14 +94,10 @@ def summarise(grid: Grid) -> list[SummaryRow]:
         where = f"layer {best.cell.site}, step {best.cell.step}"
         where += f", place {best.cell.place}" if grid.dataset.sizes["place"] > 1 else ""
         where += f", {best.cell.branch}" if "branch" in grid.dataset.dims else ""
-        names = [name for name in INPUTS if name not in GUESSES]
-        trial = {name: float(cell.baseline_validation.sel(baseline=name)) for name in names}
-        known = {name: value for name, value in trial.items() if np.isfinite(value)}
-        source = max(known, key=lambda name: known[name]) if known else ""
-        inputs = float(cell.baseline_accuracy.sel(baseline=source)) if source else math.nan
-        visible = (float(cell.visible), str(cell.visible_source.values))
-        counts = (int(cell[name]) for name in ("n_test", "n_test_problems", "n_none"))
-        rows.append(SummaryRow(best, where, float(cell.chance), (inputs, source), visible, *counts))
+        inputs, visible = ((float(cell[name]), str(cell[f"{name}_source"].values)) for name in ("reference", "visible"))
+        samples, problems, none = (int(cell[name]) for name in ("n_test", "n_test_problems", "n_none"))
+        others = 0 if best.p <= ALPHA else int((grid.dataset.p_evidence.sel(target=target) <= ALPHA).sum())
+        rows.append(SummaryRow(best, where, float(cell.chance), inputs, visible, samples, problems, none, others))
     return rows
 
 
@@ -107,10 +111,13 @@ def remarks(grid: Grid, checks: Checks) -> list[str]:
             best = grid.best(target)
             if own > 0 and best.p <= ALPHA:
                 where = f"layer {best.cell.site}, step {best.cell.step}"
-                lines.append(f"The best probe of {target} ({where}) reaches {best.accuracy / own:.2f} of that.")
+                lines.append(f"The best probe of {target} ({where}) is right on {best.accuracy:.2f}.")
     for row in summarise(grid):
         if row.left_out:
             lines.append(f"{row.best.target}: {row.left_out} samples left out, the model settled on no answer in them.")
+    lines += [f"{sentence}." for sentence in json.loads(grid.dataset.attrs["left_out"])]
+    for target in shown_targets(grid):
+        lines += ground(grid, target)
     for target in grid.with_role("control"):
         count = int((grid.dataset.p_permutation.sel(target=target) <= ALPHA).sum())
         verdict = "as it should" if count == 0 else "which should not be: distrust this grid"
@@ -119,8 +126,43 @@ def remarks(grid: Grid, checks: Checks) -> list[str]:
     if checks.weights is not None:
         w = checks.weights
         lines.append(
-            f"Permuted and fresh weights were asked about {w.samples} samples: {w.evaluations} more network "
-            f"evaluations, {w.seconds:.0f} s when they were sampled."
+            f"Permuted and fresh weights were asked about {w.samples} samples, training samples included: "
+            f"{w.evaluations} more network evaluations, {w.seconds:.0f} s when they were sampled."
+        )
+    return lines
+
+
+def ground(grid: Grid, target: str) -> list[str]:
+    """What the numbers of one target stand on, a sentence each: the smallest skill that could have been shown, splits
+    that are too small for a statement, and inputs that had to be projected."""
+    data = grid.dataset.sel(target=target)
+    lines = []
+    for split in ("train", "validation", "test"):
+        if (count := int(data[f"n_{split}_problems"])) < LEAST_PROBLEMS:
+            missing = {"train": "its probes are weak", "validation": "its choices are chance, and it has no latency"}
+            lines.append(
+                f"{target}: {count} {split} problems, expected at least {LEAST_PROBLEMS}: "
+                f"{missing.get(split, 'it has no p and no interval of a difference')}; raise task.problems."
+            )
+    worth, problems = float(data.n_effective), int(data.n_test_problems)
+    if problems >= LEAST_PROBLEMS and worth < LEAST_PROBLEMS / 2:
+        lines.append(
+            f"{target}: its {problems} test problems are worth {worth:.1f}, because few of them hold most samples: it "
+            "has no p and no interval of a difference; give all problems the same number of seeds."
+        )
+    if target in grid.with_role(*HEADLINE) and np.isfinite(data.smallest_skill):
+        lines.append(
+            f"{target}: with {problems} test problems at level {ALPHA}, the smallest skill above chance that could "
+            f"have been evidence is {float(data.smallest_skill):.2f}. That is the best case: where an input already "
+            "reads much, or the probe also loses some problems, more is needed."
+        )
+    cut = data.baseline_columns.where(data.baseline_columns > data.baseline_projected)  # a form may differ by step
+    most = cut.max([axis for axis in cut.dims if axis != "baseline"])
+    wide = [f"{name} ({int(most.sel(baseline=name))})" for name in most.baseline.values[np.isfinite(most.values)]]
+    if wide:
+        lines.append(
+            f"{target}: these inputs have more columns than its {int(data.n_train)} training samples and were reduced "
+            f"to as many principal axes: {', '.join(wide)}."
         )
     return lines
 
@@ -167,9 +209,9 @@ def summary_markdown(grid: Grid, checks: Checks, figures: tuple[str, ...] = ()) 
         *markdown_table(COLUMNS, [row.cells() for row in summarise(grid)]),
     ]
     out += [
-        "", "Best cells are chosen on validation and read on test; intervals are bootstrapped by problem; `p` is "
-        "corrected for all cells of a target (above 0.05: no evidence). `best input` and `x0-hat shows` are baselines "
-        "at the same step and place.", "",
+        "", "Best cells are chosen on validation and read on test. Intervals count problems, not samples. `p` is "
+        "corrected for all cells of a target (above 0.05: no evidence); answers and choices have to beat chance and "
+        "every input. `best input` and `x0-hat shows` are baselines at the same step and place.", "",
     ]  # fmt: skip
     out += [f"* {line}" for line in remarks(grid, checks)]
     if checks.best:

@@ -1,8 +1,7 @@
 """From a store to what probes are trained on: features of every cell, labels of every target.
 
-Two things are added to what was stored. Sources that are the same at every step (noise, first frame, prompt,
-nuisances) become cells of their own, so that the baselines are fitted by the same solver as the layers. And every
-answer or choice gets a control of the same shape: a random relabelling of an attribute that can be seen.
+Two things are added to what was stored. Every answer or choice gets a control of the same shape: a random relabelling
+of an attribute that can be seen. And the nuisances become an input, beside those that were captured.
 """
 
 from __future__ import annotations
@@ -15,21 +14,23 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.nn.functional import pad
 
-from cosprobe.collect import say
 from cosprobe.data import ProbeSamples
-from cosprobe.nuisance import nuisance_rows, own_blocks
+from cosprobe.inputs import InputFeatures
+from cosprobe.nuisance import nuisance_columns
 from cosprobe.scoring import RELABELLED
 from cosprobe.store import ActivationStore
 from cosprobe.tasks import Target, Task
-from cosprobe.types import EVERY_STEP, NUISANCE, PROMPT, SPLIT_ORDER, Cell
+from cosprobe.types import NUISANCE, SPLIT_ORDER, Cell
 
 HEADLINE = ("answer", "choice")  # roles whose claims need a selectivity control
 
 
-def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, list[str]]:
-    """What probes are trained on, and the expert that ran at each step kept."""
+def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, dict[str, InputFeatures], list[str]]:
+    """What probes are trained on, the inputs they are compared with, and the expert that ran at each step kept.
+
+    Targets that no probe can be trained on are left out, and the samples say why.
+    """
     tensors, notes = store.read()
     cells = tuple(
         Cell(step, site, branch, place)
@@ -46,12 +47,13 @@ def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, list
             labels[target.name] = torch.where(torch.from_numpy(np.isin(kinds, target.kinds)), tensors["choice"], -1)
         else:
             labels[target.name] = tensors[f"label.{target.name}"]
-    targets = [t for t in task.targets if t.role != "choice" or _settles(labels[t.name].numpy(), split, t.name)]
+    reasons = {t.name: _unfit(t, labels[t.name].numpy(), split) for t in task.targets}
+    targets = [t for t in task.targets if not reasons[t.name]]
     controls, relabels = relabelled(targets, labels)
     samples = ProbeSamples(
         features=tensors["features"].flatten(1, 4),
         cells=cells,
-        targets=(*targets, *controls),
+        targets=(*targets, *(t for t in controls if not _unfit(t, relabels[t.name].numpy(), split))),
         labels=labels | relabels,
         split=split,
         keys=np.array([f"{key:015x}" for key in tensors["key"].tolist()]),
@@ -60,27 +62,14 @@ def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, list
         replica=tensors["replica"].numpy(),
         scores={name: tensors[name].numpy() for name in ("x0_readout", "final", "solved")},
         difficulty={name: value.numpy() for name, value in _under("difficulty.", tensors).items()},
+        left_out=tuple(reason for reason in reasons.values() if reason),
     )
-    return with_fixed(samples, _under("fixed.", tensors), notes["branches"][0], notes["places"]), notes["experts"]
-
-
-def with_fixed(samples: ProbeSamples, fixed: Mapping[str, Tensor], branch: str, places: list[str]) -> ProbeSamples:
-    """The same samples with a cell per place for every source that belongs to the whole run.
-
-    fixed: [sample, place, region, channel], the prompt [sample, channel]. Prompt and nuisances are the same for
-    every region; each region holds them in columns of its own, or a scorer shared by the regions could not use them.
-    """
-    regions, width = samples.features.shape[2:]
-    columns, cells = [samples.features], list(samples.cells)
-    rows = dict(fixed)
-    if PROMPT in rows:
-        rows[PROMPT] = own_blocks(rows[PROMPT].float(), regions, width)[:, None].expand(-1, len(places), -1, -1)
+    captured = _under("input.", tensors)
+    names = dict.fromkeys(name.rpartition(".")[0] for name in captured)
+    inputs = {name: InputFeatures(captured[f"{name}.whole"], captured.get(f"{name}.region")) for name in names}
     if samples.difficulty:
-        rows[NUISANCE] = nuisance_rows(samples, width)[:, None].expand(-1, len(places), -1, -1)
-    for name, values in rows.items():
-        columns.append(pad(values, (0, width - values.shape[-1])).to(samples.features.dtype))
-        cells += [Cell(EVERY_STEP, name, branch, place) for place in places]
-    return replace(samples, features=torch.cat(columns, dim=1), cells=tuple(cells))
+        inputs[NUISANCE] = InputFeatures(nuisance_columns(samples)[:, None, None, None])
+    return samples, inputs, notes["experts"]
 
 
 def relabelled(
@@ -106,13 +95,18 @@ def relabelled(
     return tuple(controls), found
 
 
-def _settles(labels: np.ndarray, split: np.ndarray, name: str) -> bool:
-    """Whether the model settles on answers often enough to train probes of them; says so when it does not."""
-    classes = len(np.unique(labels[(split == "train") & (labels >= 0)]))
-    empty = [part for part in SPLIT_ORDER if not (labels[split == part] >= 0).any()]
-    if classes < 2 or empty:
-        say(f"target {name!r} is left out: the model settles on {classes} different answers in training samples")
-    return classes >= 2 and not empty
+def _unfit(target: Target, labels: np.ndarray, split: np.ndarray) -> str:
+    """Why no probe of a target can be trained and read on these samples; empty when one can."""
+    carried = labels.reshape(len(labels), -1)[:, 0] >= 0
+    classes = len(np.unique(labels[(split == "train") & carried]))
+    empty = [part for part in SPLIT_ORDER if not carried[split == part].any()]
+    whose = "the model settles on" if target.role == "choice" else "it has"
+    if empty:
+        return f"target {target.name!r} is left out: no sample of {' and '.join(empty)} carries it"
+    if classes < 2:
+        which = "1 class" if classes == 1 else f"{classes} classes"
+        return f"target {target.name!r} is left out: {whose} {which} in the training samples, expected at least 2"
+    return ""
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

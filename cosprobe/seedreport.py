@@ -143,9 +143,10 @@ def lines(comparison: Comparison) -> list[str]:
         "",
         f"{len(comparison.keys)} test problems ({keys} distinct), {comparison.right.shape[1]} noise seeds each, "
         f"{steps} sampler steps; one run costs {comparison.plain_cost:.2f} GFLOP. Settings were chosen on "
-        f"{len(next(iter(comparison.validation.values())))} validation problems; test was read once. Intervals: 95 %, "
-        "problems drawn with replacement, differences paired by problem. Settings: K noise seeds, s steps (indices), "
-        "L layers, `all`: means written back into all runs. Runs: compute in whole runs, operations counted.",
+        f"{len(next(iter(comparison.validation.values())))} validation problems; test was read once. Intervals: 95 %; "
+        "exact binomial bounds over problems, for differences the adjusted interval of matched pairs. Settings: K "
+        "noise seeds, s steps (indices), L layers, `all`: means written back into all runs. Runs: compute in whole "
+        "runs, operations counted.",
         "",
         *(f"* {line}" for line in remarks(comparison)),
         "",
@@ -183,7 +184,8 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
         for group in comparison.groups:
             found[group] = {"right": vars(comparison.estimate(comparison.test[candidate], group))}
             for m in REFERENCES:
-                found[group][f"minus_{m}"] = vars(comparison.gain(candidate, chosen[m], group))
+                if chosen[m] != candidate:  # nothing is measured by a method minus itself
+                    found[group][f"minus_{m}"] = vars(comparison.gain(candidate, chosen[m], group))
         return found
 
     count = comparison.right.shape[1]

@@ -19,7 +19,7 @@ from cosprobe.collect import fresh_problems, images
 from cosprobe.cost import Cost, flops
 from cosprobe.ensemble import Bench
 from cosprobe.methods import METHODS, PROBES, Plan, course, windows
-from cosprobe.metrics import cluster_bootstrap, max_t_bootstrap, share_interval
+from cosprobe.metrics import difference_interval, max_t_bootstrap, share_interval
 from cosprobe.tasks import Problem
 from cosprobe.trials import READS, Candidate, Trials
 
@@ -111,7 +111,7 @@ class Comparison:
         return self.right.mean(axis=1)
 
     def estimate(self, right: np.ndarray, group: str = "all") -> Estimate:
-        """Share of right answers among the test problems of a group; intervals draw problems."""
+        """Share of right answers among the test problems of a group."""
         mask = self.groups[group]
         return Estimate.of(right[mask], share_interval(right[None, mask], self.keys[mask]))
 
@@ -119,14 +119,14 @@ class Comparison:
         """How much more often `one` is right than `other`, or than one run, on the same problems."""
         mask = self.groups[group]
         more = (self.test[one] - (self.test[other] if other else self.plain))[mask]
-        return Estimate.of(more, cluster_bootstrap(more[None], self.keys[mask]))
+        return Estimate.of(more, difference_interval(more[None], self.keys[mask]))
 
     def p_better(self, budget: str, reference: str = "hidden") -> dict[str, float]:
         """p of every other method being more often right than `reference` at a budget, corrected for all of them."""
         chosen = self.chosen[budget]
         others = [m for m in chosen if m != reference]
         differences = np.stack([self.test[chosen[m]] - self.test[chosen[reference]] for m in others])
-        return dict(zip(others, max_t_bootstrap(differences, self.keys)[0].tolist(), strict=True))
+        return dict(zip(others, max_t_bootstrap(differences, self.keys).p.tolist(), strict=True))
 
 
 def price(candidate: Candidate, steps: int, cost: Cost, begun: float | None = None) -> float:

@@ -127,7 +127,7 @@ def stop_early(
     """
     check_pipeline(bank, model)
     task = trained.task.build()
-    samples, _ = load_samples(ActivationStore.open(folder / "store"), task)
+    samples, _, _ = load_samples(ActivationStore.open(folder / "store"), task)
     validation, found = samples.subset("validation"), []
     known = [(kind, target) for kind in task.kinds if (target := probe_for(bank, kind, use.against)) is not None]
     if not known:

@@ -25,15 +25,15 @@ def _column(grid: Grid, checks: Checks, name: str) -> dict[str, str]:
     cell = grid.at(name, checks.best[name])
     probe_first, shown_first = bool(cell.latency_at_most), bool(cell.visible_latency_at_most)
     return {
-        "above the strongest input": _above(cell, "reference", "p_skill"),
+        "above every input": _above(cell, "reference", "p_inputs"),
         "above what x0-hat shows": _above(cell, "visible", "p_excess"),
-        "selectivity": _number(cell.selectivity, "+.2f"),
+        "selectivity": _interval(cell, "selectivity", "+.2f"),
         "latency, steps": _interval(cell, "latency", ".1f", "at or before " if probe_first else ""),
         "latency of x0-hat, steps": _interval(cell, "visible_latency", ".1f", "at or before " if shown_first else ""),
         "lag of x0-hat, steps": _lag(cell, probe_first, shown_first),
         "depth at this step, layers": _interval(cell, "depth", ".1f"),
         "says what the video will": _number(cell.agreement),
-        "knew it, drew it wrong": _knew(cell),
+        "right where the video is wrong": _knew(cell),
         "calibration error": _trust(cell),
         "Brier score": _number(cell.brier),
         "bits per label": _bits(grid.dataset, name),
@@ -49,8 +49,10 @@ def _number(value: xr.DataArray, form: str = ".2f") -> str:
 def _interval(cell: xr.Dataset, name: str, form: str = ".2f", before: str = "") -> str:
     if not np.isfinite(cell[name]):
         return NONE
-    lower, upper = (_number(cell[f"{name}_{end}"], form) for end in ("lower", "upper"))
-    return f"{before}{_number(cell[name], form)} [{lower}, {upper}]"
+    value, *ends = (_number(cell[f"{name}{end}"], form) for end in ("", "_lower", "_upper"))
+    # an onset at the first step in every draw has no interval: "at or before" says all that is known
+    bounded = NONE not in ends and float(cell[f"{name}_lower"]) < float(cell[f"{name}_upper"])
+    return f"{before}{value} [{', '.join(ends)}]" if bounded else f"{before}{value}"
 
 
 def _lag(cell: xr.Dataset, probe_first: bool, shown_first: bool) -> str:
@@ -61,7 +63,7 @@ def _lag(cell: xr.Dataset, probe_first: bool, shown_first: bool) -> str:
 
 
 def _above(cell: xr.Dataset, other: str, p: str) -> str:
-    if not np.isfinite(cell[other]):
+    if not np.isfinite(cell[p]):
         return NONE
     source = str(cell[f"{other}_source"].values)
     evidence = f"p = {float(cell[p]):.3f}" if float(cell[p]) <= ALPHA else "no evidence"
@@ -78,7 +80,8 @@ def _knew(cell: xr.Dataset) -> str:
 def _trust(cell: xr.Dataset) -> str:
     if not np.isfinite(cell.ece):
         return NONE
-    return f"{float(cell.ece):.3f} at T = {float(cell.temperature):.2f} ({float(cell.ece_raw):.3f} at 1)"
+    error, raw, heat, rows = float(cell.ece), float(cell.ece_raw), float(cell.temperature), int(cell.n_test)
+    return f"{error:.3f} at T = {heat:.2f} ({raw:.3f} at 1), n = {rows}"
 
 
 def _bits(data: xr.Dataset, name: str) -> str:

@@ -33,8 +33,9 @@ MOST_BINS = 3  # of one difficulty
 
 @dataclass(frozen=True)
 class Matrix:
-    """Test accuracy of the probe of every row on what every column names, with 95 % cluster-bootstrap intervals by
-    problem. axis: `step` (sampler step index), `layer`, `branch`, `expert`, `seed` or the name of a difficulty.
+    """Test accuracy of the probe of every row on what every column names, with 95 % intervals by problem.
+
+    axis: `step` (sampler step index), `layer`, `branch`, `expert`, `seed` or the name of a difficulty.
     trained: training samples behind each row: rows of few are weaker for that reason too. n: test samples of each
     column. converged: whether every refit met its tolerance (true where the probes are those of the bank)."""
 
@@ -65,8 +66,6 @@ def matrices(
     bank: ProbeBank,
     best: Mapping[str, Cell],
     experts: Mapping[int, str],
-    draws: int = 1000,
-    seed: int = 0,
 ) -> list[Matrix]:
     """Every matrix there is material for, per target of `best` (its cell, chosen on validation).
 
@@ -84,8 +83,8 @@ def matrices(
         target = bank.target(name)
         bank.select([cell])
         columns_of(samples, [cell])
-        found += list(_between_cells(samples, bank, target, cell, experts, draws, seed))
-        found += list(_between_groups(samples, bank, target, cell, draws, seed))
+        found += list(_between_cells(samples, bank, target, cell, experts))
+        found += list(_between_groups(samples, bank, target, cell))
     return found
 
 
@@ -95,8 +94,6 @@ def _between_cells(
     target: Target,
     best: Cell,
     experts: Mapping[int, str],
-    draws: int,
-    seed: int,
 ) -> Iterator[Matrix]:
     trained = len(labelled(samples, target, [best], "train"))
     for axis, cells in _lines(bank.cells, best).items():
@@ -107,7 +104,7 @@ def _between_cells(
         probes = _Frozen(part.mean, part.std, part.weights[target.name], part.biases[target.name])
         hits = _cross(probes, test, target)
         names = tuple(str(getattr(cell, "site" if axis == "layer" else axis)) for cell in cells)
-        yield _matrix(target, axis, names, estimate_share(hits, test.keys, draws, seed), trained, len(test))
+        yield _matrix(target, axis, names, estimate_share(hits, test.keys), trained, len(test))
         if axis != "step":
             continue
         if missing := [cell.step for cell in cells if cell.step not in experts]:
@@ -118,7 +115,7 @@ def _between_cells(
             member = np.array([[one == name for one in ran] for name in names], dtype=np.float64)
             member /= member.sum(axis=1, keepdims=True)
             blocks = np.einsum("ei,fj,ijn->efn", member, member, hits, optimize=True)
-            yield _matrix(target, "expert", names, estimate_share(blocks, test.keys, draws, seed), trained, len(test))
+            yield _matrix(target, "expert", names, estimate_share(blocks, test.keys), trained, len(test))
 
 
 def _lines(cells: tuple[Cell, ...], best: Cell) -> dict[str, list[Cell]]:
@@ -131,9 +128,7 @@ def _lines(cells: tuple[Cell, ...], best: Cell) -> dict[str, list[Cell]]:
     }
 
 
-def _between_groups(
-    samples: ProbeSamples, bank: ProbeBank, target: Target, best: Cell, draws: int, seed: int
-) -> Iterator[Matrix]:
+def _between_groups(samples: ProbeSamples, bank: ProbeBank, target: Target, best: Cell) -> Iterator[Matrix]:
     penalty = bank.select([best]).lambdas[target.name]
     train, test = (labelled(samples, target, [best], split) for split in ("train", "test"))
     for axis, (names, of_train, of_test) in _groups(samples, train, test).items():
@@ -153,9 +148,7 @@ def _between_groups(
             torch.cat([fit.bias for fit in fits]),
         )
         hits = _cross(probes, test, target)[:, 0]
-        columns = [
-            estimate_share(hits[:, of_test == g], test.keys[of_test == g], draws, seed) for g in range(len(names))
-        ]
+        columns = [estimate_share(hits[:, of_test == g], test.keys[of_test == g]) for g in range(len(names))]
         yield Matrix(
             target.name,
             axis,

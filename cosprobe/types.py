@@ -2,8 +2,8 @@
 
 Axes, in the order tensors carry them: `sample` (a problem and a noise seed), `step` (index of the sampler
 step, 0 = noisiest; never a timestep), `site`, `branch` (`cond`/`uncond`), `place`, `region`, `channel`.
-A site is where features come from: a layer (`"0"`, `"1"`, ... = output of that transformer block), one of
-SOURCES, which change from step to step, or one of FIXED, which do not. Sources serve as baselines.
+A site is where features come from: a layer (`"0"`, `"1"`, ... = output of that transformer block), or one of SOURCES.
+Probes are fitted to layers. INPUTS and X0 are what they are compared with.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ NOISE = "noise"  # the latent the first step starts from
 FIRST_FRAME = "first_frame"  # the image condition given beside the noisy latent
 PROMPT = "prompt"  # mean of the prompt's token embeddings
 NUISANCE = "nuisance"  # the problem's difficulty (size, path length, ...), nothing of the model
-FIXED = (NOISE, FIRST_FRAME, PROMPT, NUISANCE)
-EVERY_STEP = -1  # `step` of a cell whose features belong to the whole run
+INPUTS = (NOISE, FIRST_FRAME, PROMPT, NUISANCE, EMBED, X_T)  # all that can be known before the first block has run
+STATIC = (PROMPT, NUISANCE)  # one vector per sample, without frames or regions
 
 SPLIT_ORDER = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """The unit a probe is trained on. `step` is a sampler step index, EVERY_STEP for the sources of FIXED; `site` a
-    layer number or a source."""
+    """The unit a probe is trained on. `step` is a sampler step index, `site` a layer number or a source."""
 
     step: int
     site: str

@@ -18,16 +18,19 @@ from cosprobe.data import ProbeSamples
 from cosprobe.devices import TrainerConfig
 from cosprobe.evaluation import evaluate
 from cosprobe.grid import Grid
+from cosprobe.inputs import InputFeatures, read_inputs
+from cosprobe.nuisance import nuisance_columns
 from cosprobe.predictions import Evaluated
 from cosprobe.probes import ProbeBank
-from cosprobe.samples import relabelled, with_fixed
+from cosprobe.samples import relabelled
 from cosprobe.tasks import Target
 from cosprobe.training import ProbeConfig, fit
-from cosprobe.types import FIRST_FRAME, NOISE, PROMPT, SOURCES, X0, Cell
+from cosprobe.types import FIRST_FRAME, NOISE, NUISANCE, PROMPT, SOURCES, X0, Cell
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 REGIONS, CHANNELS, STEPS, LAYERS, SEEDS = 4, 16, 3, 3, 2
+FRAMES, CELLS = 2, 4  # of the inputs
 BOTH = ("one_exit", "choice")
 TARGETS = (
     Target("answer", REGIONS, "candidate", "answer", ("one_exit",)),
@@ -42,6 +45,7 @@ PROBLEMS = {"train": 96, "validation": 40, "test": 64}
 @dataclass(frozen=True)
 class Run:
     samples: ProbeSamples
+    inputs: dict[str, InputFeatures]
     bank: ProbeBank
     evaluated: Evaluated
     grid: Grid
@@ -49,23 +53,31 @@ class Run:
     weights: WeightsTable | None
 
 
-def world(problems: dict[str, int] | None = None) -> ProbeSamples:
-    """The answer stands in layers 1 and 2, better from step to step, and in x0-hat one step later."""
+def world(problems: dict[str, int] | None = None) -> tuple[ProbeSamples, dict[str, InputFeatures]]:
+    """The answer stands in layers 1 and 2, better from step to step, and in x0-hat one step later. No input has it."""
     problems = problems or PROBLEMS
     rng, total = np.random.default_rng(4), sum(problems.values())
     count = total * SEEDS
-    sites = (*map(str, range(LAYERS)), *SOURCES)
-    cells = tuple(Cell(step, site, "cond", "all") for step in range(STEPS) for site in sites)
+    cells = tuple(Cell(step, str(layer), "cond", "all") for step in range(STEPS) for layer in range(LAYERS))
     kinds = np.repeat(np.array(BOTH)[np.arange(total) % 2], SEEDS)
     wanted, start, length = (np.repeat(rng.integers(0, n, total), SEEDS) for n in (REGIONS, 6, 9))
     choice = np.where(rng.random(count) < 0.8, wanted, rng.integers(-1, REGIONS, count))
     x = rng.normal(size=(count, len(cells), REGIONS, CHANNELS))
     ways, places = rng.normal(size=(3, CHANNELS)), rng.normal(size=(6, CHANNELS))
     for i, cell in enumerate(cells):
-        late = cell.step - 1 if cell.site == X0 else cell.step if cell.site in ("1", "2") else -1
-        if late >= 0:
-            x[np.arange(count), i, wanted] += (0.35 + 0.25 * late) * ways[late]
+        if cell.site != "0":
+            x[np.arange(count), i, wanted] += (0.35 + 0.25 * cell.step) * ways[cell.step]
         x[:, i, 0] += 0.8 * places[start]
+
+    def local(steps: int, channels: int = CHANNELS) -> InputFeatures:
+        """Noise, whose mean over frames has unit variance."""
+        parts = (rng.normal(size=(count, steps, FRAMES, n, channels)) * FRAMES**0.5 for n in (CELLS, REGIONS))
+        return InputFeatures(*(torch.from_numpy(part).float() for part in parts))
+
+    inputs = {name: local(STEPS) for name in SOURCES} | {NOISE: local(1, 4), FIRST_FRAME: local(1, 8)}
+    for step in range(1, STEPS):
+        shift = torch.from_numpy((0.35 + 0.25 * (step - 1)) * ways[step - 1]).float()
+        inputs[X0].region[torch.arange(count), step, :, torch.from_numpy(wanted)] += shift
     labels = {
         "answer": np.where(kinds == "one_exit", wanted, -1),
         "choice": np.where(kinds == "choice", choice, -1),
@@ -91,12 +103,11 @@ def world(problems: dict[str, int] | None = None) -> ProbeSamples:
         replica=np.tile(np.arange(SEEDS), total),
         difficulty={"rooms": np.repeat(4 + np.arange(total) // 2 % 2, SEEDS), "length": length},
     )
-    fixed = {
-        NOISE: torch.from_numpy(rng.normal(size=(count, 1, REGIONS, 4))).float(),
-        FIRST_FRAME: torch.from_numpy(rng.normal(size=(count, 1, REGIONS, 8))).float(),
-        PROMPT: torch.ones(count, 32),
+    inputs |= {
+        PROMPT: InputFeatures(torch.ones(count, 1, 1, 1, 32)),
+        NUISANCE: InputFeatures(nuisance_columns(samples)[:, None, None, None]),
     }
-    return with_fixed(samples, fixed, "cond", ["all"])
+    return samples, inputs
 
 
 def random_weights(targets: tuple[str, ...] = ("answer", "choice")) -> WeightsTable:
@@ -108,24 +119,26 @@ def random_weights(targets: tuple[str, ...] = ("answer", "choice")) -> WeightsTa
     return WeightsTable(targets, cells, accuracy, accuracy - 0.1, accuracy + 0.2, validation, 60, 1234, 7.5)
 
 
-def examined(samples: ProbeSamples, weights: WeightsTable | None) -> Run:
+def examined(samples: ProbeSamples, inputs: dict[str, InputFeatures], weights: WeightsTable | None) -> Run:
     """From samples to checks, as `train.py` does it."""
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         recipe, trainer = ProbeConfig(kind="ridge", lambdas=[0.1, 1.0]), TrainerConfig(precision="32-true")
         bank = fit(samples, recipe, trainer, Path(folder), 0).signed(store={"model": "none"})
-    evaluated = evaluate(samples, ("transformer",) * STEPS, bank)
-    grid, checks = examine(evaluated, samples, bank, weights)
-    return Run(samples, bank, evaluated, grid, checks, weights)
+        readings = read_inputs(samples, inputs, recipe.kind, recipe.lambdas)
+    evaluated = evaluate(samples, ("transformer",) * STEPS, bank, readings)
+    grid, checks = examine(evaluated, samples, inputs, bank, weights)
+    return Run(samples, inputs, bank, evaluated, grid, checks, weights)
 
 
 @cache
 def run() -> Run:
-    return examined(world(), random_weights())
+    return examined(*world(), random_weights())
 
 
 @cache
 def small() -> Run:
-    """Too few problems for description lengths, and nothing that could be a nuisance."""
-    samples = world({"train": 24, "validation": 12, "test": 16})
-    return examined(replace(samples, difficulty={"rooms": np.full(len(samples), 4)}), None)
+    """Too few problems for description lengths and for any p, and nothing that could be a nuisance."""
+    samples, inputs = world({"train": 24, "validation": 12, "test": 16})
+    inputs.pop(NUISANCE)
+    return examined(replace(samples, difficulty={"rooms": np.full(len(samples), 4)}), inputs, None)

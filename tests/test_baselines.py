@@ -18,7 +18,7 @@ from cosprobe.baselines import weights_table
 from cosprobe.capture import capture
 from cosprobe.collect import UNTRAINED, Sample, collect, draw_samples, few_samples, few_steps, images, settings
 from cosprobe.devices import TrainerConfig
-from cosprobe.metrics import cluster_bootstrap
+from cosprobe.metrics import share_interval
 from cosprobe.pipelines import PipelineConfig, sample
 from cosprobe.pooling import Pooling
 from cosprobe.randomised import RANDOMISED, randomised, replay
@@ -109,7 +109,7 @@ def test_no_other_weights_are_tried_when_turned_off_or_when_a_split_would_be_emp
         store = asked(model, pipeline, replace(PROBE, randomised=count), tmp_path / str(count))
         assert (said in capsys.readouterr().out) == (count == 3)
         assert store.read(UNTRAINED)[0] == {}
-        samples, _ = load_samples(store, TASK.build())
+        samples, _, _ = load_samples(store, TASK.build())
         assert weights_table(store, samples, PROBE, TRAINER, tmp_path, 0) is None
 
 
@@ -199,7 +199,7 @@ def test_the_table_is_that_of_separate_fits_on_the_few(store, samples, tmp_path)
                 labels = part.labels["answer"]
                 right = (bank.predict(part.features, "answer") == labels)[:, labels >= 0].double().numpy()
                 np.testing.assert_allclose(found[0, w], right.mean(1))
-            lower, upper = cluster_bootstrap(right, part.keys[labels.numpy() >= 0])
+            lower, upper = share_interval(right, part.keys[labels.numpy() >= 0])
             np.testing.assert_allclose(table.lower[0, w], lower)
             np.testing.assert_allclose(table.upper[0, w], upper)
     for values in (table.accuracy, table.lower, table.upper, table.validation):

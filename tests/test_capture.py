@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 
-from cosprobe.capture import capture
+from cosprobe.capture import capture, hidden_states
 from cosprobe.pipelines import block_list, clean_estimate, decode, latent_tokens, sample
 from cosprobe.pooling import Pooling
 from cosprobe.types import FIRST_FRAME, NOISE
@@ -30,7 +30,7 @@ def run(pipeline, **changes):
 
 def test_video_is_bit_identical_with_and_without_capture(pipeline):
     bare = run(pipeline)
-    with capture(pipeline, ["0", "1", "2", "embed", "x_t", "x0_latent"], Pooling("frame"), clean=[0]):
+    with capture(pipeline, ["0", "1", "2", "embed", "x_t", "x0_latent"], Pooling("frame"), clean=[0], inputs=True):
         watched = run(pipeline)
     assert np.array_equal(bare, watched)
 
@@ -119,40 +119,110 @@ def test_what_a_run_starts_from_is_kept_once(pipeline, guidance):
 
     handle = pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True)
     try:
-        with capture(pipeline, ["0", "x_t"], Pooling("frame"), "1,2") as tape:
+        with capture(pipeline, ["0"], Pooling("frame"), "1,2", inputs=True) as tape:
             run(pipeline, config=config)
     finally:
         handle.remove()
     latent, prompt = seen[0]  # Wan calls the transformer with the prompt first
-    by_frame = latent.mean(dim=(3, 4)).transpose(1, 2)[:, :, None]  # sample place region channel
-    assert set(tape.fixed) == {NOISE, FIRST_FRAME, WORDS}
-    torch.testing.assert_close(tape.fixed[NOISE], by_frame[..., :4])
-    torch.testing.assert_close(tape.fixed[FIRST_FRAME], by_frame[..., 4:])
-    torch.testing.assert_close(tape.fixed[WORDS], prompt.mean(1))
-    assert by_frame[:, 0, :, 4:].std() > 0
-    with capture(pipeline, ["x_t"], Pooling("frame"), "0") as first:
+    tokens = latent.flatten(3).permute(0, 2, 3, 1)  # sample frame token channel: the 16 tokens are the coarse cells
+    found = tape.input_features()
+    assert {name for name, values in found.items() if values.shape[1] == 1} == {
+        f"{NOISE}.whole", f"{FIRST_FRAME}.whole", f"{WORDS}.whole",
+    }  # fmt: skip
+    torch.testing.assert_close(found[f"{NOISE}.whole"][:, 0], tokens[..., :4])
+    torch.testing.assert_close(found[f"{FIRST_FRAME}.whole"][:, 0], tokens[..., 4:])
+    torch.testing.assert_close(found[f"{WORDS}.whole"], prompt.mean(1)[:, None, None, None])
+    assert tokens[:, 0, :, 4:].std() > 0
+    with capture(pipeline, ["0"], Pooling("frame"), "0", inputs=True) as first:
         run(pipeline, config=config)
-    noise = first.features()[:, 0, 0, 0]
-    assert torch.equal(tape.fixed[NOISE], noise[..., :4])  # although step 0 was not asked for
+    assert torch.equal(
+        found[f"{NOISE}.whole"], first.input_features()["x_t.whole"]
+    )  # although step 0 was not asked for
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_inputs_of_every_step_are_kept_by_frame_region_and_cell(pipeline, guidance):
+    config = type(CONFIG)(steps=3, frames=5, prompt_tokens=32, guidance=guidance)
+    boxes = [[(0.0, 0.0, 0.5, 0.5), (0.75, 0.75, 1.0, 1.0)], [(0.5, 0.0, 1.0, 1.0)] * 2, [(0.0, 0.0, 1.0, 1.0)] * 2]
+    first, latents = [], []
+    original = pipeline.scheduler.step
+
+    def spy(output, t, noisy, **kwargs):
+        latents.append((output, noisy))
+        return original(output, t, noisy, **kwargs)
+
+    pipeline.scheduler.step = spy
+    handle = block_list(pipeline.transformer)[0].register_forward_pre_hook(
+        lambda m, args, kwargs: first.append(hidden_states(args, kwargs)), with_kwargs=True
+    )
+    try:
+        with capture(pipeline, ["1"], Pooling("region", boxes=boxes), "0,2", inputs=True) as tape:
+            run(pipeline, config=config)
+    finally:
+        handle.remove()
+        del pipeline.scheduler.step
+    found = tape.input_features()
+    assert {name.partition(".")[0] for name in found if name.endswith(".region")} == {
+        NOISE, FIRST_FRAME, "embed", "x_t", "x0_latent",
+    }  # fmt: skip
+    for at, step in enumerate((0, 2)):
+        output, noisy = latents[step]
+        clean = noisy - pipeline.scheduler.sigmas[step] * output
+        by_token = {name: latent.flatten(2).mT for name, latent in (("x_t", noisy), ("x0_latent", clean))}
+        by_token["embed"] = first[2 * step if guidance > 1 else step]  # the half that saw the prompt comes first
+        for name, tokens in by_token.items():
+            grid = tokens.unflatten(1, (2, 4, 4))  # frame row column
+            torch.testing.assert_close(found[f"{name}.whole"][:, at], tokens.unflatten(1, (2, 16)))
+            region = found[f"{name}.region"][:, at]  # sample frame region channel
+            torch.testing.assert_close(region[0, :, 0], grid[0, :, :2, :2].mean((1, 2)))
+            torch.testing.assert_close(region[0, :, 1], grid[0, :, 3, 3])
+            torch.testing.assert_close(region[1, :, 1], grid[1, :, :, 2:].mean((1, 2)))
+            torch.testing.assert_close(region[2, :, 0], grid[2].mean((1, 2)))
+    assert tape.sites == ("1",) and tape.features().shape[2] == 1  # no input is a site of the probes
+
+
+def test_inputs_are_kept_only_when_asked_for_and_in_the_cells_of_a_grid_probe(pipeline):
+    with capture(pipeline, ["0", "embed", "x_t"], Pooling("clip")) as bare:
+        run(pipeline)
+    assert bare.inputs == bare.input_features() == {}
+    with capture(pipeline, ["0"], Pooling("grid", across=2), "1", inputs=True) as tape:
+        run(pipeline)
+    found = tape.input_features()
+    for name in (NOISE, FIRST_FRAME, "embed", "x_t", "x0_latent"):
+        assert found[f"{name}.whole"].shape[:4] == (3, 1, 2, 4)
+        assert f"{name}.region" not in found
+    assert tape.places == ("r0c0", "r0c1", "r1c0", "r1c1")  # the cells of the probe, in the same order
+    assert tape.features().shape[4] == 4
 
 
 def test_a_doubled_batch_keeps_the_inputs_of_the_half_that_saw_the_prompt():
     pipeline = cogvideox()
     calls = {"num_inference_steps": 2, "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 32}
-    seen = []
+    seen, first = [], []
 
     def spy(module, args, kwargs):
         seen.append(kwargs["encoder_hidden_states"])
 
-    handle = pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True)
+    handles = [
+        pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True),
+        block_list(pipeline.transformer)[0].register_forward_pre_hook(
+            lambda m, args, kwargs: first.append(hidden_states(args, kwargs)), with_kwargs=True
+        ),
+    ]
     try:
-        with capture(pipeline, ["0"], Pooling("clip")) as tape:
+        with capture(pipeline, ["0"], Pooling("frame"), inputs=True) as tape:
             pipeline(PROMPT, guidance_scale=4.0, output_type="latent", **calls)
     finally:
-        handle.remove()
-    assert set(tape.fixed) == {NOISE, WORDS}  # no image beside the noise
-    torch.testing.assert_close(tape.fixed[WORDS], seen[0][1:].mean(1))
+        for handle in handles:
+            handle.remove()
+    found = tape.input_features()
+    assert set(found) == {f"{name}.whole" for name in (NOISE, WORDS, "embed", "x_t", "x0_latent")}  # no image beside it
+    torch.testing.assert_close(found[f"{WORDS}.whole"][0, 0, 0, 0], seen[0][1].mean(0))
     assert not torch.allclose(seen[0][0], seen[0][1])
+    for step in range(2):
+        by_frame = first[step][1].unflatten(0, (found["embed.whole"].shape[2], -1)).mean(1)
+        torch.testing.assert_close(found["embed.whole"][0, step].mean(1), by_frame, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found[f"{NOISE}.whole"][:, 0], found["x_t.whole"][:, 0])
 
 
 def test_recorded_calls_are_those_of_the_conditional_branch(pipeline):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 from cosprobe.baselines import WEIGHTS
 from cosprobe.calibration import reliability
-from cosprobe.checks import BINS, MEANING, ROWS, with_checks
+from cosprobe.checks import BINS, MEANING, ROWS, examine, with_checks
 from cosprobe.efficiency import description_length
 from cosprobe.grid import Grid
 from cosprobe.nuisance import residualised
@@ -33,12 +36,12 @@ def test_best_cells_are_the_grids_and_every_analysis_is_of_them(made):
     assert list(made.checks.best) == ["answer", "choice"]
     for name, cell in made.checks.best.items():
         assert cell == made.grid.best(name).cell
-    cells = [made.checks.best["answer"], *(Cell(2, site, "cond", "all") for site in ("embed", "x0_latent"))]
-    assert made.checks.best["answer"].step == 2
+    cells = [made.checks.best["answer"]]
+    assert cells[0].step == 2
     penalties = made.bank.select(cells).lambdas["answer"]
     length = description_length(made.samples, "answer", cells, penalties, 0)
-    np.testing.assert_array_equal(made.checks.lengths[0].bits, length.bits)
-    np.testing.assert_array_equal(made.checks.lengths[0].accuracy.value, length.accuracy.value)
+    assert made.checks.lengths[0].bits[0] == length.bits[0]
+    np.testing.assert_array_equal(made.checks.lengths[0].accuracy.value[:1], length.accuracy.value)
     residual = residualised(made.samples, "answer", cells[:1], penalties[:1])
     np.testing.assert_array_equal(made.checks.residuals[0].after.value, residual.after.value)
     experts = dict.fromkeys(range(3), "transformer")
@@ -47,6 +50,42 @@ def test_best_cells_are_the_grids_and_every_analysis_is_of_them(made):
     assert {m.axis for m in expected} == {"step", "layer", "seed", "rooms", "length"}
     for ours, theirs in zip(made.checks.matrices, expected, strict=True):
         np.testing.assert_array_equal(ours.accuracy, theirs.accuracy)
+
+
+def test_inputs_are_described_in_the_form_and_at_the_penalty_that_served_them_best(made):
+    """Against the same columns put together by hand."""
+    for result, found in zip(made.evaluated.results, made.checks.lengths, strict=False):
+        name, step = result.target.name, made.checks.best[result.target.name].step
+        assert [cell.site for cell in found.cells] == [made.checks.best[name].site, "embed", "x0_latent"]
+        for at, source in ((1, "embed"), (2, "x0_latent")):
+            read = result.readings[source]
+            area, time = str(read.form[step, 0]).split(", ")
+            values = getattr(made.inputs[source], area)[:, step]  # sample frame part channel
+            rows = values.mean(1) if time == "mean" else values.transpose(1, 2).flatten(2)
+            rows = rows.flatten(1)[:, None] if area == "whole" else rows
+            cell = Cell(step, source, "cond", "all")
+            alone = replace(made.samples, features=rows[:, None], cells=(cell,))
+            if area == "whole":
+                plain = tuple(replace(t, form="problem") for t in made.samples.targets if t.form != "region")
+                alone = replace(alone, targets=plain)
+            length = description_length(alone, name, [cell], torch.tensor([read.penalty[step, 0]]), 0)
+            assert found.bits[at] == pytest.approx(length.bits[0], rel=1e-6)
+            np.testing.assert_allclose(found.accuracy.value[at], length.accuracy.value[0])
+            assert float(made.grid.dataset.bits.sel(target=name, source=source)) == found.bits[at]
+
+
+def test_inputs_that_were_not_read_are_not_described(made):
+    evaluated = replace(made.evaluated, results=tuple(replace(r, readings={}) for r in made.evaluated.results))
+    evaluated = replace(
+        evaluated,
+        results=tuple(
+            replace(r, validation=replace(r.validation, inputs={}), test=replace(r.test, inputs={}))
+            for r in evaluated.results
+        ),
+    )
+    _, checks = examine(evaluated, made.samples, {}, made.bank)
+    assert all(len(length.cells) == len(length.bits) == 1 for length in checks.lengths)
+    assert checks.skipped == ()
 
 
 def test_the_grid_without_its_checks_is_the_grid(made):

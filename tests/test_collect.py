@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from cosprobe.collect import (
     draw_samples,
     fresh_problems,
     images,
+    input_parts,
     noise_seed,
     settings,
     store_bytes,
@@ -101,22 +103,56 @@ def test_at_most_five_decodes_the_last_step_among_them():
 def test_the_announced_size_is_the_size_on_disk(model, config, store):
     tensors = store.read()[0]
     both = [tensors["features"], tensors["untrained.features"]]
-    size = sum(features.numel() * features.element_size() for features in both)
     assert [len(features) for features in both] == [20, 10]
+    inputs = [value for name, value in tensors.items() if name.startswith("input.") and name != "input.prompt.whole"]
+    assert len(inputs) == 2 * 5  # noise, first frame, embed, x_t and x0-hat, in regions and over the whole frame
+    size = sum(values.numel() * values.element_size() for values in (*both, *inputs))
     assert size == store_bytes(model, config, TASK.build(), PROBE, 20, 10)
 
 
+@pytest.mark.parametrize(
+    ("pooling", "frames", "guidance"), [("clip", False, 1.0), ("grid", False, 3.0), ("region", True, 3.0)]
+)
+def test_the_announced_size_follows_pooling_and_guidance(model, config, tmp_path, pooling, frames, guidance):
+    probe = SimpleNamespace(**vars(PROBE) | {"pooling": pooling, "frames": frames, "steps": "0,2", "randomised": 0})
+    guided, drawn = replace(config, guidance=guidance), DRAWN[:2]
+    store = collect(model, guided, TASK.build(), probe, drawn, settings(guided, TASK, probe, 0), tmp_path / "store")
+    tensors = store.read()[0]
+    kept = [v for name, v in tensors.items() if name == "features" or name.startswith("input.")]
+    size = sum(values.numel() * values.element_size() for values in kept) - tensors["input.prompt.whole"].numel() * 4
+    assert size == store_bytes(model, guided, TASK.build(), probe, 2)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "channels", "parts"),
+    [
+        (Pooling("clip"), 64, 16),
+        (Pooling("frame"), 5120, 1),
+        (Pooling("grid"), 5120, 16),  # the cells of the probe, however many columns they make
+        (Pooling("region", boxes=[[(0.0, 0.0, 1.0, 1.0)] * 36]), 65, 9 + 36),
+    ],
+)
+def test_an_input_is_kept_in_regions_and_cells(pooling, channels, parts):
+    assert input_parts(pooling, channels) == parts
+
+
 def test_what_is_stored_is_what_capture_gives(model, config, store):
-    samples, experts = load_samples(store, TASK.build())
+    samples, inputs, experts = load_samples(store, TASK.build())
     assert experts == ["only"] * 3
     drawn = DRAWN[8:16]
     problems = [s.problem for s in drawn]
-    with capture(model, ["2"], Pooling("region", boxes=[p.regions for p in problems]), "1") as tape:
+    with capture(model, ["2"], Pooling("region", boxes=[p.regions for p in problems]), "1", inputs=True) as tape:
         video = sample(
             model, config, images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in drawn]
         )
     cell = next(i for i, c in enumerate(samples.cells) if (c.step, c.site) == (1, "2"))
     assert torch.equal(samples.features[8:16, cell], tape.features()[:, 0, 0, 0, 0])
+    for name, values in tape.input_features().items():
+        source, part = name.split(".")
+        stored = getattr(inputs[source], part)[8:16]
+        at = slice(1, 2) if stored.shape[1] == 3 else slice(0, 1)  # step 1, or all there is
+        assert torch.equal(stored[:, at], values), name
+    assert {cell.site for cell in samples.cells} == {"0", "2"}  # no input is among what probes are fitted to
     read = [TASK.build().readout(p, clip) for p, clip in zip(problems, video, strict=True)]
     assert samples.choice[8:16].tolist() == [-1 if r.answer is None else r.answer for r in read]
     np.testing.assert_allclose(samples.scores["final"][8:16], [r.scores for r in read], atol=1e-6)
@@ -124,7 +160,7 @@ def test_what_is_stored_is_what_capture_gives(model, config, store):
 
 
 def test_labels_belong_to_their_kinds(store):
-    samples, _ = load_samples(store, TASK.build())
+    samples, _, _ = load_samples(store, TASK.build())
     one_exit = samples.kinds == "one_exit"
     assert (samples.labels["answer"].numpy()[one_exit] >= 0).all() and (
         samples.labels["answer"].numpy()[~one_exit] < 0

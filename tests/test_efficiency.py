@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from cosprobe import efficiency
 from cosprobe.data import ProbeSamples
-from cosprobe.efficiency import FIRST, code_length, description_length, doubling
+from cosprobe.efficiency import FIRST, code_length, description_length, doubling, side_by_side
 from cosprobe.solvers import design, spread, standardise
 from cosprobe.tasks import Target
 from cosprobe.types import Cell
@@ -162,6 +162,22 @@ def test_sizes_double_up_to_all_problems():
     assert doubling(2 * FIRST, "answer") == (FIRST, 2 * FIRST)
     with pytest.raises(ValueError, match="target 'answer': 19 training problems, expected at least 20"):
         doubling(19, "answer")
+
+
+@pytest.mark.parametrize("target", ["answer", "doors"])
+def test_results_side_by_side_are_those_of_one_call(target):
+    samples = graded()
+    whole = description_length(samples, target, samples.cells, PENALTIES, seed=1)
+    parts = (samples.cells[2:], samples.cells[:2])
+    joined = side_by_side([description_length(samples, target, p, PENALTIES[: len(p)], seed=1) for p in parts])
+    order = [2, 3, 0, 1]
+    assert joined.cells == tuple(samples.cells[i] for i in order)
+    for name in ("bits", "lower", "upper", "compression", "converged"):
+        np.testing.assert_allclose(getattr(joined, name), getattr(whole, name)[order], rtol=1e-6)
+    for name in ("value", "lower", "upper"):
+        np.testing.assert_allclose(getattr(joined.accuracy, name), getattr(whole.accuracy, name)[order])
+    for name in ("target", "sizes", "uniform", "prior", "labels", "n"):
+        assert getattr(joined, name) == getattr(whole, name)
 
 
 def test_bad_requests_are_named():

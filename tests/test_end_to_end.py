@@ -79,7 +79,9 @@ def test_the_grid_has_the_promised_names(run):
     grid = Grid.load(run[0]).dataset
     assert {"target", "step", "layer", "place"} <= set(grid.dims) and "branch" not in grid.dims
     assert {"accuracy", "lower", "upper", "chance", "skill", "p_permutation"} <= set(grid.data_vars)
-    assert {"p_skill", "p_excess", "selectivity", "latency", "lag", "ece", "brier"} <= set(grid.data_vars)
+    assert {"p_inputs", "p_evidence", "p_excess", "selectivity", "latency", "lag", "ece", "brier"} <= set(
+        grid.data_vars
+    )
     assert {"transfer_step", "transfer_layer", "weights_accuracy"} <= set(grid.data_vars)
     assert {"answer", "answer_relabelled", "control"} <= set(grid.target.values)
     baseline = grid.baseline_accuracy.sel(target="answer").isel(step=0, place=0)
@@ -107,7 +109,8 @@ def test_a_second_run_reuses_the_store_and_gives_the_same_grid(model, run):
     assert output.count("re-using") == 1
     assert {path: path.stat().st_mtime_ns for path in (run[0] / "store").iterdir()} == written
     after = Grid.load(run[0]).dataset
-    for name in ("accuracy", "skill", "p_permutation", "p_excess", "latency", "transfer_step", "weights_accuracy"):
+    for name in ("accuracy", "skill", "p_permutation", "p_inputs", "p_excess", "latency", "baseline_accuracy",
+                 "baseline_form", "transfer_step", "weights_accuracy"):  # fmt: skip
         np.testing.assert_array_equal(before[name].values, after[name].values)
 
 
@@ -120,7 +123,7 @@ def test_two_processes_give_the_same_grid(model, run, tmp_path):
     tensors = one.read()[0], two.read()[0]
     for name in tensors[0].keys() - {"untrained.spent"}:  # seconds are never the same
         torch.testing.assert_close(tensors[0][name], tensors[1][name], rtol=0, atol=1e-6, equal_nan=True)
-    samples, _ = load_samples(one, read_run(run[0]).task.build())
+    samples, _, _ = load_samples(one, read_run(run[0]).task.build())
     banks = load_probes(run[0]), load_probes(tmp_path / "two")
     for target in banks[0].targets:
         values = [bank.decision(samples.features, target.name) for bank in banks]

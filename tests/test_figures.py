@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import matplotlib
 import numpy as np
 import pytest
@@ -65,7 +67,7 @@ def test_title_says_what_is_decoded_from_how_many_of_what(grid):
     assert f"best accuracy {grid.best('answer').accuracy:.2f}" in answer
     assert "which one will the model pick?" in choice
     (control,) = (axes.get_title(loc="left") for axes in panels(maps(grid, ["control"])))
-    assert "must stay blank" in control
+    assert "must be hatched" in control
     assert "all problems" in control
     assert "no evidence" in control
 
@@ -82,12 +84,23 @@ def test_hatched_cells_are_those_without_evidence(grid):
     for target in ("choice", "control"):
         (axes,) = panels(maps(grid, [target]))
         (hatched,) = [c for c in axes.collections if c.get_hatch()]
-        assert hatched.get_array().count() == int((grid.plane(target).p_permutation > 0.05).sum())
+        assert hatched.get_array().count() == int((grid.plane(target).p_evidence > 0.05).sum())
+
+
+def test_cells_without_any_p_are_hatched_too():
+    evaluated = synthetic(2, 3, 40, targets=(ANSWER,))
+    first = evaluated.results[0]
+    few = replace(first, test=replace(first.test, keys=np.array([f"t{i % 11}" for i in range(40)])))
+    (axes,) = panels(maps(build_grid(replace(evaluated, results=(few,)), draws=20), ["answer"]))
+    (hatched,) = [c for c in axes.collections if c.get_hatch()]
+    assert hatched.get_array().count() == 6
+    (outline,) = [c for c in axes.collections if isinstance(c, LineCollection)]
+    assert len(outline.get_segments()) == 0
 
 
 def test_outline_holds_the_cells_that_read_more_than_the_picture_shows(grid):
     plane = grid.plane("answer").transpose("layer", "step", ...)
-    inside = ((plane.p_excess <= 0.05) & (plane.p_permutation <= 0.05)).values
+    inside = ((plane.p_excess <= 0.05) & (plane.p_evidence <= 0.05)).values
     assert 0 < inside.sum() < inside.size
     (axes,) = panels(maps(grid, ["answer"]))
     (outline,) = [c for c in axes.collections if isinstance(c, LineCollection)]

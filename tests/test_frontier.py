@@ -10,6 +10,7 @@ from scipy import stats
 
 from cosprobe.cost import Cost
 from cosprobe.frontier import outcome, policy_looks, realised, spent, ways
+from cosprobe.metrics import difference_interval
 from cosprobe.policy import Policy
 from cosprobe.stopping import Records, Stopping
 from cosprobe.tasks import Maze
@@ -63,7 +64,9 @@ def test_what_is_realised_is_a_loop_over_problems(against):
     assert done.compute == pytest.approx(np.mean(compute) / WHOLE)
     assert done.accuracy == pytest.approx(np.mean(right))
     assert done.gain[0] == pytest.approx(np.mean(right) - records.solved.mean())
-    assert done.gain[1] <= done.gain[0] <= done.gain[2]
+    difference = np.array(right, dtype=float) - records.solved
+    assert done.gain[1:] == pytest.approx(np.ravel(difference_interval(difference[None], records.keys)))
+    assert done.gain[1] < done.gain[0] < done.gain[2]
     assert done.first_gain[0] == pytest.approx(records.right[:, 0].mean() - records.solved.mean())
     assert done.finished_seconds == pytest.approx(0.5) and done.seconds < 0.5
 
@@ -71,7 +74,9 @@ def test_what_is_realised_is_a_loop_over_problems(against):
 def test_a_policy_that_never_stops_finishes_every_run():
     done = realised(synthetic(threshold=np.inf), COST, CLOCK, TOTAL)
     assert (done.answered, done.errors, done.risk, done.compute, done.evaluations) == (0, 0, 0.0, 1.0, 5.0)
-    assert done.gain == (0.0, 0.0, 0.0)
+    assert done.gain[0] == 0 and -done.gain[1] == done.gain[2] < 0.1
+    nothing = realised(synthetic(against="truth", threshold=np.inf), COST, CLOCK, TOTAL)
+    assert (nothing.risk, nothing.interval) == (0.0, (0.0, 1.0))
 
 
 def test_the_ways_are_these_four():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from statistics import NormalDist
 
@@ -9,19 +10,32 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from cosprobe.checks import Checks
 from cosprobe.grid import BASELINES, Grid
+from cosprobe.inputs import MUST_BEAT
 from cosprobe.latency import latency
-from cosprobe.metrics import cluster_bootstrap, max_t_bootstrap, max_t_permutation
-from cosprobe.predictions import Evaluated, SplitPredictions, TargetPredictions
+from cosprobe.metrics import (
+    difference_interval,
+    effective_problems,
+    max_t_bootstrap,
+    max_t_permutation,
+    share_interval,
+    weakest_pair,
+)
+from cosprobe.predictions import Evaluated, InputReading, SplitPredictions, TargetPredictions
+from cosprobe.report import ground, remarks
 from cosprobe.scoring import MEANING, _shown, build_grid
 from cosprobe.tasks import Target
-from cosprobe.types import EVERY_STEP, SOURCES, Cell
+from cosprobe.types import INPUTS, X0, Cell
 
 ANSWER = Target("answer", 4, "candidate", "answer", ("one_exit",))
 CHOICE = Target("choice", 4, "candidate", "choice", ("choice",))
 START = Target("start", 9, "problem", "perception", ("one_exit", "choice"))
 DOORS = Target("corridors", 2, "region", "perception", ("one_exit", "choice"))
 CONTROL = Target("control", 4, "candidate", "control", ("one_exit", "choice"))
+ORIGIN = Target("origin", 4, "problem", "memory", ("one_exit",))
+READ = ("noise", "nuisance", "embed", "x_t", X0)  # what the synthetic world has readings of
+NOTHING = Checks({}, (), (), (), {}, None, ())
 
 
 def truth(target: str, site: str, step: int, layers: int, steps: int) -> float:
@@ -31,26 +45,37 @@ def truth(target: str, site: str, step: int, layers: int, steps: int) -> float:
     if target == "control":
         return 0.25
     if target in ("start", "corridors"):
-        return 0.93 if site in SOURCES[:2] else 0.95 - 0.4 * (int(site) / layers if site.isdigit() else 0.8)
-    final, first = (0.93, 0.36) if target == "answer" else (0.97, 0.34)
+        return 0.95 - 0.4 * int(site) / layers
+    final, first = (0.93, 0.36) if target != "choice" else (0.97, 0.34)
+    if site in ("noise", "nuisance"):
+        return 0.27
     if site in ("embed", "x_t"):
-        return first - 0.06 * (site == "x_t") + (final - first) * time**2
+        return first - 0.06 * (site == "x_t") + 0.7 * (final - first) * time**2
     if site in ("x0_latent", "x0_readout"):
-        lead = 0.72 if target == "answer" else 0.5
+        lead = 0.72 if target != "choice" else 0.5
         return lead + (final - lead) * min(1.0, 1.6 * time)
     depth = int(site) / (layers - 1)
-    settled = 1 / (1 + np.exp(-14 * (depth - (0.62 if target == "answer" else 0.5) + 0.9 * time)))
-    ceiling = final if target == "answer" else 0.55 + 0.42 * (1 - np.exp(-6 * time))
+    settled = 1 / (1 + np.exp(-14 * (depth - (0.62 if target != "choice" else 0.5) + 0.9 * time)))
+    ceiling = final if target != "choice" else 0.55 + 0.42 * (1 - np.exp(-6 * time))
     return first + (ceiling - first) * settled
+
+
+def reading(
+    validation: np.ndarray, test: np.ndarray, accuracy: float | np.ndarray, form: str = "region, mean", columns: int = 8
+) -> InputReading:
+    """Of labels [step, place, *label]; accuracy in cross-validation of every step and place."""
+    shape = validation.shape[:2]
+    sizes = np.full(shape, columns)
+    cross = np.broadcast_to(np.asarray(accuracy, dtype=float), shape)
+    return InputReading(np.full(shape, form), cross, np.ones(shape), sizes, np.minimum(sizes, 40), validation, test)
 
 
 def synthetic(
     layers=8, steps=20, samples=196, places=("all",), branches=("cond",), targets=(ANSWER, CHOICE), seeds=1, seed=0
 ) -> Evaluated:
-    """Predictions of a bank on a world whose accuracies are `truth`, errors correlated between cells."""
+    """Predictions of a bank and of inputs on a world whose accuracies are `truth`, errors correlated between cells."""
     rng = np.random.default_rng(seed)
-    sites = (*map(str, range(layers)), *SOURCES)
-    cells = tuple(Cell(t, s, b, p) for t in range(steps) for s in sites for b in branches for p in places)
+    cells = tuple(Cell(t, str(n), b, p) for t in range(steps) for n in range(layers) for b in branches for p in places)
     decoded = set(np.linspace(0, steps - 1, min(5, steps)).astype(int).tolist())
 
     def guesses(target: Target, labels: np.ndarray, shares: list[float]) -> np.ndarray:
@@ -64,27 +89,41 @@ def synthetic(
         keys = np.array([f"{name}{i // seeds}" for i in range(count)])
         labels = rng.integers(target.classes, size=(count, 4) if target.form == "region" else count)
         shares = [truth(target.name, c.site, c.step, layers, steps) * (0.6 if c.place == "0" else 1) for c in cells]
-        predicted = guesses(target, labels, shares)
+        named = [name for name in READ if name in (*MUST_BEAT.get(target.role, ()), X0) and target.role in MUST_BEAT]
+        apart = len(places) if target.role == "memory" else 1  # everything else is read wherever it serves best
+        shares += [truth(target.name, name, t, layers, steps) for name in named for t in range(steps * apart)
+                   for t in [t // apart]]  # fmt: skip
+        said = guesses(target, labels, shares)
+        predicted, others = said[: len(cells)], said[len(cells) :].reshape(len(named), steps, apart, *labels.shape)
+        whole = (steps, len(places), *labels.shape)
+        inputs = {name: np.broadcast_to(values, whole) for name, values in zip(named, others, strict=True)}
         if target.role == "control":
             predicted = rng.integers(target.classes, size=predicted.shape)
         if target.role not in ("answer", "choice"):
-            return SplitPredictions(labels, keys, predicted)
+            return SplitPredictions(labels, keys, predicted, inputs=inputs)
         shares = [truth(target.name, "x0_readout", t, layers, steps) for t in range(steps)]
         readout = np.where(np.isin(np.arange(steps), list(decoded))[:, None], guesses(target, labels, shares), -1)
         drawn = labels if target.role == "choice" else guesses(target, labels, [0.9])[0]
-        return SplitPredictions(labels, keys, predicted, readout, drawn)
+        return SplitPredictions(labels, keys, predicted, readout, drawn, inputs)
+
+    def result(target: Target) -> TargetPredictions:
+        train = rng.integers(target.classes, size=(300, 4) if target.form == "region" else 300)
+        validation, test = split(target, samples, "v"), split(target, samples, "t")
+        readings = {}
+        for name, said in test.inputs.items():
+            cross = [truth(target.name, name, t, layers, steps) + rng.normal(scale=0.02) for t in range(steps)]
+            accuracy = np.repeat(np.clip(cross, 0, 1)[:, None], len(places), axis=1)
+            readings[name] = reading(validation.inputs[name], said, accuracy)
+        none = 7 * (target.role == "choice")
+        return TargetPredictions(
+            target, train, np.arange(300) // 2, validation, test, np.full(len(cells), 0.01), none, readings=readings
+        )
 
     return Evaluated(
         cells,
         tuple("high" if t < steps // 2 else "low" for t in range(steps)) if steps > 30 else ("transformer",) * steps,
-        tuple(
-            TargetPredictions(
-                t, rng.integers(t.classes, size=(300, 4) if t.form == "region" else 300),
-                split(t, samples, "v"), split(t, samples, "t"), np.full(len(cells), 0.01), 7 * (t.role == "choice"),
-            )
-            for t in targets
-        ),
-    )  # fmt: skip
+        tuple(result(target) for target in targets),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -95,43 +134,61 @@ def grid() -> Grid:
 
 
 def tiny(
-    right: dict[str, tuple[float, float]], target: Target = ANSWER, samples: int = 20, steps: int = 1, **changes
+    right: dict[str, tuple[float, ...]], target: Target = ANSWER, samples: int = 20, steps: int = 1, **changes
 ) -> Evaluated:
-    """A grid whose cells are right on exactly these shares of (validation, test); x0_readout likewise if given."""
+    """A grid whose cells are right on exactly these shares of (validation, test), x0_readout likewise if given.
+    An input has its accuracy in cross-validation as a third number; without one, that on validation."""
 
     def rows(share: float) -> np.ndarray:
         labels = np.zeros(samples, dtype=int)
         return np.where(np.arange(samples) < round(share * samples), labels, 1)
 
-    sites = [site for site in right if site != "x0_readout"]
-    cells = tuple(Cell(t, site, "cond", "all") for t in range(steps) for site in sites)
+    layers = [site for site in right if site.isdigit()]
+    named = [site for site in right if not site.isdigit() and site != "x0_readout"]
+    cells = tuple(Cell(t, site, "cond", "all") for t in range(steps) for site in layers)
     labels, keys = np.zeros(samples, dtype=int), np.arange(samples)
     parts = []
     for i in (0, 1):
         readout = np.tile(rows(right["x0_readout"][i]), (steps, 1)) if "x0_readout" in right else None
-        predicted = np.stack([rows(right[cell.site][i]) for cell in cells])
-        parts.append(SplitPredictions(labels, keys, predicted, readout))
+        predicted = np.array([rows(right[cell.site][i]) for cell in cells], dtype=int).reshape(len(cells), samples)
+        inputs = {name: np.tile(rows(right[name][i]), (steps, 1, 1)) for name in named}
+        parts.append(SplitPredictions(labels, keys, predicted, readout, None, inputs))
     never = np.full(40, target.classes - 1)  # the majority guess is always wrong
-    result = TargetPredictions(target, never, *parts, np.ones(len(cells)))
+    readings = {
+        name: reading(parts[0].inputs[name], parts[1].inputs[name], right[name][2 if len(right[name]) > 2 else 0])
+        for name in named
+    }
+    result = TargetPredictions(target, never, np.arange(40), *parts, np.ones(len(cells)), readings=readings)
     return Evaluated(cells, ("transformer",) * steps, (replace(result, **changes),))
 
 
-def only(evaluated: Evaluated) -> xr.Dataset:
-    return build_grid(evaluated, draws=50).dataset.isel(target=0, place=0)
+def only(evaluated: Evaluated, draws: int = 50) -> xr.Dataset:
+    return build_grid(evaluated, draws=draws).dataset.isel(target=0, place=0)
+
+
+def changed(evaluated: Evaluated, split: str = "test", **changes) -> Evaluated:
+    """The same with other predictions of the first target on one split."""
+    first = evaluated.results[0]
+    result = replace(first, **{split: replace(getattr(first, split), **changes)})
+    return replace(evaluated, results=(result, *evaluated.results[1:]))
 
 
 def test_names_that_others_script_against(grid):
     data = grid.dataset
     assert dict(data.sizes) == {"target": 5, "step": 6, "layer": 8, "place": 1, "baseline": 12}
     for name in (
-        "accuracy", "lower", "upper", "skill", "p_skill", "p_permutation", "excess", "p_excess", "validation_accuracy",
-        "lambda", "agreement", "knew", "selectivity", "temperature", "ece", "ece_raw", "brier",
+        "accuracy", "lower", "upper", "skill", "p_permutation", "p_guess", "p_inputs", "p_evidence", "excess",
+        "excess_lower", "excess_upper", "p_excess", "validation_accuracy", "lambda", "agreement", "knew", "selectivity",
+        "selectivity_lower", "selectivity_upper", "temperature", "ece", "ece_raw", "brier",
     ):  # fmt: skip
         assert data[name].dims == ("target", "step", "layer", "place")
-        assert data[name].attrs["long_name"]
-    assert data.chance.dims == ("target",)
-    for name in ("baseline_accuracy", "baseline_lower", "baseline_upper", "baseline_validation"):
-        assert data[name].dims == ("target", "baseline", "step", "place")
+    counts = ("n_train", "n_validation", "n_test", "n_train_problems", "n_validation_problems", "n_test_problems")
+    for name in ("chance", "smallest_skill", "n_effective", "n_none", "n_wrong", *counts):
+        assert data[name].dims == ("target",)
+    for name in ("accuracy", "lower", "upper", "validation", "cross_validation", "form", "columns", "projected"):
+        assert data[f"baseline_{name}"].dims == ("target", "baseline", "step", "place")
+    for name in ("reference", "reference_source", "visible", "visible_source"):
+        assert data[name].dims == ("target", "step", "place")
     assert data.baseline.values.tolist() == [
         "chance", "majority", "noise", "first_frame", "prompt", "nuisance", "embed", "x_t", "x0_readout", "x0_latent",
         "permuted_weights", "fresh_weights",
@@ -157,49 +214,61 @@ def test_branches_and_places_are_dimensions_where_there_are_several():
     assert built.dataset.accuracy.dims == ("target", "step", "layer", "branch", "place")
     assert built.dataset.reference.dims == ("target", "step", "branch", "place")
     assert built.dataset.expert.values.tolist() == ["high", "high", "low"]
-    result = evaluated.results[0]
+    test = evaluated.results[0].test
     for i, cell in enumerate(evaluated.cells):
-        right = (result.test.predicted[i] == result.test.labels).mean()
-        if cell.site not in SOURCES:
-            assert float(built.at("answer", cell).accuracy) == pytest.approx(right)
-        else:
-            where = {"baseline": cell.site, "step": cell.step, "branch": cell.branch, "place": cell.place}
-            assert float(built.dataset.baseline_accuracy.sel(target="answer", **where)) == pytest.approx(right)
+        right = (test.predicted[i] == test.labels).mean()
+        assert float(built.at("answer", cell).accuracy) == pytest.approx(right)
+    for name, said in test.inputs.items():
+        found = built.dataset.baseline_accuracy.sel(target="answer", baseline=name).transpose("branch", "step", "place")
+        np.testing.assert_allclose(found, np.stack([(said == test.labels).mean(axis=2)] * 2))  # of either branch
     assert built.plane("answer", place="1", branch="uncond").accuracy.dims == ("step", "layer")
     best = built.best("answer")
     assert float(built.plane("answer").accuracy.sel(step=best.cell.step, layer=int(best.cell.site))) == best.accuracy
 
 
-def test_intervals_and_p_are_those_of_metrics_over_the_layers_only(grid):
+def test_intervals_and_p_are_those_of_metrics(grid):
     evaluated = synthetic(steps=6, samples=120, targets=(ANSWER, CHOICE, START, DOORS, CONTROL))
-    rows = [i for i, cell in enumerate(evaluated.cells) if cell.site not in SOURCES]
     for result in evaluated.results:
         test, plane = result.test, grid.plane(result.target.name)
-        p = max_t_permutation(test.predicted[rows], test.labels, test.keys, 200, 0)
+        p = max_t_permutation(test.predicted, test.labels, test.keys, 200, 0).p
         np.testing.assert_allclose(plane.p_permutation.values.ravel(), p)
-        right = (test.predicted[rows] == test.labels).reshape(len(rows), 120, -1).mean(-1)
+        right = (test.predicted == test.labels).reshape(len(evaluated.cells), 120, -1).mean(-1)
         np.testing.assert_allclose(plane.accuracy.values.ravel(), right.mean(1))
-        np.testing.assert_allclose(plane.lower.values.ravel(), cluster_bootstrap(right, test.keys, 200, 0)[0])
-        np.testing.assert_allclose(plane.upper.values.ravel(), cluster_bootstrap(right, test.keys, 200, 0)[1])
+        lower, upper = share_interval(right, test.keys)
+        np.testing.assert_allclose(plane.lower.values.ravel(), lower)
+        np.testing.assert_allclose(plane.upper.values.ravel(), upper)
 
 
 def test_control_gives_evidence_in_one_grid_of_twenty_and_a_decodable_target_always():
     alarms = 0
     for seed in range(25):
         built = build_grid(synthetic(4, 5, 80, targets=(ANSWER, CONTROL), seed=seed), draws=99)
-        assert built.best("answer").p <= 0.05
-        alarms += bool((built.dataset.p_permutation.sel(target="control") <= 0.05).any())
+        assert (built.dataset.p_evidence.sel(target="answer") <= 0.05).any()
+        alarms += bool((built.dataset.p_evidence.sel(target="control") <= 0.05).any())
     assert alarms <= 5
 
 
-def test_reference_is_chosen_on_validation_and_read_on_test():
-    data = only(tiny({"0": (0.9, 0.9), "embed": (0.6, 0.5), "x_t": (0.5, 0.7)}))
+# inputs and the reference
+
+
+def test_the_reference_is_the_best_in_cross_validation_read_on_test():
+    data = only(tiny({"0": (0.9, 0.9), "embed": (0.4, 0.5, 0.6), "x_t": (0.9, 0.7, 0.5), "prompt": (1.0, 0.8, 0.59)}))
     assert str(data.reference_source.values[0]) == "embed"
     assert float(data.reference[0]) == 0.5
     assert float(data.skill[0, 0]) == pytest.approx((0.9 - 0.5) / (1 - 0.5))
-    chance = only(tiny({"0": (0.9, 0.9), "embed": (0.2, 0.9)}, train_labels=np.ones(4, dtype=int)))
-    assert str(chance.reference_source.values[0]) == "chance"
-    assert float(chance.reference[0]) == 0.25
+    tied = only(tiny({"0": (0.9, 0.9), "x_t": (0.9, 0.7, 0.6), "noise": (0.3, 0.4, 0.6)}))
+    assert str(tied.reference_source.values[0]) == "noise"  # of equals the first in the order of INPUTS
+
+
+def test_the_reference_is_never_below_chance():
+    data = only(tiny({"0": (0.9, 0.9), "embed": (0.9, 0.2, 0.9), "x_t": (0.1, 0.8, 0.1)}))
+    assert str(data.reference_source.values[0]) == "chance"
+    assert float(data.reference[0]) == float(data.chance) == 0.25
+    assert float(data.skill[0, 0]) == pytest.approx((0.9 - 0.25) / 0.75)
+    level = only(tiny({"0": (0.9, 0.9), "embed": (0.9, 0.25, 0.9)}))
+    assert str(level.reference_source.values[0]) == "embed"  # not below
+    often = only(tiny({"0": (0.9, 0.9), "embed": (0.9, 0.9, 0.9)}, train_labels=np.zeros(40, dtype=int)))
+    assert (str(often.reference_source.values[0]), float(often.reference[0])) == ("majority", 1.0)
 
 
 def test_skill_is_undefined_where_the_inputs_leave_no_room():
@@ -207,13 +276,261 @@ def test_skill_is_undefined_where_the_inputs_leave_no_room():
     assert np.isfinite(only(tiny({"0": (1.0, 1.0), "x_t": (0.95, 0.95)})).skill).all()
 
 
-def test_perception_is_measured_from_chance():
-    seen = tiny({"0": (0.9, 0.9), "embed": (0.8, 0.8)}, START, train_labels=np.array([3, 3, 0]))
-    data = only(seen)
+def test_roles_without_inputs_to_beat_are_held_against_chance_alone(grid):
+    data = only(tiny({"0": (0.9, 0.9)}, START, train_labels=np.repeat([3, 3, 0, 5], 10)))
     assert str(data.reference_source.values[0]) == "chance"
-    assert float(data.skill[0, 0]) == pytest.approx((0.9 - 1 / 9) / (1 - 1 / 9))  # embed is no reference here
-    often = only(tiny({"0": (0.9, 0.9), "embed": (0.95, 0.95)}, START, train_labels=np.array([0, 3, 0])))
+    assert float(data.skill[0, 0]) == pytest.approx((0.9 - 1 / 9) / (1 - 1 / 9))
+    often = only(tiny({"0": (0.9, 0.9)}, START, train_labels=np.repeat([0, 3, 0, 5], 10)))
     assert str(often.reference_source.values[0]) == "majority"
+    for target in ("start", "corridors", "control"):
+        here = grid.dataset.sel(target=target)
+        assert np.isnan(here.p_inputs).all()
+        np.testing.assert_array_equal(here.p_evidence, np.fmax(here.p_permutation, here.p_guess))
+        assert np.isnan(here.baseline_cross_validation).all()
+    assert (grid.dataset.p_evidence.sel(target="start") <= 0.05).any()
+
+
+def test_labels_told_apart_no_more_often_than_by_the_most_frequent_one_are_no_evidence():
+    """Of 100 labels 60 are 0. Layer 0 finds half of the others and misses a third of these: its labels go along with
+    the true ones, but always saying 0 is right as often. Layer 1 is right on all."""
+    labels = np.repeat([0, 1], [60, 40])
+    found = np.concatenate([np.repeat([0, 1], [40, 20]), np.repeat([1, 0], [20, 20])])
+    split = SplitPredictions(labels, np.arange(100), np.stack([found, labels]))
+    cells = (Cell(0, "0", "cond", "all"), Cell(0, "1", "cond", "all"))
+    train = np.repeat([0, 1], [120, 80])
+    target = replace(START, classes=2)
+    result = TargetPredictions(target, train, np.arange(200), split, split, np.ones(2))
+    data = build_grid(Evaluated(cells, ("transformer",), (result,)), draws=999).dataset.isel(target=0, place=0, step=0)
+    assert data.accuracy.values.tolist() == [0.6, 1.0]
+    assert float(data.chance) == 0.6
+    assert float(data.p_guess[0]) > 0.4 and float(data.p_guess[1]) <= 0.01
+    assert float(data.p_evidence[0]) > 0.05 >= float(data.p_evidence[1])
+
+
+def test_evidence_takes_both_more_than_chance_and_more_than_every_input(grid):
+    data = grid.dataset.sel(target=["answer", "choice"])
+    assert np.isfinite(data.p_inputs).all()
+    every = np.fmax(np.fmax(data.p_permutation, data.p_guess), data.p_inputs)
+    np.testing.assert_array_equal(data.p_evidence, every)
+    assert grid.best("answer").p == float(grid.at("answer", grid.best("answer").cell).p_evidence)
+    assert (data.p_evidence <= 0.05).any() and ((data.p_permutation <= 0.05) & (data.p_evidence > 0.05)).any()
+    random = grid.dataset.sel(target="control")
+    assert (random.p_evidence > 0.05).all()
+
+
+def pairs(test: SplitPredictions, evaluated: Evaluated, others: dict[str, np.ndarray]) -> np.ndarray:
+    """Differences [cell, other, sample]; others: labels said [step, place, sample], -1 in steps without any."""
+    right = (test.predicted == test.labels).astype(float)
+    found = np.full((len(evaluated.cells), len(others), len(test.labels)), np.nan)
+    for i, cell in enumerate(evaluated.cells):
+        for j, said in enumerate(others.values()):
+            row = said[evaluated.steps.index(cell.step), evaluated.places.index(cell.place)]
+            if (row >= 0).all():
+                found[i, j] = right[i] - (row == test.labels)
+    return found
+
+
+def test_p_of_inputs_is_that_of_the_weakest_pair():
+    evaluated = synthetic(3, 4, 60, places=("all", "1"), branches=("cond", "uncond"), targets=(ANSWER,), seeds=2)
+    test = evaluated.results[0].test
+    differences = pairs(test, evaluated, {name: test.inputs[name] for name in INPUTS if name in test.inputs})
+    assert differences.shape[:2] == (48, 4)
+    data = build_grid(evaluated, draws=99, seed=3).dataset.sel(target="answer")
+    found = np.array([
+        float(data.p_inputs.sel(step=c.step, layer=int(c.site), branch=c.branch, place=c.place))
+        for c in evaluated.cells
+    ])  # fmt: skip
+    np.testing.assert_allclose(found, weakest_pair(differences, test.keys, 99, 3).p)
+    every = max_t_bootstrap(differences.reshape(-1, 60), test.keys, 99, 3).p  # and of all pairs the largest
+    np.testing.assert_allclose(found, every.reshape(48, 4).max(axis=1))
+    assert (found <= 0.05).any() and (found > 0.05).any()
+
+
+def test_a_cell_that_ties_with_one_input_of_six_has_no_evidence():
+    weak = dict.fromkeys(INPUTS, (0.3, 0.3))
+    beats = only(tiny({"0": (0.9, 0.9), **weak}))
+    assert float(beats.p_inputs[0, 0]) <= 0.05
+    for name in INPUTS:  # whichever it is, and however poor it was where the reference is chosen
+        tied = only(tiny({"0": (0.9, 0.9), **weak, name: (0.3, 0.9, 0.1)}))
+        assert float(tied.p_inputs[0, 0]) == float(tied.p_evidence[0, 0]) == 1
+        assert str(tied.reference_source.values[0]) != name
+        assert float(tied.skill[0, 0]) == pytest.approx((0.9 - 0.3) / 0.7)
+
+
+def test_x0_hat_is_no_input():
+    data = only(tiny({"0": (0.9, 0.9), "embed": (0.3, 0.3), X0: (1.0, 0.9, 1.0)}))
+    assert str(data.reference_source.values[0]) == "embed"
+    assert float(data.p_inputs[0, 0]) <= 0.05 < float(data.p_excess[0, 0])
+
+
+def test_memory_is_compared_place_by_place():
+    """At place 0 the inputs say nothing, at place 1 x_t says all that the layer does."""
+    evaluated = synthetic(2, 2, 60, places=("0", "1"), targets=(ORIGIN,))
+    result = evaluated.results[0]
+
+    def right_on(count: int, labels: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(60) < count, labels, (labels + 1) % 4)
+
+    def told(labels: np.ndarray, first: int, second: int) -> np.ndarray:
+        return np.stack([np.stack([right_on(first, labels), right_on(second, labels)])] * 2)
+
+    splits, readings = {}, {}
+    for name in ("validation", "test"):
+        split = getattr(result, name)
+        inputs = {"embed": told(split.labels, 20, 18), "x_t": told(split.labels, 16, 54)}
+        predicted = np.stack([right_on(54, split.labels)] * len(evaluated.cells))
+        splits[name] = replace(split, predicted=predicted, inputs=inputs)
+    for name, cross in (("embed", [0.33, 0.3]), ("x_t", [0.26, 0.9])):
+        readings[name] = reading(
+            splits["validation"].inputs[name], splits["test"].inputs[name], np.array([cross, cross])
+        )
+    result = replace(result, readings=readings, **splits)
+    data = build_grid(replace(evaluated, results=(result,)), draws=99).dataset.isel(target=0)
+    np.testing.assert_allclose(data.baseline_accuracy.sel(baseline="x_t"), [[16 / 60, 0.9]] * 2)
+    np.testing.assert_allclose(data.baseline_cross_validation.sel(baseline="embed"), [[0.33, 0.3]] * 2)
+    assert data.reference_source.values.tolist() == [["embed", "x_t"]] * 2
+    np.testing.assert_allclose(data.reference, [[20 / 60, 0.9]] * 2)
+    assert (data.p_inputs.sel(place="0") <= 0.05).all()
+    assert (data.p_inputs.sel(place="1") == 1).all()
+    every = np.fmax(np.fmax(data.p_permutation, data.p_guess), data.p_inputs)
+    np.testing.assert_array_equal(data.p_evidence, every)
+    np.testing.assert_allclose(data.skill.sel(place="0"), (0.9 - 1 / 3) / (2 / 3))
+
+
+def test_how_an_input_was_read_is_in_the_grid():
+    evaluated = tiny({"0": (0.9, 0.9), "embed": (0.5, 0.4, 0.6), "prompt": (0.3, 0.3, 0.2)}, steps=2)
+    result = evaluated.results[0]
+    form = np.array([["region, mean"], ["whole, frames"]])
+    embed = replace(
+        result.readings["embed"], form=form, columns=np.array([[8], [640]]), projected=np.array([[8], [40]])
+    )
+    result = replace(result, readings=result.readings | {"embed": embed})
+    data = only(replace(evaluated, results=(result,)))
+    at = data.sel(baseline="embed")
+    assert at.baseline_form.values.tolist() == ["region, mean", "whole, frames"]
+    assert at.baseline_columns.values.tolist() == [8, 640]
+    assert at.baseline_projected.values.tolist() == [8, 40]
+    np.testing.assert_allclose(at.baseline_cross_validation, [0.6, 0.6])
+    np.testing.assert_allclose(at.baseline_validation, [0.5, 0.5])
+    np.testing.assert_allclose(at.baseline_accuracy, [0.4, 0.4])
+    lower, upper = share_interval((np.arange(20) < 8).astype(float)[None], np.arange(20))
+    np.testing.assert_allclose(at.baseline_lower, [lower[0]] * 2)
+    np.testing.assert_allclose(at.baseline_upper, [upper[0]] * 2)
+    others = data.sel(baseline=["chance", "noise", "x0_readout", "fresh_weights"])
+    assert (others.baseline_form == "").all() and np.isnan(others.baseline_columns).all()
+    assert np.isnan(data.baseline_accuracy.sel(baseline=["noise", "x0_latent", "permuted_weights"])).all()
+
+
+# too few problems
+
+
+def with_few(problems: int, samples: int = 60) -> Evaluated:
+    """Test samples of so many problems, the rest as it was."""
+    evaluated = synthetic(3, 3, samples, targets=(ANSWER,))
+    return changed(evaluated, keys=np.array([f"t{i % problems}" for i in range(samples)]))
+
+
+def test_eleven_test_problems_carry_no_p_and_no_difference_but_a_share():
+    built = build_grid(with_few(11), draws=99)
+    data = built.dataset.sel(target="answer")
+    for name in ("p_permutation", "p_inputs", "p_evidence", "p_excess", "excess_lower", "excess_upper", "latency",
+                 "depth", "lag", "visible_latency", "smallest_skill"):  # fmt: skip
+        assert np.isnan(data[name]).all(), name
+    for name in ("accuracy", "lower", "upper", "skill", "excess", "reference", "visible", "knew_lower"):
+        assert np.isfinite(data[name]).all(), name
+    lines = [line for line in ground(built, "answer") if "test problems" in line]
+    assert len(lines) == 1 and "answer" in lines[0] and {"11", "12"} <= set(re.findall(r"\d+", lines[0]))
+    assert lines[0] in remarks(built, NOTHING)
+    assert np.isnan(built.best("answer").p)
+    twelve = build_grid(with_few(12), draws=99)
+    for name in ("p_evidence", "p_excess", "excess_lower", "excess_upper"):
+        assert np.isfinite(twelve.dataset[name]).all(), name
+    assert not any("expected" in line for line in ground(twelve, "answer"))
+
+
+def test_one_problem_with_nearly_all_seeds_is_no_twelve_problems():
+    evaluated = synthetic(3, 3, 60, targets=(ANSWER,))
+    keys = np.array([f"t{max(0, i - 40)}" for i in range(60)])  # 41 samples of one problem, one of each of 19
+    built = build_grid(changed(evaluated, keys=keys), draws=99)
+    data = built.dataset.sel(target="answer")
+    assert float(data.n_effective) == pytest.approx(60**2 / (41**2 + 19)) and float(data.n_effective) < 6
+    assert int(data.n_test_problems) == 20
+    for name in ("p_permutation", "p_inputs", "p_evidence", "p_excess", "excess_lower", "latency", "smallest_skill"):
+        assert np.isnan(data[name]).all(), name
+    assert np.isfinite(data.lower).all() and np.isfinite(data.upper).all()
+    worth = f"{float(data.n_effective):.1f}"
+    lines = [line for line in remarks(built, NOTHING) if worth in line]
+    assert len(lines) == 1 and "answer" in lines[0] and "20" in lines[0]
+
+
+def test_counts_are_of_samples_and_of_problems():
+    evaluated = synthetic(2, 2, 60, targets=(ANSWER,), seeds=3)
+    unlabelled = np.where(np.arange(300) < 100, -1, evaluated.results[0].train_labels)
+    result = replace(evaluated.results[0], train_labels=unlabelled)
+    data = build_grid(replace(evaluated, results=(result,)), draws=20).dataset.isel(target=0)
+    names = ("n_train", "n_validation", "n_test", "n_train_problems", "n_validation_problems", "n_test_problems")
+    assert [int(data[name]) for name in names] == [200, 60, 60, 100, 20, 20]
+    assert float(data.n_effective) == pytest.approx(20)
+
+
+def test_too_few_problems_of_another_split_are_named():
+    evaluated = synthetic(2, 3, 60, targets=(ANSWER,))
+    few = changed(evaluated, "validation", keys=np.array([f"v{i % 9}" for i in range(60)]))
+    few = replace(few, results=(replace(few.results[0], train_keys=np.arange(300) % 7),))
+    built = build_grid(few, draws=99)
+    data = built.dataset.sel(target="answer")
+    assert np.isfinite(data.p_evidence).all()  # test stands for itself
+    assert np.isnan(data.latency).all() and np.isnan(data.depth).all()  # whose evidence comes from validation
+    train, validation = (next(line for line in ground(built, "answer") if f"{split} problems" in line)
+                         for split in ("train", "validation"))  # fmt: skip
+    assert {"7", "12"} <= set(re.findall(r"\d+", train)) and {"9", "12"} <= set(re.findall(r"\d+", validation))
+
+
+# the smallest skill that could have been shown
+
+
+def test_the_smallest_skill_is_that_of_the_critical_value():
+    shares = np.arange(4, 21) / 20
+    evaluated = tiny({**{str(i): (s, s) for i, s in enumerate(shares)}, "embed": (0.25, 0.25), "noise": (0.2, 0.2)})
+    test = evaluated.results[0].test
+    right = (test.predicted == test.labels).astype(float)
+    others = np.stack([test.inputs[name][0, 0] == test.labels for name in ("noise", "embed")]).astype(float)
+    critical = weakest_pair(right[:, None] - others, test.keys, 199, 0).critical
+    data = only(evaluated, draws=199)
+    assert 0 < critical < np.sqrt(20)
+    assert float(data.smallest_skill) == pytest.approx(critical**2 / 20 / (1 - 0.25))
+    # every layer is right wherever the inputs are: what exceeds it is evidence against them, what does not is none
+    skill = data.skill.isel(step=0).values
+    np.testing.assert_array_equal(data.p_inputs.isel(step=0) <= 0.05, skill > float(data.smallest_skill) + 1e-9)
+    assert (skill > float(data.smallest_skill)).any() and (skill < float(data.smallest_skill)).any()
+
+
+def test_the_smallest_skill_without_inputs_is_that_of_the_permutation(grid):
+    evaluated = synthetic(steps=6, samples=120, targets=(ANSWER, CHOICE, START, DOORS, CONTROL))
+    for result in evaluated.results:
+        test, data = result.test, grid.dataset.sel(target=result.target.name)
+        chance, count = float(data.chance), effective_problems(test.keys)
+        critical = max_t_permutation(test.predicted, test.labels, test.keys, 200, 0).critical
+        needed = critical * np.sqrt(chance * (1 - chance) / count)
+        if result.readings:
+            named = [name for name in INPUTS if name in test.inputs]
+            differences = pairs(test, evaluated, {name: test.inputs[name] for name in named})
+            needed = max(needed, weakest_pair(differences, test.keys, 200, 0).critical ** 2 / count)
+        assert float(data.smallest_skill) == pytest.approx(needed / (1 - chance))
+        said = [line for line in ground(grid, result.target.name) if f"{float(data.smallest_skill):.2f}" in line]
+        assert len(said) == (result.target.role in ("answer", "choice"))
+        assert all("120" in line and "0.05" in line for line in said)
+
+
+def test_problems_of_several_seeds_count_once_in_the_smallest_skill():
+    alone, seeds = (synthetic(2, 2, 60, targets=(START,), seeds=n) for n in (1, 3))
+    data = [build_grid(e, draws=99).dataset.isel(target=0) for e in (alone, seeds)]
+    for here, evaluated, count in zip(data, (alone, seeds), (60, 20), strict=True):
+        test, chance = evaluated.results[0].test, float(here.chance)
+        critical = max_t_permutation(test.predicted, test.labels, test.keys, 99, 0).critical
+        needed = critical * np.sqrt(chance * (1 - chance) / count) / (1 - chance)
+        assert float(here.smallest_skill) == pytest.approx(needed)
+    assert float(data[1].smallest_skill) > 1.3 * float(data[0].smallest_skill)
 
 
 @pytest.mark.parametrize(("target", "blind"), [(ANSWER, 0.25), (START, 1 / 9), (DOORS, 0.5)])
@@ -222,7 +539,7 @@ def test_chance_and_majority_are_two_baselines_and_the_better_one_is_the_chance(
     for guess, share in ((0, 1.0), (1, 0.0)):  # every label is 0
         train = np.full((9, 4) if region else 9, guess)
         train[:4] = 1 - guess  # not more often than the guess
-        evaluated = tiny({"0": (1, 1)}, target, train_labels=train)
+        evaluated = tiny({"0": (1, 1)}, target, train_labels=train, train_keys=np.arange(9))
         if region:
             parts = [evaluated.results[0].validation, evaluated.results[0].test]
             parts = [replace(p, labels=np.zeros((20, 4), int), predicted=np.zeros((1, 20, 4), int)) for p in parts]
@@ -232,69 +549,79 @@ def test_chance_and_majority_are_two_baselines_and_the_better_one_is_the_chance(
         assert float(accuracy.sel(baseline="chance")) == pytest.approx(blind)
         assert float(accuracy.sel(baseline="majority")) == share
         assert float(data.chance) == pytest.approx(max(blind, share))
-        assert float(data.baseline_lower.sel(baseline="chance").isel(step=0)) == pytest.approx(blind)
-    tied = only(tiny({"0": (1, 1)}, train_labels=np.array([2, 1, 2, 1])))  # of equals the smallest
+        for end in ("lower", "upper"):  # known exactly
+            assert float(data[f"baseline_{end}"].sel(baseline="chance").isel(step=0)) == pytest.approx(blind)
+    even = np.repeat([2, 1, 2, 1], 10)
+    tied = only(tiny({"0": (1, 1)}, train_labels=even))  # of equals the smallest
     assert float(tied.baseline_accuracy.sel(baseline="majority").isel(step=0)) == 0
 
 
-def test_sources_of_the_whole_run_are_inputs_at_every_step():
-    evaluated = tiny({"0": (0.9, 0.9), "embed": (0.3, 0.3), "noise": (0.2, 0.4), "nuisance": (0.6, 0.5)}, steps=3)
-    first = [i for i, cell in enumerate(evaluated.cells) if cell.step == 0 or cell.is_layer or cell.site == "embed"]
-    cells = [evaluated.cells[i] for i in first]
-    cells = tuple(replace(c, step=EVERY_STEP) if c.site in ("noise", "nuisance") else c for c in cells)
-    result = evaluated.results[0]
-    parts = [replace(p, predicted=p.predicted[first]) for p in (result.validation, result.test)]
-    result = replace(result, validation=parts[0], test=parts[1], lambdas=np.ones(len(cells)))
-    fixed = replace(evaluated, cells=cells, results=(result,))
-    data = only(fixed)
-    assert data.step.values.tolist() == [0, 1, 2]
-    np.testing.assert_allclose(data.baseline_accuracy.sel(baseline="noise"), [0.4] * 3)
-    np.testing.assert_allclose(data.baseline_validation.sel(baseline="nuisance"), [0.6] * 3)
-    assert data.reference_source.values.tolist() == ["nuisance"] * 3
-    np.testing.assert_allclose(data.reference, 0.5)
-    np.testing.assert_allclose(data.skill[:, 0], 0.8)
-    assert np.isnan(data.baseline_accuracy.sel(baseline=["prompt", "permuted_weights", "fresh_weights"])).all()
-    own = replace(result, target=replace(ANSWER, role="nuisance"))  # it is one of the nuisances itself
-    data = only(replace(fixed, results=(own,)))
-    assert np.isnan(data.baseline_accuracy.sel(baseline="nuisance")).all()
-    assert "nuisance" not in data.reference_source.values
+# what the picture shows
 
 
-def test_corrected_p_of_skill_and_excess_are_those_of_metrics(grid):
+def around(test: SplitPredictions) -> dict[str, np.ndarray]:
+    """What x0-hat shows at every step: its latents, and the readouts of the decoded steps around it."""
+    decoded = np.flatnonzero((test.readout >= 0).all(axis=1))
+    steps = np.arange(len(test.readout))
+    before = [max((d for d in decoded if d <= t), default=decoded[0]) for t in steps]
+    after = [min((d for d in decoded if d >= t), default=decoded[-1]) for t in steps]
+    return {"before": test.readout[before][:, None], "after": test.readout[after][:, None], X0: test.inputs[X0]}
+
+
+def test_p_of_excess_is_that_of_the_weakest_of_all_that_is_shown(grid):
     evaluated = synthetic(steps=6, samples=120, targets=(ANSWER, CHOICE, START, DOORS, CONTROL))
-    test, at = evaluated.results[0].test, {cell: i for i, cell in enumerate(evaluated.cells)}
-    plane, layers = grid.plane("answer"), [cell for cell in evaluated.cells if cell.is_layer]
-    right = (test.predicted == test.labels).astype(float)
-    readout = (test.readout == test.labels).astype(float)
-    guess = np.bincount(evaluated.results[0].train_labels).argmax()
-    rows = {"chance": np.full(120, 0.25), "majority": (test.labels == guess).astype(float)}
-    trial = plane.baseline_validation.sel(baseline="x0_readout")
-    shown = {step: step for step in range(6)} | {4: max((3, 5), key=lambda step: float(trial.sel(step=step)))}
-    for against, p in (("reference", "p_skill"), ("visible", "p_excess")):
-        other = []
-        for cell in layers:
-            source = str(plane[f"{against}_source"].sel(step=cell.step).values)
-            if source in rows:
-                other.append(rows[source])
-            else:
-                other.append(
-                    readout[shown[cell.step]] if source == "x0_readout" else right[at[replace(cell, site=source)]]
-                )
-        difference = right[[at[cell] for cell in layers]] - np.array(other)
-        expected = max_t_bootstrap(difference, test.keys, 200, 0)[0]
-        found = [float(plane[p].sel(step=cell.step, layer=int(cell.site))) for cell in layers]
+    for result in evaluated.results[:2]:
+        test, plane = result.test, grid.plane(result.target.name)
+        expected = weakest_pair(pairs(test, evaluated, around(test)), test.keys, 200, 0).p
+        found = [float(plane.p_excess.sel(step=cell.step, layer=int(cell.site))) for cell in evaluated.cells]
         np.testing.assert_allclose(found, expected)
+    assert (grid.plane("answer").p_excess <= 0.05).any()
+    assert np.isnan(grid.plane("start").p_excess).all()
     assert np.isnan(only(tiny({"0": (0.9, 0.9)})).p_excess).all()
+
+
+@pytest.mark.parametrize("equal", ["before", "after", X0])
+def test_excess_has_to_be_over_all_that_is_shown(equal):
+    """Of three steps the first and the last are decoded. At the middle one the layer beats two rows and ties with one,
+    which validation and cross-validation think the poorest of them."""
+    evaluated = tiny({"0": (0.9, 0.9), X0: (0.5, 0.3, 0.5)}, steps=3)
+    first = evaluated.results[0]
+    labels = first.test.labels
+
+    def said(share: float) -> np.ndarray:
+        return np.where(np.arange(20) < round(share * 20), labels, 1)
+
+    shares = {"before": 0.3, "after": 0.3, X0: 0.3} | {equal: 0.9}
+    readout = np.stack([said(shares["before"]), np.full(20, -1), said(shares["after"])])
+    trial = np.stack([said(0.2 if equal == "before" else 0.6), np.full(20, -1), said(0.2 if equal == "after" else 0.6)])
+    latent = np.stack([said(0.3), said(shares[X0]), said(0.3)])[:, None]
+    cross = reading(first.readings[X0].validation, latent, 0.1)
+    test = replace(first.test, readout=readout, inputs={X0: latent})
+    result = replace(first, test=test, validation=replace(first.validation, readout=trial), readings={X0: cross})
+    data = only(replace(evaluated, results=(result,))).sel(step=1)
+    assert float(data.p_excess[0]) == 1
+    assert float(data.excess[0]) == pytest.approx(0.9 - 0.3)  # above what was chosen without test
+    readout[[0, 2]], latent[1] = said(0.3), said(0.3)
+    assert float(only(replace(evaluated, results=(result,))).sel(step=1).p_excess[0]) <= 0.05
 
 
 def test_selectivity_is_the_distance_to_the_relabelled_control():
     evaluated = synthetic(3, 2, 60, targets=(ANSWER, START))
     twin = replace(ANSWER, name="answer_relabelled", role="relabelled")
-    control = replace(synthetic(3, 2, 60, targets=(ANSWER,), seed=5).results[0], target=twin)
-    data = build_grid(replace(evaluated, results=(*evaluated.results, control)), draws=20).dataset
+    control = replace(synthetic(3, 2, 60, targets=(ANSWER,), seed=5).results[0], target=twin, readings={})
+    plain = replace(control.test, inputs={}), replace(control.validation, inputs={})
+    control = replace(control, test=plain[0], validation=plain[1])
+    built = replace(evaluated, results=(*evaluated.results, control))
+    data = build_grid(built, draws=20).dataset
     expected = data.accuracy.sel(target="answer").values - data.accuracy.sel(target="answer_relabelled").values
-    np.testing.assert_array_equal(data.selectivity.sel(target="answer"), expected)
-    assert np.isnan(data.selectivity.sel(target=["start", "answer_relabelled"])).all()
+    np.testing.assert_allclose(data.selectivity.sel(target="answer"), expected)
+    others = data.sel(target=["start", "answer_relabelled"])
+    right, of_twin = ((r.test.predicted == r.test.labels).astype(float) for r in (evaluated.results[0], control))
+    ends = difference_interval(right - of_twin, evaluated.results[0].test.keys)
+    for end, values in zip(("lower", "upper"), ends, strict=True):
+        np.testing.assert_allclose(data[f"selectivity_{end}"].sel(target="answer").values.ravel(), values)
+        assert np.isnan(others[f"selectivity_{end}"]).all()
+    assert np.isnan(others.selectivity).all()
 
 
 def test_knew_counts_the_probe_where_the_model_drew_it_wrong():
@@ -305,7 +632,7 @@ def test_knew_counts_the_probe_where_the_model_drew_it_wrong():
     assert int(data.n_wrong) == 14
     np.testing.assert_allclose(data.knew.isel(step=0), [4 / 14, 12 / 14])
     right = np.stack([np.arange(6, 20) < 10, np.arange(6, 20) < 18]).astype(float)
-    lower, upper = cluster_bootstrap(right, np.arange(6, 20), 50)
+    lower, upper = share_interval(right, np.arange(6, 20))
     np.testing.assert_allclose(data.knew_lower.isel(step=0), lower)
     np.testing.assert_allclose(data.knew_upper.isel(step=0), upper)
     choice = replace(evaluated.results[0], test=test, target=replace(ANSWER, role="choice"))
@@ -315,40 +642,56 @@ def test_knew_counts_the_probe_where_the_model_drew_it_wrong():
 
 
 def test_what_is_known_of_probabilities_is_passed_on_by_cell():
-    trust = {"ece": np.array([0.1, 0.2, 0.3]), "temperature": np.array([1.0, 2.0, 3.0])}
+    trust = {"ece": np.array([0.1, 0.3]), "temperature": np.array([1.0, 3.0])}
     data = only(tiny({"0": (0.9, 0.9), "embed": (0.5, 0.5), "4": (0.9, 0.9)}, trust=trust))
     np.testing.assert_array_equal(data.ece.isel(step=0), [0.1, 0.3])
     np.testing.assert_array_equal(data.temperature.isel(step=0), [1.0, 3.0])
     assert np.isnan(data.brier).all()
 
 
-def test_timing_is_that_of_the_targets_rows():
+def test_timing_is_that_of_the_targets_rows_with_evidence_from_validation():
     evaluated = synthetic(4, 8, 120, targets=(ANSWER, CONTROL))
     data = build_grid(evaluated, draws=50).dataset.isel(place=0)
     result, at = evaluated.results[0].test, {cell: i for i, cell in enumerate(evaluated.cells)}
     right = (result.predicted == result.labels).astype(float)
     lines = np.stack([[right[at[Cell(t, str(n), "cond", "all")]] for t in range(8)] for n in range(4)])
-    here = data.sel(target="answer")
-    found = (here.p_permutation <= 0.05).any("step").values
+    here, trial = data.sel(target="answer"), evaluated.results[0].validation
+    p = max_t_permutation(trial.predicted, trial.labels, trial.keys, 50, 0).p
+    found = np.array([any(p[at[Cell(t, str(n), "cond", "all")]] <= 0.05 for t in range(8)) for n in range(4)])
     majority = int(np.bincount(evaluated.results[0].train_labels).argmax())
-    better = str(here.reference_source.values[0]) == "majority" or float(here.chance) != 0.25
+    better = float(here.chance) != 0.25
     guess = (result.labels == majority).astype(float) if better else np.full(120, 0.25)
     expected = latency(lines, np.tile(guess, (4, 1)), range(8), result.keys, found, 50, 0)
     np.testing.assert_allclose(here.latency, expected.value)
     np.testing.assert_allclose(here.latency_upper, expected.upper)
     np.testing.assert_array_equal(here.latency_at_most, expected.censored)
     assert np.isfinite(here.latency).any()
-    if not (data.p_permutation.sel(target="control") <= 0.05).any():
-        assert np.isnan(data.latency.sel(target="control")).all()
+    trial = evaluated.results[1].validation
+    assert (max_t_permutation(trial.predicted, trial.labels, trial.keys, 50, 0).p > 0.05).all()
+    assert np.isnan(data.latency.sel(target="control")).all()
 
 
-def test_visible_is_the_stronger_on_validation_of_readout_and_latent():
-    data = only(tiny({"0": (0.9, 0.9), "x0_latent": (0.6, 0.8), "x0_readout": (0.7, 0.5)}))
+def test_evidence_on_test_makes_no_latency():
+    """The labels of validation in another order: nothing is found there, and test is as it was."""
+    evaluated = synthetic(4, 6, 120, targets=(ANSWER,))
+    labels = evaluated.results[0].validation.labels
+    blind = changed(evaluated, "validation", labels=np.random.default_rng(0).permutation(labels))
+    before, after = (build_grid(e, draws=99).dataset.isel(target=0) for e in (evaluated, blind))
+    assert np.isfinite(before.latency).any() and np.isfinite(before.depth).any()
+    np.testing.assert_array_equal(after.p_evidence, before.p_evidence)
+    for name in ("latency", "latency_lower", "depth", "lag", "visible_latency"):
+        assert np.isnan(after[name]).all(), name
+
+
+def test_visible_is_the_stronger_of_readout_and_latent_without_looking_at_test():
+    data = only(tiny({"0": (0.9, 0.9), X0: (0.9, 0.8, 0.6), "x0_readout": (0.7, 0.5)}))
     assert str(data.visible_source.values[0]) == "x0_readout"
     assert float(data.visible[0]) == 0.5
     assert float(data.excess[0, 0]) == pytest.approx(0.4)
-    data = only(tiny({"0": (0.9, 0.9), "x0_latent": (0.6, 0.8)}))
-    assert (str(data.visible_source.values[0]), float(data.visible[0])) == ("x0_latent", 0.8)
+    data = only(tiny({"0": (0.9, 0.9), X0: (0.1, 0.8, 0.75), "x0_readout": (0.7, 0.9)}))
+    assert (str(data.visible_source.values[0]), float(data.visible[0])) == (X0, 0.8)
+    data = only(tiny({"0": (0.9, 0.9), X0: (0.6, 0.8)}))
+    assert (str(data.visible_source.values[0]), float(data.visible[0])) == (X0, 0.8)
     data = only(tiny({"0": (0.9, 0.9)}))
     assert str(data.visible_source.values[0]) == ""
     assert np.isnan(data.excess).all()
@@ -357,12 +700,13 @@ def test_visible_is_the_stronger_on_validation_of_readout_and_latent():
 
 def test_excess_interval_is_paired():
     """The probe is right wherever the picture is, and on two samples more: the difference hardly varies."""
-    data = only(tiny({"0": (0.6, 0.6), "x0_latent": (0.5, 0.5)}))
+    data = only(tiny({"0": (0.6, 0.6), X0: (0.5, 0.5)}))
     difference = (np.arange(20) >= 10) & (np.arange(20) < 12)
-    lower, upper = cluster_bootstrap(difference[None].astype(float), np.arange(20), 50)
+    lower, upper = difference_interval(difference[None].astype(float), np.arange(20))
     assert float(data.excess_lower[0, 0]) == pytest.approx(lower[0])
     assert float(data.excess_upper[0, 0]) == pytest.approx(upper[0])
-    assert lower[0] >= 0
+    apart = share_interval((np.arange(20) < 12).astype(float)[None], np.arange(20))
+    assert upper[0] - lower[0] < apart[1][0] - apart[0][0]  # narrower than that of the accuracy alone
 
 
 def test_steps_that_were_not_decoded_have_no_readout(grid):
@@ -374,10 +718,10 @@ def test_steps_that_were_not_decoded_have_no_readout(grid):
 def test_a_step_that_was_not_decoded_is_held_against_the_readout_around_it(grid):
     """Step 4 is not decoded: what x0-hat shows there is its latents, or the readout of step 3 or 5."""
     data = grid.dataset.sel(target="answer", place="all")
-    latent = float(data.baseline_validation.sel(baseline="x0_latent", step=4))
+    latent = float(data.baseline_cross_validation.sel(baseline=X0, step=4))
     near = {step: float(data.baseline_validation.sel(baseline="x0_readout", step=step)) for step in (3, 5)}
     assert max(near.values()) != latent
-    source, step = ("x0_latent", 4) if latent > max(near.values()) else ("x0_readout", max(near, key=near.get))
+    source, step = (X0, 4) if latent > max(near.values()) else ("x0_readout", max(near, key=near.get))
     here = data.sel(step=4)
     assert str(here.visible_source.values) == source
     assert float(here.visible) == float(data.baseline_accuracy.sel(baseline=source, step=step))
@@ -415,9 +759,17 @@ def test_samples_without_a_label_change_nothing_but_are_not_counted():
             np.concatenate([split.predicted, wild], axis=1)[:, at],
             None if split.readout is None else np.concatenate([split.readout, split.readout * 0], axis=1)[:, at],
             None if split.drawn is None else np.concatenate([split.drawn, split.drawn * 0])[at],
+            {name: np.concatenate([said, said * 0], axis=2)[:, :, at] for name, said in split.inputs.items()},
         )
 
-    results = tuple(replace(r, validation=padded(r.validation), test=padded(r.test)) for r in clean.results)
+    results = tuple(
+        replace(
+            r, validation=padded(r.validation), test=padded(r.test),
+            train_labels=np.concatenate([r.train_labels, np.full_like(r.train_labels, -1)]),
+            train_keys=np.concatenate([r.train_keys, r.train_keys + 1000]),
+        )
+        for r in clean.results
+    )  # fmt: skip
     expected, found = build_grid(clean, draws=50).dataset, build_grid(replace(clean, results=results), draws=50).dataset
     xr.testing.assert_identical(found, expected)
     assert found.n_test.values.tolist() == [40, 40]
@@ -427,10 +779,10 @@ def test_samples_without_a_label_change_nothing_but_are_not_counted():
 def test_best_is_chosen_on_validation_and_breaks_ties_by_step_then_layer():
     best = build_grid(tiny({"0": (0.5, 1.0), "3": (0.9, 0.6), "7": (0.8, 0.9)}), draws=20).best("answer")
     assert (best.cell, best.accuracy, best.validation_accuracy) == (Cell(0, "3", "cond", "all"), 0.6, 0.9)
-    tied = tiny({"10": (0.9, 0.6), "2": (0.9, 0.6), "embed": (1.0, 1.0)}, steps=3)
+    tied = tiny({"10": (0.9, 0.6), "2": (0.9, 0.6)}, steps=3)
     assert build_grid(tied, draws=20).best("answer").cell == Cell(0, "2", "cond", "all")
     weak = replace(tied.results[0].validation, predicted=tied.results[0].validation.predicted.copy())
-    weak.predicted[:3] = 3  # step 0 fails on validation: the next step wins
+    weak.predicted[:2] = 3  # step 0 fails on validation: the next step wins
     later = replace(tied, results=(replace(tied.results[0], validation=weak),))
     assert build_grid(later, draws=20).best("answer").cell == Cell(1, "2", "cond", "all")
 

@@ -13,8 +13,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.preprocessing import OneHotEncoder
 
 from cosprobe.data import ProbeSamples
-from cosprobe.nuisance import nuisance_rows, own_blocks, partial_out, residualised
-from cosprobe.refitting import readable, refit
+from cosprobe.nuisance import nuisance_columns, partial_out, residualised
 from cosprobe.solvers import spread, standardise
 from cosprobe.tasks import Target
 from cosprobe.types import Cell
@@ -147,51 +146,34 @@ def test_rare_values_have_a_column_together():
     assert (found.after.value < 0.5).all()
 
 
-def test_every_region_has_columns_of_its_own():
-    values = torch.arange(1.0, 7).view(3, 2)
-    rows = own_blocks(values, 3, 8)
-    assert rows.shape == (3, 3, 8)
-    for region in range(3):
-        torch.testing.assert_close(rows[:, region, 2 * region : 2 * region + 2], values)
-        assert int((rows[:, region] != 0).sum()) == values.numel()
-
-
-def test_blocks_that_do_not_fit_are_projected_the_same_way_everywhere():
-    values = torch.randn(5, 50, generator=torch.Generator().manual_seed(1))
-    rows = own_blocks(values, 4, 43)
-    torch.testing.assert_close(rows, own_blocks(values, 4, 43))
-    assert not torch.allclose(rows, own_blocks(values, 4, 43, seed=1))
-    torch.testing.assert_close(rows[:, 0, :10], rows[:, 3, 30:40])
-    assert (rows[:, :, 40:] == 0).all()
-    torch.testing.assert_close(own_blocks(values[2:3], 4, 43), rows[2:3])  # blind to the other samples
-    square = own_blocks(torch.eye(50), 1, 49)[:, 0]
-    torch.testing.assert_close(square.T @ square, torch.eye(49), atol=1e-5, rtol=0)
-
-
-def test_nuisance_rows_are_standardised_by_train_and_carry_a_constant(samples):
-    rows = nuisance_rows(samples, 30)
-    assert rows.shape == (600, 4, 30)
+def test_nuisance_columns_are_values_and_squares_standardised_by_train(samples):
+    columns = nuisance_columns(samples)
+    assert columns.shape == (600, 6)
     train = samples.split == "train"
-    length = samples.difficulty["length"].astype(float)
-    score = (length - length[train].mean()) / length[train].std()
-    np.testing.assert_allclose(rows[:, 2, 14:17].numpy(), np.stack([np.ones(600), score, score**2], 1), atol=1e-5)
-    assert (rows[:, :, 5:7] == 0).all()  # a nuisance that does not vary
+    for at, name in enumerate(("length", "rooms")):
+        values = samples.difficulty[name].astype(float)
+        score = (values - values[train].mean()) / values[train].std()
+        np.testing.assert_allclose(columns[:, 2 * at : 2 * at + 2].numpy(), np.stack([score, score**2], 1), atol=1e-5)
+    assert (columns[:, 4:] == 0).all()  # a nuisance that does not vary
+    assert torch.equal(nuisance_columns(samples, ["rooms"]), columns[:, 2:4])
 
 
-def test_the_shared_scorer_of_nuisance_rows_prefers_the_common_candidate(samples):
+def test_a_constant_in_train_says_nothing_elsewhere(samples):
+    length = np.where(samples.split == "train", 5, samples.difficulty["length"])
+    assert (nuisance_columns(replace(samples, difficulty={"length": length})) == 0).all()
+
+
+def test_a_probe_of_nuisances_alone_prefers_the_common_candidate(samples):
     often = torch.where(torch.arange(600) % 5 > 0, 2, samples.labels["answer"])
-    rows = nuisance_rows(samples, 28)[:, None]
-    x = standardise(rows, *spread(rows))
-    probe = refit(x, often, readable(samples, "answer"), torch.tensor([0.01]))
-    guess = (x[0] @ probe.weight[0])[..., 0].argmax(dim=1)
-    assert (guess == 2).float().mean() > 0.95
+    found = residualised(replace(samples, labels=samples.labels | {"answer": often}), "answer", CELLS, PENALTIES)
+    test = samples.split == "test"
+    assert found.alone.value == pytest.approx(float((often[test] == 2).float().mean()), abs=0.02)
+    assert found.alone.value > 0.8
 
 
 def test_bad_requests_are_named(samples):
-    with pytest.raises(ValueError, match="width=3: expected at least one column for each of 4 regions"):
-        nuisance_rows(samples, 3)
-    with pytest.raises(ValueError, match="no nuisance is known"):
-        nuisance_rows(replace(samples, difficulty={}), 30)
+    with pytest.raises(ValueError, match="difficulty: no nuisance is known"):
+        nuisance_columns(replace(samples, difficulty={}))
     constant = replace(samples, difficulty={"rooms": np.ones(600, dtype=int)})
     with pytest.raises(ValueError, match="'start': none of 1 nuisances varies among its 200 training samples"):
         residualised(constant, "start", CELLS, PENALTIES)

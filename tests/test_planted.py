@@ -14,12 +14,13 @@ from cosprobe.data import ProbeSamples
 from cosprobe.devices import TrainerConfig
 from cosprobe.evaluation import evaluate
 from cosprobe.grid import Grid
+from cosprobe.inputs import InputFeatures, read_inputs
 from cosprobe.metrics import correctness, max_t_bootstrap
 from cosprobe.predictions import Evaluated
 from cosprobe.scoring import build_grid
 from cosprobe.tasks import Target
 from cosprobe.training import ProbeConfig, fit
-from cosprobe.types import SOURCES, X0, Cell
+from cosprobe.types import EMBED, NOISE, X0, Cell
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -33,24 +34,29 @@ LEVEL = 0.05
 
 def store(
     seed: int, layers: int, steps: int, planted: dict[tuple[int, int], float] | None = None, seeds: int = 1
-) -> ProbeSamples:
+) -> tuple[ProbeSamples, dict[str, InputFeatures]]:
     """Features that share much of their noise between cells and between the noise seeds of a problem, which a null
-    store must survive. planted: (step, layer) and how far the answer's region is moved there."""
+    store must survive, and inputs that share it too. planted: (step, layer) and how far the answer's region is moved
+    there."""
     rng = np.random.default_rng(seed)
     problems = sum(SIZES.values())
     count = problems * seeds
-    cells = [Cell(t, s, "cond", "all") for t in range(steps) for s in (*map(str, range(layers)), *SOURCES)]
+    cells = [Cell(t, str(n), "cond", "all") for t in range(steps) for n in range(layers)]
     answer = np.repeat(rng.integers(0, REGIONS, problems), seeds)
-    x = rng.normal(size=(count, len(cells), REGIONS, CHANNELS))
+    beside = 1 + 2 * steps  # the noise, then embed and x0-hat of every step
+    x = rng.normal(size=(count, len(cells) + beside, REGIONS, CHANNELS))
     x += 0.7 * rng.normal(size=(count, 1, REGIONS, CHANNELS))
-    x += 0.7 * np.repeat(rng.normal(size=(problems, len(cells), REGIONS, CHANNELS)), seeds, axis=0)
+    x += 0.7 * np.repeat(rng.normal(size=(problems, len(cells) + beside, REGIONS, CHANNELS)), seeds, axis=0)
     for (step, layer), strength in (planted or {}).items():
         direction = rng.normal(size=CHANNELS)
         at = cells.index(Cell(step, str(layer), "cond", "all"))
         x[np.arange(count), at, answer] += 1.5 * strength * direction / np.linalg.norm(direction)
     readout = rng.random((count, steps, REGIONS))
     readout[:, 1::2] = np.nan  # steps that were not decoded
-    return ProbeSamples(
+    x, others = x[:, : len(cells)], np.split(x[:, len(cells) :, None], [1, 1 + steps], axis=1)
+    named = zip((NOISE, EMBED, X0), (torch.from_numpy(part).float() for part in others), strict=True)
+    inputs = {name: InputFeatures(part) for name, part in named}  # in one form only, to save time
+    samples = ProbeSamples(
         features=torch.from_numpy(x).float(),
         cells=tuple(cells),
         targets=(ANSWER,),
@@ -62,17 +68,20 @@ def store(
         choice=rng.integers(0, REGIONS, count),
         replica=np.tile(np.arange(seeds), problems),
     )
+    return samples, inputs
 
 
-def through(samples: ProbeSamples, folder: Path, seed: int, draws: int) -> tuple[Evaluated, Grid]:
+def through(
+    samples: ProbeSamples, inputs: dict[str, InputFeatures], folder: Path, seed: int, draws: int
+) -> tuple[Evaluated, Grid]:
     """Probes fitted, read and scored as a run does it."""
+    recipe = ProbeConfig(kind="ridge", lambdas=[0.1, 1.0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        bank = fit(
-            samples, ProbeConfig(kind="ridge", lambdas=[0.1, 1.0]), TrainerConfig(precision="32-true"), folder, seed
-        )
+        bank = fit(samples, recipe, TrainerConfig(precision="32-true"), folder, seed)
     steps = len({cell.step for cell in samples.cells})
-    evaluated = evaluate(samples, ("transformer",) * steps, bank)
+    readings = read_inputs(samples, inputs, recipe.kind, recipe.lambdas, seed)
+    evaluated = evaluate(samples, ("transformer",) * steps, bank, readings)
     return evaluated, build_grid(evaluated, draws, seed)
 
 
@@ -80,23 +89,25 @@ def excess_p(evaluated: Evaluated, draws: int, seed: int) -> dict[tuple[int, int
     """Corrected p of every layer's excess over the probe on x0-hat latents of its step."""
     test = evaluated.results[0].test
     right = correctness(test.predicted, test.labels)
-    at = {cell: i for i, cell in enumerate(evaluated.cells)}
-    layers = [cell for cell in evaluated.cells if cell.site.isdigit()]
-    against = [at[Cell(cell.step, X0, cell.branch, cell.place)] for cell in layers]
-    p = max_t_bootstrap(right[[at[cell] for cell in layers]] - right[against], test.keys, draws, seed)[0]
-    return {(cell.step, int(cell.site)): float(value) for cell, value in zip(layers, p, strict=True)}
+    latents = test.inputs[X0][[cell.step for cell in evaluated.cells], 0] == test.labels
+    p = max_t_bootstrap(right - latents, test.keys, draws, seed).p
+    return {(cell.step, int(cell.site)): float(value) for cell, value in zip(evaluated.cells, p, strict=True)}
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_the_corrected_map_shows_the_planted_cells_and_no_others(tmp_path, seeds):
     worlds, strays, excess_strays = 8, 0, 0
     for seed in range(worlds):
-        evaluated, grid = through(store(seed, 6, 6, PLANTED, seeds), tmp_path, seed, draws=500)
+        evaluated, grid = through(*store(seed, 6, 6, PLANTED, seeds), tmp_path, seed, draws=500)
         plane = grid.plane("answer")
-        found = {(int(step), int(layer)) for step, layer in np.argwhere(plane.p_permutation.values <= LEVEL)}
+        found, evidence, shown = (
+            {(int(step), int(layer)) for step, layer in np.argwhere(plane[name].values <= LEVEL)}
+            for name in ("p_permutation", "p_evidence", "p_excess")
+        )
         ahead = {cell for cell, p in excess_p(evaluated, 500, seed).items() if p <= LEVEL}
-        assert found >= set(STRONG)
-        assert ahead >= set(STRONG)
+        for cells in (found, evidence, ahead, shown):
+            assert cells >= set(STRONG)
+        assert evidence <= found
         strays += bool(found - set(PLANTED))
         excess_strays += bool(ahead - set(PLANTED))
         best = grid.best("answer").cell
@@ -109,12 +120,15 @@ def test_the_corrected_map_shows_the_planted_cells_and_no_others(tmp_path, seeds
 def test_null_stores_show_a_cell_in_at_most_one_map_of_ten(tmp_path, capsys):
     """200 stores without any signal, one and two noise seeds per problem by turns, at level 0.05: 10 of them are
     expected to show a cell, 20 may."""
-    worlds, alarms, ahead = 200, 0, 0
+    worlds, alarms, evidence, ahead = 200, 0, 0, 0
     for seed in range(worlds):
-        evaluated, grid = through(store(1000 + seed, 4, 4, seeds=1 + seed % 2), tmp_path, seed, draws=199)
+        evaluated, grid = through(*store(1000 + seed, 4, 4, seeds=1 + seed % 2), tmp_path, seed, draws=199)
         alarms += bool((grid.dataset.p_permutation <= LEVEL).any())
+        evidence += bool((grid.dataset.p_evidence <= LEVEL).any())
         ahead += min(excess_p(evaluated, 199, seed).values()) <= LEVEL
+    said = f"{alarms} show a cell above chance, {evidence} one above inputs too, {ahead} one ahead of x0-hat"
     with capsys.disabled():
-        print(f"\nof {worlds} null maps {alarms} show a cell, {ahead} a cell ahead of x0-hat")  # noqa: T201
+        print(f"\nof {worlds} null maps {said}")  # noqa: T201
     assert 1 <= alarms <= 20
+    assert evidence <= 10  # two conditions: rarer than the level
     assert ahead <= 20

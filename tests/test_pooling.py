@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.pooling import GRID, Pooling, box_masks
+from cosprobe.pooling import COLUMNS, GRID, Pooling, box_masks, whole_frame
 
 SIZE = (3, 4, 8)
 BOXES = [[(0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0)]] * 2
@@ -34,6 +34,41 @@ def test_against_plain_indexing():
     torch.testing.assert_close(region[:, 0, 1], x[:, :, 2:, 4:].mean((1, 2, 3)))
     torch.testing.assert_close(frames[:, 3, 0], x[:, 2, :2, :4].mean((1, 2)))
     torch.testing.assert_close(frames[:, 0], region[:, 0])
+
+
+def test_frames_apart_against_plain_indexing():
+    """Every pooling keeps its spatial parts and all latent frames, whatever it then does to time."""
+    x = tokens().unflatten(1, SIZE)  # sample frame row column channel
+    clip, frame, grid, region, frames = (p.by_frame(tokens(), SIZE) for p in poolings())
+    for whole in (clip, frame):
+        torch.testing.assert_close(whole[:, :, 0], x.mean((2, 3)))
+    cells = x.unflatten(2, (GRID, 1)).unflatten(4, (GRID, 2)).mean((3, 5)).flatten(2, 3)
+    torch.testing.assert_close(grid, cells)
+    assert torch.equal(region, frames)
+    torch.testing.assert_close(region[:, :, 0], x[:, :, :2, :4].mean((2, 3)))
+    torch.testing.assert_close(region[:, :, 1], x[:, :, 2:, 4:].mean((2, 3)))
+    coarse = Pooling("grid", across=2)
+    torch.testing.assert_close(coarse.by_frame(tokens(), SIZE)[:, :, 1], x[:, :, :2, 4:].mean((2, 3)))
+    assert coarse.places(3) == ("r0c0", "r0c1", "r1c0", "r1c1")
+
+
+@pytest.mark.parametrize("pooling", poolings())
+def test_a_probe_reads_means_of_what_the_frames_hold(pooling):
+    parts = pooling.by_frame(tokens(), SIZE)  # sample frame part channel
+    found = pooling(tokens(), SIZE)  # sample place region channel
+    whole = parts.mean(1)[:, :, None] if pooling.kind == "grid" else parts.mean(1, keepdim=True)
+    expected = {"frame": parts, "region": torch.cat([whole, parts], 1) if pooling.frames else whole}
+    torch.testing.assert_close(found, expected.get(pooling.kind, whole))
+
+
+@pytest.mark.parametrize(
+    ("channels", "across"), [(1, 4), (64, 4), (65, 3), (113, 3), (114, 2), (256, 2), (257, 1), (5120, 1)]
+)
+def test_the_whole_frame_is_as_fine_as_its_columns_allow(channels, across):
+    pooling = whole_frame(channels)
+    assert (pooling.kind, pooling.across) == ("grid", across)
+    assert across == 1 or across**2 * channels <= COLUMNS
+    assert across == GRID or (across + 1) ** 2 * channels > COLUMNS
 
 
 @pytest.mark.parametrize("pooling", poolings())
@@ -71,6 +106,8 @@ def test_grid_cells_share_the_tokens_out():
 def test_errors():
     with pytest.raises(ValueError, match="a block gave 96 tokens, expected 3 x 4 x 7"):
         Pooling("clip")(tokens(), (3, 4, 7))
+    with pytest.raises(ValueError, match="96 tokens, expected 3 x 4 x 7"):
+        whole_frame(5).by_frame(tokens(), (3, 4, 7))
     with pytest.raises(ValueError, match="boxes for 1 samples in a batch of 2"):
         Pooling("region", boxes=BOXES[:1])(tokens(), SIZE)
     with pytest.raises(ValueError, match="every sample needs the same number of regions"):

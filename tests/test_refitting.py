@@ -10,9 +10,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cosprobe.metrics import difference_interval, mean_interval, share_interval
 from cosprobe.newton import fit_newton
 from cosprobe.probes import readable_targets
-from cosprobe.refitting import columns_of, estimate, estimate_share, join_rare, labelled, readable, refit, statistics
+from cosprobe.refitting import (
+    columns_of,
+    estimate_difference,
+    estimate_mean,
+    estimate_share,
+    join_rare,
+    labelled,
+    readable,
+    refit,
+    statistics,
+)
 from cosprobe.solvers import spread, standardise
 from cosprobe.types import Cell
 from tests.ddp_fit import planted
@@ -107,11 +118,22 @@ def test_bad_requests_are_named(samples):
         refit(samples.features.transpose(0, 1), samples.labels["doors"], readable(samples, "doors"), torch.ones(2))
 
 
-def test_shares_without_an_error_are_not_called_certain():
+@pytest.mark.parametrize(
+    ("estimate", "interval"),
+    [(estimate_share, share_interval), (estimate_difference, difference_interval), (estimate_mean, mean_interval)],
+)
+def test_estimates_keep_the_axes_and_are_the_intervals_of_each_row(estimate, interval):
     keys = np.repeat([f"k{i}" for i in range(12)], 2)
-    mixed = np.tile([1.0, 0.0, 1.0, 1.0], 6)
-    shares = np.stack([np.ones(24), mixed]).reshape(2, 1, 24)
-    found, plain = estimate_share(shares, keys, 200, 0), estimate(shares, keys, 200, 0)
-    assert found.lower[0, 0] == pytest.approx(0.025 ** (1 / 12)) and found.upper[0, 0] == 1  # Clopper and Pearson
-    assert (found.lower[1], found.upper[1]) == (plain.lower[1], plain.upper[1])
-    assert found.value.tolist() == plain.value.tolist() == [[1.0], [0.75]]
+    values = np.random.default_rng(0).integers(0, 2, (2, 3, 24)).astype(float)
+    found = estimate(values, keys)
+    np.testing.assert_allclose(found.value, values.mean(axis=-1))
+    for place in np.ndindex(2, 3):
+        lower, upper = interval(values[place][None], keys)
+        assert (found.lower[place], found.upper[place]) == (lower[0], upper[0])
+    alone = estimate(values[0, 0], keys)
+    assert alone.value.shape == alone.lower.shape == () and alone.lower == found.lower[0, 0]
+
+
+def test_shares_without_an_error_are_not_called_certain():
+    found = estimate_share(np.ones((1, 24)), np.repeat([f"k{i}" for i in range(12)], 2))
+    assert found.lower[0] == pytest.approx(0.025 ** (1 / 12)) and found.upper[0] == 1  # Clopper and Pearson

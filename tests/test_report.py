@@ -14,14 +14,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from test_film import film
-from test_grid import ANSWER, CHOICE, CONTROL, START, synthetic
+from test_grid import ANSWER, CHOICE, CONTROL, START, reading, synthetic
 
 from cosprobe import report
 from cosprobe.checks import Checks
-from cosprobe.grid import Grid
-from cosprobe.report import log_tensorboard, print_summary, remarks, summarise, summary_markdown, write_report
+from cosprobe.grid import GUESSES, Grid
+from cosprobe.report import ground, log_tensorboard, print_summary, remarks, summarise, summary_markdown, write_report
 from cosprobe.scoring import build_grid
 from cosprobe.summary import check_table
+from cosprobe.types import INPUTS
 from tests.examined import examined, small, world
 from tests.examined import run as small_run
 
@@ -87,9 +88,14 @@ def test_summary_rows_are_the_grids_numbers(grid):
         assert row.best == grid.best(target)
         assert row.chance == float(plane.chance)
         assert row.inputs[0] == float(baselines.sel(baseline=row.inputs[1]))
-        trial = plane.baseline_validation.sel(baseline=["embed", "x_t"])  # no others were captured
-        assert row.inputs[1] == str(trial.baseline.values[trial.values.argmax()])
-        assert row.visible == (float(plane.visible), str(plane.visible_source.values))
+        cross = plane.baseline_cross_validation.sel(baseline=list(INPUTS))
+        if np.isfinite(cross).any():
+            best = str(cross.baseline.values[int(np.nan_to_num(cross.values, nan=-1).argmax())])
+            below = float(baselines.sel(baseline=best)) < row.chance
+            assert row.inputs[1] == best if not below else row.inputs[1] in GUESSES
+        else:
+            assert row.inputs[1] in GUESSES and row.cells()[4] == "-"  # a guess is no input
+        np.testing.assert_equal(row.visible, (float(plane.visible), str(plane.visible_source.values)))
         assert (row.samples, row.problems) == (120, 120)
         assert row.found == (row.best.p <= 0.05)
 
@@ -105,7 +111,7 @@ def test_targets_without_evidence_say_so(grid):
     assert f"| p = {best.p:.3f} |" in lines["answer"]
     assert "| no evidence |" in lines["control"]
     weak = grid.dataset.copy(deep=True)
-    weak.p_permutation.loc[{"target": "answer"}] = 0.051
+    weak.p_evidence.loc[{"target": "answer"}] = 0.051
     assert not summarise(Grid(weak))[0].found
     assert "no evidence" in summarise(Grid(weak))[0].cells()
     assert not any("reaches" in line for line in remarks(Grid(weak), NOTHING))
@@ -115,7 +121,7 @@ def test_remarks_tell_model_accuracy_samples_left_out_and_control(grid):
     text = "\n".join(remarks(grid, NOTHING))
     own = grid.dataset.attrs["model_accuracy"]
     assert f"own final answer is right on {own:.2f} [" in text
-    assert f"reaches {grid.best('answer').accuracy / own:.2f} of that" in text
+    assert f"is right on {grid.best('answer').accuracy:.2f}" in text
     assert "choice: 7 samples left out" in text
     assert "control (random labels) is decodable in 0 cells after correction, as it should." in text
     false = grid.dataset.copy(deep=True)
@@ -188,20 +194,75 @@ def test_relabelled_controls_stay_out_of_tables_figures_and_charts(tmp_path):
 
 
 def test_the_best_input_is_chosen_among_all_that_need_no_block():
-    grid = small_run().grid
-    names = ["noise", "first_frame", "prompt", "nuisance", "embed", "x_t"]
-    for row in summarise(grid):
-        cell = grid.at(row.best.target, row.best.cell)
-        trial = cell.baseline_validation.sel(baseline=names)
-        assert row.inputs[1] == names[int(np.nan_to_num(trial.values, nan=-1).argmax())]
+    made = small_run()
+    shown = {row.best.target: row for row in summarise(made.grid)}
+    for result in made.evaluated.results:
+        if result.target.name not in shown:
+            continue
+        row, cell = shown[result.target.name], made.grid.at(result.target.name, made.grid.best(result.target.name).cell)
         assert row.inputs[0] == float(cell.baseline_accuracy.sel(baseline=row.inputs[1]))
-    assert all(row.inputs[1] != "nuisance" for row in summarise(grid) if row.best.target == "length")
+        if result.target.role in ("answer", "choice"):
+            assert set(result.readings) == {*INPUTS, "x0_latent"}
+            step = row.best.cell.step
+            best = max(INPUTS, key=lambda name, read=result.readings, at=step: read[name].accuracy[at, 0])
+            below = float(cell.baseline_accuracy.sel(baseline=best)) < row.chance
+            assert row.inputs[1] in GUESSES if below else row.inputs[1] == best
+            assert np.isfinite(cell.baseline_cross_validation.sel(baseline=list(INPUTS))).all()
+        else:
+            assert result.readings == {} and row.inputs[1] in GUESSES
+
+
+# what the numbers stand on
+
+
+def test_targets_that_were_left_out_are_named():
+    evaluated = replace(synthetic(2, 2, 60, targets=(ANSWER,)), left_out=("target 'choice' is left out: reason 7",))
+    built = build_grid(evaluated, draws=30)
+    assert "target 'choice' is left out: reason 7." in remarks(built, NOTHING)
+    assert "target 'choice' is left out: reason 7." in summary_markdown(built, NOTHING)
+
+
+def test_an_input_that_was_projected_is_named_with_its_columns():
+    evaluated = synthetic(2, 2, 60, targets=(ANSWER, START))
+    result, test = evaluated.results[0], evaluated.results[0].test.inputs
+    wide = reading(result.validation.inputs["embed"], test["embed"], 0.5, columns=640)
+    wide = replace(wide, columns=np.array([[640], [700]]))
+    mixed = replace(wide, columns=np.array([[8], [39]]), projected=np.array([[8], [39]]))  # two forms, both whole
+    result = replace(result, readings=result.readings | {"embed": wide, "x_t": mixed})
+    built = build_grid(replace(evaluated, results=(result, evaluated.results[1])), draws=30)
+    (line,) = (line for line in ground(built, "answer") if "columns" in line)
+    assert line in remarks(built, NOTHING)
+    assert "answer" in line and "embed" in line and {"700", "300"} <= set(re.findall(r"\d+", line))
+    assert "x_t" not in line
+    assert not any("columns" in line for line in ground(built, "start"))
+
+
+def test_the_smallest_skill_is_said_of_every_answer_and_choice(grid):
+    lines = remarks(grid, NOTHING)
+    for target in grid.targets:
+        data = grid.dataset.sel(target=target)
+        assert 0 < float(data.smallest_skill) < 1
+        said = [line for line in lines if line.startswith(target) and "smallest skill" in line]
+        assert len(said) == (target in ("answer", "choice"))
+        assert all(f"{float(data.smallest_skill):.2f}" in line and "120 test problems" in line for line in said)
+
+
+def test_a_run_of_few_problems_says_what_it_cannot_show(tmp_path):
+    few = small()  # 8 test problems of each kind, 6 of validation, 12 of train
+    text = summary_markdown(few.grid, few.checks)
+    for target in ("answer", "choice"):
+        for count, split in ((8, "test"), (6, "validation")):
+            assert any(f"{target}: {count} {split} problems" in line and "12" in line for line in text.splitlines())
+        assert f"{target}: 12 train" not in text
+        assert not any(row.found for row in summarise(few.grid) if row.best.target == target)
+    assert "start: 8" not in text  # all 16 problems have a start
+    assert write_report(few.grid, few.checks, tmp_path).is_dir()  # figures of maps without any p
 
 
 def test_a_grid_without_an_answer_or_a_choice_has_no_checks_to_draw(tmp_path):
-    samples = world({"train": 24, "validation": 12, "test": 16})
+    samples, inputs = world({"train": 24, "validation": 12, "test": 16})
     plain = tuple(t for t in samples.targets if t.role in ("perception", "control"))
-    made = examined(replace(samples, targets=plain), None)
+    made = examined(replace(samples, targets=plain), inputs, None)
     assert made.checks.best == {}
     folder = write_report(made.grid, made.checks, tmp_path)
     assert {p.name for p in folder.iterdir()} == {"grid.nc", "summary.md", "headline.png", "curves.png"}

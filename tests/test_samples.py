@@ -1,7 +1,9 @@
-"""From a store to samples: sources of the whole run as cells of their own, and controls by relabelling."""
+"""From a store to samples: inputs beside them, targets that cannot be fitted, and controls by relabelling."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,13 +11,13 @@ import pytest
 import torch
 
 from cosprobe.collect import collect, draw_samples, images, settings
-from cosprobe.nuisance import nuisance_rows, own_blocks
+from cosprobe.nuisance import nuisance_columns
 from cosprobe.pipelines import PipelineConfig, sample
 from cosprobe.pooling import Pooling
-from cosprobe.samples import load_samples, relabelled, with_fixed
+from cosprobe.samples import load_samples, relabelled
+from cosprobe.store import ActivationStore
 from cosprobe.tasks import Maze, MazeConfig, Target
-from cosprobe.types import EVERY_STEP, FIRST_FRAME, FIXED, NOISE, NUISANCE, PROMPT, Cell
-from tests.ddp_fit import planted
+from cosprobe.types import FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, STATIC, X0, Cell
 from tests.tiny import wan
 
 PROBE = SimpleNamespace(layers="1", steps="0,2", pooling="region", frames=True, decode="0", randomised=0)
@@ -36,34 +38,63 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def samples(model, config, tmp_path_factory):
+def store(model, config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "store"
-    store = collect(model, config, TASK.build(), PROBE, DRAWN, settings(config, TASK, PROBE, 0), folder)
+    return collect(model, config, TASK.build(), PROBE, DRAWN, settings(config, TASK, PROBE, 0), folder)
+
+
+@pytest.fixture(scope="module")
+def samples(store):
     return load_samples(store, TASK.build())[0]
 
 
-def column(samples, step: int, site: str, place: str = "all") -> torch.Tensor:
-    return samples.features[:, samples.cells.index(Cell(step, site, "cond", place))]
+@pytest.fixture(scope="module")
+def inputs(store):
+    return load_samples(store, TASK.build())[1]
 
 
-def test_every_fixed_source_has_one_cell_per_place(samples):
-    fixed = [cell for cell in samples.cells if cell.step == EVERY_STEP]
-    expected = {Cell(EVERY_STEP, site, "cond", place) for site in FIXED for place in ("all", "0", "1")}
-    assert set(fixed) == expected
-    assert len(fixed) == len(expected) == 12
-    assert {cell.site for cell in samples.cells if cell.step != EVERY_STEP} == {"1", "embed", "x_t", "x0_latent"}
+@dataclass(frozen=True)
+class Altered(ActivationStore):
+    """A store of other tensors: those named are replaced by what a function makes of them, or missing for None."""
+
+    changes: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = field(default_factory=dict)
+
+    def read(self, *arguments) -> tuple[dict[str, torch.Tensor], dict]:
+        tensors, notes = super().read(*arguments)
+        for name, change in self.changes.items():
+            value = tensors.pop(name)
+            if change is not None:
+                tensors[name] = change(value)
+        return tensors, notes
 
 
-def test_noise_is_the_latent_of_the_first_step_in_the_same_regions(samples):
-    for place in ("all", "0", "1"):
-        first = column(samples, 0, "x_t", place)
-        assert torch.equal(column(samples, EVERY_STEP, NOISE, place), first)
-        assert not torch.equal(first, column(samples, 2, "x_t", place))
-    assert column(samples, EVERY_STEP, NOISE)[..., :4].abs().min() > 0
-    assert (column(samples, EVERY_STEP, NOISE)[..., 4:] == 0).all()  # four latent channels
+def altered(store: ActivationStore, **changes) -> ActivationStore:
+    return Altered(store.folder, store.settings, store.shards, changes)
 
 
-def test_first_frame_and_prompt_are_what_the_pipeline_was_given(model, config, samples):
+def test_probes_are_fitted_to_layers_and_inputs_stand_beside_them(samples, inputs):
+    expected = {Cell(step, "1", "cond", place) for step in (0, 2) for place in ("all", "0", "1")}
+    assert set(samples.cells) == expected and len(samples.cells) == 6
+    assert set(inputs) == {*INPUTS, X0}
+    for name, source in inputs.items():
+        changes = name in ("embed", "x_t", "x0_latent")
+        assert source.whole.shape[:3] == (20, 2 if changes else 1, 1 if name in STATIC else 2)
+        if name in STATIC:
+            assert source.region is None and source.whole.shape[3] == 1
+        else:
+            assert source.region.shape[:4] == (*source.whole.shape[:3], 4) and source.whole.shape[3] == 16
+
+
+def test_noise_is_the_latent_of_the_first_step_in_the_same_regions(inputs):
+    noise, latent = inputs[NOISE], inputs["x_t"]
+    for part in ("whole", "region"):
+        assert torch.equal(getattr(noise, part)[:, 0], getattr(latent, part)[:, 0])
+        assert not torch.equal(getattr(noise, part)[:, 0], getattr(latent, part)[:, 1])
+    assert noise.region.shape[-1] == 4  # latent channels, not padded to the width of a block
+    assert noise.region.std() > 0.1
+
+
+def test_first_frame_and_prompt_are_what_the_pipeline_was_given(model, config, inputs):
     drawn = DRAWN[8:16]
     problems = [s.problem for s in drawn]
     arguments = (images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in drawn])
@@ -78,43 +109,69 @@ def test_first_frame_and_prompt_are_what_the_pipeline_was_given(model, config, s
     finally:
         handle.remove()
     latent, tokens = seen[0]
-    boxes = [p.regions for p in problems]
-    frames = Pooling("region", True, boxes)(latent[:, 4:].flatten(2).transpose(1, 2), tuple(latent.shape[2:]))
-    for i, place in enumerate(("all", "0", "1")):
-        found = column(samples, EVERY_STEP, FIRST_FRAME, place)[8:16]
-        torch.testing.assert_close(found[..., :8], frames[:, i], atol=1e-5, rtol=1e-5)
-        assert (found[..., 8:] == 0).all()
-    expected = own_blocks(tokens.float().mean(1), 4, 24)
-    for place in ("all", "0", "1"):
-        found = column(samples, EVERY_STEP, PROMPT, place)[8:16]
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert expected.abs().amax(dim=(0, 2)).min() > 0
+    boxes, size = [p.regions for p in problems], tuple(latent.shape[2:])
+    by_token = latent[:, 4:].flatten(2).transpose(1, 2)
+    for part, pooling in (("region", Pooling("region", boxes=boxes)), ("whole", Pooling("grid"))):
+        expected = pooling.by_frame(by_token, size)
+        torch.testing.assert_close(getattr(inputs[FIRST_FRAME], part)[8:16, 0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(inputs[PROMPT].whole[8:16].flatten(1), tokens.float().mean(1), atol=1e-5, rtol=1e-5)
 
 
-def test_prompt_and_nuisances_have_columns_of_their_own_in_every_region(samples):
-    for site in (PROMPT, NUISANCE):
-        rows = column(samples, EVERY_STEP, site)
-        for region in range(4):
-            block = slice(6 * region, 6 * region + 6)  # 24 channels over 4 regions
-            others = [c for c in range(24) if c not in range(24)[block]]
-            assert (rows[:, region, others] == 0).all()
-            assert rows[:, region, block].any()
-            assert torch.equal(rows[:, region, block], rows[:, 0, :6])
-    assert torch.equal(column(samples, EVERY_STEP, NUISANCE), nuisance_rows(samples, 24))
+def test_the_nuisances_are_an_input_where_there_are_any(samples, inputs, store):
+    assert torch.equal(inputs[NUISANCE].whole[:, 0, 0, 0], nuisance_columns(samples))
     assert set(samples.difficulty) == {"rooms", "length", "reachable"}
+    none = altered(store, **{f"difficulty.{name}": None for name in samples.difficulty})
+    bare, others, _ = load_samples(none, TASK.build())
+    assert set(others) == set(inputs) - {NUISANCE}
+    assert torch.equal(bare.features, samples.features) and bare.cells == samples.cells
 
 
-def test_nuisance_cells_need_nuisances_and_nothing_else_changes(samples):
-    source = planted(60)
-    noise = torch.randn(60, 1, 3, 4)
-    wider = with_fixed(source, {NOISE: noise}, "cond", ["all"])
-    assert wider.cells == (*source.cells, Cell(EVERY_STEP, NOISE, "cond", "all"))
-    assert torch.equal(wider.features[:, :6], source.features)
-    assert torch.equal(wider.features[:, 6, :, :4], noise[:, 0])
-    assert (wider.features[:, 6, :, 4:] == 0).all()
-    low = with_fixed(type(source)(**vars(source) | {"features": source.features.bfloat16()}), {}, "cond", ["all"])
-    assert low.features.dtype == torch.bfloat16
-    assert low.cells == source.cells
+# targets that cannot be fitted
+
+
+def reasons(samples) -> dict[str, str]:
+    names = [target.name for target in TASK.build().targets]
+    return {next(name for name in names if repr(name) in line): line for line in samples.left_out}
+
+
+def test_a_target_that_a_split_lacks_is_left_out_and_named(store):
+    split = torch.from_numpy(load_samples(store, TASK.build())[0].split == "validation")
+    without = altered(
+        store, **{"label.answer": lambda y: y.masked_fill(split, -1), "label.corridors": lambda y: y * 0 - 1}
+    )
+    found, _, _ = load_samples(without, TASK.build())
+    said = reasons(found)
+    assert "no sample of validation" in said["answer"]
+    assert "no sample of train and validation and test" in said["corridors"]
+    names = {target.name for target in found.targets}
+    assert not names & {"answer", "answer_relabelled", "corridors"}
+    assert {"start", "length", "control"} <= names and not {"start", "length", "control"} & set(said)
+
+
+def test_a_target_of_one_class_is_left_out_and_a_choice_says_whose_it_is(store):
+    train = torch.from_numpy(load_samples(store, TASK.build())[0].split == "train")
+    same = altered(
+        store,
+        choice=lambda y: torch.where(train, 2, torch.arange(len(y)) % 4),
+        **{"label.length": lambda y: torch.where(train & (y >= 0), 1, y)},
+    )
+    found, _, _ = load_samples(same, TASK.build())
+    said = reasons(found)
+    assert "the model settles on 1 class" in said["choice"]
+    assert "it has 1 class" in said["length"]
+    assert not {target.name for target in found.targets} & {"choice", "choice_relabelled", "length"}
+    two = altered(store, choice=lambda y: torch.arange(len(y)) // 2 % 4)
+    found, _, _ = load_samples(two, TASK.build())
+    assert "choice" not in reasons(found)
+    assert "choice" in {target.name for target in found.targets}
+
+
+def test_a_store_in_which_no_choice_is_made_has_all_other_targets(store):
+    found, _, _ = load_samples(altered(store, choice=lambda y: y * 0 - 1), TASK.build())
+    assert list(reasons(found)) == ["choice"]
+    assert [t.name for t in found.targets if t.role != "relabelled"] == [
+        t.name for t in TASK.build().targets if t.name != "choice"
+    ]
 
 
 def test_seeds_and_labels_come_along(samples):

@@ -49,12 +49,13 @@ def test_numbers_are_those_of_the_best_cell(made):
     for name, at in made.checks.best.items():
         cell, text = made.grid.at(name, at), column(made.grid, made.checks, name)
         above = float(cell.accuracy - cell.reference)
-        assert text["above the strongest input"].startswith(f"{above:+.2f} over {cell.reference_source.values}, p = ")
-        assert numbers(text["above the strongest input"])[-1] == pytest.approx(float(cell.p_skill), abs=5e-4)
+        assert text["above every input"].startswith(f"{above:+.2f} over {cell.reference_source.values}, p = ")
+        assert numbers(text["above every input"])[-1] == pytest.approx(float(cell.p_inputs), abs=5e-4)
         assert text["above what x0-hat shows"].startswith(
             f"{float(cell.excess):+.2f} over {cell.visible_source.values}"
         )
-        assert text["selectivity"] == f"{float(cell.selectivity):+.2f}"
+        ends = float(cell.selectivity_lower), float(cell.selectivity_upper)
+        assert text["selectivity"] == f"{float(cell.selectivity):+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]"
         lower, upper = float(cell.visible_latency_lower), float(cell.visible_latency_upper)
         assert not cell.visible_latency_at_most
         assert text["latency of x0-hat, steps"] == f"{float(cell.visible_latency):.1f} [{lower:.1f}, {upper:.1f}]"
@@ -62,16 +63,17 @@ def test_numbers_are_those_of_the_best_cell(made):
         assert text["says what the video will"] == f"{float(cell.agreement):.2f}"
         assert text["Brier score"] == f"{float(cell.brier):.2f}"
         assert text["calibration error"] == (
-            f"{float(cell.ece):.3f} at T = {float(cell.temperature):.2f} ({float(cell.ece_raw):.3f} at 1)"
+            f"{float(cell.ece):.3f} at T = {float(cell.temperature):.2f} ({float(cell.ece_raw):.3f} at 1), "
+            f"n = {int(cell.n_test)}"
         )
     answer = made.grid.at("answer", made.checks.best["answer"])
     knew, wrong = float(answer.knew), int(answer.n_wrong)
     assert 0 < wrong < 64
-    assert column(made.grid, made.checks, "answer")["knew it, drew it wrong"] == (
+    assert column(made.grid, made.checks, "answer")["right where the video is wrong"] == (
         f"{round(knew * wrong)} of {wrong} wrong videos, {knew:.2f} "
         f"[{float(answer.knew_lower):.2f}, {float(answer.knew_upper):.2f}]"
     )
-    assert column(made.grid, made.checks, "choice")["knew it, drew it wrong"] == NONE  # a choice is never wrong
+    assert column(made.grid, made.checks, "choice")["right where the video is wrong"] == NONE  # a choice is never wrong
 
 
 def test_lengths_residuals_and_weights_are_those_of_the_analyses(made):
@@ -96,9 +98,9 @@ def test_lengths_residuals_and_weights_are_those_of_the_analyses(made):
 def test_evidence_is_named_only_where_there_is_some(made):
     cell = made.checks.best["answer"]
     for p, words in ((0.05, "p = 0.050"), (0.051, "no evidence")):
-        grid = changed(made.grid, cell, "answer", p_skill=p, p_excess=p)
+        grid = changed(made.grid, cell, "answer", p_inputs=p, p_excess=p)
         text = column(grid, made.checks, "answer")
-        assert text["above the strongest input"].endswith(words)
+        assert text["above every input"].endswith(words)
         assert text["above what x0-hat shows"].endswith(words)
 
 
@@ -118,6 +120,8 @@ def test_a_latency_at_the_first_step_is_a_bound_and_so_is_its_lag(made):
     assert timed(True, False) == [f"at or before {plain}", shown, f"at least {lead}"]
     assert timed(False, True) == [plain, f"at or before {shown}", f"at most {lead}"]
     assert timed(True, True)[2] == "unknown: both from the first step on"
+    known |= {"latency_upper": 0.0}  # there at the first step in every draw: no interval
+    assert timed(True, False)[0] == "at or before 0.0"
 
 
 def test_what_was_not_made_is_a_dash(made):
@@ -125,10 +129,13 @@ def test_what_was_not_made_is_a_dash(made):
     for name in few.checks.best:
         text = column(few.grid, few.checks, name)
         assert text["bits per label"] == text["nuisances removed"] == text["random weights"] == NONE
-        assert text["selectivity"] != NONE
+        selectivity = float(few.grid.at(name, few.checks.best[name]).selectivity)
+        assert text["selectivity"] == f"{selectivity:+.2f}"  # of 8 problems: no interval of a difference
+        assert text["above every input"] == text["above what x0-hat shows"] == NONE
     cell = made.checks.best["answer"]
     names = (
-        "visible",
+        "p_inputs",
+        "p_excess",
         "selectivity",
         "latency",
         "visible_latency",
@@ -141,7 +148,7 @@ def test_what_was_not_made_is_a_dash(made):
     )
     text = column(changed(made.grid, cell, "answer", **dict.fromkeys(names, np.nan)), made.checks, "answer")
     dashes = [row for row, words in text.items() if words == NONE]
-    assert len(dashes) == 10
+    assert len(dashes) == 11
     assert not any("nan" in words for words in text.values())
     one = replace(made.checks, best={"choice": made.checks.best["choice"]})
     assert [len(row) for row in check_table(made.grid, one)[1]] == [2] * 14

@@ -82,7 +82,7 @@ def bank(samples) -> ProbeBank:
 
 @pytest.fixture(scope="module")
 def found(samples, bank):
-    return {(m.target, m.axis): m for m in matrices(samples, bank, {t.name: BEST for t in TARGETS}, EXPERTS, draws=200)}
+    return {(m.target, m.axis): m for m in matrices(samples, bank, {t.name: BEST for t in TARGETS}, EXPERTS)}
 
 
 def test_there_is_a_matrix_per_target_and_axis(found):
@@ -113,7 +113,7 @@ def test_each_square_is_the_frozen_probe_read_on_the_other_cell(samples, bank, f
             guess = bank.predict(test.features[:, [j]], target.name, [one])  # standardised by the training cell
             right = correctness(guess.numpy(), test.labels.numpy())
             assert matrix.accuracy[i, j] == pytest.approx(right.mean(), abs=1e-12)
-            lower, upper = share_interval(right, test.keys, 200, 0)
+            lower, upper = share_interval(right, test.keys)
             assert (matrix.lower[i, j], matrix.upper[i, j]) == pytest.approx((lower[0], upper[0]), abs=1e-12)
     assert (matrix.n == len(test)).all()
     assert (matrix.trained == len(labelled(samples, target, cells, "train"))).all()
@@ -184,7 +184,7 @@ def test_standardisation_stays_that_of_the_training_cell(samples, bank):
 
 def test_chunks_change_nothing(samples, bank, found, monkeypatch):
     monkeypatch.setattr(transfer, "CHUNK", 1)
-    step = next(m for m in matrices(samples, bank, {"doors": BEST}, EXPERTS, draws=200))
+    step = next(m for m in matrices(samples, bank, {"doors": BEST}, EXPERTS))
     np.testing.assert_array_equal(step.accuracy, found["doors", "step"].accuracy)
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.types import SOURCES, Cell, parse_selection
+from cosprobe.types import INPUTS, SOURCES, STATIC, X0, Cell, parse_selection
 
 
 @pytest.mark.parametrize(
@@ -70,4 +70,11 @@ def test_cells_sort_by_step_and_read_as_words():
     early, late = Cell(0, "7", "cond", "all"), Cell(3, "0", "cond", "all")
     assert sorted([late, early]) == [early, late]
     assert str(late) == "step 3, 0, cond, all"
-    assert not set(SOURCES) & {str(layer) for layer in range(100)}
+
+
+def test_layers_sources_and_inputs_are_told_apart_by_name():
+    assert Cell(0, "7", "cond", "all").is_layer
+    names = {*SOURCES, *INPUTS}
+    assert not any(Cell(0, name, "cond", "all").is_layer for name in names)
+    assert set(SOURCES) - set(INPUTS) == {X0}  # the clean latent is made by the blocks: it is no input
+    assert set(STATIC) < set(INPUTS) and not set(STATIC) & set(SOURCES)
