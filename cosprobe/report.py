@@ -118,6 +118,9 @@ def remarks(grid: Grid, checks: Checks) -> list[str]:
     lines += [f"{sentence}." for sentence in json.loads(grid.dataset.attrs["left_out"])]
     for target in shown_targets(grid):
         lines += ground(grid, target)
+    for target, (done, fits) in grid.provenance.get("converged", {}).items():
+        if done < fits:
+            lines.append(f"{target}: {fits - done} of {fits} fits did not reach their optimum; the run named them.")
     for target in grid.with_role("control"):
         count = int((grid.dataset.p_permutation.sel(target=target) <= ALPHA).sum())
         verdict = "as it should" if count == 0 else "which should not be: distrust this grid"

@@ -152,9 +152,11 @@ def test_curves_are_the_accuracies_and_readouts_only_where_decoded(grid):
         readout = lines["forced-choice readout of decoded x0-hat"]
         assert readout.get_xdata().tolist() == [0, 2, 5, 8, 11]
         assert len(axes.collections) == 2  # an interval band per layer
+        np.testing.assert_array_equal(lines["strongest input, where skill is 0"].get_ydata(), plane.reference)
+        assert set(lines["chance"].get_ydata()) == {float(plane.chance)}
         assert ("the model's own final answer" in lines) == (target == "answer")
         assert axes.get_xlabel() == STEP_LABEL
-    assert len(texts(figure)) == len(set(texts(figure))) == 2 + 5 + 1
+    assert len(texts(figure)) == len(set(texts(figure))) == 2 + 6 + 1
 
 
 def test_default_layers_spread_and_hold_the_best(grid):

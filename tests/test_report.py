@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from io import StringIO
@@ -179,8 +180,16 @@ def test_what_was_left_out_and_what_random_weights_cost_is_said():
         assert f"Left out of the checks: {reason}." in text
     assert "Permuted and fresh" not in text
     text = "\n".join(remarks(made.grid, made.checks))
-    assert "asked about 60 samples: 1234 more network evaluations, 8 s when they were sampled" in text
+    assert "asked about 60 samples" in text and "1234 more network evaluations, 8 s when they were sampled" in text
     assert "Left out" not in text
+
+
+def test_fits_that_missed_their_optimum_are_counted():
+    grid = small_run().grid
+    provenance = json.dumps({"converged": {"answer": [477, 480], "choice": [480, 480]}})
+    lines = remarks(Grid(grid.dataset.assign_attrs(provenance=provenance)), NOTHING)
+    assert [line for line in lines if "3 of 480 fits" in line and line.startswith("answer")]
+    assert not [line for line in lines if "480 of 480" in line or line.startswith("choice: 0")]
 
 
 def test_relabelled_controls_stay_out_of_tables_figures_and_charts(tmp_path):
