@@ -139,7 +139,8 @@ class ActivationStore:
                     parts.setdefault(name, []).append(tensors[name])
         if len(notes) != 1:
             raise ValueError(f"store {str(self.folder)!r}: its shards disagree on what their axes mean; delete it")
-        return {name: torch.cat(values) for name, values in parts.items()}, json.loads(notes.pop())
+        # popped one by one: the shards of one name are freed before those of the next are joined
+        return {name: torch.cat(parts.pop(name)) for name in list(parts)}, json.loads(notes.pop())
 
     def _path(self, index: int) -> Path:
         return self.folder / f"shard-{index:05d}.safetensors"
