@@ -22,7 +22,7 @@ SIMULATIONS: dict[str, tuple[Callable[[int, int], list[Row]], int]] = {  # what 
     "stopping": (stopping.simulate, 2000),
     "ensembles": (ensembles.simulate, 2000),
     "lengths": (lengths.simulate, 5000),
-    "maps": (maps.simulate, 200),
+    "maps": (maps.simulate, 100),
 }
 
 

@@ -34,6 +34,7 @@ from validity.rows import Row, alarms, shares_covered
 REGIONS, CHANNELS, STEPS, LAYERS, FRAMES = 4, 6, 4, 3, 2
 SIZES = {"train": 100, "validation": 40, "test": 60}  # problems
 FRESH = 1000  # problems more, by which the truth is known up to 0.015
+ROUNDING = 1e-9  # a guess of one class in six is known exactly, but for the last bits of a mean
 BEFORE, AFTER = [0, 0, 2, 3], [0, 2, 2, 3]  # decoded steps around each step: step 1 is not decoded
 WORLDS = {
     "planted": "answer in some cells, less in inputs and x0-hat",
@@ -187,4 +188,4 @@ def _held(name: str, value: np.ndarray, low: np.ndarray, high: np.ndarray) -> It
     known = np.isfinite(value) & np.isfinite(low) & np.isfinite(high)
     if known.any():
         value, low, high = value[known], low[known], high[known]
-        yield name, (float(((low <= value) & (value <= high)).mean()), float((high - low).mean()))
+        yield name, (float(((low - ROUNDING <= value) & (value <= high + ROUNDING)).mean()), float((high - low).mean()))
