@@ -28,9 +28,9 @@ from torch import Tensor
 from cosprobe.data import ProbeSamples, shared
 from cosprobe.newton import fit_newton
 from cosprobe.predictions import InputReading
-from cosprobe.probes import affine, classes_last, readable_targets
+from cosprobe.probes import affine, classes_last, readable_targets, validated
 from cosprobe.ridge import fit_ridge, problem_folds
-from cosprobe.solvers import Chosen, best_setting, design, principal_axes, row_sums, spread, standardise
+from cosprobe.solvers import design, principal_axes, spread, standardise
 from cosprobe.tasks import Target
 from cosprobe.types import EMBED, FIRST_FRAME, INPUTS, NOISE, X0, X_T, Cell
 
@@ -55,6 +55,15 @@ class InputFeatures:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How inputs are fitted. kind, lambdas: solver and penalties of the probes. seed: of the folds."""
+
+    kind: str
+    lambdas: Sequence[float]
+    seed: int
+
+
+@dataclass(frozen=True)
 class Form:
     """One way of reading an input. rows: with a region axis of 1 where the whole frame is read."""
 
@@ -75,6 +84,7 @@ def read_inputs(
     have the same optimum, and get the same fits here). seed: of the folds. With several processes every process calls
     this, each does a part of the steps, and all get the same result.
     """
+    recipe = Recipe(kind, lambdas, seed)
     places = tuple(dict.fromkeys(cell.place for cell in samples.cells))
     steps = len({cell.step for cell in samples.cells})
     found: dict[str, dict[str, InputReading]] = {}
@@ -83,7 +93,7 @@ def read_inputs(
         local = target.role == "memory"
         for name in names:
             read = [
-                _read(samples, target, list(forms(inputs[name], target, place if local else None)), kind, lambdas, seed)
+                _read(samples, target, list(forms(inputs[name], target, place if local else None)), recipe)
                 for place in (places if local else places[:1])
             ]
             joined = {field: np.stack([part[field] for part in read], axis=1) for field in read[0]}
@@ -128,12 +138,10 @@ def input_samples(samples: ProbeSamples, source: InputFeatures, target: str, cel
     return replace(samples, features=rows[:, [at]], cells=(cell,))
 
 
-def _read(
-    samples: ProbeSamples, target: Target, tried: list[Form], kind: str, lambdas: Sequence[float], seed: int
-) -> dict[str, np.ndarray]:
+def _read(samples: ProbeSamples, target: Target, tried: list[Form], recipe: Recipe) -> dict[str, np.ndarray]:
     """Fields of an `InputReading` with the step axis first and no place axis."""
     steps = tried[0].rows.shape[1]
-    scores = torch.stack([_by_steps(_cross_validate, samples, target, form, kind, lambdas, seed)[0] for form in tried])
+    scores = torch.stack([_by_steps(_cross_validate, samples, target, form, recipe)[0] for form in tried])
     kept = scores.argmax(dim=0)  # the first of equals
     names = ("penalty", "columns", "projected", "validation", "test")
     values: dict[str, list] = {name: [None] * steps for name in names}
@@ -141,7 +149,7 @@ def _read(
         at = torch.nonzero(kept == i)[:, 0]
         if len(at):
             part = replace(form, rows=form.rows[:, at])
-            fitted = _by_steps(_fit_and_predict, samples, target, part, kind, lambdas, seed)
+            fitted = _by_steps(_fit_and_predict, samples, target, part, recipe)
             for name, tensor in zip(values, fitted, strict=True):
                 for place, value in zip(at.tolist(), tensor.numpy(), strict=True):
                     values[name][place] = value
@@ -153,13 +161,11 @@ def _read(
 
 
 def _by_steps(
-    work: Callable[..., tuple[Tensor, ...]],
+    work: Callable[[ProbeSamples, Target, Tensor, Recipe], tuple[Tensor, ...]],
     samples: ProbeSamples,
     target: Target,
     form: Form,
-    kind: str,
-    lambdas: Sequence[float],
-    seed: int,
+    recipe: Recipe,
 ) -> tuple[Tensor, ...]:
     """`work` on a few steps at a time, the steps divided between processes."""
     fitted = replace(target, form="problem") if form.rows.shape[2] == 1 else target  # no regions to compete
@@ -168,7 +174,7 @@ def _by_steps(
     def solve(part: slice) -> tuple[Tensor, ...]:
         size = max(1, NUMBERS // each)
         slices = [slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size)]
-        parts = [work(samples, fitted, form.rows[:, one], kind, lambdas, seed) for one in slices]
+        parts = [work(samples, fitted, form.rows[:, one], recipe) for one in slices]
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     return shared(solve, form.rows.shape[1])
@@ -178,18 +184,16 @@ def _cross_validate(
     samples: ProbeSamples,
     target: Target,
     rows: Float[Tensor, "sample step region column"],
-    kind: str,
-    lambdas: Sequence[float],
-    seed: int,
+    recipe: Recipe,
 ) -> tuple[Float[Tensor, " step"]]:
     """Accuracy at the best penalty, every sample of train and validation predicted without its problem's fold."""
     keep = torch.from_numpy(samples.split != "test") & _carries(samples, target)
     x, labels = _prepared(samples, target, rows)[0][:, keep], samples.labels[target.name][keep]
-    folds = torch.from_numpy(problem_folds(samples.keys[keep.numpy()], seed))
-    right = torch.zeros(len(x), len(lambdas), dtype=torch.float64)
+    folds = torch.from_numpy(problem_folds(samples.keys[keep.numpy()], recipe.seed))
+    right = torch.zeros(len(x), len(recipe.lambdas), dtype=torch.float64)
     for fold in folds.unique():
         own = folds == fold
-        weight, bias = _fit(x[:, ~own], labels[~own], target, kind, lambdas)
+        weight, bias = _fit(x[:, ~own], labels[~own], target, recipe)
         right += _hits(x[:, own], labels[own], target, weight, bias).sum(dim=2)
     return (right.amax(dim=1) / len(labels),)
 
@@ -198,22 +202,18 @@ def _fit_and_predict(
     samples: ProbeSamples,
     target: Target,
     rows: Float[Tensor, "sample step region column"],
-    kind: str,
-    lambdas: Sequence[float],
-    seed: int,
+    recipe: Recipe,
 ) -> tuple[Tensor, ...]:
     """Penalty, columns, projected columns, and the labels given to validation and test samples, of every step."""
     x, columns = _prepared(samples, target, rows)
     train, validation, test = (torch.from_numpy(samples.split == split) for split in ("train", "validation", "test"))
     labels = samples.labels[target.name]
-    if kind == "ridge":
-        keys = samples.keys[train.numpy()]
-        chosen = fit_ridge(x[:, train], {target.name: labels[train]}, keys, [target], lambdas, seed)[target.name]
+    if recipe.kind == "ridge":
+        keys, known = samples.keys[train.numpy()], {target.name: labels[train]}
+        chosen = fit_ridge(x[:, train], known, keys, [target], recipe.lambdas, recipe.seed)[target.name]
     else:
-        weight, bias = _fit(x[:, train], labels[train], target, kind, lambdas)
-        values = classes_last(affine(design(x[:, validation], target.form), weight, bias), target.form)
-        loss, correct, _ = row_sums(values, labels[validation])
-        chosen = Chosen.of(weight, bias, lambdas, best_setting(correct, loss))
+        weight, bias = _fit(x[:, train], labels[train], target, recipe)
+        chosen = validated(x[:, validation], labels[validation], target.form, weight, bias, recipe.lambdas)
     values = classes_last(affine(design(x, target.form), chosen.weights, chosen.biases), target.form)
     said = values.argmax(dim=-1)
     sizes = torch.tensor([columns, x.shape[-1]]).expand(len(x), 2)
@@ -249,15 +249,14 @@ def _fit(
     x: Float[Tensor, "step sample region column"],
     labels: Int[Tensor, " sample *region"],
     target: Target,
-    kind: str,
-    lambdas: Sequence[float],
+    recipe: Recipe,
 ) -> tuple[Float[Tensor, "step width setting out"], Float[Tensor, "step setting out"]]:
     """Weights and biases at every penalty."""
-    if kind != "ridge":
-        found = fit_newton(x, labels, target, lambdas, gap=GAP)
+    if recipe.kind != "ridge":
+        found = fit_newton(x, labels, target, recipe.lambdas, gap=GAP)
         return found.weight, found.bias
     keys = np.zeros(len(labels))  # a single penalty needs no folds
-    fits = [fit_ridge(x, {target.name: labels}, keys, [target], [value])[target.name] for value in lambdas]
+    fits = [fit_ridge(x, {target.name: labels}, keys, [target], [value])[target.name] for value in recipe.lambdas]
     return torch.stack([f.weights for f in fits], dim=2), torch.stack([f.biases for f in fits], dim=1)
 
 

@@ -19,6 +19,7 @@ from scipy.special import betaincinv, stdtrit
 COVERAGE = 0.95
 TAIL = (1 - COVERAGE) / 2
 LEAST_PROBLEMS = 12  # fewer ground no statement, whatever the interval
+LEAST_EFFECTIVE = 6  # nor do many that are worth fewer, because few of them hold most samples
 PSEUDO = 1.5  # problems added to wins and to losses of a difference
 CONTINUITY = 0.25  # problems by which the interval of a difference is widened at each end
 CHUNK = 4096  # cells worked on at once: bounds memory at CHUNK x draws numbers
@@ -81,7 +82,7 @@ def grounded(keys: Shaped[np.ndarray, "sample"]) -> bool:
     """Whether there are problems enough for a statement: 12, and no few of them that hold most of the samples."""
     if len(np.unique(keys)) < LEAST_PROBLEMS:
         return False
-    return effective_problems(keys) >= LEAST_PROBLEMS / 2
+    return effective_problems(keys) >= LEAST_EFFECTIVE
 
 
 def share_interval(

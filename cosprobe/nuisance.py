@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cosprobe.data import ProbeSamples
 from cosprobe.newton import fit_newton
-from cosprobe.probes import affine, classes_last
+from cosprobe.probes import affine, classes_last, validated
 from cosprobe.refitting import (
     Estimate,
     Labelled,
@@ -34,7 +34,7 @@ from cosprobe.refitting import (
     right,
     statistics,
 )
-from cosprobe.solvers import design, row_sums, spread, standardise
+from cosprobe.solvers import design, spread, standardise
 from cosprobe.tasks import Target
 from cosprobe.types import Cell
 
@@ -177,13 +177,9 @@ def _alone(
     trial = labelled(samples, target, (), "validation")
     at = torch.from_numpy(train.where)
     stats = spread(rows[at])
-    fit = fit_newton(standardise(rows[at], *stats), train.labels, target, lambdas.unique().tolist())
-
-    def decision(part: Labelled) -> Tensor:
-        x = design(standardise(rows[torch.from_numpy(part.where)], *stats), target.form)
-        return classes_last(affine(x, fit.weight.to(x), fit.bias.to(x)), target.form)
-
-    loss, correct, _ = row_sums(decision(trial), trial.labels)
-    tied = correct == correct.amax(dim=1, keepdim=True)
-    best = int(loss.masked_fill(~tied, torch.inf).argmin(dim=1))
-    return right(decision(test)[..., best, :], test.labels)[0]
+    penalties = lambdas.unique().tolist()
+    fit = fit_newton(standardise(rows[at], *stats), train.labels, target, penalties)
+    held, seen = (standardise(rows[torch.from_numpy(part.where)], *stats) for part in (trial, test))
+    kept = validated(held, trial.labels, target.form, fit.weight, fit.bias, penalties)
+    decision = classes_last(affine(design(seen, target.form), kept.weights, kept.biases), target.form)
+    return right(decision, test.labels)[0]

@@ -24,11 +24,11 @@ from torch import Tensor
 from cosprobe.calibration import temperatures
 from cosprobe.policy import Policy
 from cosprobe.reading import Reader, Reading, attached
-from cosprobe.solvers import design, standardise
+from cosprobe.solvers import Chosen, best_setting, design, row_sums, standardise
 from cosprobe.tasks import Problem, Target
 from cosprobe.types import Cell
 
-FORMAT = 2
+FORMAT = 3  # cells are layers; earlier banks held inputs among them
 TABLES = ("weights", "biases", "lambdas", "temperatures")
 TENSORS, DESCRIPTION = "bank.safetensors", "bank.json"
 CHUNK = 2**26  # numbers standardised at a time, 256 MB in fp32
@@ -70,6 +70,22 @@ def classes_last(
     if form == "candidate":
         return values[..., 0].movedim(2, -1)
     return values[:, :, 0] if form == "problem" else values
+
+
+def validated(
+    x: Float[Tensor, "cell sample region channel"],
+    labels: Int[Tensor, " sample *region"],
+    form: str,
+    weight: Float[Tensor, "cell width setting out"],
+    bias: Float[Tensor, "cell setting out"],
+    lambdas: Sequence[float],
+) -> Chosen:
+    """Of each cell the fit that is right most often on validation; on a tie the one with the lower cross-entropy.
+
+    x, labels: standardised validation samples, -1 for no label. weight, bias: a fit for each of `lambdas`.
+    """
+    loss, correct, _ = row_sums(classes_last(affine(design(x, form), weight, bias), form), labels.to(x.device))
+    return Chosen.of(weight, bias, lambdas, best_setting(correct, loss))
 
 
 @dataclass(frozen=True)

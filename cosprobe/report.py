@@ -22,7 +22,7 @@ from cosprobe.diagnostics import check_panels, generalisation
 from cosprobe.figures import curves, frame_maps, headline, maps
 from cosprobe.film import Film, film_strip
 from cosprobe.grid import ALPHA, FILE, GUESSES, Best, Grid
-from cosprobe.metrics import LEAST_PROBLEMS
+from cosprobe.metrics import LEAST_EFFECTIVE, LEAST_PROBLEMS
 from cosprobe.samples import HEADLINE
 from cosprobe.scoring import RELABELLED
 from cosprobe.summary import check_table
@@ -148,7 +148,7 @@ def ground(grid: Grid, target: str) -> list[str]:
                 f"{missing.get(split, 'it has no p and no interval of a difference')}; raise task.problems."
             )
     worth, problems = float(data.n_effective), int(data.n_test_problems)
-    if problems >= LEAST_PROBLEMS and worth < LEAST_PROBLEMS / 2:
+    if problems >= LEAST_PROBLEMS and worth < LEAST_EFFECTIVE:
         lines.append(
             f"{target}: its {problems} test problems are worth {worth:.1f}, because few of them hold most samples: it "
             "has no p and no interval of a difference; give all problems the same number of seeds."

@@ -187,10 +187,10 @@ def _score(
     if sure:
         tested = max_t_permutation(test.predicted[layer[present]], test.labels, keys, draws, seed)
         p["p_permutation"][present] = tested.p
-    p["p_inputs"], critical = _against_all(right, keys, layer, baseline[inputs], draws, seed, sure)
+    p["p_inputs"], of_inputs = _against_all(right, keys, layer, baseline[inputs], draws, seed, sure)
     # labels that are told apart are not yet told more often than by the most frequent one
     most_frequent = np.full((1, *baseline.shape[1:]), chance if chance > cells else -1)
-    p["p_guess"], _ = _against_all(right, keys, layer, most_frequent, draws, seed, sure)
+    p["p_guess"], of_guess = _against_all(right, keys, layer, most_frequent, draws, seed, sure)
     p["p_evidence"] = np.fmax(np.fmax(p["p_permutation"], p["p_guess"]), p["p_inputs"])  # NaN only where all are
     p["p_excess"], _ = _against_all(right, keys, layer, shown, draws, seed, sure)
     excess = _difference(right, keys, layer, np.broadcast_to(visible[:, None], layer.shape), sure)
@@ -201,8 +201,9 @@ def _score(
     effective = effective_problems(keys)
     guessed = rows.accuracy[chance]
     reach = np.nan
-    if sure:  # of sign changes: sqrt(share of problems won) has to be critical; of permutations: in standard deviations
-        reach = max(critical**2 / effective, tested.critical * np.sqrt(guessed * (1 - guessed) / effective))
+    if sure:  # of sign changes: sqrt(problems won) has to be critical; of permutations: in standard deviations
+        deviation = np.sqrt(guessed * (1 - guessed) / effective)
+        reach = max(max(of_inputs, of_guess) ** 2 / effective, tested.critical * deviation)
     train_keys = np.asarray(result.train_keys)[_labelled(result.train_labels)]
     count = {
         "n_train": len(train_keys), "n_validation": len(validation.keys), "n_test": len(test.keys),

@@ -37,9 +37,9 @@ from cosprobe.data import ProbeBatch, ProbeData, ProbeSamples, check_targets, sh
 from cosprobe.devices import TrainerConfig, backend
 from cosprobe.newton import Certificate, finished, newton_targets, shortfall
 from cosprobe.pooling import POOLINGS
-from cosprobe.probes import ProbeBank, affine, classes_last, readable_targets
+from cosprobe.probes import ProbeBank, affine, classes_last, readable_targets, validated
 from cosprobe.ridge import fit_ridge
-from cosprobe.solvers import Chosen, Fitted, best_setting, curvature, design, row_sums, spread, standardise
+from cosprobe.solvers import Chosen, Fitted, curvature, row_sums, spread, standardise
 from cosprobe.tasks import Target
 
 KINDS = ("logistic", "newton", "ridge")
@@ -362,13 +362,7 @@ def _validated(
     lambdas: Sequence[float],
 ) -> dict[str, Chosen]:
     x = standardise(validation.features, mean, std)
-    found = {}
-    for target in targets:
-        weight, bias = fitted[target.name]
-        values = classes_last(affine(design(x, target.form), weight, bias), target.form)
-        loss, correct, _ = row_sums(values, validation.labels[target.name].to(x.device))
-        found[target.name] = Chosen.of(weight, bias, lambdas, best_setting(correct, loss))
-    return found
+    return {t.name: validated(x, validation.labels[t.name], t.form, *fitted[t.name], lambdas) for t in targets}
 
 
 def _tables(chosen: dict[str, Chosen]) -> dict[str, dict[str, Tensor]]:

@@ -20,7 +20,6 @@ FIRST_FRAME = "first_frame"  # the image condition given beside the noisy latent
 PROMPT = "prompt"  # mean of the prompt's token embeddings
 NUISANCE = "nuisance"  # the problem's difficulty (size, path length, ...), nothing of the model
 INPUTS = (NOISE, FIRST_FRAME, PROMPT, NUISANCE, EMBED, X_T)  # all that can be known before the first block has run
-STATIC = (PROMPT, NUISANCE)  # one vector per sample, without frames or regions
 
 SPLIT_ORDER = ("train", "validation", "test")
 

@@ -151,5 +151,5 @@ def test_another_format_is_refused(bank, tmp_path):
     bank.save(tmp_path)
     description = json.loads((tmp_path / "bank.json").read_text())
     (tmp_path / "bank.json").write_text(json.dumps(description | {"format": 99}))
-    with pytest.raises(ValueError, match="bank format 99, expected 2"):
+    with pytest.raises(ValueError, match="bank format 99, expected 3"):
         load_probes(tmp_path)

@@ -17,7 +17,7 @@ from cosprobe.pooling import Pooling
 from cosprobe.samples import load_samples, relabelled
 from cosprobe.store import ActivationStore
 from cosprobe.tasks import Maze, MazeConfig, Target
-from cosprobe.types import FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, STATIC, X0, Cell
+from cosprobe.types import FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, X0, Cell
 from tests.tiny import wan
 
 PROBE = SimpleNamespace(layers="1", steps="0,2", pooling="region", frames=True, decode="0", randomised=0)
@@ -78,8 +78,9 @@ def test_probes_are_fitted_to_layers_and_inputs_stand_beside_them(samples, input
     assert set(inputs) == {*INPUTS, X0}
     for name, source in inputs.items():
         changes = name in ("embed", "x_t", "x0_latent")
-        assert source.whole.shape[:3] == (20, 2 if changes else 1, 1 if name in STATIC else 2)
-        if name in STATIC:
+        static = name in (PROMPT, NUISANCE)
+        assert source.whole.shape[:3] == (20, 2 if changes else 1, 1 if static else 2)
+        if static:
             assert source.region is None and source.whole.shape[3] == 1
         else:
             assert source.region.shape[:4] == (*source.whole.shape[:3], 4) and source.whole.shape[3] == 16

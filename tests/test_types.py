@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.types import INPUTS, SOURCES, STATIC, X0, Cell, parse_selection
+from cosprobe.types import INPUTS, NUISANCE, PROMPT, SOURCES, X0, Cell, parse_selection
 
 
 @pytest.mark.parametrize(
@@ -77,4 +77,4 @@ def test_layers_sources_and_inputs_are_told_apart_by_name():
     names = {*SOURCES, *INPUTS}
     assert not any(Cell(0, name, "cond", "all").is_layer for name in names)
     assert set(SOURCES) - set(INPUTS) == {X0}  # the clean latent is made by the blocks: it is no input
-    assert set(STATIC) < set(INPUTS) and not set(STATIC) & set(SOURCES)
+    assert set(INPUTS) - set(SOURCES) == {PROMPT, NUISANCE}  # one vector per sample, without frames

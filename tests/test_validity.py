@@ -22,7 +22,6 @@ def kept(rows: list[Row]) -> bool:
 @pytest.mark.parametrize("module", [shares, differences])
 def test_intervals_cover_and_simpler_ones_do_not(module, monkeypatch):
     monkeypatch.setattr(shares, "PROBLEMS", (12, 60))
-    monkeypatch.setattr(differences, "PROBLEMS", (12, 60))
     rows = module.simulate(2000, 1)
     assert kept(rows) and len(of(rows, True)) == 2 * len(shares.LAYOUTS)
     assert max(row.observed for row in of(rows, False)) < 0.93

@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from cosprobe.metrics import difference_interval, problem_draws
 from validity.rows import Row, coverage, luck, seeds_of, worst
-from validity.shares import AT_ONCE, LAYOUTS, PROBLEMS
+from validity.shares import AT_ONCE, worst_by_layout
 
 SUBJECT = "paired differences"
 TRUTHS = (-0.5, -0.2, 0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -25,12 +25,7 @@ def tables() -> list[tuple[float, float]]:
 def simulate(runs: int, seed: int) -> list[Row]:
     """One row per number of problems and layout: the worst of all truths and shares of ties."""
     rng = np.random.default_rng(seed)
-    found = []
-    for problems in PROBLEMS:
-        for layout, correlation in LAYOUTS:
-            setting = f"{problems} problems, {layout}, correlation {correlation:g}"
-            found.append(worst(_covered(runs, problems, layout, correlation, rng), setting))
-    return found + _others(runs, rng)
+    return worst_by_layout(_covered, runs, rng) + _others(runs, rng)
 
 
 def _differences(drawn: Float[np.ndarray, "run sample"], truth: float, apart: float) -> Float[np.ndarray, "run sample"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from cosprobe.metrics import problem_draws, share_interval
@@ -17,12 +19,19 @@ AT_ONCE = 500  # runs; bounds memory
 def simulate(runs: int, seed: int) -> list[Row]:
     """One row per number of problems and layout: the worst of all truths."""
     rng = np.random.default_rng(seed)
+    return worst_by_layout(_covered, runs, rng) + _others(runs, rng)
+
+
+def worst_by_layout(
+    covered: Callable[[int, int, str, float, np.random.Generator], list[Row]], runs: int, rng: np.random.Generator
+) -> list[Row]:
+    """Per number of problems and layout the worst row of `covered(runs, problems, layout, correlation, rng)`."""
     found = []
     for problems in PROBLEMS:
         for layout, correlation in LAYOUTS:
             setting = f"{problems} problems, {layout}, correlation {correlation:g}"
-            found.append(worst(_covered(runs, problems, layout, correlation, rng), setting))
-    return found + _others(runs, rng)
+            found.append(worst(covered(runs, problems, layout, correlation, rng), setting))
+    return found
 
 
 def _covered(runs: int, problems: int, layout: str, correlation: float, rng: np.random.Generator) -> list[Row]:
