@@ -24,9 +24,9 @@ lint: $(INSTALLED)
 # the figures of README.md and docs/, from real runs
 SMALL := pipeline.path=runs/small/pipeline pipeline.frames=5 task.frames=5
 docs: $(INSTALLED)
-	$(BIN)/python -m cosprobe.gallery docs/figures/families.png
+	$(BIN)/python -m cosprobe.reporting.gallery docs/figures/families.png
 	for task in maze hide select line; do $(BIN)/python train.py probe=layers task=$$task || exit 1; done
-	$(BIN)/python -m cosprobe.beside docs/figures/maps.png maze=runs/maze-layers:answer hide=runs/hide-layers:inside \
+	$(BIN)/python -m cosprobe.reporting.compare docs/figures/maps.png maze=runs/maze-layers:answer hide=runs/hide-layers:inside \
 		select=runs/select-layers:answer line=runs/line-layers:answer
 	$(BIN)/python probe.py use=early run=runs/maze-layers use.problems=300
 	for task in maze line; do $(BIN)/python probe.py use=ensemble run=runs/$$task-layers use.size=full || exit 1; done
@@ -37,7 +37,7 @@ docs: $(INSTALLED)
 	$(BIN)/python train.py experiment=lora pipeline.path=runs/small/pipeline run_dir=runs/adapter
 	$(BIN)/python train.py probe=layers task=hide $(SMALL) run_dir=runs/hide-small
 	$(BIN)/python train.py probe=layers task=hide $(SMALL) pipeline.lora=runs/adapter/adapter run_dir=runs/hide-adapted
-	$(BIN)/python -m cosprobe.beside docs/figures/lora.png base=runs/hide-small:inside adapted=runs/hide-adapted:inside
+	$(BIN)/python -m cosprobe.reporting.compare docs/figures/lora.png base=runs/hide-small:inside adapted=runs/hide-adapted:inside
 
 # ratios: capture, fit and run against what they replace or cannot avoid
 bench: $(INSTALLED)

@@ -15,10 +15,10 @@ import torch
 
 from benchmarks.pairs import Pair, side_by_side
 from cosprobe.config import TrainRun, load
-from cosprobe.encoding import TEXT_TOKENS, TEXT_WIDTH
-from cosprobe.flowmatching import Batch, FlowMatching
-from cosprobe.mini import MiniConfig
-from cosprobe.pipelines import load_pipeline
+from cosprobe.minimodel.encoding import TEXT_TOKENS, TEXT_WIDTH
+from cosprobe.minimodel.flow_matching import Batch, FlowMatching
+from cosprobe.minimodel.recipe import MiniConfig
+from cosprobe.models.pipelines import load_pipeline
 
 
 def measure(repeats: int = 5, batches: int = 4, frames: int = 13, settings: Sequence[str] = ()) -> list[Pair]:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 import train
 from benchmarks.pairs import Pair, side_by_side
-from cosprobe.collect import decode_steps, draw_samples, images
+from cosprobe.activations.collect import decode_steps, draw_samples, images
 from cosprobe.config import TrainRun, load
-from cosprobe.pipelines import decode, load_pipeline, sample
+from cosprobe.models.pipelines import decode, load_pipeline, sample
 
 DEMO = 600  # problems of the demo
 

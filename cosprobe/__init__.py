@@ -22,18 +22,18 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import would stand beside our one line
 
-from cosprobe.capture import Tape, capture
-from cosprobe.collect import collect
-from cosprobe.devices import TrainerConfig
-from cosprobe.ensemble import ensemble
-from cosprobe.grid import Grid
-from cosprobe.pipelines import PipelineConfig, load_pipeline, sample
-from cosprobe.pooling import Pooling
-from cosprobe.probes import ProbeBank, load_probes
-from cosprobe.samples import load_samples
-from cosprobe.store import ActivationStore
-from cosprobe.training import ProbeConfig, fit
-from cosprobe.types import Cell
+from cosprobe.activations.capture import Tape, capture
+from cosprobe.activations.collect import collect
+from cosprobe.runtime import TrainerConfig
+from cosprobe.ensembles.ensemble import ensemble
+from cosprobe.evaluation.grid import Grid
+from cosprobe.models.pipelines import PipelineConfig, load_pipeline, sample
+from cosprobe.activations.pooling import Pooling
+from cosprobe.probes.bank import ProbeBank, load_probes
+from cosprobe.activations.dataset import load_samples
+from cosprobe.activations.store import ActivationStore
+from cosprobe.probes.logistic import ProbeConfig, fit
+from cosprobe.cells import Cell
 
 __all__ = [
     "ActivationStore",

@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cosprobe.baselines import WEIGHTS, WeightsTable
-from cosprobe.checks import Checks, examine
-from cosprobe.data import ProbeSamples
-from cosprobe.devices import TrainerConfig
-from cosprobe.evaluation import evaluate
-from cosprobe.grid import Grid
-from cosprobe.inputs import InputFeatures, read_inputs
-from cosprobe.nuisance import nuisance_columns
-from cosprobe.predictions import Evaluated
-from cosprobe.probes import ProbeBank
-from cosprobe.samples import relabelled
+from cosprobe.evaluation.checks.untrained import WEIGHTS, WeightsTable
+from cosprobe.evaluation.checks.suite import Checks, examine
+from cosprobe.probes.datamodule import ProbeSamples
+from cosprobe.runtime import TrainerConfig
+from cosprobe.evaluation.evaluation import evaluate
+from cosprobe.evaluation.grid import Grid
+from cosprobe.evaluation.baselines import InputFeatures, read_inputs
+from cosprobe.evaluation.checks.confounds import nuisance_columns
+from cosprobe.evaluation.predictions import Evaluated
+from cosprobe.probes.bank import ProbeBank
+from cosprobe.activations.dataset import relabelled
 from cosprobe.tasks import Target
-from cosprobe.training import ProbeConfig, fit
-from cosprobe.types import FIRST_FRAME, NOISE, NUISANCE, PROMPT, SOURCES, X0, Cell
+from cosprobe.probes.logistic import ProbeConfig, fit
+from cosprobe.cells import FIRST_FRAME, NOISE, NUISANCE, PROMPT, SOURCES, X0, Cell
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 

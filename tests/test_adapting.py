@@ -9,11 +9,11 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from safetensors.torch import load_file
 
-from cosprobe.adapting import AdapterConfig, train_adapter
-from cosprobe.flowmatching import FlowConfig
-from cosprobe.mini import families
-from cosprobe.pipelines import PipelineConfig, load_pipeline
-from cosprobe.store import fingerprint
+from cosprobe.minimodel.lora_training import AdapterConfig, train_adapter
+from cosprobe.minimodel.flow_matching import FlowConfig
+from cosprobe.minimodel.recipe import families
+from cosprobe.models.pipelines import PipelineConfig, load_pipeline
+from cosprobe.activations.store import fingerprint
 from cosprobe.tasks import Maze
 from tests.tiny import cogvideox, wan
 
@@ -66,7 +66,7 @@ def test_a_store_knows_an_adapted_model_from_the_bare_one(trained):
 def test_a_finished_run_is_not_trained_again(trained, monkeypatch):
     model, adapter = trained
     before = load_file(adapter / "pytorch_lora_weights.safetensors")
-    monkeypatch.setattr("cosprobe.flowmatching.FlowMatching.loss", None)
+    monkeypatch.setattr("cosprobe.minimodel.flow_matching.FlowMatching.loss", None)
     again = train_adapter(WanImageToVideoPipeline.from_pretrained(model), CONFIG, TASKS, adapter.parent, "32-true")
     after = load_file(again / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(value, after[name]) for name, value in before.items())

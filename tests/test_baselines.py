@@ -14,19 +14,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.baselines import weights_table
-from cosprobe.capture import capture
-from cosprobe.collect import UNTRAINED, Sample, collect, draw_samples, few_samples, few_steps, images, settings
-from cosprobe.devices import TrainerConfig
-from cosprobe.metrics import share_interval
-from cosprobe.pipelines import PipelineConfig, sample
-from cosprobe.pooling import Pooling
-from cosprobe.randomised import RANDOMISED, randomised, replay
-from cosprobe.samples import load_samples
-from cosprobe.store import ActivationStore
+from cosprobe.evaluation.checks.untrained import weights_table
+from cosprobe.activations.capture import capture
+from cosprobe.activations.collect import UNTRAINED, Sample, collect, draw_samples, few_samples, few_steps, images, settings
+from cosprobe.runtime import TrainerConfig
+from cosprobe.evaluation.metrics import share_interval
+from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.activations.pooling import Pooling
+from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
+from cosprobe.activations.dataset import load_samples
+from cosprobe.activations.store import ActivationStore
 from cosprobe.tasks import Maze, MazeConfig
-from cosprobe.training import ProbeConfig, fit
-from cosprobe.types import Cell
+from cosprobe.probes.logistic import ProbeConfig, fit
+from cosprobe.cells import Cell
 from tests.tiny import wan
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -162,7 +162,7 @@ def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, pipeline, st
         raise AssertionError("sampled again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("cosprobe.collect"), "sample", refuse)
+        patch.setattr(import_module("cosprobe.activations.collect"), "sample", refuse)
         again = asked(model, pipeline, PROBE, store.folder)
     assert again.fingerprint == store.fingerprint
     assert "40 samples, permuted and fresh weights on 30 of them are already in" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from cosprobe.calibration import brier, ece, reliability, temperatures
+from cosprobe.probes.calibration import brier, ece, reliability, temperatures
 
 
 def forecaster(rows: int, out: int, seed: int, temperature: float = 1.0, cells: int = 1):

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cosprobe.card import Measured, difficulties, measure, rate, rewordings, speed, write_card
-from cosprobe.pipelines import PipelineConfig
-from cosprobe.solving import Solved, solve
+from cosprobe.minimodel.card import Measured, difficulties, measure, rate, rewordings, speed, write_card
+from cosprobe.models.pipelines import PipelineConfig
+from cosprobe.minimodel.accuracy import Solved, solve
 from cosprobe.tasks import Line, Maze, Select
 from tests.tiny import CONFIG, wan
 
@@ -117,7 +117,7 @@ def test_what_is_measured_is_what_the_videos_show(monkeypatch):
             n: (replace(task, frames=n).video(problem) if solves else np.repeat(task.image(problem)[None], n, 0)) / 255
             for n in (5, 9)
         }
-    monkeypatch.setattr("cosprobe.solving.sample", draw)
+    monkeypatch.setattr("cosprobe.minimodel.accuracy.sample", draw)
     found = measure(wan(), config, {"maze": task}, [5, 9], (6, 3, 2), 0)
     for result in (found.solved["maze"], found.elsewhere["maze", 9]):
         assert (result.right == [p.index % 2 == 0 for p in result.problems]).all()

@@ -9,15 +9,15 @@ import pytest
 import torch
 import xarray as xr
 
-from cosprobe.baselines import WEIGHTS
-from cosprobe.calibration import reliability
-from cosprobe.checks import BINS, MEANING, ROWS, examine, with_checks
-from cosprobe.efficiency import description_length
-from cosprobe.grid import Grid
-from cosprobe.nuisance import residualised
-from cosprobe.scoring import build_grid
-from cosprobe.transfer import matrices
-from cosprobe.types import Cell
+from cosprobe.evaluation.checks.untrained import WEIGHTS
+from cosprobe.probes.calibration import reliability
+from cosprobe.evaluation.checks.suite import BINS, MEANING, ROWS, examine, with_checks
+from cosprobe.evaluation.checks.description_length import description_length
+from cosprobe.evaluation.grid import Grid
+from cosprobe.evaluation.checks.confounds import residualised
+from cosprobe.evaluation.scoring import build_grid
+from cosprobe.evaluation.checks.generalisation import matrices
+from cosprobe.cells import Cell
 from tests.examined import TARGETS, Run, run, small
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cosprobe.capture import capture
-from cosprobe.collect import (
+from cosprobe.activations.capture import capture
+from cosprobe.activations.collect import (
     collect,
     decode_steps,
     draw_samples,
@@ -21,13 +21,13 @@ from cosprobe.collect import (
     store_bytes,
     watch,
 )
-from cosprobe.pipelines import PipelineConfig, sample
-from cosprobe.pooling import Pooling
-from cosprobe.samples import load_samples
+from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.activations.pooling import Pooling
+from cosprobe.activations.dataset import load_samples
 from cosprobe.tasks import HideConfig, MazeConfig
 from tests.tiny import wan
 
-module = import_module("cosprobe.collect")  # the package names the function alike
+module = import_module("cosprobe.activations.collect")  # the package names the function alike
 PROBE = SimpleNamespace(layers="0,2", steps="all", pooling="region", frames=False, decode="auto", randomised=10)
 TASK = MazeConfig(problems=20, frames=5)
 DRAWN = draw_samples(TASK.build(), TASK, 0)

@@ -20,7 +20,7 @@ from cosprobe.config import (
     read_run,
     save_config,
 )
-from cosprobe.mini import MiniConfig
+from cosprobe.minimodel.recipe import MiniConfig
 from cosprobe.tasks import MazeConfig
 
 FILES = sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml"))

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from tiny import CONFIG, PROMPT, wan
 from torch.utils.flop_counter import FlopCounterMode
 
-from cosprobe.cost import _ATTENTION, Cost, flops, seconds
-from cosprobe.pipelines import PipelineConfig, sample
+from cosprobe.activations.flops import _ATTENTION, Cost, flops, seconds
+from cosprobe.models.pipelines import PipelineConfig, sample
 
 IMAGES = torch.rand(2, 3, 32, 32)
 TOKENS, TEXT, WIDTH, FFN = 2 * 4 * 4, 32, 24, 32  # of tests/tiny.py: 5 frames of 32 x 32, 4 and 8 times smaller

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosprobe.data import ProbeBatch, ProbeBatches, ProbeData, ProbeSamples, check_targets, shared
+from cosprobe.probes.datamodule import ProbeBatch, ProbeBatches, ProbeData, ProbeSamples, check_targets, shared
 from cosprobe.tasks import Target
-from cosprobe.types import Cell
+from cosprobe.cells import Cell
 
 TARGETS = (
     Target("answer", 3, "candidate", "answer", ("one",)),

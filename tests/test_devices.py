@@ -10,7 +10,7 @@ import pytest
 
 PAGES = """
 import resource, sys, torch
-from cosprobe.devices import keep_freed_memory
+from cosprobe.runtime import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 def faults():

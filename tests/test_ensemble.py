@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from cosprobe import cost as costing
-from cosprobe.capture import capture
-from cosprobe.collect import images, noise_seed
-from cosprobe.ensemble import Bench, ensemble, run
-from cosprobe.judging import Judge
-from cosprobe.methods import (
+from cosprobe.activations import flops as costing
+from cosprobe.activations.capture import capture
+from cosprobe.activations.collect import images, noise_seed
+from cosprobe.ensembles.ensemble import Bench, ensemble, run
+from cosprobe.ensembles.probe_scorer import Judge
+from cosprobe.ensembles.strategies import (
     METHODS,
     PROBES,
     Course,
@@ -33,12 +33,12 @@ from cosprobe.methods import (
     surest,
     windows,
 )
-from cosprobe.pipelines import sample
-from cosprobe.probes import ProbeBank
-from cosprobe.seeds import price
+from cosprobe.models.pipelines import sample
+from cosprobe.probes.bank import ProbeBank
+from cosprobe.ensembles.comparison import price
 from cosprobe.tasks import HideConfig, MazeConfig
-from cosprobe.trials import Candidate
-from cosprobe.types import Cell
+from cosprobe.ensembles.trajectories import Candidate
+from cosprobe.cells import Cell
 from tests.tiny import CONFIG, wan
 
 TASK = MazeConfig(frames=5).build()

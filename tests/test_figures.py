@@ -10,7 +10,7 @@ import pytest
 from matplotlib.collections import LineCollection, QuadMesh
 from test_grid import ANSWER, CHOICE, CONTROL, DOORS, START, synthetic
 
-from cosprobe.figures import (
+from cosprobe.reporting.figures import (
     LAYER_LABEL,
     OUTLINE,
     STEP_LABEL,
@@ -25,8 +25,8 @@ from cosprobe.figures import (
     skill_colours,
     ticks,
 )
-from cosprobe.grid import Grid
-from cosprobe.scoring import build_grid
+from cosprobe.evaluation.grid import Grid
+from cosprobe.evaluation.scoring import build_grid
 from tests.legible import apart, check_words
 
 

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from cosprobe.film import FREE, RIGHT, WRONG, Film, FilmRow, film_strip
+from cosprobe.reporting.film import FREE, RIGHT, WRONG, Film, FilmRow, film_strip
 from cosprobe.tasks import Maze
 
 

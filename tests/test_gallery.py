@@ -7,7 +7,7 @@ import pytest
 from legible import apart, check_words
 from PIL import Image
 
-from cosprobe.gallery import FRAMES, gallery, main
+from cosprobe.reporting.gallery import FRAMES, gallery, main
 from cosprobe.tasks import FAMILIES
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from cosprobe.checks import Checks
-from cosprobe.grid import BASELINES, Grid
-from cosprobe.inputs import MUST_BEAT
-from cosprobe.latency import latency
-from cosprobe.metrics import (
+from cosprobe.evaluation.checks.suite import Checks
+from cosprobe.evaluation.grid import BASELINES, Grid
+from cosprobe.evaluation.baselines import MUST_BEAT
+from cosprobe.evaluation.latency import latency
+from cosprobe.evaluation.metrics import (
     difference_interval,
     effective_problems,
     max_t_bootstrap,
@@ -22,11 +22,11 @@ from cosprobe.metrics import (
     share_interval,
     weakest_pair,
 )
-from cosprobe.predictions import Evaluated, InputReading, SplitPredictions, TargetPredictions
-from cosprobe.report import ground, remarks
-from cosprobe.scoring import MEANING, _shown, build_grid
+from cosprobe.evaluation.predictions import Evaluated, InputReading, SplitPredictions, TargetPredictions
+from cosprobe.reporting.report import ground, remarks
+from cosprobe.evaluation.scoring import MEANING, _shown, build_grid
 from cosprobe.tasks import Target
-from cosprobe.types import INPUTS, X0, Cell
+from cosprobe.cells import INPUTS, X0, Cell
 
 ANSWER = Target("answer", 4, "candidate", "answer", ("one_exit",))
 CHOICE = Target("choice", 4, "candidate", "choice", ("choice",))

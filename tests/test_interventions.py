@@ -8,15 +8,15 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from cosprobe.capture import capture
-from cosprobe.interventions import (
+from cosprobe.activations.capture import capture
+from cosprobe.activations.edits import (
     average_blocks,
     average_clean,
     average_latents,
     group_mean,
     output_for,
 )
-from cosprobe.pipelines import clean_estimate, sample
+from cosprobe.models.pipelines import clean_estimate, sample
 from tests.tiny import CONFIG, PROMPT, wan
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5)).repeat_interleave(3, dim=0)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cosprobe import latency as module
-from cosprobe.latency import lag, latency
+from cosprobe.evaluation import latency as module
+from cosprobe.evaluation.latency import lag, latency
 
 STEPS = np.arange(20.0)
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cosprobe import metrics
-from cosprobe.metrics import (
+from cosprobe.evaluation import metrics
+from cosprobe.evaluation.metrics import (
     correctness,
     difference_interval,
     effective_problems,

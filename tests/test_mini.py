@@ -12,7 +12,7 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from safetensors.torch import load_file
 
-from cosprobe.autoencoding import (
+from cosprobe.minimodel.autoencoding import (
     AutoencoderConfig,
     AutoencoderTraining,
     ClipBatches,
@@ -21,9 +21,9 @@ from cosprobe.autoencoding import (
     to_model_range,
     video_of,
 )
-from cosprobe.encoding import TEXT_TOKENS, build_text, embed, every_prompt, measure_scale
-from cosprobe.flowmatching import FlowBatches, FlowConfig, FlowMatching, LatentClips
-from cosprobe.mini import MiniConfig, families, train_mini, training_sets
+from cosprobe.minimodel.encoding import TEXT_TOKENS, build_text, embed, every_prompt, measure_scale
+from cosprobe.minimodel.flow_matching import FlowBatches, FlowConfig, FlowMatching, LatentClips
+from cosprobe.minimodel.recipe import MiniConfig, families, train_mini, training_sets
 from cosprobe.tasks import FAMILIES, Maze
 from cosprobe.tasks.select import COLOURS, PHRASES
 from tests.tiny import wan

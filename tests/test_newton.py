@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from cosprobe.newton import Certificate, NewtonFit, fit_newton, newton_targets, relative_gaps, shortfall
-from cosprobe.solvers import design
+from cosprobe.probes.newton import Certificate, NewtonFit, fit_newton, newton_targets, relative_gaps, shortfall
+from cosprobe.probes.linalg import design
 from cosprobe.tasks import Target
-from cosprobe.types import Cell
+from cosprobe.cells import Cell
 
 LAMBDAS = [0.003, 1.0, 0.05]  # not in the order they are solved in
 DATA = st.integers(0, 2**31)
@@ -153,7 +153,7 @@ def test_the_precision_of_the_features_is_kept():
 def test_blocks_of_cells_do_not_change_the_fit(monkeypatch):
     x, labels = cells(8, count=5), draw_labels(8, "region")
     whole = fit_newton(x, labels, target("region"), LAMBDAS)
-    monkeypatch.setattr("cosprobe.solvers.CHUNK", 1)
+    monkeypatch.setattr("cosprobe.probes.linalg.CHUNK", 1)
     assert torch.allclose(fit_newton(x, labels, target("region"), LAMBDAS).weight, whole.weight, atol=1e-9)
 
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.preprocessing import OneHotEncoder
 
-from cosprobe.data import ProbeSamples
-from cosprobe.nuisance import nuisance_columns, partial_out, residualised
-from cosprobe.solvers import spread, standardise
+from cosprobe.probes.datamodule import ProbeSamples
+from cosprobe.evaluation.checks.confounds import nuisance_columns, partial_out, residualised
+from cosprobe.probes.linalg import spread, standardise
 from cosprobe.tasks import Target
-from cosprobe.types import Cell
+from cosprobe.cells import Cell
 
 CELLS = tuple(Cell(step, "3", "cond", "all") for step in range(2))
 PENALTIES = torch.tensor([0.01, 0.1])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cosprobe.policy import (
+from cosprobe.early_exit.policy import (
     binomial_tails,
     calibrate,
     first_look,
@@ -20,7 +20,7 @@ from cosprobe.policy import (
     starting_point,
     thresholds,
 )
-from cosprobe.types import Cell
+from cosprobe.cells import Cell
 
 RISK, LEVEL, DRAWS, SAMPLES = 0.05, 0.9, 1000, 150
 CELLS = (Cell(0, "5", "cond", "all"), Cell(2, "6", "cond", "all"))

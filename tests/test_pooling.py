@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.pooling import COLUMNS, GRID, Pooling, box_masks, whole_frame
+from cosprobe.activations.pooling import COLUMNS, GRID, Pooling, box_masks, whole_frame
 
 SIZE = (3, 4, 8)
 BOXES = [[(0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0)]] * 2

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cosprobe.probes import ProbeBank, affine, classes_last, load_probes, readable_targets
+from cosprobe.probes.bank import ProbeBank, affine, classes_last, load_probes, readable_targets
 from cosprobe.tasks import Target
-from cosprobe.types import Cell
+from cosprobe.cells import Cell
 
 REGIONS, CHANNELS = 3, 4
 CELLS = tuple(Cell(step, str(layer), "cond", "all") for step in range(2) for layer in range(2))
@@ -72,7 +72,7 @@ def test_predictions_are_the_most_probable_labels(bank, features):
 
 def test_a_bank_read_in_parts_is_the_whole_bank(bank, features, monkeypatch):
     whole = bank.decision(features, "start")
-    monkeypatch.setattr("cosprobe.probes.CHUNK", features[:, 0].numel())
+    monkeypatch.setattr("cosprobe.probes.bank.CHUNK", features[:, 0].numel())
     assert torch.allclose(bank.decision(features, "start"), whole, atol=1e-6)
 
 

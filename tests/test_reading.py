@@ -12,12 +12,12 @@ from diffusers import UniPCMultistepScheduler
 from planted_bank import CELLS, CONFIG, bank_for, policy_at
 from tiny import wan
 
-from cosprobe.capture import capture
-from cosprobe.collect import images
-from cosprobe.pipelines import PipelineConfig, load_pipeline, sample
-from cosprobe.policy import Policy
-from cosprobe.probes import ProbeBank
-from cosprobe.reading import bank_policy, pooling_of
+from cosprobe.activations.capture import capture
+from cosprobe.activations.collect import images
+from cosprobe.models.pipelines import PipelineConfig, load_pipeline, sample
+from cosprobe.early_exit.policy import Policy
+from cosprobe.probes.bank import ProbeBank
+from cosprobe.early_exit.reader import bank_policy, pooling_of
 from cosprobe.tasks import Maze, MazeConfig
 
 TASK = MazeConfig(frames=5).build()

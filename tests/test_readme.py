@@ -10,8 +10,10 @@ import pytest
 
 import probe
 import train
-from cosprobe import checks, scoring, seeds
-from cosprobe.grid import BASELINES
+from cosprobe.evaluation.checks import suite as checks
+from cosprobe.evaluation import scoring
+from cosprobe.ensembles import comparison as seeds
+from cosprobe.evaluation.grid import BASELINES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

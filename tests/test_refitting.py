@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.metrics import difference_interval, mean_interval, share_interval
-from cosprobe.newton import fit_newton
-from cosprobe.probes import readable_targets
-from cosprobe.refitting import (
+from cosprobe.evaluation.metrics import difference_interval, mean_interval, share_interval
+from cosprobe.probes.newton import fit_newton
+from cosprobe.probes.bank import readable_targets
+from cosprobe.evaluation.checks.refitting import (
     columns_of,
     estimate_difference,
     estimate_mean,
@@ -24,8 +24,8 @@ from cosprobe.refitting import (
     refit,
     statistics,
 )
-from cosprobe.solvers import spread, standardise
-from cosprobe.types import Cell
+from cosprobe.probes.linalg import spread, standardise
+from cosprobe.cells import Cell
 from tests.ddp_fit import planted
 
 counts = st.lists(st.integers(1, 12), min_size=40, max_size=120).map(np.array)

@@ -9,9 +9,9 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.linear_model import RidgeClassifier, RidgeClassifierCV, RidgeCV
 from sklearn.model_selection import PredefinedSplit
 
-from cosprobe.data import shared
-from cosprobe.ridge import FOLDS, Ridge, fit_ridge, problem_folds
-from cosprobe.solvers import design
+from cosprobe.probes.datamodule import shared
+from cosprobe.probes.ridge import FOLDS, Ridge, fit_ridge, problem_folds
+from cosprobe.probes.linalg import design
 from cosprobe.tasks import Target
 
 LAMBDAS = [0.01, 1.0]
@@ -222,7 +222,7 @@ def test_blocks_and_divided_cells_give_the_same_probes(rng, monkeypatch):
     whole = fit_ridge(x, {"t": labels}, names(60), (target("candidate"),), LAMBDAS)["t"]
     divided = fit_ridge(x, {"t": labels}, names(60), (target("candidate"),), LAMBDAS, divide=_one_cell_at_a_time)["t"]
     alone = fit_ridge(x, {"t": labels}, names(60), (target("candidate"),), LAMBDAS, divide=shared)["t"]
-    monkeypatch.setattr("cosprobe.solvers.CHUNK", 1)
+    monkeypatch.setattr("cosprobe.probes.linalg.CHUNK", 1)
     small = fit_ridge(x, {"t": labels}, names(60), (target("candidate"),), LAMBDAS)["t"]
     for other in (divided, alone, small):
         assert torch.allclose(whole.weights, other.weights, atol=1e-6)

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe import trials
-from cosprobe.collect import fresh_problems, images
-from cosprobe.cost import Cost, flops
-from cosprobe.ensemble import run
-from cosprobe.methods import METHODS, Plan
-from cosprobe.seedreport import figure, numbers, remarks, write_ensemble
-from cosprobe.seeds import (
+from cosprobe.ensembles import trajectories as trials
+from cosprobe.activations.collect import fresh_problems, images
+from cosprobe.activations.flops import Cost, flops
+from cosprobe.ensembles.ensemble import run
+from cosprobe.ensembles.strategies import METHODS, Plan
+from cosprobe.ensembles.report import figure, numbers, remarks, write_ensemble
+from cosprobe.ensembles.comparison import (
     Comparison,
     EnsembleConfig,
     Size,
@@ -27,7 +27,7 @@ from cosprobe.seeds import (
     oracle,
     price,
 )
-from cosprobe.trials import Candidate, Trials
+from cosprobe.ensembles.trajectories import Candidate, Trials
 from tests.test_ensemble import TASK, bench  # noqa: F401
 
 TINY = Size(3, 2, 4, ("middle", "early", "all"), ((0,),), (3,))

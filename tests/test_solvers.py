@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cosprobe.solvers import (
+from cosprobe.probes.linalg import (
     Chosen,
     best_setting,
     blocks,

@@ -11,10 +11,10 @@ import torch
 from planted_bank import ANSWER, CELLS, CONFIG, bank_for, policy_at
 from tiny import wan
 
-import cosprobe.stopping as module
-from cosprobe.collect import images, with_noise
-from cosprobe.pipelines import load_pipeline, sample
-from cosprobe.stopping import EarlyConfig, Stopping, plan, probe_for, record, run_live
+import cosprobe.early_exit.calibrate as module
+from cosprobe.activations.collect import images, with_noise
+from cosprobe.models.pipelines import load_pipeline, sample
+from cosprobe.early_exit.calibrate import EarlyConfig, Stopping, plan, probe_for, record, run_live
 from cosprobe.tasks import MazeConfig, Target
 
 TASK = MazeConfig(frames=5).build()

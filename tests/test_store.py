@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.store import ActivationStore
+from cosprobe.activations.store import ActivationStore
 
 NOTES = {"steps": [0, 1]}
 
@@ -74,7 +74,7 @@ WRITER = """
 import sys, time, torch
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
-from cosprobe.store import ActivationStore
+from cosprobe.activations.store import ActivationStore
 from tests.test_store import NOTES, shard
 store = ActivationStore(Path(sys.argv[1]), {"seed": 0}, 30)
 store.begin(1000)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cosprobe.grid import Grid
-from cosprobe.summary import NONE, check_table
+from cosprobe.evaluation.grid import Grid
+from cosprobe.reporting.summary import NONE, check_table
 from tests.examined import Run, run, small
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cosprobe.latency import latency
-from cosprobe.timing import timing
+from cosprobe.evaluation.latency import latency
+from cosprobe.evaluation.timing import timing
 
 STEPS, LAYERS, SAMPLES = list(range(0, 16, 2)), [0, 1, 4, 5], 400
 CHANCE = 0.25

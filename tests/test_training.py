@@ -16,12 +16,12 @@ import torch.distributed as dist
 from sklearn.linear_model import LogisticRegression
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cosprobe.data import ProbeSamples
-from cosprobe.devices import TrainerConfig
-from cosprobe.newton import AIM, PROMISED, fit_newton, relative_gaps
-from cosprobe.probes import ProbeBank
-from cosprobe.solvers import design, spread, standardise
-from cosprobe.training import KINDS, ProbeConfig, chunks, finished, fit
+from cosprobe.probes.datamodule import ProbeSamples
+from cosprobe.runtime import TrainerConfig
+from cosprobe.probes.newton import AIM, PROMISED, fit_newton, relative_gaps
+from cosprobe.probes.bank import ProbeBank
+from cosprobe.probes.linalg import design, spread, standardise
+from cosprobe.probes.logistic import KINDS, ProbeConfig, chunks, finished, fit
 from tests.ddp_fit import PLANTED, RECIPE, TARGETS, planted
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -241,7 +241,7 @@ def test_every_cell_is_within_its_certificate_of_the_optimum(tmp_path, monkeypat
             trained[t.name] = relative_gaps(x, labels[t.name], t, lambdas, *fitted[t.name])
         return finished(fitted, x, labels, targets, lambdas, divide)
 
-    monkeypatch.setattr("cosprobe.training.finished", watched)
+    monkeypatch.setattr("cosprobe.probes.logistic.finished", watched)
     found = run(samples, tmp_path, lambdas=[value], epochs=60)
     for target in TARGETS:
         bound, gap = bank_gaps(found, samples, target.name, value)
@@ -290,7 +290,7 @@ def test_equally_accurate_penalties_go_to_the_lower_validation_loss(tmp_path):
 
 @pytest.mark.parametrize("kind", ["logistic", "newton"])
 def test_what_did_not_converge_is_named_and_counted(tmp_path, capsys, monkeypatch, kind):
-    monkeypatch.setattr("cosprobe.newton.fit_newton", partial(fit_newton, iterations=1))
+    monkeypatch.setattr("cosprobe.probes.newton.fit_newton", partial(fit_newton, iterations=1))
     found = run(planted(), tmp_path, kind=kind, lambdas=[1e-3, 10.0], epochs=1)
     done, of = found.provenance["converged"]["doors"]
     assert done < of == 12

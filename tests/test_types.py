@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.types import INPUTS, NUISANCE, PROMPT, SOURCES, X0, Cell, parse_selection
+from cosprobe.cells import INPUTS, NUISANCE, PROMPT, SOURCES, X0, Cell, parse_selection
 
 
 @pytest.mark.parametrize(

@@ -19,16 +19,16 @@ import numpy as np
 import torch
 import xarray as xr
 
-from cosprobe.checks import examine
-from cosprobe.data import ProbeSamples
-from cosprobe.devices import TrainerConfig
-from cosprobe.evaluation import evaluate
-from cosprobe.grid import ALPHA
-from cosprobe.inputs import InputFeatures, read_inputs
-from cosprobe.samples import relabelled
+from cosprobe.evaluation.checks.suite import examine
+from cosprobe.probes.datamodule import ProbeSamples
+from cosprobe.runtime import TrainerConfig
+from cosprobe.evaluation.evaluation import evaluate
+from cosprobe.evaluation.grid import ALPHA
+from cosprobe.evaluation.baselines import InputFeatures, read_inputs
+from cosprobe.activations.dataset import relabelled
 from cosprobe.tasks import Target
-from cosprobe.training import ProbeConfig, fit
-from cosprobe.types import EMBED, FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, X0, X_T, Cell
+from cosprobe.probes.logistic import ProbeConfig, fit
+from cosprobe.cells import EMBED, FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, X0, X_T, Cell
 from validity.rows import Row, alarms, shares_covered
 
 REGIONS, CHANNELS, STEPS, LAYERS, FRAMES = 4, 6, 4, 3, 2

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
-from cosprobe.latency import lag, latency
+from cosprobe.evaluation.latency import lag, latency
 from validity.rows import Row, coverage
 
 STEPS = np.arange(20.0)

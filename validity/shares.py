@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cosprobe.metrics import problem_draws, share_interval
+from cosprobe.evaluation.metrics import problem_draws, share_interval
 from validity.rows import Row, coverage, luck, seeds_of, worst
 
 SUBJECT = "shares of right answers"

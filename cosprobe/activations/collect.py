@@ -1,0 +1,328 @@
+"""Problems through the pipeline under capture, into an activation store."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from cosprobe.activations.capture import Tape, capture
+from cosprobe.models.pipelines import PipelineConfig, block_list, decode, experts, patch_columns, sample
+from cosprobe.activations.pooling import Pooling, whole_frame
+from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
+from cosprobe.activations.store import ActivationStore, fingerprint
+from cosprobe.tasks import Problem, Task
+from cosprobe.cells import SPLIT_ORDER, X0, parse_selection
+
+FORMAT = 4  # of what a shard holds
+UNTRAINED = "untrained."  # begins the names of what networks without learned weights gave
+SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A problem and a noise seed, the `replica`-th of that problem."""
+
+    problem: Problem
+    seed: int
+    replica: int = 0
+
+
+def draw_samples(task: Task, config: Any, seed: int) -> list[Sample]:
+    """`config.problems` problems over the splits, each with `config.seeds` noise seeds, which stay together.
+
+    A noise seed depends on (seed, problem, which of its seeds), never on the place in a batch.
+    Raises ValueError when a split would be empty.
+    """
+    problems, seeds = config.problems, config.seeds
+    counts = {split: round(problems * share) for split, share in SHARES.items()}
+    counts["train"] += problems - sum(counts.values())
+    if min(counts.values()) < 2 or seeds < 1:
+        raise ValueError(
+            f"task.problems={problems}, task.seeds={seeds}: expected at least 10 problems (a split would be empty) "
+            "and at least 1 seed"
+        )
+    say(f"{task.name}: drawing {problems} problems")
+    return with_noise([p for split in SPLIT_ORDER for p in task.problems(split, counts[split])], seed, seeds)
+
+
+def with_noise(problems: Sequence[Problem], seed: int, seeds: int = 1) -> list[Sample]:
+    """Each problem with its first `seeds` noise seeds, which stay together."""
+    return [Sample(problem, noise_seed(problem, which, seed), which) for problem in problems for which in range(seeds)]
+
+
+def fresh_problems(task: Task, split: str, used: int, count: int, kinds: Sequence[str]) -> list[Problem]:
+    """`count` problems of some kinds, by turns, that a run of `used` problems over all splits has not seen: those of
+    validation or test beyond its own."""
+    seen = -(-round(used * SHARES[split]) // len(task.kinds))  # of every kind: a run's come by turns
+    most = seen + -(-count // len(kinds))
+    turns = zip(*(task.problems(split, most, kind)[seen:] for kind in task.kinds if kind in kinds), strict=True)
+    return [problem for turn in turns for problem in turn][:count]
+
+
+def noise_seed(problem: Problem, which: int, seed: int) -> int:
+    return int(hashlib.sha256(f"{seed}/{problem.name}/{which}".encode()).hexdigest()[:12], 16)
+
+
+def decode_steps(spec: str, total: int) -> tuple[int, ...]:
+    """Steps whose x0-hat is decoded and read: `auto` is at most 5, dense where things happen, early."""
+    if spec == "auto":
+        return tuple(
+            sorted({0, round(0.1 * total), round(0.25 * total), round(0.5 * total), total - 1} & set(range(total)))
+        )
+    return parse_selection(spec, total, "probe.decode")
+
+
+def few_samples(drawn: Sequence[Sample], most: int) -> list[int]:
+    """Places of the first samples of every split, in the proportions of `drawn`, at most `most` in all; none when a
+    split would be empty. Of these, and at `few_steps` alone, transformers without learned weights are asked."""
+    share = min(1.0, most / len(drawn))
+    splits = np.array([s.problem.split for s in drawn])
+    each = [np.flatnonzero(splits == split) for split in SPLIT_ORDER]
+    few = [places[: int(share * len(places))] for places in each]
+    return [int(i) for places in few for i in places] if all(map(len, few)) else []
+
+
+def few_steps(probe: Any, total: int) -> tuple[int, ...]:
+    """Steps of the first half at which x0-hat is decoded too; the first kept step when there is none."""
+    kept = parse_selection(probe.steps, total, "probe.steps")
+    shown = decode_steps(probe.decode, total)
+    return tuple(step for step in kept if step in shown and step < total / 2) or kept[:1]
+
+
+def images(task: Task, problems: Sequence[Problem]) -> Float[Tensor, "batch 3 height width"]:
+    """First frames in [0, 1]."""
+    frames = np.stack([task.image(problem) for problem in problems])
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+
+
+def settings(pipeline: PipelineConfig, task: Any, probe: Any, seed: int) -> dict[str, Any]:
+    """Everything that shapes a store, flat, so that a difference can be named. The order of samples and the
+    batch they ran in are part of it: a batch's shape changes the last bits."""
+    flat = {f"task.{f.name}": getattr(task, f.name) for f in fields(task)}
+    flat |= {
+        f"pipeline.{f.name}": getattr(pipeline, f.name)
+        for f in fields(pipeline)
+        if f.name not in ("name", "path", "lora")
+    }
+    names = ("layers", "steps", "pooling", "frames", "decode", "randomised")
+    flat |= {f"probe.{name}": getattr(probe, name) for name in names}
+    flat |= {f"version.{name}": version(name) for name in ("torch", "diffusers")}
+    return flat | {"model": fingerprint(*pipeline.parts), "seed": seed, "format": FORMAT}
+
+
+def collect(
+    model: Any, pipeline: PipelineConfig, task: Task, probe: Any, drawn: list[Sample], identity: dict, folder: Path
+) -> ActivationStore:
+    """Collects what is not on disk yet. drawn, identity: what `draw_samples` and `settings` give. Chunks are cut by
+    global index: one process and many write the same shards."""
+    few = few_samples(drawn, probe.randomised)
+    if probe.randomised and not few:
+        say(f"random weights are left out: probe.randomised={probe.randomised} of {len(drawn)} samples is too few")
+    chunks = [range(i, min(i + pipeline.batch, len(drawn))) for i in range(0, len(drawn), pipeline.batch)]
+    store = ActivationStore(folder, identity, len(chunks))
+    size = store_bytes(model, pipeline, task, probe, len(drawn), len(few))
+    what = f"{len(drawn)} samples" + (f", permuted and fresh weights on {len(few)} of them" if few else "")
+    write = partial(_chunk, model, pipeline, task, probe, drawn, frozenset(few), identity["seed"])
+    return fill(store, size, what, write, chunks)
+
+
+def fill(
+    store: ActivationStore, size: int, what: str, write: Callable[[Any], tuple[dict, dict]], chunks: Sequence[Any]
+) -> ActivationStore:
+    """Writes the shards that are not on disk yet, one per chunk, saying first how large the whole will be.
+
+    With several processes, chunk i belongs to process i modulo their number.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if rank == 0:
+        store.begin(size)
+    _barrier()
+    missing = store.missing()
+    name = store.folder.name
+    if not missing:
+        say(f"{name}: {what} are already in {store.folder}; re-using them")
+    else:
+        there = len(chunks) - len(missing)
+        done = f"; {there} of {len(chunks)} shards are there" if there else ""
+        say(f"{name}: {what}, {size / 1e6:.0f} MB in {store.folder}{done}")
+        with _progress(rank) as bar:
+            mine = [i for i in missing if i % world == rank]
+            for index in bar.track(mine, description=f"{name}: sampling under capture"):
+                store.write(index, *write(chunks[index]))
+        _barrier()
+    if rank == 0 and not store.complete:
+        store.finish()
+    _barrier()
+    return store
+
+
+def store_bytes(model: Any, pipeline: PipelineConfig, task: Task, probe: Any, samples: int, few: int = 0) -> int:
+    """Bytes the features will take, from the model's shape alone. few: samples random weights are asked about."""
+    transformer = next(iter(experts(model).values()))
+    layers = parse_selection(probe.layers, len(block_list(transformer)), "probe.layers")
+    steps = parse_selection(probe.steps, pipeline.steps, "probe.steps")
+    config = transformer.config
+    width = config.num_attention_heads * config.attention_head_dim
+    latent_frames = (pipeline.frames - 1) // model.vae_scale_factor_temporal + 1
+    boxes = [[(0.0, 0.0, 1.0, 1.0)] * task.regions]
+    pooling = Pooling(probe.pooling, probe.frames, boxes if probe.pooling == "region" else ())
+    cells = samples * len(steps) * len(layers) * (2 if pipeline.guidance > 1 else 1)
+    cells += few * len(RANDOMISED) * len(few_steps(probe, pipeline.steps)) * len(layers)
+    features = cells * len(pooling.places(latent_frames)) * pooling.regions * width
+    noise, beside = patch_columns(transformer)
+    each_step = [width, noise, noise]  # embed, x_t, x0-hat
+    inputs = sum(n * input_parts(pooling, n) for n in each_step) * len(steps)
+    inputs += sum(n * input_parts(pooling, n) for n in (noise, beside))
+    size = next(transformer.parameters()).element_size()
+    return (features + samples * latent_frames * inputs) * size
+
+
+def input_parts(pooling: Pooling, channels: int) -> int:
+    """Spatial parts in which an input of so many channels is kept: the regions, and the cells of the whole frame."""
+    cells = pooling if pooling.kind == "grid" else whole_frame(channels)
+    return cells.across**2 + (pooling.regions if pooling.kind == "region" else 0)
+
+
+@torch.no_grad()
+def _chunk(
+    model: Any, pipeline: PipelineConfig, task: Task, probe: Any,
+    drawn: Sequence[Sample], few: frozenset[int], seed: int, places: range,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
+    chunk = [drawn[i] for i in places]
+    problems = [s.problem for s in chunk]
+    asked, steps = [row for row, i in enumerate(places) if i in few], few_steps(probe, pipeline.steps)
+    record = steps if asked else ()
+    layers = parse_selection(probe.layers, len(block_list(next(iter(experts(model).values())))), "probe.layers")
+    decoded = decode_steps(probe.decode, pipeline.steps)
+    before_last = [step for step in decoded if step < pipeline.steps - 1]
+    sites, pooling = [str(layer) for layer in layers], _pooling(probe, problems)
+    with capture(model, sites, pooling, probe.steps, before_last, record, inputs=True) as tape:
+        video = sample(model, pipeline, images(task, problems), [p.prompt for p in problems], [s.seed for s in chunk])
+    scores, answers = _readouts(task, problems, np.asarray(video))
+    x0_scores = torch.full((len(chunk), pipeline.steps, task.candidates), float("nan"))
+    x0_answer = torch.full((len(chunk), pipeline.steps), -2, dtype=torch.int64)  # -2: not decoded
+    read = [i for i, problem in enumerate(problems) if problem.split != "train"]  # no probe is trained on a readout
+    for step in before_last if read else ():
+        clips = decode(model, tape.clean[step][read])
+        x0_scores[read, step], x0_answer[read, step] = _readouts(task, [problems[i] for i in read], clips)
+    if pipeline.steps - 1 in decoded:  # nothing is left to remove after the last step: x0-hat is the video
+        x0_scores[:, -1], x0_answer[:, -1] = scores, answers
+    tensors = {
+        "features": tape.features(),
+        "x0_readout": x0_scores,
+        "x0_answer": x0_answer,
+        "final": scores,
+        "choice": answers,
+        "solved": torch.tensor([int(a) in task.solutions(p) for a, p in zip(answers, problems, strict=True)]),
+    }
+    tensors |= {f"input.{name}": value for name, value in tape.input_features().items()}
+    tensors |= _labels(task, problems) | {"replica": torch.tensor([s.replica for s in chunk])}
+    if asked:
+        tensors |= _untrained(model, tape, layers, _pooling(probe, [problems[row] for row in asked]), asked, seed)
+        tensors[f"{UNTRAINED}sample"] = torch.tensor([places[row] for row in asked])
+    return tensors, _notes(tape) | {"untrained_steps": list(steps)}
+
+
+def _untrained(
+    model: Any, tape: Tape, layers: tuple[int, ...], pooling: Pooling, rows: list[int], seed: int
+) -> dict[str, Tensor]:
+    """Block outputs without learned weights for these rows of a batch, from the calls its run recorded: features
+    [sample, weights, step, layer, place, region, channel]; spent [sample, 2], evaluations and seconds."""
+    begin = time.monotonic()
+    features = []
+    for how in RANDOMISED:
+        with randomised(model, how, seed):
+            features.append(replay(model, tape, layers, pooling, rows))
+    spent = [len(RANDOMISED) * len(tape.recorded), (time.monotonic() - begin) / len(rows)]
+    return {
+        f"{UNTRAINED}features": torch.stack(features, dim=1).to(next(iter(tape.parts.values())).dtype),
+        f"{UNTRAINED}spent": torch.tensor([spent] * len(rows), dtype=torch.float64),
+    }
+
+
+def _pooling(probe: Any, problems: Sequence[Problem]) -> Pooling:
+    return Pooling(probe.pooling, probe.frames, [p.regions for p in problems] if probe.pooling == "region" else ())
+
+
+@torch.no_grad()
+def watch(
+    model: Any, pipeline: PipelineConfig, task: Task, drawn: Sequence[Sample], steps: Sequence[int]
+) -> np.ndarray:
+    """The decoded x0-hat of each sample at each step: float [sample, step, frame, height, width, 3] in [0, 1]."""
+    problems = [s.problem for s in drawn]
+    with capture(model, [X0], Pooling("clip"), "last", clean=steps) as tape:
+        sample(
+            model, pipeline, images(task, problems), [p.prompt for p in problems], [s.seed for s in drawn],
+            output_type="latent",
+        )  # fmt: skip
+    return np.stack([decode(model, tape.clean[step]) for step in steps], axis=1)
+
+
+def _readouts(task: Task, problems: list[Problem], video: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Forced-choice scores [sample, candidate] and answers [sample], -1 for none."""
+    read = [task.readout(problem, clip) for problem, clip in zip(problems, video, strict=True)]
+    answers = [-1 if r.answer is None else r.answer for r in read]
+    return torch.tensor([r.scores for r in read]), torch.tensor(answers)
+
+
+def _labels(task: Task, problems: list[Problem]) -> dict[str, Tensor]:
+    tensors = {}
+    for target in task.targets:
+        if target.role == "choice":
+            continue
+        missing = (-1,) * task.regions if target.form == "region" else -1
+        rows = [p.labels.get(target.name, missing) if p.kind in target.kinds else missing for p in problems]
+        tensors[f"label.{target.name}"] = torch.tensor(rows)
+    for name in problems[0].difficulty:
+        tensors[f"difficulty.{name}"] = torch.tensor([p.difficulty[name] for p in problems])
+    tensors["key"] = torch.tensor([int(p.key[:15], 16) for p in problems])
+    tensors["split"] = torch.tensor([SPLIT_ORDER.index(p.split) for p in problems])
+    tensors["kind"] = torch.tensor([task.kinds.index(p.kind) for p in problems])
+    return tensors
+
+
+def _notes(tape: Tape) -> dict[str, Any]:
+    return {
+        "steps": list(tape.steps),
+        "sites": list(tape.sites),
+        "branches": list(tape.branches),
+        "places": list(tape.places),
+        "experts": [tape.experts[step] for step in tape.steps],
+    }
+
+
+def _progress(rank: int) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, disable=rank != 0)
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """One line on the terminal, from the first process only."""
+    Console().print(line, highlight=False, soft_wrap=True)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,134 @@
+"""What a run costs, part by part: floating point operations that are counted, seconds that are measured.
+
+    cost = flops(pipeline, config, images, prompts)
+    cost.until(step=0, layer=5) / cost.run(20)   # what halting there saves of a finished, decoded run
+
+A short run of the real pipeline is metered where its parts begin and end, so nothing is assumed of its
+architecture.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from cosprobe.models.pipelines import PipelineConfig, block_list, decode, experts, sample, stop_after
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parts of a run, per sample, in one unit (`flops`: a multiplication and an addition are two; or seconds).
+
+    text: prompt encoding. image: everything else before the first evaluation, the encoding of the first frame.
+    layers: one evaluation that ends behind each block, from the patch embedding on; with guidance by two calls it is
+    the first of them. evaluation: all network evaluations of one step (two with guidance). decode: of one clip.
+    Probes are not counted: they take thousands of operations where a block takes millions.
+    """
+
+    text: float
+    image: float
+    layers: tuple[float, ...]
+    evaluation: float
+    decode: float
+
+    def run(self, steps: int, decodes: int = 1) -> float:
+        """A run of `steps` whole steps (a number of steps), decoded `decodes` times."""
+        return self.text + self.image + steps * self.evaluation + decodes * self.decode
+
+    def until(self, step: int, layer: int) -> float:
+        """A run that halts behind block `layer` of step `step` (a step index): no later block, no decoding.
+
+        Raises ValueError for a step below 0 or a layer that is not there.
+        """
+        if step < 0 or not 0 <= layer < len(self.layers):
+            raise ValueError(
+                f"step={step}, layer={layer}: expected a step from 0 on, and a layer from 0 to {len(self.layers) - 1}"
+            )
+        return self.run(step, decodes=0) + self.layers[layer]
+
+
+def flops(
+    pipeline: Any, config: PipelineConfig, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
+) -> Cost:
+    """Counted operations per sample, of matrix products, convolutions and attention (FlopCounterMode).
+
+    It counts what runs, one step and one decode; element-wise operations are not counted. Where a pipeline has two
+    experts, the first is taken for both. Raises ValueError for images and prompts that are not of one number.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter, torch.no_grad():
+        return _metered(pipeline, config, images, prompts, counter.get_total_flops)
+
+
+def seconds(
+    pipeline: Any, config: PipelineConfig, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
+) -> Cost:
+    """Wall time per sample, of one batch, after one to warm up. Raises ValueError as `flops` does."""
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for _ in range(2):
+        cost = _metered(pipeline, config, images, prompts, now)
+    return cost
+
+
+def _count_attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# torch counts the attention kernels of GPUs, not the one that `scaled_dot_product_attention` takes on a CPU
+_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
+
+
+def _metered(
+    pipeline: Any, config: PipelineConfig, images: Tensor, prompts: Sequence[str], read: Callable[[], float]
+) -> Cost:
+    """One step and one decode, with the meter read at the borders of the parts."""
+    if len(images) != len(prompts) or not len(images):
+        raise ValueError(f"{len(images)} images and {len(prompts)} prompts: expected as many of one as of the other")
+    transformer = next(iter(experts(pipeline).values()))
+    encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
+    marks: dict[str, list[float]] = {"text": [], "evaluation": [], **{str(i): [] for i in range(_depth(transformer))}}
+
+    def mark(name: str) -> Callable[..., None]:
+        return lambda *_: marks[name].append(read())
+
+    with ExitStack() as undo:
+        for name, modules in (("text", encoders), ("evaluation", [transformer])):
+            for module in modules:
+                undo.callback(module.register_forward_pre_hook(mark(name)).remove)
+                undo.callback(module.register_forward_hook(mark(name)).remove)
+        for layer, block in enumerate(block_list(transformer)):
+            undo.callback(block.register_forward_hook(mark(str(layer))).remove)
+        begin = read()
+        latents = sample(
+            pipeline, config, images, prompts, range(len(images)),
+            callback_on_step_end=stop_after(0), output_type="latent",
+        )  # fmt: skip
+    before = read()
+    decode(pipeline, torch.as_tensor(latents))
+    after, each = read(), 1 / len(images)
+    first, *borders = marks["evaluation"]
+    text = sum(marks["text"][1::2]) - sum(marks["text"][::2])
+    evaluation = sum([first, *borders][1::2]) - sum([first, *borders][::2])
+    return Cost(
+        text * each,
+        (first - begin - text) * each,
+        tuple((marks[str(layer)][0] - first) * each for layer in range(_depth(transformer))),
+        evaluation * each,
+        (after - before) * each,
+    )
+
+
+def _depth(transformer: nn.Module) -> int:
+    return len(block_list(transformer))

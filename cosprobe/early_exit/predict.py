@@ -1,0 +1,133 @@
+"""Trained probes at work: the answer read from inside a run that is stopped early."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cosprobe.activations.collect import Sample, fresh_problems, images, with_noise
+from cosprobe.evaluation.grid import Grid
+from cosprobe.activations.halting import halting
+from cosprobe.models.pipelines import PipelineConfig, load_pipeline, sample
+from cosprobe.probes.bank import ProbeBank
+from cosprobe.early_exit.reader import pooling_of, probabilities
+from cosprobe.activations.store import fingerprint
+from cosprobe.tasks import Problem, Task
+from cosprobe.cells import Cell
+
+
+@dataclass(frozen=True)
+class EarlyAnswer:
+    """What a probe said of one problem. probability: of the probe, by the temperature of its cell.
+    drawn: what the finished run ends on, None for none; right: the candidates that count as right."""
+
+    problem: Problem
+    answer: int
+    probability: float
+    drawn: int | None
+    right: tuple[int, ...]
+
+
+@torch.no_grad()
+def early_answers(
+    model: Any, pipeline: PipelineConfig, task: Task, bank: ProbeBank, target: str, cell: Cell, drawn: Sequence[Sample]
+) -> list[EarlyAnswer]:
+    """Runs every sample up to `cell` and asks its probe; then lets a full run of the same seed draw."""
+    found = []
+    for first in range(0, len(drawn), pipeline.batch):
+        batch = drawn[first : first + pipeline.batch]
+        problems = [s.problem for s in batch]
+        arguments = (images(task, problems), [p.prompt for p in problems], [s.seed for s in batch])
+        features = _features_at(model, pipeline, bank, cell, problems, arguments)
+        odds = probabilities(bank, features[:, None], target, [cell])[0]
+        video = sample(model, pipeline, *arguments)
+        for problem, chances, clip in zip(problems, odds, video, strict=True):
+            end = task.readout(problem, clip).answer
+            found.append(
+                EarlyAnswer(problem, int(chances.argmax()), float(chances.max()), end, task.solutions(problem))
+            )
+    return found
+
+
+def _features_at(
+    model: Any, pipeline: PipelineConfig, bank: ProbeBank, cell: Cell, problems: list[Problem], arguments: tuple
+) -> torch.Tensor:
+    """[sample, region, channel] at one cell, of runs that are halted there."""
+    store, found = bank.provenance["store"], []
+
+    def enough(at: Cell, features: torch.Tensor) -> bool:
+        found.append(features)
+        return True
+
+    with halting(model, [cell], pooling_of(store["probe.pooling"], store["probe.frames"], problems), enough):
+        sample(model, pipeline, *arguments)
+    return found[0]
+
+
+def predict(trained: Any, bank: ProbeBank, use: Any, seed: int, folder: Path, console: Console | None = None) -> None:
+    """Prints early answers to problems no probe has seen, beside what the full run draws.
+
+    trained: settings of the run in `folder`; use: step, layer (None: best on validation at that step) and number
+    of problems. Raises ValueError when the bank was made for another model, or the step or layer is not in it.
+    """
+    store = bank.provenance["store"]
+    found = fingerprint(*trained.pipeline.parts)
+    if found != store["model"]:
+        raise ValueError(
+            f"run={str(folder)!r}: its probes were made for model {store['model']}, found {found}; retrain"
+        )
+    grid, task = Grid.load(folder), trained.task.build()
+    model = load_pipeline(trained.pipeline)
+    console = console or Console()
+    for name in grid.with_role("answer", "choice"):
+        cell = _best_at(grid, bank, name, use.step, use.layer)
+        kind = bank.target(name).kinds[0]
+        drawn = with_noise(fresh_problems(task, "test", trained.task.problems, use.problems, [kind]), seed)
+        answers = early_answers(model, trained.pipeline, task, bank, name, cell, drawn)
+        table = Table("problem", "probe says", "probability", "full run draws", "right", box=None, padding=(0, 3, 0, 0))
+        table.title = (
+            f"{name}: read after step {use.step} of {trained.pipeline.steps} (0 = noisiest), layer {cell.site}"
+        )
+        for a in answers:
+            end = "none" if a.drawn is None else str(a.drawn)
+            right = " or ".join(map(str, a.right))
+            table.add_row(f"{kind} {a.problem.index}", str(a.answer), f"{a.probability:.2f}", end, right)
+        console.print(table)
+        same = np.mean([a.answer == a.drawn for a in answers])
+        solved = [np.mean([said in a.right for a, said in zip(answers, says, strict=True)]) for says in _both(answers)]
+        console.print(
+            f"probe and full run agree on {same:.2f} of {len(answers)} problems; right: probe {solved[0]:.2f}, "
+            f"full run {solved[1]:.2f}\n",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _both(answers: list[EarlyAnswer]) -> tuple[list[int], list[int | None]]:
+    """What the probe said, and what the full run drew."""
+    return [a.answer for a in answers], [a.drawn for a in answers]
+
+
+def _best_at(grid: Grid, bank: ProbeBank, target: str, step: int, layer: int | None) -> Cell:
+    """The cell of a target at a step: at `layer`, or at the layer that was best on validation there."""
+    cells = [cell for cell in bank.cells if cell.is_layer]
+    steps, layers = sorted({c.step for c in cells}), sorted({int(c.site) for c in cells})
+    if step not in steps:
+        raise ValueError(f"use.step={step}: expected a step these probes were trained at: {_ranges(steps)}")
+    if layer is not None and layer not in layers:
+        raise ValueError(f"use.layer={layer}: expected a layer these probes were trained at: {_ranges(layers)}")
+    here = [c for c in cells if c.step == step and (layer is None or int(c.site) == layer)]
+    return max(here, key=lambda cell: float(grid.at(target, cell).validation_accuracy))
+
+
+def _ranges(values: list[int]) -> str:
+    """`0 to 19`, or the values themselves when some are missing."""
+    whole = values == list(range(values[0], values[-1] + 1))
+    return f"{values[0]} to {values[-1]}" if whole else ", ".join(map(str, values))

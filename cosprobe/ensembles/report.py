@@ -1,0 +1,330 @@
+"""What a comparison of seed ensembles says: tables, a page, numbers as JSON and one figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from cosprobe.ensembles.ensemble import Bench
+from cosprobe.reporting.figures import STYLE, new_figure
+from cosprobe.evaluation.grid import Grid
+from cosprobe.ensembles.probe_scorer import Judge
+from cosprobe.ensembles.strategies import PROBES
+from cosprobe.models.pipelines import load_pipeline
+from cosprobe.probes.bank import ProbeBank
+from cosprobe.ensembles.comparison import SIZES, Comparison, EnsembleConfig, Estimate, compare, error_correlation, oracle
+from cosprobe.activations.store import fingerprint
+from cosprobe.ensembles.trajectories import Candidate
+
+FOLDER = "ensemble"
+REFERENCES = ("hidden", "single")  # what every method is compared with, at the same budget
+CLOSE = 0.03  # up to so many runs beyond the first the axis of compute is linear, then logarithmic
+TICKS = (1, 1.05, 1.1, 1.2, 1.5, 2, 3, 6)
+OURS, PAPERS, PLAIN, NONE = "#0072b2", "#d55e00", "#666666", "#b0b0b0"
+MARKS = {
+    "vote": "s",
+    "best_of": "^",
+    "retry": "P",
+    "probe_best": "o",
+    "prune": "D",
+    "probe_vote": "v",
+    "probe_retry": "X",
+}
+
+
+def ensembles(trained: Any, bank: ProbeBank, use: EnsembleConfig, seed: int, folder: Path) -> None:
+    """Compares seed ensembles on the problems of a finished run: report/ensemble/ in its folder, trials in ensemble/.
+
+    trained: settings of the run in `folder`. Raises ValueError when the bank was made for another model.
+    """
+    found, made = fingerprint(*trained.pipeline.parts), bank.provenance["store"]["model"]
+    if found != made:
+        raise ValueError(f"run={str(folder)!r}: its probes were made for model {made}, found {found}; retrain")
+    task = trained.task.build()
+    judge = Judge.of(bank, Grid.load(folder), task.name)
+    bench = Bench(load_pipeline(trained.pipeline), trained.pipeline, task, judge)
+    identity = {"store": bank.provenance["store"], "accuracy": judge.fingerprint}
+    comparison = compare(bench, SIZES[use.size], trained.task.problems, seed, folder / FOLDER, identity)
+    print_ensemble(comparison, write_ensemble(comparison, folder / "report" / FOLDER))
+
+
+def write_ensemble(comparison: Comparison, folder: Path) -> Path:
+    """Writes ensemble.json, ensemble.md and ensemble.png to `folder`; returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ensemble.json").write_text(json.dumps(numbers(comparison), indent=1))
+    figure(comparison).savefig(folder / "ensemble.png")
+    page = folder / "ensemble.md"
+    page.write_text("\n".join(lines(comparison)) + "\n")
+    return page
+
+
+def print_ensemble(comparison: Comparison, page: Path, console: Console | None = None) -> None:
+    """The comparison at each budget and what follows from it, on the terminal."""
+    console = console or Console()
+    for budget in comparison.chosen:
+        head, *body = (row[:-1] for row in rows(comparison, budget, digits=2))  # 80 columns
+        table = Table(box=None, padding=(0, 2, 0, 0), title=_caption(comparison, budget), title_justify="left")
+        for name in head:
+            table.add_column(name, no_wrap=True)
+        for row in body:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+    for line in remarks(comparison):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"\npage: {page}", highlight=False, soft_wrap=True)
+
+
+def rows(comparison: Comparison, budget: str, digits: int = 3) -> list[list[str]]:
+    """A header and a row per method: what was chosen, what it costs, how often it is right, and both differences."""
+    head = ["method", "runs", "right", "minus hidden", "minus single"]
+    chosen = comparison.chosen[budget]
+    body = [["one run", "1.00", _interval(comparison.estimate(comparison.plain), digits), "", ""]]
+    for candidate in chosen.values():
+        gains = [comparison.gain(candidate, chosen[m]) if chosen[m] != candidate else None for m in REFERENCES]
+        body.append(
+            [
+                str(candidate),
+                f"{comparison.spent[candidate] / comparison.plain_cost:.2f}",
+                _interval(comparison.estimate(comparison.test[candidate]), digits),
+                *("" if gain is None else _signed(gain, digits) for gain in gains),
+            ]
+        )
+    return [head, *body]
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """What the numbers say, in words: who beats the paper's method, the window, the headroom."""
+    said = []
+    for budget, chosen in comparison.chosen.items():
+        hidden, p = chosen["hidden"], comparison.p_better(budget)
+        better = [
+            f"{m} ({_signed(comparison.gain(c, hidden))}, p {p[m]:.3f} corrected for all methods, "
+            f"{comparison.spent[c] / comparison.plain_cost:.2f} runs)"
+            for m, c in chosen.items()
+            if m != "hidden" and comparison.gain(c, hidden).clear
+        ]
+        said.append(
+            f"At {budget} compute, more often right than {hidden} (which spends "
+            f"{comparison.spent[hidden] / comparison.plain_cost:.2f} runs) with an interval clear of zero: "
+            f"{', '.join(better) or 'nothing'}."
+        )
+    said.append(f"Window: {'; '.join(_window_gains(comparison))}.")
+    right, count = comparison.right, comparison.right.shape[1]
+    some = float(((right.mean(axis=1) > 0) & (right.mean(axis=1) < 1)).mean())
+    said.append(
+        f"Headroom: one run is right on {comparison.plain.mean():.3f}, the best of {count} seeds could be on "
+        f"{oracle(right, count).mean():.3f}; seeds differ in being right on {some:.3f} of problems; correlation of "
+        f"errors between seeds {error_correlation(right):.2f}."
+    )
+    known = {step: value for step, value in comparison.order.items() if np.isfinite(value)}
+    if known:
+        each = ", ".join(f"{value:.2f} at step {step}" for step, value in known.items())
+        said.append(
+            f"Of a right and a wrong run of one problem the probe is surer of the right one: {each} (0.5 = blind)."
+        )
+    return said
+
+
+def lines(comparison: Comparison) -> list[str]:
+    """The page in Markdown."""
+    keys, steps = len(set(comparison.keys)), comparison.steps
+    out = [
+        f"# Seed ensembles: {comparison.task}",
+        "",
+        f"{len(comparison.keys)} test problems ({keys} distinct), {comparison.right.shape[1]} noise seeds each, "
+        f"{steps} sampler steps; one run costs {comparison.plain_cost:.2f} GFLOP. Settings were chosen on "
+        f"{len(next(iter(comparison.validation.values())))} validation problems; test was read once. Intervals: 95 %; "
+        "exact binomial bounds over problems, for differences the adjusted interval of matched pairs. Settings: K "
+        "noise seeds, s steps (indices), L layers, `all`: means written back into all runs. Runs: compute in whole "
+        "runs, operations counted.",
+        "",
+        *(f"* {line}" for line in remarks(comparison)),
+        "",
+        "![accuracy against compute](ensemble.png)",
+        "",
+    ]
+    for budget in comparison.chosen:
+        out += [f"## {_caption(comparison, budget)}", "", *_markdown(rows(comparison, budget)), ""]
+    out += ["## By kind and difficulty", "", "Right, and minus `hidden` of the same budget in brackets.", ""]
+    for budget, chosen in comparison.chosen.items():
+        table = [["problems", "n", "one run", *chosen]]
+        for group, mask in comparison.groups.items():
+            cells = [
+                f"{comparison.test[c][mask].mean():.2f}"
+                + ("" if m == "hidden" else f" ({comparison.gain(c, chosen['hidden'], group).mean:+.2f})")
+                for m, c in chosen.items()
+            ]
+            table.append([group, str(int(mask.sum())), f"{comparison.plain[mask].mean():.2f}", *cells])
+        out += [f"### {_caption(comparison, budget)}", "", *_markdown(table), ""]
+    out += ["## The paper's window", "", *_markdown(_windows(comparison)), ""]
+    sweep = [["settings", "runs", "right on validation"]]
+    order = sorted(comparison.validation, key=lambda c: -float(comparison.validation[c].mean()))
+    for c in order[:40]:
+        sweep.append(
+            [str(c), f"{comparison.cost[c] / comparison.plain_cost:.2f}", f"{comparison.validation[c].mean():.3f}"]
+        )
+    return [*out, f"## The sweep on validation (best {len(sweep) - 1} of {len(order)})", "", *_markdown(sweep)]
+
+
+def numbers(comparison: Comparison) -> dict[str, Any]:
+    """Everything as JSON can hold it."""
+
+    def entry(candidate: Candidate, chosen: dict[str, Candidate]) -> dict[str, Any]:
+        found: dict[str, Any] = {"settings": str(candidate), "gflop": comparison.spent[candidate]}
+        for group in comparison.groups:
+            found[group] = {"right": vars(comparison.estimate(comparison.test[candidate], group))}
+            for m in REFERENCES:
+                if chosen[m] != candidate:  # nothing is measured by a method minus itself
+                    found[group][f"minus_{m}"] = vars(comparison.gain(candidate, chosen[m], group))
+        return found
+
+    count = comparison.right.shape[1]
+    return {
+        "task": comparison.task,
+        "steps": comparison.steps,
+        "test_problems": len(comparison.keys),
+        "one_run": {"gflop": comparison.plain_cost, "right": vars(comparison.estimate(comparison.plain))},
+        "budgets_gflop": comparison.budgets,
+        "p_better_than_hidden": {budget: comparison.p_better(budget) for budget in comparison.chosen},
+        "chosen": {b: {m: entry(c, row) for m, c in row.items()} for b, row in comparison.chosen.items()},
+        "windows": {w: vars(comparison.estimate(comparison.test[c])) for w, c in comparison.windows.items()},
+        "oracle": {k: float(oracle(comparison.right, k).mean()) for k in range(1, count + 1)},
+        "error_correlation": _finite(error_correlation(comparison.right)),
+        "surer_of_the_right_run": {step: _finite(value) for step, value in comparison.order.items()},
+        "validation": {
+            str(c): {"gflop": comparison.cost[c], "right": float(v.mean())} for c, v in comparison.validation.items()
+        },
+    }
+
+
+def figure(comparison: Comparison) -> Figure:
+    """Accuracy against compute by seeds, the window of layers, and the comparison at both budgets."""
+    with rc_context(STYLE):
+        sheet = new_figure(8.0, 7.2)
+        grid = sheet.subplots(2, 2, height_ratios=(1, 1.15))
+        _curves(grid[0, 0], comparison)
+        _forest(
+            grid[0, 1],
+            [(f"{name} ({c.plan.layers[0]}-{c.plan.layers[-1]})", comparison.estimate(comparison.test[c]), PAPERS)
+             for name, c in comparison.windows.items()],
+            comparison,
+            "the paper's average, by window of layers",
+        )  # fmt: skip
+        for axes, budget in zip(grid[1], comparison.chosen, strict=True):
+            entries = [
+                (m, comparison.estimate(comparison.test[c]), _colour(m)) for m, c in comparison.chosen[budget].items()
+            ]
+            worth = comparison.budgets[budget] / comparison.plain_cost
+            _forest(axes, entries, comparison, f"at {budget} compute ({worth:.2f} x one run)")
+        return sheet
+
+
+def _curves(axes: Axes, comparison: Comparison) -> None:
+    """Methods that choose among runs at their default settings, from two seeds on, against compute."""
+    for name, row in comparison.curves.items():
+        found = [comparison.estimate(comparison.test[c]) for c in row]
+        # no intervals: most points stand close to one run, where they would hide each other
+        style = {"color": _colour(name), "marker": MARKS[name], "markersize": 4, "linewidth": 1.2, "alpha": 0.8}
+        axes.plot([_beyond(comparison, c) for c in row], [e.mean for e in found], label=name, **style)
+    longer = [c for row in comparison.chosen.values() for m, c in row.items() if m == "single"]
+    plain = comparison.estimate(comparison.plain)
+    points = [(0.0, plain), *((_beyond(comparison, c), _of(comparison, c)) for c in longer)]
+    axes.plot([x for x, _ in points], [e.mean for _, e in points], color=NONE, marker=".", label="single, more steps")
+    paper = comparison.windows.get("middle")
+    if paper is not None:
+        e = _of(comparison, paper)
+        axes.errorbar(
+            [_beyond(comparison, paper)], [e.mean], ([e.mean - e.lower], [e.upper - e.mean]),
+            color=PAPERS, marker="*", markersize=9, elinewidth=0.8, label="hidden, 3 seeds, middle",
+        )  # fmt: skip
+    count = comparison.right.shape[1]
+    axes.axhline(oracle(comparison.right, count).mean(), color=NONE, linestyle=":", linewidth=1)
+    axes.annotate(f"any of {count} seeds right", (0.98, oracle(comparison.right, count).mean()), (0, 3),
+                  xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=PLAIN)  # fmt: skip
+    axes.set_xscale("asinh", linear_width=CLOSE)
+    axes.set_xticks([t - 1 for t in TICKS], [f"{t:g}" for t in TICKS])
+    axes.minorticks_off()
+    ends = [_beyond(comparison, c) for row in comparison.curves.values() for c in row]
+    axes.set_xlim(-CLOSE / 3, 1.25 * max(ends, default=1.0))
+    axes.set(xlabel="compute (one run = 1)", ylabel="right answers, test")
+    axes.set_title("default settings, 2 seeds and more", loc="left")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.5 * (high - low), high)  # room for the legend
+    axes.legend(frameon=False, fontsize=7.5, loc="lower left", ncols=2, columnspacing=1.0)
+
+
+def _forest(axes: Axes, entries: Sequence[tuple[str, Estimate, str]], comparison: Comparison, title: str) -> None:
+    """One row per entry: mean and interval; the grey band is one run without an ensemble."""
+    plain = comparison.estimate(comparison.plain)
+    axes.axvspan(plain.lower, plain.upper, color=NONE, alpha=0.25, linewidth=0)
+    axes.axvline(plain.mean, color=PLAIN, linewidth=0.8)
+    for place, (_, e, colour) in enumerate(entries):
+        axes.plot([e.lower, e.upper], [place, place], color=colour, linewidth=1.5)
+        axes.plot(e.mean, place, color=colour, marker="o", markersize=5)
+    axes.set_yticks(range(len(entries)), [name for name, *_ in entries])
+    axes.set_ylim(len(entries) - 0.5, -0.5)
+    axes.set_xlabel("right answers, test (grey: one run)")
+    axes.set_title(title, loc="left")
+
+
+def _windows(comparison: Comparison) -> list[list[str]]:
+    body = [["window", "layers", "right", "minus one run"]]
+    for name, c in comparison.windows.items():
+        gain = comparison.gain(c)
+        span = f"{c.plan.layers[0]}-{c.plan.layers[-1]}"
+        body.append([name, span, _interval(_of(comparison, c)), _signed(gain)])
+    return body
+
+
+def _window_gains(comparison: Comparison) -> list[str]:
+    """Middle against every other window, as the paper claims, and against doing nothing."""
+    middle = comparison.windows.get("middle")
+    if middle is None:
+        return ["the middle window was not tried"]
+    others = {name: c for name, c in comparison.windows.items() if name != "middle"}
+    said = [f"middle minus {name} {_signed(comparison.gain(middle, c))}" for name, c in others.items()]
+    return [*said, f"middle minus one run {_signed(comparison.gain(middle))}"]
+
+
+def _beyond(comparison: Comparison, candidate: Candidate) -> float:
+    """Compute beyond one run, in runs."""
+    return comparison.spent[candidate] / comparison.plain_cost - 1
+
+
+def _of(comparison: Comparison, candidate: Candidate) -> Estimate:
+    return comparison.estimate(comparison.test[candidate])
+
+
+def _caption(comparison: Comparison, budget: str) -> str:
+    return f"At {budget} compute, {comparison.budgets[budget] / comparison.plain_cost:.2f} times one run"
+
+
+def _colour(method: str) -> str:
+    return OURS if method in PROBES else PAPERS if method == "hidden" else PLAIN
+
+
+def _interval(e: Estimate, digits: int = 3) -> str:
+    return f"{e.mean:.{digits}f} [{e.lower:.{digits}f}, {e.upper:.{digits}f}]"
+
+
+def _signed(e: Estimate, digits: int = 3) -> str:
+    return f"{e.mean:+.{digits}f} [{e.lower:+.{digits}f}, {e.upper:+.{digits}f}]"
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _markdown(table: list[list[str]]) -> list[str]:
+    head, *body = table
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]

@@ -1,0 +1,215 @@
+"""Generalisation matrices: does what was learnt in one place hold in another?
+
+A frozen probe of one cell is read on the features of another cell of the same problems (King and Dehaene 2014,
+"Characterizing the dynamics of mental representations: the temporal generalization method"; `GeneralizingEstimator`
+of MNE-Python). A square that is high everywhere means one lasting code; a high diagonal alone means a code that changes
+from cell to cell, although every cell by itself decodes the target.
+
+The probe is applied as it is, standardised by the statistics of *its own* training rows, not of the cell it is read on:
+a shift or another scale of the features there counts as a difference of code, as it would for a probe in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cosprobe.probes.datamodule import ProbeSamples
+from cosprobe.probes.bank import CHUNK, ProbeBank, affine, classes_last
+from cosprobe.evaluation.checks.refitting import Estimate, Labelled, columns_of, estimate_share, join_rare, labelled, refit, right
+from cosprobe.probes.linalg import design, spread, standardise
+from cosprobe.tasks import Target
+from cosprobe.cells import Cell
+
+EVERYTHING = "all"  # the first row where probes are refitted: trained on every group
+TRAIN_PROBLEMS, TEST_PROBLEMS = 20, 8  # fewer problems make no group of their own
+MOST_BINS = 3  # of one difficulty
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Test accuracy of the probe of every row on what every column names, with 95 % intervals by problem.
+
+    axis: `step` (sampler step index), `layer`, `branch`, `expert`, `seed` or the name of a difficulty.
+    trained: training samples behind each row: rows of few are weaker for that reason too. n: test samples of each
+    column. converged: whether every refit met its tolerance (true where the probes are those of the bank)."""
+
+    target: str
+    axis: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    accuracy: Float[np.ndarray, "train test"]
+    lower: Float[np.ndarray, "train test"]
+    upper: Float[np.ndarray, "train test"]
+    trained: Int[np.ndarray, " train"]
+    n: Int[np.ndarray, " test"]
+    converged: bool = True
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """Probes in the order of rows, with what their features are standardised by."""
+
+    mean: Float[Tensor, "train channel"]
+    std: Float[Tensor, "train channel"]
+    weight: Float[Tensor, "train width out"]
+    bias: Float[Tensor, "train out"]
+
+
+def matrices(
+    samples: ProbeSamples,
+    bank: ProbeBank,
+    best: Mapping[str, Cell],
+    experts: Mapping[int, str],
+) -> list[Matrix]:
+    """Every matrix there is material for, per target of `best` (its cell, chosen on validation).
+
+    step, layer, branch: frozen probes of the bank along that axis through the best cell (sources are no layers); an
+    axis with one entry makes no matrix. expert: mean of the blocks of the step matrix, steps of the same expert in one
+    block, its diagonal included; experts: the transformer of each step. seed: train on samples with one noise seed,
+    test on another. A difficulty: train on problems of one kind, test on another; neighbouring values are joined until
+    each group has 20 training and 8 test problems, three groups at most. For the last two the probe of the best cell
+    is refitted per group with the penalty of the bank, in a first row `all` on all groups; a group with a single class
+    of the target, or a single group, makes no matrix.
+    Raises ValueError for a target or cell that bank or samples do not hold, or a step whose expert is not given.
+    """
+    found = []
+    for name, cell in best.items():
+        target = bank.target(name)
+        bank.select([cell])
+        columns_of(samples, [cell])
+        found += list(_between_cells(samples, bank, target, cell, experts))
+        found += list(_between_groups(samples, bank, target, cell))
+    return found
+
+
+def _between_cells(
+    samples: ProbeSamples,
+    bank: ProbeBank,
+    target: Target,
+    best: Cell,
+    experts: Mapping[int, str],
+) -> Iterator[Matrix]:
+    trained = len(labelled(samples, target, [best], "train"))
+    for axis, cells in _lines(bank.cells, best).items():
+        if len(cells) < 2:
+            continue
+        test = labelled(samples, target, cells, "test")
+        part = bank.select(cells)
+        probes = _Frozen(part.mean, part.std, part.weights[target.name], part.biases[target.name])
+        hits = _cross(probes, test, target)
+        names = tuple(str(getattr(cell, "site" if axis == "layer" else axis)) for cell in cells)
+        yield _matrix(target, axis, names, estimate_share(hits, test.keys), trained, len(test))
+        if axis != "step":
+            continue
+        if missing := [cell.step for cell in cells if cell.step not in experts]:
+            raise ValueError(f"experts: none given for step {missing[0]}; expected the transformer of every step kept")
+        ran = [experts[cell.step] for cell in cells]
+        names = tuple(dict.fromkeys(ran))
+        if len(names) > 1:
+            member = np.array([[one == name for one in ran] for name in names], dtype=np.float64)
+            member /= member.sum(axis=1, keepdims=True)
+            blocks = np.einsum("ei,fj,ijn->efn", member, member, hits, optimize=True)
+            yield _matrix(target, "expert", names, estimate_share(blocks, test.keys), trained, len(test))
+
+
+def _lines(cells: tuple[Cell, ...], best: Cell) -> dict[str, list[Cell]]:
+    """The cells that differ from the best one in step, layer or branch alone."""
+    layers = [cell for cell in cells if cell.is_layer]
+    return {
+        "step": sorted((c for c in cells if replace(c, step=best.step) == best), key=lambda c: c.step),
+        "layer": sorted((c for c in layers if replace(c, site=best.site) == best), key=lambda c: int(c.site)),
+        "branch": [c for c in cells if replace(c, branch=best.branch) == best],
+    }
+
+
+def _between_groups(samples: ProbeSamples, bank: ProbeBank, target: Target, best: Cell) -> Iterator[Matrix]:
+    penalty = bank.select([best]).lambdas[target.name]
+    train, test = (labelled(samples, target, [best], split) for split in ("train", "test"))
+    for axis, (names, of_train, of_test) in _groups(samples, train, test).items():
+        chosen = [np.isin(of_train, range(len(names))), *(of_train == group for group in range(len(names)))]
+        rows = [train.take(keep) for keep in chosen]
+        if len(names) < 2 or any(row.labels.unique().numel() < 2 for row in rows):
+            continue
+        stats = [spread(row.features) for row in rows]
+        fits = [
+            refit(standardise(row.features, *stat), row.labels, target, penalty)
+            for row, stat in zip(rows, stats, strict=True)
+        ]
+        probes = _Frozen(
+            torch.cat([mean for mean, _ in stats]),
+            torch.cat([std for _, std in stats]),
+            torch.cat([fit.weight for fit in fits]),
+            torch.cat([fit.bias for fit in fits]),
+        )
+        hits = _cross(probes, test, target)[:, 0]
+        columns = [estimate_share(hits[:, of_test == g], test.keys[of_test == g]) for g in range(len(names))]
+        yield Matrix(
+            target.name,
+            axis,
+            (EVERYTHING, *names),
+            names,
+            np.stack([column.value for column in columns], axis=1),
+            np.stack([column.lower for column in columns], axis=1),
+            np.stack([column.upper for column in columns], axis=1),
+            np.array([len(row) for row in rows]),
+            np.array([int((of_test == g).sum()) for g in range(len(names))]),
+            all(bool(fit.converged.all()) for fit in fits),
+        )
+
+
+def _groups(
+    samples: ProbeSamples, train: Labelled, test: Labelled
+) -> dict[str, tuple[tuple[str, ...], Int[np.ndarray, " train"], Int[np.ndarray, " test"]]]:
+    """Per axis the names of its groups, and the group of every training and test sample; -1 for none."""
+    found: dict[str, tuple[tuple[str, ...], np.ndarray, np.ndarray]] = {}
+    if samples.replica is not None:  # a noise seed has no neighbours to be joined with
+        of = [np.asarray(samples.replica)[part.where] for part in (train, test)]
+        enough = [
+            value
+            for value in np.unique(of[0])
+            if len(np.unique(train.keys[of[0] == value])) >= TRAIN_PROBLEMS
+            and len(np.unique(test.keys[of[1] == value])) >= TEST_PROBLEMS
+        ]
+        place = {int(value): group for group, value in enumerate(enough)}
+        groups = [np.array([place.get(int(value), -1) for value in values]) for values in of]
+        found["seed"] = (tuple(str(value) for value in enough), groups[0], groups[1])
+    for name, column in samples.difficulty.items():
+        of = [np.asarray(column)[part.where] for part in (train, test)]
+        bins = join_rare([(of[0], train.keys, TRAIN_PROBLEMS), (of[1], test.keys, TEST_PROBLEMS)], MOST_BINS)
+        found[name] = (bins.names, bins.index(of[0]), bins.index(of[1]))
+    return found
+
+
+def _cross(probes: _Frozen, test: Labelled, target: Target) -> Float[np.ndarray, "train cell sample"]:
+    """Right and wrong of every probe on every cell of `test`.
+
+    Standardisation goes into the weights, so that one product serves all pairs; in fp64, because the mean of raw
+    features may be large beside their spread.
+    """
+    regions = test.features.shape[2] if target.form == "problem" else 1
+    scale = torch.where(probes.std > 0, 1 / probes.std.double(), 0.0).repeat(1, regions)
+    weight = probes.weight.double() * scale[..., None]
+    bias = probes.bias.double() - torch.einsum("iw,iwo->io", probes.mean.double().repeat(1, regions), weight)
+    weight, bias = weight.movedim(0, 1)[None], bias[None]  # train probes are the settings of each cell
+    each = test.features[:, 0].numel() + len(probes.mean) * test.labels.numel() * weight.shape[-1]
+    size = max(1, CHUNK // (2 * each))
+    values = []
+    for start in range(0, test.features.shape[1], size):
+        rows = design(test.features[:, start : start + size].transpose(0, 1).double(), target.form)
+        cells = len(rows)
+        scores = affine(rows, weight.expand(cells, -1, -1, -1), bias.expand(cells, -1, -1))
+        last = classes_last(scores, target.form)  # train stands before the classes, regions of a sample before it
+        values.append(last.movedim(-2, 1).flatten(0, 1))
+    hits = np.concatenate([right(value, test.labels) for value in values])
+    return np.moveaxis(hits.reshape(test.features.shape[1], len(probes.mean), -1), 0, 1)
+
+
+def _matrix(target: Target, axis: str, names: tuple[str, ...], seen: Estimate, trained: int, n: int) -> Matrix:
+    of_rows, of_columns = np.full(len(names), trained), np.full(len(names), n)
+    return Matrix(target.name, axis, names, names, seen.value, seen.lower, seen.upper, of_rows, of_columns)

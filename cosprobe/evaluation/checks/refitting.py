@@ -1,0 +1,208 @@
+"""What the analyses of chosen cells share: samples that carry a target, bins of difficulty, refits, right and wrong.
+
+Refits are `fit_newton` at the penalty each cell already has, so they differ from each other in data alone, not in
+how far an optimiser came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from cosprobe.probes.datamodule import ProbeSamples
+from cosprobe.evaluation.metrics import correctness, difference_interval, mean_interval, share_interval
+from cosprobe.probes.newton import fit_newton
+from cosprobe.probes.bank import affine, classes_last, readable_targets
+from cosprobe.probes.linalg import design, spread
+from cosprobe.tasks import Target
+from cosprobe.cells import Cell
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The samples of one split that carry a target, at some cells. where: their rows in the samples they come from."""
+
+    features: Float[Tensor, "sample cell region channel"]
+    labels: Int[Tensor, " sample *region"]
+    keys: Shaped[np.ndarray, " sample"]
+    where: Int[np.ndarray, " sample"]
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def take(self, keep: Bool[np.ndarray, " sample"]) -> Labelled:
+        """The samples where `keep` is true."""
+        at = torch.from_numpy(np.flatnonzero(keep))
+        return Labelled(self.features[at], self.labels[at], self.keys[keep], self.where[keep])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over samples with its 95 % interval, which counts problems rather than samples."""
+
+    value: Float[np.ndarray, "*axes"]
+    lower: Float[np.ndarray, "*axes"]
+    upper: Float[np.ndarray, "*axes"]
+
+
+@dataclass(frozen=True)
+class Refit:
+    """One probe per cell. converged: whether the fit of a cell met its tolerance."""
+
+    weight: Float[Tensor, "cell width out"]
+    bias: Float[Tensor, "cell out"]
+    converged: Bool[np.ndarray, " cell"]
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Neighbouring whole numbers joined. names: `4`, or `1-3` for the values seen in a bin; last: its largest one."""
+
+    names: tuple[str, ...]
+    last: Int[np.ndarray, " bin"]
+
+    def index(self, values: Int[np.ndarray, " sample"]) -> Int[np.ndarray, " sample"]:
+        """The bin of each value; values never seen go to the next bin above, or to the highest."""
+        return np.minimum(np.searchsorted(self.last, values), len(self.last) - 1)
+
+
+def readable(samples: ProbeSamples, name: str) -> Target:
+    """The target of that name, in the form these features are fitted in. Raises ValueError when there is none."""
+    known = {t.name: t for t in readable_targets(samples.targets, samples.regions)}
+    if name not in known:
+        raise ValueError(f"target={name!r}: no such labels; expected one of {', '.join(known)}")
+    return known[name]
+
+
+def columns_of(samples: ProbeSamples, cells: Sequence[Cell]) -> Int[Tensor, " cell"]:
+    """Where the cells stand on the cell axis of the features. Raises ValueError for one that is not there."""
+    place = {cell: i for i, cell in enumerate(samples.cells)}
+    if missing := [cell for cell in cells if cell not in place]:
+        raise ValueError(f"cell ({missing[0]}): not among the {len(place)} cells captured; pick one of them")
+    return torch.tensor([place[cell] for cell in cells], dtype=torch.long)
+
+
+def labelled(samples: ProbeSamples, target: Target, cells: Sequence[Cell], split: str) -> Labelled:
+    """The samples of a split that carry the target.
+
+    Raises ValueError for an unknown cell, when there is no such sample, or when a sample has labels of some of its
+    regions only.
+    """
+    known = samples.labels[target.name].numpy() >= 0
+    whole = known.reshape(len(known), -1).all(axis=1)
+    if (known.reshape(len(known), -1).any(axis=1) != whole).any():
+        raise ValueError(f"target {target.name!r}: expected -1 in every region of a sample or in none")
+    where = np.flatnonzero(whole & (np.asarray(samples.split) == split))
+    if not len(where):
+        raise ValueError(f"target {target.name!r} has no {split} samples: expected at least 1; raise task.problems")
+    at = torch.from_numpy(where)
+    features = samples.features[at[:, None], columns_of(samples, cells)]
+    return Labelled(features, samples.labels[target.name][at], np.asarray(samples.keys)[where], where)
+
+
+def statistics(
+    samples: ProbeSamples, cells: Sequence[Cell]
+) -> tuple[Float[Tensor, "cell channel"], Float[Tensor, "cell channel"]]:
+    """Mean and standard deviation of every training sample, with the target or without: what a bank standardises by."""
+    rows = torch.from_numpy(np.flatnonzero(np.asarray(samples.split) == "train"))
+    return spread(samples.features[rows[:, None], columns_of(samples, cells)])
+
+
+def refit(
+    x: Float[Tensor, "cell sample region channel"],
+    labels: Int[Tensor, " sample *region"],
+    target: Target,
+    lambdas: Float[Tensor, " penalty"],
+) -> Refit:
+    """A probe per cell of standardised features, each at its own penalty; cells of one penalty are fitted together.
+
+    Raises ValueError when there is not one penalty per cell.
+    """
+    if len(lambdas) != len(x):
+        raise ValueError(f"lambdas: {len(lambdas)} penalties, expected one for each of {len(x)} cells")
+    parts, places = [], []
+    for value in lambdas.unique():
+        at = torch.nonzero(lambdas == value)[:, 0]
+        parts.append(fit_newton(x[at], labels, target, [float(value)]))
+        places.append(at)
+    back = torch.cat(places).argsort()
+    return Refit(
+        torch.cat([part.weight[:, :, 0] for part in parts])[back],
+        torch.cat([part.bias[:, 0] for part in parts])[back],
+        torch.cat([part.converged[:, 0] for part in parts])[back].cpu().numpy(),
+    )
+
+
+def decide(
+    x: Float[Tensor, "cell sample region channel"], probes: Refit, form: str
+) -> Float[Tensor, "cell sample *region out"]:
+    """Decision values of refitted probes, classes (or candidates) last."""
+    return classes_last(affine(design(x, form), probes.weight.to(x.dtype), probes.bias.to(x.dtype)), form)
+
+
+def right(
+    decision: Float[Tensor, "cell sample *region out"], labels: Int[Tensor, " sample *region"]
+) -> Float[np.ndarray, "cell sample"]:
+    """1 where the largest decision value is the label's, 0 elsewhere; the mean over regions where labels have them."""
+    return correctness(decision.argmax(dim=-1).numpy(), labels.numpy())
+
+
+def estimate_share(right: Float[np.ndarray, "*axes sample"], keys: Shaped[np.ndarray, " sample"]) -> Estimate:
+    """Shares of right answers; every sample between 0 (wrong) and 1 (right)."""
+    return _shaped(right, share_interval(right.reshape(-1, right.shape[-1]), keys))
+
+
+def estimate_difference(difference: Float[np.ndarray, "*axes sample"], keys: Shaped[np.ndarray, " sample"]) -> Estimate:
+    """Mean differences of two shares on the same samples; every sample between -1 and 1."""
+    return _shaped(difference, difference_interval(difference.reshape(-1, difference.shape[-1]), keys))
+
+
+def estimate_mean(values: Float[np.ndarray, "*axes sample"], keys: Shaped[np.ndarray, " sample"]) -> Estimate:
+    """Means of what is neither a share nor a difference of shares."""
+    return _shaped(values, mean_interval(values.reshape(-1, values.shape[-1]), keys))
+
+
+def _shaped(values: Float[np.ndarray, "*axes sample"], bounds: tuple[np.ndarray, np.ndarray]) -> Estimate:
+    lower, upper = (bound.reshape(values.shape[:-1]) for bound in bounds)
+    return Estimate(np.asarray(values.mean(axis=-1)), lower, upper)
+
+
+def join_rare(
+    parts: Sequence[tuple[Int[np.ndarray, " _sample"], Shaped[np.ndarray, " _sample"], int]], most: int | None = None
+) -> Bins:
+    """Bins of neighbouring values that each hold enough problems in every part.
+
+    parts: (values, keys, the least number of problems a bin must hold), per split for example. From the smallest value
+    upwards a bin is closed as soon as it holds enough; a rest that never does joins the last bin. Where that makes more
+    than `most` bins, they end at the quantiles k / most of the first part instead. Counts only: no label is looked at.
+    """
+    values = np.unique(np.concatenate([value for value, _, _ in parts]))
+    counts = np.zeros((len(parts), len(values)), dtype=int)
+    for part, (value, keys, _) in enumerate(parts):
+        at = np.searchsorted(values, value)
+        pairs = np.unique(np.stack([at, np.unique(keys, return_inverse=True)[1]]), axis=1)
+        counts[part] = np.bincount(pairs[0], minlength=len(values))
+    least = np.array([enough for _, _, enough in parts])
+    ends = _closed(counts, least, 0.0)
+    if most is not None and len(ends) > most:
+        ends = _closed(counts, least, counts[0].sum() / most)
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    spans = [(values[start], values[end]) for start, end in zip(starts, ends, strict=True)]
+    return Bins(tuple(f"{a}" if a == b else f"{a}-{b}" for a, b in spans), values[ends])
+
+
+def _closed(counts: Int[np.ndarray, "part value"], least: Int[np.ndarray, " part"], share: float) -> list[int]:
+    """The place of the last value of every bin; the k-th bin ends no sooner than k shares of the first part."""
+    ends: list[int] = []
+    held = np.zeros_like(least)
+    for value, so_far in enumerate(counts[0].cumsum()):
+        held = held + counts[:, value]
+        if (held >= least).all() and so_far >= share * (len(ends) + 1):
+            ends.append(value)
+            held = np.zeros_like(least)
+    return [*ends[:-1], counts.shape[1] - 1]

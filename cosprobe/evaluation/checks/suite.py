@@ -1,0 +1,224 @@
+"""What a map must survive: analyses of its chosen cells, each against one way of fooling oneself.
+
+Cells were chosen on validation; every number here is read on test. The results become variables of the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import TypeVar
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from cosprobe.evaluation.checks.untrained import WEIGHTS, WeightsTable
+from cosprobe.probes.calibration import Reliability, reliability
+from cosprobe.probes.datamodule import ProbeSamples
+from cosprobe.evaluation.checks.description_length import DescriptionLength, description_length, side_by_side
+from cosprobe.evaluation.grid import Grid
+from cosprobe.evaluation.baselines import InputFeatures, input_samples
+from cosprobe.evaluation.checks.confounds import Residualised, residualised
+from cosprobe.evaluation.predictions import Evaluated, InputReading
+from cosprobe.probes.bank import ProbeBank
+from cosprobe.activations.dataset import HEADLINE
+from cosprobe.evaluation.scoring import build_grid
+from cosprobe.evaluation.checks.generalisation import Matrix, matrices
+from cosprobe.cells import EMBED, X0, Cell
+
+BINS = 8  # points of a reliability curve, when there are rows enough for them
+ROWS = 5  # rows a point needs
+MEANING = {
+    "transfer": "test accuracy of the probe of one {axis} on another",
+    "bits": "prequential description length of the training labels, bits per label",
+    "bits_lower": "lower end of the 95 % interval of bits", "bits_upper": "upper end of the 95 % interval of bits",
+    "bits_uniform": "bits per label without a probe", "bits_prior": "bits per label when only frequencies are learnt",
+    "learning": "test accuracy of the best cell's probe by number of training problems",
+    "learning_lower": "lower end of its 95 % interval", "learning_upper": "upper end of its 95 % interval",
+    "residual_before": "test accuracy of the best cell, refitted",
+    "residual_after": "the same after nuisances were regressed out of the features",
+    "residual_lower": "lower end of the paired 95 % interval of after - before",
+    "residual_upper": "upper end of the paired 95 % interval of after - before",
+    "nuisance_alone": "test accuracy of a probe that sees the nuisances only",
+    "weights_accuracy": "test accuracy on few samples, by the weights the transformer had",
+    "weights_lower": "lower end of the 95 % interval of weights_accuracy",
+    "weights_upper": "upper end of the 95 % interval of weights_accuracy",
+}  # fmt: skip
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Per answer or choice: its best cell and what was done with it. lengths: the best cell first, then the input of
+    block 0 and the latents of x0-hat at its step, in the forms that serve them best. reliability: with and without the
+    temperature. skipped: why something is missing, one line each.
+    """
+
+    best: dict[str, Cell]
+    matrices: tuple[Matrix, ...]
+    lengths: tuple[DescriptionLength, ...]
+    residuals: tuple[Residualised, ...]
+    reliability: dict[str, tuple[Reliability, Reliability]]
+    weights: WeightsTable | None
+    skipped: tuple[str, ...]
+
+
+def examine(
+    evaluated: Evaluated,
+    samples: ProbeSamples,
+    inputs: Mapping[str, InputFeatures],
+    bank: ProbeBank,
+    weights: WeightsTable | None = None,
+    seed: int = 0,
+    draws: int = 1000,
+) -> tuple[Grid, Checks]:
+    """The grid of a bank, and all analyses of its best cells that there is material for, in the grid as well.
+
+    samples: those the bank was fitted and evaluated on. inputs: of these samples. draws: as in `build_grid`.
+    """
+    grid = build_grid(evaluated, draws, seed, bank.provenance)
+    best = {target: grid.best(target).cell for target in grid.with_role(*HEADLINE)}
+    skipped: list[str] = []
+    lengths: list[DescriptionLength] = []
+    residuals: list[Residualised] = []
+    curves: dict[str, tuple[Reliability, Reliability]] = {}
+    readings = {result.target.name: result.readings for result in evaluated.results}
+    for name, cell in best.items():
+        penalty = bank.select([cell]).lambdas[name]
+        lengths += _tried(skipped, partial(_lengths, samples, inputs, readings[name], name, cell, penalty, seed))
+        residuals += _tried(skipped, partial(residualised, samples, name, [cell], penalty))
+        curves[name] = _curves(samples, bank, name, cell)
+    experts = dict(zip(evaluated.steps, evaluated.experts, strict=True))
+    found = _tried(skipped, partial(matrices, samples, bank, best, experts))
+    checks = Checks(best, tuple(chain(*found)), tuple(lengths), tuple(residuals), curves, weights, tuple(skipped))
+    return with_checks(grid, checks), checks
+
+
+def _lengths(
+    samples: ProbeSamples,
+    inputs: Mapping[str, InputFeatures],
+    readings: Mapping[str, InputReading],
+    target: str,
+    cell: Cell,
+    penalty: Float[Tensor, " one"],
+    seed: int,
+) -> DescriptionLength:
+    """Of a cell, and of the input of block 0 and the latents of x0-hat at its step, where they were read."""
+    found = [description_length(samples, target, [cell], penalty, seed)]
+    step = sorted({c.step for c in samples.cells}).index(cell.step)
+    place = tuple(dict.fromkeys(c.place for c in samples.cells)).index(cell.place)
+    for name in (name for name in (EMBED, X0) if name in readings):
+        form, value = (getattr(readings[name], field)[step, place] for field in ("form", "penalty"))
+        of_input = input_samples(samples, inputs[name], target, replace(cell, site=name), str(form))
+        found.append(description_length(of_input, target, of_input.cells, torch.tensor([value]), seed))
+    return side_by_side(found)
+
+
+def _tried(skipped: list[str], analysis: Callable[[], Result]) -> list[Result]:
+    """The result, or nothing and a line that says why: a small run lacks the samples some analyses need."""
+    try:
+        return [analysis()]
+    except ValueError as error:
+        skipped.append(str(error))
+        return []
+
+
+def _curves(samples: ProbeSamples, bank: ProbeBank, target: str, cell: Cell) -> tuple[Reliability, Reliability]:
+    test = samples.subset("test")
+    features = test.features[:, [samples.cells.index(cell)]]
+    labels = test.labels[target].flatten()
+    bins = max(1, min(BINS, int((labels >= 0).sum()) // ROWS))
+    raw = bank.decision(features, target, [cell]).softmax(dim=-1)
+    odds = bank.probabilities(features, target, [cell])
+    a, b = (reliability(values.reshape(len(labels), -1), labels, bins) for values in (odds, raw))
+    return a, b
+
+
+def with_checks(grid: Grid, checks: Checks) -> Grid:
+    """The grid with every check that is a number as a variable; NaN for targets it was not made for."""
+    parts = [*map(_matrix, checks.matrices), *map(_length, checks.lengths), *map(_residual, checks.residuals)]
+    dataset = grid.dataset
+    if checks.weights is not None:
+        dataset = _with_weights(dataset, checks.weights)
+    known = [part.reindex(target=dataset.target) for part in parts]
+    return Grid(xr.merge([dataset, *known], join="outer", compat="no_conflicts", combine_attrs="override"))
+
+
+def _matrix(matrix: Matrix) -> xr.Dataset:
+    """Variables `transfer_<axis>`, `_lower` and `_upper`, with axes train_<axis> and test_<axis>."""
+    axes = (f"train_{matrix.axis}", f"test_{matrix.axis}")
+    coordinates: dict[str, list] = {
+        axis: list(names) for axis, names in zip(axes, (matrix.train, matrix.test), strict=True)
+    }
+    if matrix.axis in ("step", "layer"):
+        coordinates = {axis: [int(name) for name in names] for axis, names in coordinates.items()}
+    values = {"": matrix.accuracy, "_lower": matrix.lower, "_upper": matrix.upper}
+    meaning = MEANING["transfer"].format(axis=matrix.axis)
+    variables = {f"transfer_{matrix.axis}{end}": (axes, value, meaning) for end, value in values.items()}
+    return _dataset(matrix.target, variables, coordinates)
+
+
+def _length(length: DescriptionLength) -> xr.Dataset:
+    sources = ["best", *(cell.site for cell in length.cells[1:])]
+    learning = {"": length.accuracy.value, "_lower": length.accuracy.lower, "_upper": length.accuracy.upper}
+    variables = {
+        "bits": (("source",), length.bits), "bits_lower": (("source",), length.lower),
+        "bits_upper": (("source",), length.upper), "bits_uniform": ((), np.asarray(length.uniform)),
+        "bits_prior": ((), np.asarray(length.prior)),
+    } | {f"learning{end}": (("problems",), values[0]) for end, values in learning.items()}  # fmt: skip
+    return _dataset(length.target, variables, {"source": sources, "problems": list(length.sizes)})
+
+
+def _residual(found: Residualised) -> xr.Dataset:
+    values = {
+        "residual_before": found.before.value, "residual_after": found.after.value,
+        "residual_lower": found.difference.lower, "residual_upper": found.difference.upper,
+        "nuisance_alone": found.alone.value,
+    }  # fmt: skip
+    return _dataset(found.target, {name: ((), np.ravel(value)[0]) for name, value in values.items()}, {})
+
+
+def _with_weights(dataset: xr.Dataset, table: WeightsTable) -> xr.Dataset:
+    """`weights_accuracy` by layer and step, and the two baselines: the layer that is best on validation."""
+    steps, layers, places = (
+        sorted({cell.step for cell in table.cells}), sorted({int(cell.site) for cell in table.cells}),
+        list(dict.fromkeys(cell.place for cell in table.cells)),
+    )  # fmt: skip
+    shape = (len(table.targets), len(WEIGHTS), len(steps), len(layers), len(places))
+    axes = ("target", "weights", "step", "layer", "place")
+    coordinates = {"target": list(table.targets), "weights": list(WEIGHTS), "step": steps, "layer": layers}
+    coordinates["place"] = places
+    values = {"accuracy": table.accuracy, "lower": table.lower, "upper": table.upper, "validation": table.validation}
+    arrays = {name: xr.DataArray(value.reshape(shape), coordinates, axes) for name, value in values.items()}
+    chosen = arrays["validation"].argmax("layer")
+    found = dataset.copy(deep=True)
+    for name, variable in (("accuracy", "baseline_accuracy"), ("lower", "baseline_lower"), ("upper", "baseline_upper"),
+                           ("validation", "baseline_validation")):  # fmt: skip
+        best = arrays[name].isel(layer=chosen).drop_vars("layer")
+        for weights in WEIGHTS[1:]:
+            where = {"baseline": f"{weights}_weights", "target": list(table.targets), "step": steps}
+            values_here = best.sel(weights=weights).drop_vars("weights")
+            if "branch" in found.dims:
+                where["branch"] = "cond"
+            order = [axis for axis in found[variable].dims if axis in values_here.dims]
+            found[variable].loc[where] = values_here.transpose(*order).values
+    for name in ("accuracy", "lower", "upper"):
+        whole = arrays[name].reindex({axis: dataset[axis] for axis in ("target", "step", "layer")})
+        found[f"weights_{name}"] = whole.assign_attrs(long_name=MEANING[f"weights_{name}"])
+    return found.assign_attrs(
+        weights_samples=table.samples, weights_evaluations=table.evaluations, weights_seconds=table.seconds
+    )
+
+
+def _dataset(target: str, variables: dict, coordinates: dict) -> xr.Dataset:
+    """One target's variables, (axes, values[, meaning]) each."""
+    table = {
+        name: (("target", *axes), np.asarray(values)[None], {"long_name": meaning[0] if meaning else MEANING[name]})
+        for name, (axes, values, *meaning) in variables.items()
+    }
+    return xr.Dataset(table, coords={"target": [target], **coordinates})

@@ -1,0 +1,80 @@
+"""How often a pipeline solves unseen problems, read from decoded pixels; also while it is being trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import numpy as np
+from rich.progress import track
+
+from cosprobe.activations.collect import images, noise_seed
+from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.tasks import Problem, Task
+
+
+@dataclass(frozen=True)
+class Solved:
+    """problems: unseen ones. right: the video ends on a candidate that counts as right; none: it ends on none. path:
+    agreement of what was drawn with a right solution. All arrays [problem]."""
+
+    problems: list[Problem]
+    right: np.ndarray
+    none: np.ndarray
+    path: np.ndarray
+
+
+def solve(
+    model: Any, pipeline: PipelineConfig, task: Task, problems: Sequence[Problem], seed: int, progress: bool = False
+) -> Solved:
+    """Samples every problem once and reads the video's answer. The task's reference has `pipeline.frames` frames."""
+    task = cast(Task, replace(cast(Any, task), frames=pipeline.frames))
+    right, none, path = [], [], []
+    batches = [problems[i : i + pipeline.batch] for i in range(0, len(problems), pipeline.batch)]
+    title = f"{task.name}: {len(problems)} unseen problems"
+    for batch in track(batches, title, disable=not progress):
+        seeds = [noise_seed(p, 0, seed) for p in batch]
+        video = sample(model, pipeline, images(task, batch), [p.prompt for p in batch], seeds)
+        for problem, clip in zip(batch, video, strict=True):
+            read = task.readout(problem, clip)
+            right.append(read.answer in task.solutions(problem))
+            none.append(read.answer is None)
+            path.append(read.path)
+    return Solved(list(problems), np.array(right), np.array(none), np.array(path))
+
+
+class LearningCurve(L.Callback):
+    """Every so many steps, solves a few validation problems of every kind and notes the share that came out right.
+
+    pipeline_of: the pipeline around the weights as they are now, and the settings it is sampled with (by step).
+    path: a json list of {step, family, kind, right, of, frames}, continued by a resumed run.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        pipeline_of: Callable[[Any, int], tuple[Any, PipelineConfig]],
+        path: Path,
+        every: int,
+        problems: int = 48,
+    ):
+        self.tasks, self.pipeline_of, self.path, self.every, self.problems = tasks, pipeline_of, path, every, problems
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        step = trainer.global_step
+        if step % self.every:
+            return
+        noted = json.loads(self.path.read_text()) if self.path.is_file() else []
+        noted = [row for row in noted if row["step"] < step]
+        model, settings = self.pipeline_of(module, step)
+        for name, task in self.tasks.items():
+            for kind in task.kinds:
+                solved = solve(model, settings, task, task.problems("validation", self.problems, kind), 0)
+                row = {"step": step, "family": name, "kind": kind, "frames": settings.frames}
+                noted.append(row | {"right": int(solved.right.sum()), "of": len(solved.right)})
+                module.log(f"solved/{name}_{kind}", float(solved.right.mean()))
+        self.path.write_text(json.dumps(noted))

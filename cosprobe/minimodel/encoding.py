@@ -1,0 +1,159 @@
+"""Clips and prompts as the mini model sees them, encoded once: training reads latents from disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from einops import rearrange, repeat
+from jaxtyping import Float
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from cosprobe.minimodel.autoencoding import IDLE, Family, to_model_range, video_of
+from cosprobe.minimodel.flow_matching import LatentClips
+from cosprobe.tasks import FAMILIES, Problem, Task
+
+TEXT_TOKENS = 32  # every prompt is padded to this many tokens, in training and in sampling
+TEXT_WIDTH = 64
+NEIGHBOURS = (-1, 1, -2, 2)  # which word, counted from its own, each head of the text encoder looks at
+SHARP = 8.0  # how much rather: e^8 times as much as at any other
+BATCH = 16  # clips encoded at a time
+SHARD = 1024  # clips in a file
+WORDS_FROM = 500  # problems of every family whose prompts make the vocabulary
+
+
+def build_text(prompts: Sequence[str], seed: int) -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel]:
+    """A word-level tokenizer over the words of `prompts` and a small UMT5 encoder with fixed weights, random but for
+    where its heads look: at the neighbours of a word (`NEIGHBOURS`). Untrained heads would see all words alike, and a
+    green box and a blue cross would hardly differ from a blue box and a green cross."""
+    words = sorted({word for prompt in prompts for word in prompt.lower().split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    core.normalizer, core.pre_tokenizer = Lowercase(), Whitespace()
+    core.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_TOKENS
+    )
+    torch.manual_seed(seed)
+    size = UMT5Config(
+        vocab_size=len(vocabulary), d_model=TEXT_WIDTH, d_kv=16, d_ff=128, num_layers=1, num_heads=len(NEIGHBOURS),
+        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0,
+    )  # fmt: skip
+    encoder = UMT5EncoderModel(size).eval().requires_grad_(False)
+    attention = encoder.encoder.block[0].layer[0].SelfAttention
+    for head, offset in enumerate(NEIGHBOURS):  # first half of the buckets: words before; second half: after
+        bucket = abs(offset) + (size.relative_attention_num_buckets // 2 if offset > 0 else 0)
+        attention.relative_attention_bias.weight[bucket, head] = SHARP
+    return tokenizer, encoder
+
+
+def every_prompt() -> list[str]:
+    """Prompts of all families, whichever the model is trained on: one that is left out can be learned later."""
+    return sorted({p.prompt for family in FAMILIES.values() for p in family().build().problems("model", WORDS_FROM)})
+
+
+@torch.no_grad()
+def embed(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel) -> Tensor:
+    """[prompt, token, width], as the Wan pipelines embed: padding tokens are zero vectors."""
+    text = tokenizer(list(prompts), padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+    hidden = encoder(text.input_ids, text.attention_mask).last_hidden_state
+    return hidden * text.attention_mask[..., None]
+
+
+def encode_condition(
+    vae: AutoencoderKLWan, images: Float[Tensor, "clip 3 height width"], frames: int
+) -> Float[Tensor, "clip condition latent_frame latent_height latent_width"]:
+    """The Wan image condition: a mask that marks the given frame, and the image followed by grey frames,
+    encoded and normalised. Equal to what the pipeline's `prepare_latents` makes of one image (tested)."""
+    grey = images.new_zeros(len(images), 3, frames - 1, *images.shape[2:])
+    latent = normalise(vae, vae.encode(torch.cat([images[:, :, None], grey], dim=2)).latent_dist.mode())
+    mask = latent.new_zeros(len(images), vae.config.scale_factor_temporal, *latent.shape[2:])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, latent], dim=1)
+
+
+def normalise(vae: AutoencoderKLWan, latent: Tensor) -> Tensor:
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    return (latent - mean) / std
+
+
+def measure_scale(vae: AutoencoderKLWan, families: Sequence[Family], length: int, path: Path) -> None:
+    """Mean and deviation of the latents per channel, over 128 clips of every family; registered with the model.
+
+    A deviation counts as at least `IDLE` of the largest: at its own scale a channel that carries nothing would be as
+    important to flow matching as one that carries the picture."""
+    if not path.exists():
+        latents = torch.cat([
+            _latent(vae, task, problems[first : first + BATCH], length)
+            for task, problems in families for first in range(0, min(128, len(problems)), BATCH)
+        ])  # fmt: skip
+        deviations = latents.std(dim=(0, 2, 3, 4))
+        values = {
+            "latents_mean": latents.mean(dim=(0, 2, 3, 4)).tolist(),
+            "latents_std": deviations.clamp(min=IDLE * float(deviations.max())).tolist(),
+        }
+        path.write_text(json.dumps(values))
+    vae.register_to_config(**json.loads(path.read_text()))
+
+
+@torch.no_grad()
+def encode_clips(
+    vae: AutoencoderKLWan, families: Sequence[Family], length: int, folder: Path, prompts: list[str], table: Tensor
+) -> LatentClips:
+    """Clips of one length from every family, encoded in shards; those on disk are not encoded again.
+
+    prompts: the texts of table [prompt, token, width]; the last one is the empty prompt.
+    """
+    number = {text: i for i, text in enumerate(prompts)}
+    parts: dict[str, list[Tensor]] = {"latent": [], "condition": [], "active": []}
+    for task, problems in families:
+        shards = range(0, len(problems), SHARD)
+        for begin in track(shards, f"encoding {task.name}, {length} frames", disable=len(shards) < 2):
+            shard = folder / f"{task.name}-{length:02d}-{begin:06d}.safetensors"
+            if not shard.exists():
+                save_file(_shard(vae, task, problems[begin : begin + SHARD], length), shard.with_suffix(".part"))
+                shard.with_suffix(".part").rename(shard)
+            for name, value in load_file(shard).items():
+                parts[name].append(value)
+    text = torch.tensor([number[p.prompt] for _, problems in families for p in problems])
+    return LatentClips(**{name: torch.cat(values) for name, values in parts.items()}, text=text, prompts=table)
+
+
+def _shard(vae: AutoencoderKLWan, task: Task, problems: Sequence[Problem], length: int) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {"latent": [], "condition": [], "active": []}
+    for batch in _batches(problems):
+        latent = normalise(vae, _latent(vae, task, batch, length))
+        images = to_model_range(np.stack([task.image(p)[None] for p in batch]))[:, :, 0]
+        parts["latent"].append(latent.half())
+        parts["condition"].append(encode_condition(vae, images, length).half())
+        parts["active"].append(_active_tokens(task, batch, latent.shape[2:]))
+    return {name: torch.cat(values).contiguous() for name, values in parts.items()}
+
+
+def _batches(problems: Sequence[Problem]) -> Iterator[Sequence[Problem]]:
+    return (problems[first : first + BATCH] for first in range(0, len(problems), BATCH))
+
+
+@torch.no_grad()
+def _latent(vae: AutoencoderKLWan, task: Task, problems: Sequence[Problem], length: int) -> Tensor:
+    return vae.encode(to_model_range(np.stack([video_of(task, p, length) for p in problems]))).latent_dist.mode()
+
+
+def _active_tokens(task: Task, problems: Sequence[Problem], shape: torch.Size) -> Tensor:
+    """Latent cells that hold a pixel a video may change: [clip, frame, height, width], 0 or 1."""
+    frames, height, width = shape
+    pixels = np.stack([task.workspace(p) for p in problems])
+    cells = rearrange(pixels, "b (h y) (w x) -> b h w (y x)", h=height, w=width).any(-1)
+    return repeat(torch.from_numpy(cells.astype(np.uint8)), "b h w -> b f h w", f=frames).contiguous()

@@ -1,0 +1,93 @@
+"""LoRA adapters for a frozen video transformer, trained with the same flow matching as the mini model.
+
+Low-rank updates of linear layers (Hu et al., arXiv 2106.09685) through `peft`; the files are what diffusers' own
+`load_lora_weights` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+
+from cosprobe.minimodel.encoding import embed, encode_clips
+from cosprobe.minimodel.flow_matching import FlowConfig, FlowMatching
+from cosprobe.minimodel.recipe import fit_to, training_sets
+from cosprobe.tasks import Task
+
+
+def _flow() -> FlowConfig:
+    return FlowConfig(stages=[[5, 1500]], lr=3e-3, muon_lr=0.0, warmup=20, compile=False)
+
+
+@dataclass
+class AdapterConfig:
+    """What the adapter learns and how large it is. families: repeat a name to weight it; lengths, clips, flow: as in
+    the recipe of the mini model. rank: of the updates; layers: names of the linear layers that get one. card: unseen
+    problems of each kind on which the model is compared with and without the adapter."""
+
+    families: list[str] = field(default_factory=lambda: ["hide"])
+    lengths: list[int] = field(default_factory=lambda: [5])
+    clips: list[int] = field(default_factory=lambda: [4096])
+    rank: int = 16
+    layers: list[str] = field(
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+    )
+    flow: FlowConfig = field(default_factory=_flow)
+    card: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "card"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"experiment.{name}={getattr(self, name)}: expected at least 1")
+        if len(self.clips) != len(self.lengths):
+            raise ValueError(f"experiment.clips={self.clips}: expected one number for each of lengths={self.lengths}")
+
+
+def train_adapter(
+    model: Any, config: AdapterConfig, tasks: Mapping[str, Task], folder: Path, precision: str = "bf16-mixed"
+) -> Path:
+    """Trains adapters of `model`, a loaded Wan image-to-video pipeline; returns the folder they are in.
+
+    Resumes like the recipe of the mini model. Raises ValueError for a pipeline whose image condition is not the Wan
+    one, or when no layer has one of the names asked for.
+    """
+    transformer, vae = model.transformer, model.vae
+    beside = transformer.config.in_channels - transformer.config.out_channels
+    given = vae.config.get("z_dim", 0) + vae.config.get("scale_factor_temporal", 0)
+    if beside != given or not given or transformer.config.get("image_dim"):
+        raise ValueError(
+            f"{type(model).__name__}: expected an image-to-video pipeline that gives its transformer the encoded first "
+            "frame and nothing else, such as Wan 2.2 I2V or the model in the package"
+        )
+    sets = training_sets(config, tasks)
+    prompts = [*sorted({p.prompt for pairs in sets.values() for _, problems in pairs for p in problems}), ""]
+    table = embed(prompts, model.tokenizer, model.text_encoder)
+    latents = folder / "latents"
+    latents.mkdir(parents=True, exist_ok=True)
+    clips = {n: encode_clips(vae, sets[n], n, latents, prompts, table) for n in config.lengths}
+
+    torch.manual_seed(config.seed)
+    transformer.requires_grad_(False)
+    try:
+        transformer.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=list(config.layers)))
+    except ValueError as error:
+        raise ValueError(f"experiment.layers={config.layers}: no layer of the transformer has such a name") from error
+    flow = FlowMatching(transformer, clips, config.flow, config.seed)
+    fit_to(flow, folder / "flow", config.flow.steps, precision, 100, None)
+
+    part, done = folder / "adapter.part", folder / "adapter"
+    shutil.rmtree(part, ignore_errors=True)
+    layers = get_peft_model_state_dict(flow.average.module)
+    type(model).save_lora_weights(part, transformer_lora_layers=layers)
+    (part / "recipe.json").write_text(json.dumps({"settings": asdict(config)}, indent=1))
+    shutil.rmtree(done, ignore_errors=True)
+    part.rename(done)
+    return done

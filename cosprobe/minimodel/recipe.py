@@ -1,0 +1,292 @@
+"""The recipe of the model that ships in the package: a complete `WanImageToVideoPipeline`, trained here.
+
+Stages, each resumed where a kill left it: autoencoder, encoding of the training clips (once), flow matching,
+export. Every part is a stock diffusers or transformers class; only the sizes are small.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanImageToVideoPipeline,
+    WanTransformer3DModel,
+)
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+from cosprobe.models.cpu_layout import channels_last
+from cosprobe.minimodel.autoencoding import AutoencoderConfig, AutoencoderTraining, Family, revive
+from cosprobe.minimodel.encoding import (
+    TEXT_WIDTH,
+    build_text,
+    embed,
+    encode_clips,
+    every_prompt,
+    measure_scale,
+)
+from cosprobe.minimodel.flow_matching import FlowConfig, FlowMatching, LatentClips
+from cosprobe.models.pipelines import PipelineConfig
+from cosprobe.minimodel.accuracy import LearningCurve
+from cosprobe.tasks import FAMILIES, Task
+
+
+@dataclass
+class MiniConfig:
+    """Everything that shapes the weights. families: what the model learns (repeat a name to weight it).
+    lengths: frames of its videos, 4k + 1; clips: size of the training set at each length, shared by the families.
+    solve_every: steps of flow matching between two looks at how much is solved. card: problems of each kind that the
+    card is made from, at the usual length, at each of the others, and reconstructed.
+    Both parts can go on from those of an earlier model of the same sizes (their `start`)."""
+
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    families: list[str] = field(
+        default_factory=lambda: ["maze", "maze", "maze", "hide", "select", "select", "line", "line"]
+    )
+    lengths: list[int] = field(default_factory=lambda: [5, 9, 13, 17])
+    clips: list[int] = field(default_factory=lambda: [65_536, 8_192, 12_288, 8_192])
+    layers: int = 8
+    heads: int = 4
+    head_dim: int = 32
+    ffn: int = 384
+    solve_every: int = 1000
+    card: list[int] = field(default_factory=lambda: [512, 96, 500])
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.clips) != len(self.lengths):
+            raise ValueError(f"experiment.clips={self.clips}: expected one number for each of lengths={self.lengths}")
+        if any(length % 4 != 1 or length < 5 for length in self.lengths):
+            raise ValueError(f"experiment.lengths={self.lengths}: expected 4k + 1 frames, at least 5")
+        if len(self.card) != 3 or min(self.card[0], self.card[2]) < 1:
+            raise ValueError(f"experiment.card={self.card}: expected three numbers, of problems of each kind")
+
+
+def families(names: Sequence[str], chosen: Task) -> dict[str, Task]:
+    """The tasks of those names, `chosen` as it is set and the others as they are by default. Raises ValueError for a
+    name that no task has."""
+    for name in names:
+        if name not in FAMILIES:
+            raise ValueError(f"experiment.families: {name!r} is no task; expected some of {', '.join(FAMILIES)}")
+    return {name: chosen if name == chosen.name else FAMILIES[name]().build() for name in dict.fromkeys(names)}
+
+
+def train_mini(
+    config: MiniConfig, tasks: Mapping[str, Task], folder: Path, precision: str = "bf16-mixed", every: int = 100
+) -> Path:
+    """Trains and exports the model; returns the pipeline's folder. Finished stages are not repeated, and a stage
+    goes on from its newest checkpoint, written `every` so many steps. tasks: by name, those of `families`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sets = training_sets(config, tasks)
+    widest = config.lengths[config.clips.index(max(config.clips))]  # which length a problem has is all one to it
+    known = {task.name: (task, problems) for task, problems in sets[widest]}
+    practised = [known[name] for name in config.autoencoder.families or known]
+    autoencoder = AutoencoderTraining(config.autoencoder, practised, config.lengths, config.seed)
+    _begin(autoencoder.vae, config.autoencoder.start, "autoencoder", "vae", config.autoencoder.steps > 0)
+    channels_last(autoencoder.vae)
+    with _timed(folder, "autoencoder"):
+        fit_to(autoencoder, folder / "autoencoder", config.autoencoder.steps, precision, every, clip=1.0)
+    vae = cast(Any, channels_last(autoencoder.vae.half().float().eval()))  # stored in half precision: train on that
+
+    learned = {p.prompt for pairs in sets.values() for _, problems in pairs for p in problems}
+    prompts = [*sorted(learned.union(every_prompt())), ""]
+    tokenizer, text_encoder = build_text(prompts, config.seed)
+    table = embed(prompts, tokenizer, text_encoder)
+    latents = folder / "latents"
+    latents.mkdir(exist_ok=True)
+    clips: dict[int, LatentClips] = {}
+    with _timed(folder, "encoding"):
+        measure_scale(vae, sets[max(config.lengths)], max(config.lengths), latents / "scale.json")
+        for length in config.lengths:
+            clips[length] = encode_clips(vae, sets[length], length, latents, prompts, table)
+
+    torch.manual_seed(config.seed)
+    transformer = build_transformer(config, vae)
+    _begin(transformer, config.flow.start, "flow", "transformer")
+    flow = FlowMatching(transformer, clips, config.flow, config.seed)
+
+    def pipeline_of(module: Any, step: int) -> tuple[Any, PipelineConfig]:
+        ends = [sum(steps for _, steps in config.flow.stages[: i + 1]) for i in range(len(config.flow.stages))]
+        longest = next(longest for (longest, _), end in zip(config.flow.stages, ends, strict=True) if step <= end)
+        model = assemble(module.average.module.eval(), vae, tokenizer, text_encoder, config.flow.shift)
+        model.set_progress_bar_config(disable=True)
+        return model, PipelineConfig(steps=8, frames=min(longest, 13))
+
+    curve = LearningCurve(tasks, pipeline_of, folder / "solved.json", config.solve_every)
+    with _timed(folder, "flow matching"):
+        fit_to(flow, folder / "flow", config.flow.steps, precision, every, None, [curve])
+    worlds = {name: asdict(cast(Any, task)) for name, task in tasks.items()}
+    recipe = {"settings": asdict(config), "tasks": worlds, "minutes": _minutes(folder), "curve": _curve(folder)}
+    recipe["before"] = _before(config.flow.start)
+    return export(flow.average.module, vae, tokenizer, text_encoder, config.flow.shift, recipe, folder / "pipeline")
+
+
+def training_sets(config: Any, tasks: Mapping[str, Task]) -> dict[int, list[Family]]:
+    """For each length the families with their problems; no problem is in two lengths. config: with families, lengths
+    and clips."""
+    sets: dict[int, list[Family]] = {length: [] for length in config.lengths}
+    for name, task in tasks.items():
+        share = config.families.count(name) / len(config.families)
+        counts = [max(1, round(clips * share)) for clips in config.clips]
+        problems = task.problems("model", sum(counts))
+        for length, count in zip(config.lengths, counts, strict=True):
+            sets[length].append((task, problems[:count]))
+            problems = problems[count:]
+    return sets
+
+
+def _begin(model: nn.Module, start: str, group: str, part: str, revived: bool = False) -> None:
+    """Weights of an earlier model, if any; revived: as `revive` leaves them. Raises ValueError when they are not there
+    or have other sizes."""
+    if not start:
+        return
+    try:
+        folder = PipelineConfig(path=start).folder / part
+        known = type(model).from_pretrained(folder, torch_dtype=torch.float32)
+        if revived:
+            revive(known)
+        model.load_state_dict(known.state_dict())
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"experiment.{group}.start={start!r}: expected a diffusers folder with a {part} of the sizes set here"
+        ) from error
+
+
+def _before(start: str) -> list[dict[str, Any]]:
+    """Recipes of the runs whose weights this one went on from, the oldest first; empty for random weights."""
+    path = PipelineConfig(path=start).folder / "recipe.json"
+    if not start or not path.is_file():
+        return []
+    recipe = json.loads(path.read_text())
+    return [*recipe.pop("before", []), recipe]
+
+
+def build_transformer(config: MiniConfig, vae: AutoencoderKLWan) -> WanTransformer3DModel:
+    """Input: noisy latent, first-frame mask (one channel per frame of a chunk), encoded first frame."""
+    z = vae.config.z_dim
+    return WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        in_channels=2 * z + vae.config.scale_factor_temporal,
+        out_channels=z,
+        text_dim=TEXT_WIDTH,
+        freq_dim=64,
+        ffn_dim=config.ffn,
+        num_layers=config.layers,
+        cross_attn_norm=True,
+        rope_max_seq_len=64,
+    )
+
+
+def assemble(
+    transformer: WanTransformer3DModel,
+    vae: AutoencoderKLWan,
+    tokenizer: PreTrainedTokenizerFast,
+    text_encoder: UMT5EncoderModel,
+    shift: float,
+) -> WanImageToVideoPipeline:
+    return WanImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        transformer=transformer,
+    )
+
+
+def fit_to(
+    module: L.LightningModule,
+    folder: Path,
+    steps: int,
+    precision: str,
+    every: int,
+    clip: float | None,
+    callbacks: Sequence[L.Callback] = (),
+) -> None:
+    """Runs to `steps`, from the newest checkpoint when there is one."""
+    if not steps:  # what `start` brought stays as it is
+        return
+    last = folder / "last.ckpt"
+    trainer = L.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="auto",
+        devices=1,
+        precision=precision,
+        gradient_clip_val=clip,
+        logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
+        callbacks=[
+            ModelCheckpoint(
+                folder, save_last=True, save_top_k=0, every_n_train_steps=every, enable_version_counter=False
+            ),
+            RichProgressBar(),
+            *callbacks,
+        ],
+        log_every_n_steps=20,
+        enable_model_summary=False,
+    )  # fmt: skip
+    if last.exists():
+        saved = torch.load(last, weights_only=True, map_location="cpu")
+        if saved["global_step"] >= steps:
+            module.load_state_dict(saved["state_dict"])
+            return
+    trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
+    trainer.save_checkpoint(last)
+
+
+@contextmanager
+def _timed(folder: Path, stage: str) -> Iterator[None]:
+    """Adds the wall time spent inside to the stage's minutes, over all the runs it took."""
+    begin = time.monotonic()
+    try:
+        yield
+    finally:
+        minutes = _minutes(folder)
+        minutes[stage] = round(minutes.get(stage, 0.0) + (time.monotonic() - begin) / 60, 2)
+        (folder / "minutes.json").write_text(json.dumps(minutes))
+
+
+def _curve(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "solved.json"
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def _minutes(folder: Path) -> dict[str, float]:
+    path = folder / "minutes.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def export(
+    transformer: WanTransformer3DModel,
+    vae: AutoencoderKLWan,
+    tokenizer: PreTrainedTokenizerFast,
+    text_encoder: UMT5EncoderModel,
+    shift: float,
+    recipe: dict[str, Any],
+    folder: Path,
+) -> Path:
+    """Writes a diffusers folder, the two large parts in half precision; loads back in fp32 by default."""
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    pipeline = assemble(transformer.half(), vae.half(), tokenizer, text_encoder, shift)
+    pipeline.save_pretrained(part, safe_serialization=True)
+    (part / "recipe.json").write_text(json.dumps(recipe, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    transformer.float(), vae.float()
+    return folder

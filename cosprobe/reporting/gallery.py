@@ -1,0 +1,57 @@
+"""One picture of every family: `python -m cosprobe.reporting.gallery FILE` draws a problem of each with its reference video."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from textwrap import wrap
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from cosprobe.tasks import FAMILIES, Problem, Task
+
+FRAMES = 5  # shown of each video, evenly spaced from the first to the last
+WIDTH, SIDE, GAP, LEFT, LINE = 8.0, 1.42, 0.06, 0.58, 0.17  # inches: figure, picture, between, margin, line of text
+
+
+def gallery(shown: Sequence[tuple[Task, Problem]]) -> Figure:
+    """A row for each problem: frames of its reference video, with its name to the left and its prompt below; 8 inches
+    wide. The first row says which frames they are, so videos share their length. Raises ValueError when they do not.
+    """
+    lengths = {task.frames for task, _ in shown}
+    if len(lengths) != 1:
+        raise ValueError(f"videos of {sorted(lengths)} frames: expected problems whose videos have one length")
+    prompts = [wrap(problem.prompt, 108) for _, problem in shown]
+    lines = max(map(len, prompts))
+    row, top = SIDE + 0.16 + LINE * lines, 0.26
+    height = top + row * len(shown)
+    figure = Figure(figsize=(WIDTH, height), dpi=200)
+    FigureCanvasAgg(figure)
+    frames = [round(i * (min(lengths) - 1) / (FRAMES - 1)) for i in range(FRAMES)]
+    for i, ((task, problem), prompt) in enumerate(zip(shown, prompts, strict=True)):
+        video, y = task.video(problem), height - top - row * i - SIDE
+        for k, frame in enumerate(frames):
+            x = LEFT + k * (SIDE + GAP)
+            axes = figure.add_axes((x / WIDTH, y / height, SIDE / WIDTH, SIDE / height), xticks=[], yticks=[])
+            axes.imshow(video[frame], interpolation="nearest")
+            axes.spines[:].set(color="#bbbbbb", linewidth=0.6)
+            if i == 0:
+                axes.set_title("first frame" if k == 0 else f"frame {frame}", fontsize=9, pad=4)
+            if k == 0:
+                axes.set_ylabel(task.name, fontsize=11, fontweight="bold", labelpad=6)
+        text = "\n".join(prompt)
+        figure.text(LEFT / WIDTH, (y - 0.05) / height, text, fontsize=9, va="top", style="italic", color="#222222")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser("python -m cosprobe.reporting.gallery", description=__doc__)
+    parser.add_argument("file", help="where the picture goes, such as docs/figures/families.png")
+    tasks = [settings(image_size=128).build() for settings in FAMILIES.values()]
+    figure = gallery([(task, task.problems("test", 1)[0]) for task in tasks])
+    figure.savefig(parser.parse_args(argv).file)
+
+
+if __name__ == "__main__":
+    main()
