@@ -10,19 +10,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cosprobe.evaluation.checks.untrained import weights_table
-from cosprobe.minimodel.card import train_and_describe
-from cosprobe.evaluation.checks.suite import examine
 from cosprobe.activations.collect import collect, draw_samples, settings
-from cosprobe.config import ProbeExperiment, TrainRun, command, save_config
-from cosprobe.runtime import launch
-from cosprobe.evaluation.evaluation import evaluate
-from cosprobe.reporting.film import record
-from cosprobe.evaluation.baselines import read_inputs
-from cosprobe.models.pipelines import load_pipeline
-from cosprobe.reporting.report import log_tensorboard, print_summary, write_report
 from cosprobe.activations.dataset import load_samples
+from cosprobe.config import ProbeExperiment, TrainRun, command, save_config
+from cosprobe.evaluation.baselines import read_inputs
+from cosprobe.evaluation.checks.suite import examine
+from cosprobe.evaluation.checks.untrained import weights_table
+from cosprobe.evaluation.evaluation import evaluate
+from cosprobe.minimodel.card import train_and_describe
+from cosprobe.models.pipelines import load_pipeline
 from cosprobe.probes.logistic import fit
+from cosprobe.reporting.film import record
+from cosprobe.reporting.report import log_tensorboard, print_summary, write_report
+from cosprobe.runtime import launch
 
 
 def train(run: TrainRun) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks.learning import gradients, learner, noise_batch
 from benchmarks.pairs import Pair, side_by_side
 from cosprobe.config import TrainRun, load
-from cosprobe.runtime import keep_freed_memory
 from cosprobe.models.pipelines import load_pipeline
+from cosprobe.runtime import keep_freed_memory
 
 
 def measure(repeats: int = 7, batches: int = 4, frames: int = 13, settings: Sequence[str] = ()) -> list[Pair]:

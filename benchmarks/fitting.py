@@ -1,6 +1,6 @@
 """The whole fit of a grid against loops over its cells in scikit-learn, on the same standardised features.
 
-Ours: `cosprobe.probes.logistic.fit` as a run calls it, with standardisation, choice of the penalty and temperatures, for all
+Ours: `cosprobe.probes.fit` as a run calls it, with standardisation, choice of the penalty and temperatures, for all
 cells, targets and penalties. Theirs, per cell and target:
 
 * `logistic`, `newton`: `LogisticRegression` at every penalty, the best on validation is kept. Both sides answer for the
@@ -39,16 +39,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.pairs import Pair, side_by_side
-from cosprobe.probes.datamodule import ProbeSamples
-from cosprobe.runtime import TrainerConfig
-from cosprobe.probes.newton import PROMISED, relative_gaps
-from cosprobe.probes.bank import ProbeBank
-from cosprobe.probes.ridge import problem_folds
-from cosprobe.activations.dataset import relabelled
-from cosprobe.probes.linalg import design, spread, standardise
-from cosprobe.tasks import Maze, Target
-from cosprobe.probes.logistic import KINDS, ProbeConfig, fit
+from cosprobe.activations.dataset import ProbeSamples, relabelled
 from cosprobe.cells import Cell
+from cosprobe.probes.bank import ProbeBank
+from cosprobe.probes.linalg import design, spread, standardise
+from cosprobe.probes.logistic import KINDS, ProbeConfig, fit
+from cosprobe.probes.newton import PROMISED, relative_gaps
+from cosprobe.probes.ridge import problem_folds
+from cosprobe.runtime import TrainerConfig
+from cosprobe.tasks import Maze, Target
 
 SIZES = {"train": 300, "validation": 120, "test": 180}
 TOLERANCES = (1e-2, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6)  # of scikit-learn, whose own default is 1e-4

@@ -24,16 +24,16 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import 
 
 from cosprobe.activations.capture import Tape, capture
 from cosprobe.activations.collect import collect
-from cosprobe.runtime import TrainerConfig
+from cosprobe.activations.dataset import load_samples
+from cosprobe.activations.pooling import Pooling
+from cosprobe.activations.store import ActivationStore
+from cosprobe.cells import Cell
 from cosprobe.ensembles.ensemble import ensemble
 from cosprobe.evaluation.grid import Grid
 from cosprobe.models.pipelines import PipelineConfig, load_pipeline, sample
-from cosprobe.activations.pooling import Pooling
 from cosprobe.probes.bank import ProbeBank, load_probes
-from cosprobe.activations.dataset import load_samples
-from cosprobe.activations.store import ActivationStore
 from cosprobe.probes.logistic import ProbeConfig, fit
-from cosprobe.cells import Cell
+from cosprobe.runtime import TrainerConfig
 
 __all__ = [
     "ActivationStore",

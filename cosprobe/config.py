@@ -25,14 +25,14 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cosprobe.early_exit.calibrate import EarlyConfig
+from cosprobe.ensembles.comparison import EnsembleConfig
 from cosprobe.minimodel.lora_training import AdapterConfig
-from cosprobe.runtime import TrainerConfig, keep_freed_memory
 from cosprobe.minimodel.recipe import MiniConfig
 from cosprobe.models.pipelines import PipelineConfig
-from cosprobe.ensembles.comparison import EnsembleConfig
-from cosprobe.early_exit.calibrate import EarlyConfig
-from cosprobe.tasks import FAMILIES
 from cosprobe.probes.logistic import ProbeConfig
+from cosprobe.runtime import TrainerConfig, keep_freed_memory
+from cosprobe.tasks import FAMILIES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FLAGS = {"--help": "this text, for the groups chosen", "--cfg": "print every setting and stop"}

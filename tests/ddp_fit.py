@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cosprobe.probes.datamodule import ProbeSamples
+from cosprobe.activations.dataset import ProbeSamples
+from cosprobe.cells import Cell
+from cosprobe.probes.logistic import ProbeConfig, fit
 from cosprobe.runtime import TrainerConfig
 from cosprobe.tasks import Target
-from cosprobe.probes.logistic import ProbeConfig, fit
-from cosprobe.cells import Cell
 
 RECIPE = {"lambdas": [0.01, 1.0], "epochs": 6, "batch": 101, "memory": 2e-3}  # memory: two chunks of the cells
 TARGETS = (

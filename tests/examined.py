@@ -12,20 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cosprobe.evaluation.checks.untrained import WEIGHTS, WeightsTable
+from cosprobe.activations.dataset import InputFeatures, ProbeSamples, nuisance_columns, relabelled
+from cosprobe.cells import FIRST_FRAME, NOISE, NUISANCE, PROMPT, SOURCES, X0, Cell
+from cosprobe.evaluation.baselines import read_inputs
 from cosprobe.evaluation.checks.suite import Checks, examine
-from cosprobe.probes.datamodule import ProbeSamples
-from cosprobe.runtime import TrainerConfig
+from cosprobe.evaluation.checks.untrained import WEIGHTS, WeightsTable
 from cosprobe.evaluation.evaluation import evaluate
 from cosprobe.evaluation.grid import Grid
-from cosprobe.evaluation.baselines import InputFeatures, read_inputs
-from cosprobe.evaluation.checks.confounds import nuisance_columns
 from cosprobe.evaluation.predictions import Evaluated
 from cosprobe.probes.bank import ProbeBank
-from cosprobe.activations.dataset import relabelled
-from cosprobe.tasks import Target
 from cosprobe.probes.logistic import ProbeConfig, fit
-from cosprobe.cells import FIRST_FRAME, NOISE, NUISANCE, PROMPT, SOURCES, X0, Cell
+from cosprobe.runtime import TrainerConfig
+from cosprobe.tasks import Target
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 

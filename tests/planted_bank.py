@@ -7,12 +7,12 @@ from dataclasses import fields
 import torch
 from tiny import CONFIG
 
-from cosprobe.models.pipelines import PipelineConfig
-from cosprobe.early_exit.policy import Policy
-from cosprobe.probes.bank import ProbeBank
 from cosprobe.activations.store import fingerprint
-from cosprobe.tasks import Target
 from cosprobe.cells import Cell
+from cosprobe.early_exit.policy import Policy
+from cosprobe.models.pipelines import PipelineConfig
+from cosprobe.probes.bank import ProbeBank
+from cosprobe.tasks import Target
 
 CHANNELS, REGIONS = 24, 4
 CELLS = tuple(Cell(step, layer, "cond", "all") for step, layer in ((0, "0"), (0, "2"), (1, "2"), (2, "0")))

@@ -14,19 +14,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.evaluation.checks.untrained import weights_table
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collect import UNTRAINED, Sample, collect, draw_samples, few_samples, few_steps, images, settings
-from cosprobe.runtime import TrainerConfig
-from cosprobe.evaluation.metrics import share_interval
-from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.activations.collect import (
+    UNTRAINED,
+    Sample,
+    collect,
+    draw_samples,
+    few_samples,
+    few_steps,
+    images,
+    settings,
+)
+from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
-from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.store import ActivationStore
-from cosprobe.tasks import Maze, MazeConfig
-from cosprobe.probes.logistic import ProbeConfig, fit
 from cosprobe.cells import Cell
+from cosprobe.evaluation.checks.untrained import weights_table
+from cosprobe.evaluation.metrics import share_interval
+from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.probes.logistic import ProbeConfig, fit
+from cosprobe.runtime import TrainerConfig
+from cosprobe.tasks import Maze, MazeConfig
 from tests.tiny import wan
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -8,9 +8,9 @@ from matplotlib.collections import QuadMesh
 from PIL import Image
 from test_grid import ANSWER, CHOICE, CONTROL, synthetic
 
+from cosprobe.evaluation.scoring import build_grid
 from cosprobe.reporting.compare import main, named
 from cosprobe.reporting.figures import maps, side_by_side
-from cosprobe.evaluation.scoring import build_grid
 from tests.legible import apart, check_words
 
 

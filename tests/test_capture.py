@@ -8,10 +8,10 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from cosprobe.activations.capture import capture, hidden_states
-from cosprobe.models.pipelines import block_list, clean_estimate, decode, latent_tokens, sample
 from cosprobe.activations.pooling import Pooling
 from cosprobe.cells import FIRST_FRAME, NOISE
 from cosprobe.cells import PROMPT as WORDS
+from cosprobe.models.pipelines import block_list, clean_estimate, decode, latent_tokens, sample
 from tests.tiny import CONFIG, PROMPT, cogvideox, wan
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))

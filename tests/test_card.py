@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cosprobe.minimodel.accuracy import Solved, solve
 from cosprobe.minimodel.card import Measured, difficulties, measure, rate, rewordings, speed, write_card
 from cosprobe.models.pipelines import PipelineConfig
-from cosprobe.minimodel.accuracy import Solved, solve
 from cosprobe.tasks import Line, Maze, Select
 from tests.tiny import CONFIG, wan
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 import xarray as xr
 
-from cosprobe.evaluation.checks.untrained import WEIGHTS
-from cosprobe.probes.calibration import reliability
-from cosprobe.evaluation.checks.suite import BINS, MEANING, ROWS, examine, with_checks
-from cosprobe.evaluation.checks.description_length import description_length
-from cosprobe.evaluation.grid import Grid
-from cosprobe.evaluation.checks.confounds import residualised
-from cosprobe.evaluation.scoring import build_grid
-from cosprobe.evaluation.checks.generalisation import matrices
 from cosprobe.cells import Cell
+from cosprobe.evaluation.checks.confounds import residualised
+from cosprobe.evaluation.checks.description_length import description_length
+from cosprobe.evaluation.checks.generalisation import matrices
+from cosprobe.evaluation.checks.suite import BINS, MEANING, ROWS, examine, with_checks
+from cosprobe.evaluation.checks.untrained import WEIGHTS
+from cosprobe.evaluation.grid import Grid
+from cosprobe.evaluation.scoring import build_grid
+from cosprobe.probes.calibration import reliability
 from tests.examined import TARGETS, Run, run, small
 
 

@@ -14,10 +14,10 @@ import pytest
 import probe
 import train
 from cosprobe.config import SCHEMAS, TrainRun, UseRun, command
-from cosprobe.runtime import TrainerConfig
 from cosprobe.models.pipelines import PipelineConfig
-from cosprobe.tasks import MazeConfig
 from cosprobe.probes.logistic import ProbeConfig
+from cosprobe.runtime import TrainerConfig
+from cosprobe.tasks import MazeConfig
 
 ROOT = Path(train.__file__).parent
 TASKS = sorted(SCHEMAS["task"])

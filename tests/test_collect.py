@@ -21,9 +21,9 @@ from cosprobe.activations.collect import (
     store_bytes,
     watch,
 )
-from cosprobe.models.pipelines import PipelineConfig, sample
-from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.dataset import load_samples
+from cosprobe.activations.pooling import Pooling
+from cosprobe.models.pipelines import PipelineConfig, sample
 from cosprobe.tasks import HideConfig, MazeConfig
 from tests.tiny import wan
 

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosprobe.probes.datamodule import ProbeBatch, ProbeBatches, ProbeData, ProbeSamples, check_targets, shared
-from cosprobe.tasks import Target
+from cosprobe.activations.dataset import ProbeSamples
 from cosprobe.cells import Cell
+from cosprobe.probes.datamodule import ProbeBatch, ProbeBatches, ProbeData, check_targets, shared
+from cosprobe.tasks import Target
 
 TARGETS = (
     Target("answer", 3, "candidate", "answer", ("one",)),

@@ -9,10 +9,10 @@ import pytest
 from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.colors import to_hex
 
-from cosprobe.evaluation.checks.untrained import WEIGHTS
-from cosprobe.reporting.check_figures import check_panels, generalisation
-from cosprobe.evaluation.grid import Grid
 from cosprobe.evaluation.checks.generalisation import Matrix
+from cosprobe.evaluation.checks.untrained import WEIGHTS
+from cosprobe.evaluation.grid import Grid
+from cosprobe.reporting.check_figures import check_panels, generalisation
 from tests.examined import Run, run, small
 from tests.legible import apart, check_words
 

@@ -11,8 +11,8 @@ from tiny import wan
 from cosprobe.activations.capture import capture
 from cosprobe.activations.collect import images, with_noise
 from cosprobe.early_exit.predict import early_answers
-from cosprobe.models.pipelines import load_pipeline, sample
 from cosprobe.early_exit.reader import pooling_of
+from cosprobe.models.pipelines import load_pipeline, sample
 from cosprobe.tasks import MazeConfig
 
 TASK = MazeConfig(frames=5).build()

@@ -10,12 +10,12 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from cosprobe.activations.dataset import ProbeSamples
+from cosprobe.cells import Cell
 from cosprobe.evaluation.checks import description_length as efficiency
-from cosprobe.probes.datamodule import ProbeSamples
 from cosprobe.evaluation.checks.description_length import FIRST, code_length, description_length, doubling, side_by_side
 from cosprobe.probes.linalg import design, spread, standardise
 from cosprobe.tasks import Target
-from cosprobe.cells import Cell
 from tests.ddp_fit import planted
 
 STRENGTHS = (0.0, 1.5, 2.5, 5.0)

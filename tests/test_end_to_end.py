@@ -15,11 +15,11 @@ import torch
 
 import probe
 from cosprobe import Grid, ensemble, load_pipeline, load_probes
-from cosprobe.config import read_run
-from cosprobe.ensembles.strategies import METHODS
 from cosprobe.activations.dataset import load_samples
-from cosprobe.ensembles.comparison import SIZES, Size
 from cosprobe.activations.store import ActivationStore
+from cosprobe.config import read_run
+from cosprobe.ensembles.comparison import SIZES, Size
+from cosprobe.ensembles.strategies import METHODS
 from tests.tiny import wan
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cosprobe.activations import flops as costing
 from cosprobe.activations.capture import capture
 from cosprobe.activations.collect import images, noise_seed
+from cosprobe.cells import Cell
+from cosprobe.ensembles.comparison import price
 from cosprobe.ensembles.ensemble import Bench, ensemble, run
 from cosprobe.ensembles.probe_scorer import Judge
 from cosprobe.ensembles.strategies import (
@@ -33,12 +35,10 @@ from cosprobe.ensembles.strategies import (
     surest,
     windows,
 )
+from cosprobe.ensembles.trajectories import Candidate
 from cosprobe.models.pipelines import sample
 from cosprobe.probes.bank import ProbeBank
-from cosprobe.ensembles.comparison import price
 from cosprobe.tasks import HideConfig, MazeConfig
-from cosprobe.ensembles.trajectories import Candidate
-from cosprobe.cells import Cell
 from tests.tiny import CONFIG, wan
 
 TASK = MazeConfig(frames=5).build()

@@ -10,6 +10,8 @@ import pytest
 from matplotlib.collections import LineCollection, QuadMesh
 from test_grid import ANSWER, CHOICE, CONTROL, DOORS, START, synthetic
 
+from cosprobe.evaluation.grid import Grid
+from cosprobe.evaluation.scoring import build_grid
 from cosprobe.reporting.figures import (
     LAYER_LABEL,
     OUTLINE,
@@ -25,8 +27,6 @@ from cosprobe.reporting.figures import (
     skill_colours,
     ticks,
 )
-from cosprobe.evaluation.grid import Grid
-from cosprobe.evaluation.scoring import build_grid
 from tests.legible import apart, check_words
 
 

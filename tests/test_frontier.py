@@ -9,12 +9,12 @@ import pytest
 from scipy import stats
 
 from cosprobe.activations.flops import Cost
-from cosprobe.early_exit.frontier import outcome, policy_looks, realised, spent, ways
-from cosprobe.evaluation.metrics import difference_interval
-from cosprobe.early_exit.policy import Policy
-from cosprobe.early_exit.calibrate import Records, Stopping
-from cosprobe.tasks import Maze
 from cosprobe.cells import Cell
+from cosprobe.early_exit.calibrate import Records, Stopping
+from cosprobe.early_exit.frontier import outcome, policy_looks, realised, spent, ways
+from cosprobe.early_exit.policy import Policy
+from cosprobe.evaluation.metrics import difference_interval
+from cosprobe.tasks import Maze
 
 CELLS = tuple(Cell(step, layer, "cond", "all") for step, layer in ((0, "2"), (1, "1"), (3, "0")))
 COST = Cost(1.0, 10.0, (2.0, 4.0, 6.0), 8.0, 20.0)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from cosprobe.cells import INPUTS, X0, Cell
+from cosprobe.evaluation.baselines import MUST_BEAT
 from cosprobe.evaluation.checks.suite import Checks
 from cosprobe.evaluation.grid import BASELINES, Grid
-from cosprobe.evaluation.baselines import MUST_BEAT
 from cosprobe.evaluation.latency import latency
 from cosprobe.evaluation.metrics import (
     difference_interval,
@@ -23,10 +24,9 @@ from cosprobe.evaluation.metrics import (
     weakest_pair,
 )
 from cosprobe.evaluation.predictions import Evaluated, InputReading, SplitPredictions, TargetPredictions
-from cosprobe.reporting.report import ground, remarks
 from cosprobe.evaluation.scoring import MEANING, _shown, build_grid
+from cosprobe.reporting.report import ground, remarks
 from cosprobe.tasks import Target
-from cosprobe.cells import INPUTS, X0, Cell
 
 ANSWER = Target("answer", 4, "candidate", "answer", ("one_exit",))
 CHOICE = Target("choice", 4, "candidate", "choice", ("choice",))

@@ -9,9 +9,9 @@ from tiny import CONFIG, PROMPT, wan
 
 from cosprobe.activations.capture import capture
 from cosprobe.activations.halting import halting
-from cosprobe.models.pipelines import PipelineConfig, block_list, experts, sample
 from cosprobe.activations.pooling import Pooling
 from cosprobe.cells import Cell
+from cosprobe.models.pipelines import PipelineConfig, block_list, experts, sample
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 GUIDED = PipelineConfig(steps=3, frames=5, prompt_tokens=32, guidance=3.0)

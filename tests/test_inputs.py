@@ -11,15 +11,15 @@ import torch
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from threadpoolctl import threadpool_limits
 
-from cosprobe.evaluation import baselines as module
-from cosprobe.probes.datamodule import ProbeSamples
-from cosprobe.evaluation.baselines import MUST_BEAT, InputFeatures, forms, input_samples, read_inputs
-from cosprobe.probes.newton import fit_newton
-from cosprobe.evaluation.predictions import InputReading
-from cosprobe.probes.ridge import fit_ridge, problem_folds
-from cosprobe.probes.linalg import spread, standardise
-from cosprobe.tasks import FAMILIES, Target
+from cosprobe.activations.dataset import InputFeatures, ProbeSamples
 from cosprobe.cells import INPUTS, X0, Cell
+from cosprobe.evaluation import baselines as module
+from cosprobe.evaluation.baselines import MUST_BEAT, forms, input_samples, read_inputs
+from cosprobe.evaluation.predictions import InputReading
+from cosprobe.probes.linalg import spread, standardise
+from cosprobe.probes.newton import fit_newton
+from cosprobe.probes.ridge import fit_ridge, problem_folds
+from cosprobe.tasks import FAMILIES, Target
 
 STEPS, FRAMES, REGIONS, CELLS, CHANNELS = 2, 4, 4, 4, 6
 ANSWER = Target("answer", REGIONS, "candidate", "answer", ("one",))

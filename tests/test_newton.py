@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from cosprobe.probes.newton import Certificate, NewtonFit, fit_newton, newton_targets, relative_gaps, shortfall
-from cosprobe.probes.linalg import design
-from cosprobe.tasks import Target
 from cosprobe.cells import Cell
+from cosprobe.probes.linalg import design
+from cosprobe.probes.newton import Certificate, NewtonFit, fit_newton, newton_targets, relative_gaps, shortfall
+from cosprobe.tasks import Target
 
 LAMBDAS = [0.003, 1.0, 0.05]  # not in the order they are solved in
 DATA = st.integers(0, 2**31)

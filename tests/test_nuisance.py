@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.preprocessing import OneHotEncoder
 
-from cosprobe.probes.datamodule import ProbeSamples
-from cosprobe.evaluation.checks.confounds import nuisance_columns, partial_out, residualised
+from cosprobe.activations.dataset import ProbeSamples, nuisance_columns
+from cosprobe.cells import Cell
+from cosprobe.evaluation.checks.confounds import partial_out, residualised
 from cosprobe.probes.linalg import spread, standardise
 from cosprobe.tasks import Target
-from cosprobe.cells import Cell
 
 CELLS = tuple(Cell(step, "3", "cond", "all") for step in range(2))
 PENALTIES = torch.tensor([0.01, 0.1])

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from cosprobe.probes.datamodule import ProbeSamples
-from cosprobe.runtime import TrainerConfig
+from cosprobe.activations.dataset import InputFeatures, ProbeSamples
+from cosprobe.cells import EMBED, NOISE, X0, Cell
+from cosprobe.evaluation.baselines import read_inputs
 from cosprobe.evaluation.evaluation import evaluate
 from cosprobe.evaluation.grid import Grid
-from cosprobe.evaluation.baselines import InputFeatures, read_inputs
 from cosprobe.evaluation.metrics import correctness, max_t_bootstrap
 from cosprobe.evaluation.predictions import Evaluated
 from cosprobe.evaluation.scoring import build_grid
-from cosprobe.tasks import Target
 from cosprobe.probes.logistic import ProbeConfig, fit
-from cosprobe.cells import EMBED, NOISE, X0, Cell
+from cosprobe.runtime import TrainerConfig
+from cosprobe.tasks import Target
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cosprobe.cells import Cell
 from cosprobe.early_exit.policy import (
     binomial_tails,
     calibrate,
@@ -20,7 +21,6 @@ from cosprobe.early_exit.policy import (
     starting_point,
     thresholds,
 )
-from cosprobe.cells import Cell
 
 RISK, LEVEL, DRAWS, SAMPLES = 0.05, 0.9, 1000, 150
 CELLS = (Cell(0, "5", "cond", "all"), Cell(2, "6", "cond", "all"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cosprobe.evaluation.predictions import Evaluated, SplitPredictions
 from cosprobe.cells import Cell
+from cosprobe.evaluation.predictions import Evaluated, SplitPredictions
 
 
 def test_every_layer_stands_at_its_step_branch_and_place():

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cosprobe.probes.bank import ProbeBank, affine, classes_last, load_probes, readable_targets
-from cosprobe.tasks import Target
+from cosprobe.activations.dataset import readable_targets
 from cosprobe.cells import Cell
+from cosprobe.probes.bank import ProbeBank, affine, classes_last, load_probes
+from cosprobe.tasks import Target
 
 REGIONS, CHANNELS = 3, 4
 CELLS = tuple(Cell(step, str(layer), "cond", "all") for step in range(2) for layer in range(2))

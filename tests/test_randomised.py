@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig
 
 from cosprobe.activations.capture import capture
-from cosprobe.models.pipelines import experts, sample
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
+from cosprobe.models.pipelines import experts, sample
 from tests.tiny import CONFIG, PROMPT, cogvideox, wan
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))

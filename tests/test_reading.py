@@ -14,10 +14,10 @@ from tiny import wan
 
 from cosprobe.activations.capture import capture
 from cosprobe.activations.collect import images
-from cosprobe.models.pipelines import PipelineConfig, load_pipeline, sample
 from cosprobe.early_exit.policy import Policy
+from cosprobe.early_exit.reader import attach, bank_policy, pooling_of
+from cosprobe.models.pipelines import PipelineConfig, load_pipeline, sample
 from cosprobe.probes.bank import ProbeBank
-from cosprobe.early_exit.reader import bank_policy, pooling_of
 from cosprobe.tasks import Maze, MazeConfig
 
 TASK = MazeConfig(frames=5).build()
@@ -57,7 +57,7 @@ def odds(pipeline, config, bank) -> torch.Tensor:
 
 def test_every_look_is_told_and_the_run_is_finished_when_nothing_is_sure(pipeline, config, bank, odds):
     told = []
-    with bank.attach(pipeline, PROBLEMS, policy_at(math.inf), told.append) as reader:
+    with attach(bank, pipeline, PROBLEMS, policy_at(math.inf), told.append) as reader:
         video = run(pipeline, config)
     assert np.array_equal(video, run(pipeline, config))
     assert [step for step, _, _ in told] == [c.step for c in CELLS]
@@ -71,7 +71,7 @@ def test_the_run_ends_when_every_problem_of_the_batch_has_an_answer(pipeline, co
     sure, threshold = odds.amax(-1), float(odds.amax(-1).amax(0).min())
     first = [int((column >= threshold).nonzero()[0]) for column in sure.T]
     finished = False
-    with bank.attach(pipeline, PROBLEMS, policy_at(threshold)) as reader:
+    with attach(bank, pipeline, PROBLEMS, policy_at(threshold)) as reader:
         run(pipeline, config)
         finished = True
     assert reader.stopped and not finished
@@ -85,13 +85,13 @@ def test_the_bank_carries_its_policy(bank, pipeline, config, tmp_path):
     bank.signed(policies=[policy.described()]).save(tmp_path)
     again = ProbeBank.load(tmp_path)
     assert bank_policy(again, "one_exit") == policy
-    with again.attach(pipeline, PROBLEMS) as reader:
+    with attach(again, pipeline, PROBLEMS) as reader:
         run(pipeline, config)
     assert len(reader.readings) == 1 and all(reader.answers)
 
 
 def refused(bank: ProbeBank, pipeline, problems=PROBLEMS, policy: Policy | None = None, call=None):
-    with bank.attach(pipeline, problems, policy or policy_at(0.5)):
+    with attach(bank, pipeline, problems, policy or policy_at(0.5)):
         if call is not None:
             call()
 
@@ -139,7 +139,7 @@ def test_problems_it_does_not_know_are_refused(bank, pipeline):
         refused(bank, pipeline, [])
     with (
         pytest.raises(ValueError, match=r"kind 'one_exit': this bank has no stopping policy .*\(it has: none\)"),
-        bank.attach(pipeline, PROBLEMS),
+        attach(bank, pipeline, PROBLEMS),
     ):
         pass
 

@@ -10,9 +10,9 @@ import pytest
 
 import probe
 import train
-from cosprobe.evaluation.checks import suite as checks
-from cosprobe.evaluation import scoring
 from cosprobe.ensembles import comparison as seeds
+from cosprobe.evaluation import scoring
+from cosprobe.evaluation.checks import suite as checks
 from cosprobe.evaluation.grid import BASELINES
 
 ROOT = Path(__file__).resolve().parent.parent

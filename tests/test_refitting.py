@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.evaluation.metrics import difference_interval, mean_interval, share_interval
-from cosprobe.probes.newton import fit_newton
-from cosprobe.probes.bank import readable_targets
+from cosprobe.activations.dataset import readable_targets
+from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.refitting import (
     columns_of,
     estimate_difference,
@@ -24,8 +23,9 @@ from cosprobe.evaluation.checks.refitting import (
     refit,
     statistics,
 )
+from cosprobe.evaluation.metrics import difference_interval, mean_interval, share_interval
 from cosprobe.probes.linalg import spread, standardise
-from cosprobe.cells import Cell
+from cosprobe.probes.newton import fit_newton
 from tests.ddp_fit import planted
 
 counts = st.lists(st.integers(1, 12), min_size=40, max_size=120).map(np.array)

@@ -17,13 +17,21 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from test_film import film
 from test_grid import ANSWER, CHOICE, CONTROL, START, reading, synthetic
 
-from cosprobe.reporting import report
+from cosprobe.cells import INPUTS
 from cosprobe.evaluation.checks.suite import Checks
 from cosprobe.evaluation.grid import GUESSES, Grid
-from cosprobe.reporting.report import ground, log_tensorboard, print_summary, remarks, summarise, summary_markdown, write_report
 from cosprobe.evaluation.scoring import build_grid
+from cosprobe.reporting import report
+from cosprobe.reporting.report import (
+    ground,
+    log_tensorboard,
+    print_summary,
+    remarks,
+    summarise,
+    summary_markdown,
+    write_report,
+)
 from cosprobe.reporting.summary import check_table
-from cosprobe.cells import INPUTS
 from tests.examined import examined, small, world
 from tests.examined import run as small_run
 

@@ -10,8 +10,8 @@ from sklearn.linear_model import RidgeClassifier, RidgeClassifierCV, RidgeCV
 from sklearn.model_selection import PredefinedSplit
 
 from cosprobe.probes.datamodule import shared
-from cosprobe.probes.ridge import FOLDS, Ridge, fit_ridge, problem_folds
 from cosprobe.probes.linalg import design
+from cosprobe.probes.ridge import FOLDS, Ridge, fit_ridge, problem_folds
 from cosprobe.tasks import Target
 
 LAMBDAS = [0.01, 1.0]

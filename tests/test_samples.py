@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from cosprobe.activations.collect import collect, draw_samples, images, settings
-from cosprobe.evaluation.checks.confounds import nuisance_columns
-from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.activations.dataset import load_samples, nuisance_columns, relabelled
 from cosprobe.activations.pooling import Pooling
-from cosprobe.activations.dataset import load_samples, relabelled
 from cosprobe.activations.store import ActivationStore
-from cosprobe.tasks import Maze, MazeConfig, Target
 from cosprobe.cells import FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, X0, Cell
+from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.tasks import Maze, MazeConfig, Target
 from tests.tiny import wan
 
 PROBE = SimpleNamespace(layers="1", steps="0,2", pooling="region", frames=True, decode="0", randomised=0)

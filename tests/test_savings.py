@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 from test_frontier import CELLS, CLOCK, COST, PROBLEMS, TOTAL, synthetic
 
-from cosprobe.reporting.film import Film, FilmRow
+from cosprobe.early_exit.calibrate import Live
 from cosprobe.early_exit.frontier import Realised, realised, ways
 from cosprobe.early_exit.policy import read_policy
 from cosprobe.early_exit.reader import Answer
 from cosprobe.early_exit.report import Saved, frontier_figure, remarks, strip_figure, write_savings
-from cosprobe.early_exit.calibrate import Live
+from cosprobe.reporting.film import Film, FilmRow
 
 
 def saved(**options) -> Saved:

@@ -9,12 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.ensembles import trajectories as trials
 from cosprobe.activations.collect import fresh_problems, images
 from cosprobe.activations.flops import Cost, flops
-from cosprobe.ensembles.ensemble import run
-from cosprobe.ensembles.strategies import METHODS, Plan
-from cosprobe.ensembles.report import figure, numbers, remarks, write_ensemble
+from cosprobe.ensembles import trajectories as trials
 from cosprobe.ensembles.comparison import (
     Comparison,
     EnsembleConfig,
@@ -27,6 +24,9 @@ from cosprobe.ensembles.comparison import (
     oracle,
     price,
 )
+from cosprobe.ensembles.ensemble import run
+from cosprobe.ensembles.report import figure, numbers, remarks, write_ensemble
+from cosprobe.ensembles.strategies import METHODS, Plan
 from cosprobe.ensembles.trajectories import Candidate, Trials
 from tests.test_ensemble import TASK, bench  # noqa: F401
 

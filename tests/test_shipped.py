@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from cosprobe.minimodel.accuracy import solve
 from cosprobe.minimodel.card import rate, rewordings
 from cosprobe.models.pipelines import PipelineConfig, load_pipeline
-from cosprobe.minimodel.accuracy import solve
 from cosprobe.tasks import FAMILIES, Select
 
 CONFIG = PipelineConfig()

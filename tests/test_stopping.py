@@ -13,8 +13,9 @@ from tiny import wan
 
 import cosprobe.early_exit.calibrate as module
 from cosprobe.activations.collect import images, with_noise
-from cosprobe.models.pipelines import load_pipeline, sample
 from cosprobe.early_exit.calibrate import EarlyConfig, Stopping, plan, probe_for, record, run_live
+from cosprobe.early_exit.reader import attach
+from cosprobe.models.pipelines import load_pipeline, sample
 from cosprobe.tasks import MazeConfig, Target
 
 TASK = MazeConfig(frames=5).build()
@@ -54,7 +55,7 @@ def test_a_record_is_what_a_whole_run_says(records, setting):
     read = [task.readout(p, clip) for p, clip in zip(problems, np.concatenate(videos), strict=True)]
     assert records.drawn.tolist() == [-1 if r.answer is None else r.answer for r in read]
     assert records.solved.tolist() == [r.answer in task.solutions(p) for r, p in zip(read, problems, strict=True)]
-    with bank.attach(model, problems[:2], policy_at(math.inf)) as reader:
+    with attach(bank, model, problems[:2], policy_at(math.inf)) as reader:
         sample(model, config, images(task, problems[:2]), [p.prompt for p in problems[:2]], [s.seed for s in DRAWN[:2]])
     for look, (_, said, sure) in enumerate(reader.readings):
         assert records.said[:2, look].tolist() == list(said)

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from sklearn.linear_model import LogisticRegression
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cosprobe.probes.datamodule import ProbeSamples
-from cosprobe.runtime import TrainerConfig
-from cosprobe.probes.newton import AIM, PROMISED, fit_newton, relative_gaps
+from cosprobe.activations.dataset import ProbeSamples
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.probes.linalg import design, spread, standardise
 from cosprobe.probes.logistic import KINDS, ProbeConfig, chunks, finished, fit
+from cosprobe.probes.newton import AIM, PROMISED, fit_newton, relative_gaps
+from cosprobe.runtime import TrainerConfig
 from tests.ddp_fit import PLANTED, RECIPE, TARGETS, planted
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

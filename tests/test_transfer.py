@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from cosprobe.activations.dataset import ProbeSamples
+from cosprobe.cells import EMBED, Cell
 from cosprobe.evaluation.checks import generalisation as transfer
-from cosprobe.probes.datamodule import ProbeSamples
+from cosprobe.evaluation.checks.generalisation import matrices
+from cosprobe.evaluation.checks.refitting import labelled, readable, refit
 from cosprobe.evaluation.metrics import correctness, share_interval
 from cosprobe.probes.bank import ProbeBank
-from cosprobe.evaluation.checks.refitting import labelled, readable, refit
 from cosprobe.probes.linalg import spread, standardise
 from cosprobe.tasks import Target
-from cosprobe.evaluation.checks.generalisation import matrices
-from cosprobe.cells import EMBED, Cell
 
 STEPS, LAYERS, BRANCHES = range(4), ("0", "1", "2", EMBED), ("cond", "uncond")
 CELLS = tuple(Cell(step, site, branch, "all") for step in STEPS for site in LAYERS for branch in BRANCHES)

@@ -19,16 +19,15 @@ import numpy as np
 import torch
 import xarray as xr
 
+from cosprobe.activations.dataset import InputFeatures, ProbeSamples, relabelled
+from cosprobe.cells import EMBED, FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, X0, X_T, Cell
+from cosprobe.evaluation.baselines import read_inputs
 from cosprobe.evaluation.checks.suite import examine
-from cosprobe.probes.datamodule import ProbeSamples
-from cosprobe.runtime import TrainerConfig
 from cosprobe.evaluation.evaluation import evaluate
 from cosprobe.evaluation.grid import ALPHA
-from cosprobe.evaluation.baselines import InputFeatures, read_inputs
-from cosprobe.activations.dataset import relabelled
-from cosprobe.tasks import Target
 from cosprobe.probes.logistic import ProbeConfig, fit
-from cosprobe.cells import EMBED, FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, X0, X_T, Cell
+from cosprobe.runtime import TrainerConfig
+from cosprobe.tasks import Target
 from validity.rows import Row, alarms, shares_covered
 
 REGIONS, CHANNELS, STEPS, LAYERS, FRAMES = 4, 6, 4, 3, 2

@@ -5,8 +5,16 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from cosprobe.early_exit.policy import (
+    AGAINST,
+    first_look,
+    fixed_sequence,
+    outcomes,
+    p_values,
+    starting_point,
+    thresholds,
+)
 from cosprobe.evaluation.metrics import difference_interval, share_interval
-from cosprobe.early_exit.policy import AGAINST, first_look, fixed_sequence, outcomes, p_values, starting_point, thresholds
 from validity.rows import Row, alarms, coverage
 
 RISK, CONFIDENCE, CALIBRATION, FRESH, MANY = 0.1, 0.95, 150, 60, 60_000

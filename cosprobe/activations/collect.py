@@ -21,12 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from cosprobe.activations.capture import Tape, capture
-from cosprobe.models.pipelines import PipelineConfig, block_list, decode, experts, patch_columns, sample
 from cosprobe.activations.pooling import Pooling, whole_frame
 from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
 from cosprobe.activations.store import ActivationStore, fingerprint
-from cosprobe.tasks import Problem, Task
 from cosprobe.cells import SPLIT_ORDER, X0, parse_selection
+from cosprobe.models.pipelines import PipelineConfig, block_list, decode, experts, patch_columns, sample
+from cosprobe.tasks import Problem, Task
 
 FORMAT = 4  # of what a shard holds
 UNTRAINED = "untrained."  # begins the names of what networks without learned weights gave

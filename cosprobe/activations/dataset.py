@@ -8,22 +8,131 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from cosprobe.probes.datamodule import ProbeSamples
-from cosprobe.evaluation.baselines import InputFeatures
-from cosprobe.evaluation.checks.confounds import nuisance_columns
-from cosprobe.evaluation.scoring import RELABELLED
 from cosprobe.activations.store import ActivationStore
-from cosprobe.tasks import Target, Task
 from cosprobe.cells import NUISANCE, SPLIT_ORDER, Cell
+from cosprobe.tasks import Target, Task
 
 HEADLINE = ("answer", "choice")  # roles whose claims need a selectivity control
+RELABELLED = "relabelled"  # role of a control, and the end of its name
+OPTIONAL = ("choice", "replica")  # columns that samples may lack
+
+
+@dataclass(frozen=True)
+class ProbeSamples:
+    """Pooled features of every sample with the labels of every target.
+
+    features: fp32 or bf16. labels: per target [sample], for form `region` [sample, region]; -1 where the sample
+    does not carry the target. split: `train`, `validation` or `test`. keys: canonical problem of each sample,
+    which is the unit splits and intervals respect. choice: what the model itself finally answered, -1 for none.
+    scores: more arrays per sample, `x0_readout` [sample, step, candidate] (NaN at steps not decoded) and
+    `final` [sample, candidate]. replica: which of its problem's noise seeds a sample has, from 0. difficulty:
+    what makes a problem hard, by name, a whole number per sample; also the nuisances that are partialled out.
+    left_out: why a target that the task has is not among `targets`, a sentence each.
+    Raises ValueError when shapes disagree, a split is unknown, a label is out of range or a problem is in two splits.
+    """
+
+    features: Float[Tensor, "sample cell region channel"]
+    cells: tuple[Cell, ...]
+    targets: tuple[Target, ...]
+    labels: dict[str, Int[Tensor, " sample *region"]]
+    split: np.ndarray
+    keys: np.ndarray
+    kinds: np.ndarray
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+    choice: np.ndarray | None = None
+    replica: np.ndarray | None = None
+    difficulty: dict[str, np.ndarray] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        count, cells, regions = self.features.shape[:3]
+        if cells != len(self.cells):
+            raise ValueError(f"features{list(self.features.shape)}: expected {len(self.cells)} cells on axis 1")
+        columns = {"split": self.split, "keys": self.keys, "kinds": self.kinds, **self.scores, **self.difficulty}
+        columns |= {name: getattr(self, name) for name in OPTIONAL if getattr(self, name) is not None}
+        for name, column in columns.items():
+            if len(column) != count:
+                raise ValueError(f"{name}: {len(column)} entries, expected one for each of {count} samples")
+        if unknown := sorted(set(map(str, self.split)) - set(SPLIT_ORDER)):
+            raise ValueError(f"split={unknown[0]!r}: expected one of {', '.join(SPLIT_ORDER)}")
+        check_apart(self.keys, self.split)
+        for target in readable_targets(self.targets, regions):
+            if target.name not in self.labels:
+                raise ValueError(f"target {target.name!r}: no labels; expected one for each of {count} samples")
+            label = self.labels[target.name]
+            shape = (count, regions) if target.form == "region" else (count,)
+            limit = regions if target.form == "candidate" else target.classes
+            if tuple(label.shape) != shape:
+                raise ValueError(f"target {target.name!r}: labels{list(label.shape)}, expected {list(shape)}")
+            if count and not -1 <= int(label.min()) <= int(label.max()) < limit:
+                raise ValueError(f"target {target.name!r}: label {int(label.max())}, expected -1 to {limit - 1}")
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def regions(self) -> int:
+        return self.features.shape[2]
+
+    def subset(self, split: str) -> ProbeSamples:
+        """The samples of one split. Raises ValueError for an unknown split."""
+        if split not in SPLIT_ORDER:
+            raise ValueError(f"split={split!r}: expected one of {', '.join(SPLIT_ORDER)}")
+        return self.rows(np.flatnonzero(np.asarray(self.split) == split))
+
+    def rows(self, keep: Int[np.ndarray, " kept"]) -> ProbeSamples:
+        """The samples at these places."""
+        at = torch.from_numpy(keep)
+        given = {name: getattr(self, name) for name in OPTIONAL}
+        optional: dict[str, Any] = {name: None if column is None else column[keep] for name, column in given.items()}
+        return replace(
+            self,
+            features=self.features[at],
+            labels={name: label[at] for name, label in self.labels.items()},
+            split=self.split[keep],
+            keys=self.keys[keep],
+            kinds=self.kinds[keep],
+            scores={name: array[keep] for name, array in self.scores.items()},
+            difficulty={name: array[keep] for name, array in self.difficulty.items()},
+            **optional,
+        )
+
+    def at(self, part: slice) -> ProbeSamples:
+        """The same samples, some of the cells."""
+        return replace(self, features=self.features[:, part], cells=self.cells[part])
+
+
+def check_apart(keys: np.ndarray, split: np.ndarray) -> None:
+    """Raises ValueError naming the problems that stand in more than one split."""
+    pairs = np.unique(np.stack([np.asarray(keys, str), np.asarray(split, str)]), axis=1)
+    names, times = np.unique(pairs[0], return_counts=True)
+    if twice := names[times > 1].tolist():
+        where = " and ".join(pairs[1][pairs[0] == twice[0]])
+        more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""
+        raise ValueError(
+            f"problems {', '.join(twice[:3])}{more} stand in more than one split ({where}): expected each canonical "
+            "problem in one; split by key"
+        )
+
+
+@dataclass(frozen=True)
+class InputFeatures:
+    """One input of every sample, latent frames apart. step has one entry for an input that is the same at every step.
+
+    whole: the coarse cells of the frame; a single one for `prompt` and `nuisance`. region: the regions of the probes;
+    None without a pooling by region.
+    """
+
+    whole: Float[Tensor, "sample step frame cell channel"]
+    region: Float[Tensor, "sample step frame region channel"] | None = None
 
 
 def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, dict[str, InputFeatures], list[str]]:
@@ -93,6 +202,36 @@ def relabelled(
             found[control.name] = torch.where((labels[target.name] >= 0) & (shown >= 0), table[shown.clamp(min=0)], -1)
             controls.append(control)
     return tuple(controls), found
+
+
+def nuisance_columns(samples: ProbeSamples, names: Sequence[str] | None = None) -> Float[Tensor, "sample column"]:
+    """The nuisances of every sample, as features of a probe that sees nothing else.
+
+    Per nuisance (all of `samples.difficulty`, or those of `names`) its value, standardised by the training samples,
+    and the square of that. Raises ValueError when there are no nuisances.
+    """
+    names = tuple(samples.difficulty) if names is None else tuple(names)
+    if not names:
+        raise ValueError("difficulty: no nuisance is known of these samples; expected at least one column")
+    train = np.asarray(samples.split) == "train"
+    columns = []
+    for name in names:
+        values = np.asarray(samples.difficulty[name], dtype=np.float64)
+        deviation = values[train].std()
+        score = (values - values[train].mean()) / deviation if deviation > 0 else np.zeros(len(values))
+        columns += [score, score**2]
+    return torch.from_numpy(np.stack(columns, axis=1)).float()
+
+
+def readable_targets(targets: Sequence[Target], regions: int) -> tuple[Target, ...]:
+    """The targets that features with this many regions can carry, in the form they are then fitted.
+
+    Without a region axis a candidate is one class among `classes` of the whole clip (form `problem`), and
+    targets of form `region` do not exist.
+    """
+    if regions > 1:
+        return tuple(targets)
+    return tuple(replace(t, form="problem") for t in targets if t.form != "region")
 
 
 def _unfit(target: Target, labels: np.ndarray, split: np.ndarray) -> str:

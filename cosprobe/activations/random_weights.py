@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cosprobe.activations.capture import BRANCHES, Tape, conditional, hidden_states
-from cosprobe.models.pipelines import architecture, block_list, experts, token_grid
 from cosprobe.activations.pooling import Pooling
+from cosprobe.models.pipelines import architecture, block_list, experts, token_grid
 
 PERMUTED, FRESH = "permuted", "fresh"
 RANDOMISED = (PERMUTED, FRESH)

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from cosprobe.activations.capture import capture
 from cosprobe.activations.collect import Sample, decode_steps, fill, fresh_problems, images, noise_seed, say, with_noise
-from cosprobe.models.pipelines import PipelineConfig, decode, sample
+from cosprobe.activations.dataset import HEADLINE, load_samples
+from cosprobe.activations.store import ActivationStore
+from cosprobe.cells import Cell
 from cosprobe.early_exit.policy import (
     AGAINST,
     Policy,
@@ -31,12 +33,10 @@ from cosprobe.early_exit.policy import (
     starting_point,
     thresholds,
 )
+from cosprobe.early_exit.reader import Answer, attach, check_pipeline, pooling_of, probabilities
+from cosprobe.models.pipelines import PipelineConfig, decode, sample
 from cosprobe.probes.bank import ProbeBank
-from cosprobe.early_exit.reader import Answer, check_pipeline, pooling_of, probabilities
-from cosprobe.activations.dataset import HEADLINE, load_samples
-from cosprobe.activations.store import ActivationStore
 from cosprobe.tasks import Problem, Target, Task
-from cosprobe.cells import Cell
 
 RECORDS = "early"  # folder of the records, inside the run's
 
@@ -269,7 +269,7 @@ def run_live(
     looks = first_look(records.confidence, policy.threshold)
     for i, problem in enumerate(records.problems[:count]):
         begin, end = time.perf_counter(), None
-        with bank.attach(model, [problem], policy) as reader:
+        with attach(bank, model, [problem], policy) as reader:
             clip = sample(model, pipeline, images(task, [problem]), [problem.prompt], [noise_seed(problem, 0, seed)])
             end = task.readout(problem, np.asarray(clip)[0]).answer
         spent, answer, look = time.perf_counter() - begin, reader.answers[0], int(looks[i])

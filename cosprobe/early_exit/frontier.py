@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from cosprobe.activations.flops import Cost
-from cosprobe.evaluation.metrics import difference_interval, share_interval
-from cosprobe.early_exit.policy import Policy, first_look, thresholds
-from cosprobe.early_exit.calibrate import Records, Stopping
 from cosprobe.cells import Cell
+from cosprobe.early_exit.calibrate import Records, Stopping
+from cosprobe.early_exit.policy import Policy, first_look, thresholds
+from cosprobe.evaluation.metrics import difference_interval, share_interval
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cosprobe.activations.collect import Sample, fresh_problems, images, with_noise
-from cosprobe.evaluation.grid import Grid
 from cosprobe.activations.halting import halting
+from cosprobe.activations.store import fingerprint
+from cosprobe.cells import Cell
+from cosprobe.early_exit.reader import pooling_of, probabilities
+from cosprobe.evaluation.grid import Grid
 from cosprobe.models.pipelines import PipelineConfig, load_pipeline, sample
 from cosprobe.probes.bank import ProbeBank
-from cosprobe.early_exit.reader import pooling_of, probabilities
-from cosprobe.activations.store import fingerprint
 from cosprobe.tasks import Problem, Task
-from cosprobe.cells import Cell
 
 
 @dataclass(frozen=True)

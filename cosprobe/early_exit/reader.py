@@ -1,6 +1,6 @@
 """A bank at work on a pipeline: answers that stream out of a run, which ends itself when one is sure enough.
 
-    with load_probes("runs/maze-layers").attach(pipeline, problems, tell=print) as reader:
+    with attach(load_probes("runs/maze-layers"), pipeline, problems, tell=print) as reader:
         video = pipeline(...)          # each look is told as (step, prediction, confidence)
     reader.answers                     # one per problem, None where the run was finished instead
 
@@ -21,11 +21,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cosprobe.activations.halting import halting
-from cosprobe.early_exit.policy import Policy, read_policy
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.store import fingerprint
-from cosprobe.tasks import Problem
 from cosprobe.cells import Cell
+from cosprobe.early_exit.policy import Policy, read_policy
+from cosprobe.probes.bank import ProbeBank
+from cosprobe.tasks import Problem
 
 
 class Reading(NamedTuple):
@@ -51,7 +52,7 @@ class Reader:
     """What has been read so far in the run it is attached to. answers: per problem, None while nothing is sure enough.
     stopped: the run was left because every problem has an answer."""
 
-    bank: Any
+    bank: ProbeBank
     pipeline: Any
     policy: Policy
     tell: Callable[[Reading], None] | None
@@ -77,10 +78,21 @@ class Reader:
 
 
 @contextmanager
-def attached(
-    bank: Any, pipeline: Any, problems: Sequence[Problem], policy: Policy | None, tell: Callable[[Reading], None] | None
+def attach(
+    bank: ProbeBank,
+    pipeline: Any,
+    problems: Sequence[Problem],
+    policy: Policy | None = None,
+    tell: Callable[[Reading], None] | None = None,
 ) -> Iterator[Reader]:
-    """See `ProbeBank.attach`."""
+    """Lets the probes of a bank answer from inside one call of `pipeline`, made in the block this opens.
+
+    problems: of the images of that call, in order. policy: when to stop; without one, the policy that
+    `python probe.py use=early` has left in the bank. tell: gets (step, prediction, confidence) at every look.
+    The call is left, with what follows it in the block, as soon as every problem has an answer.
+    Raises ValueError naming the difference for a pipeline with another model, scheduler, number of steps or
+    guidance, and for problems of another task, kind or number of regions than the bank was made for.
+    """
     check_pipeline(bank, pipeline)
     if not problems:
         raise ValueError("problems: none, expected one for every image of the call")
@@ -94,7 +106,7 @@ def attached(
 
 
 def probabilities(
-    bank: Any, features: Float[Tensor, "sample cell region channel"], target: str, cells: Sequence[Cell]
+    bank: ProbeBank, features: Float[Tensor, "sample cell region channel"], target: str, cells: Sequence[Cell]
 ) -> Float[Tensor, "cell sample out"]:
     """Calibrated probabilities at some cells. Raises ValueError when an activation is not finite."""
     if not torch.isfinite(features).all():
@@ -111,7 +123,7 @@ def pooling_of(kind: str, frames: bool, problems: Sequence[Problem]) -> Pooling:
     return Pooling(kind, frames, [p.regions for p in problems] if kind == "region" else ())
 
 
-def bank_policy(bank: Any, kind: str) -> Policy:
+def bank_policy(bank: ProbeBank, kind: str) -> Policy:
     """The stopping policy the bank carries for problems of a kind. Raises ValueError when there is none."""
     found = [read_policy(entry) for entry in bank.provenance.get("policies", ())]
     for policy in found:
@@ -124,7 +136,7 @@ def bank_policy(bank: Any, kind: str) -> Policy:
     )
 
 
-def check_problems(bank: Any, policy: Policy, problems: Sequence[Problem]) -> None:
+def check_problems(bank: ProbeBank, policy: Policy, problems: Sequence[Problem]) -> None:
     """Raises ValueError for problems of a task, kind or number of regions that bank and policy were not made for."""
     for problem in problems:
         for name in ("task", "kind"):
@@ -142,7 +154,7 @@ def check_problems(bank: Any, policy: Policy, problems: Sequence[Problem]) -> No
             )
 
 
-def check_pipeline(bank: Any, pipeline: Any) -> None:
+def check_pipeline(bank: ProbeBank, pipeline: Any) -> None:
     """Raises ValueError naming the difference when the bank was made for another model or scheduler."""
     store = bank.provenance.get("store")
     if not store:
@@ -165,7 +177,7 @@ def check_pipeline(bank: Any, pipeline: Any) -> None:
             )
 
 
-def check_call(bank: Any, pipeline: Any) -> None:
+def check_call(bank: ProbeBank, pipeline: Any) -> None:
     """Raises ValueError when the call that is running has other steps or guidance than the bank was made for."""
     store = bank.provenance["store"]
     running = {

@@ -17,13 +17,13 @@ from rich.markup import escape
 
 from cosprobe.activations.collect import decode_steps, images, watch, with_noise
 from cosprobe.activations.flops import Cost, flops, seconds
-from cosprobe.reporting.figures import STYLE, new_figure
-from cosprobe.reporting.film import Film, film_row, film_strip
+from cosprobe.early_exit.calibrate import EarlyConfig, Live, Stopping, run_live, stop_early
 from cosprobe.early_exit.frontier import Realised, Way, outcome, policy_looks, realised, ways
 from cosprobe.models.pipelines import PipelineConfig, load_pipeline
 from cosprobe.probes.bank import ProbeBank
+from cosprobe.reporting.figures import STYLE, new_figure
+from cosprobe.reporting.film import Film, film_row, film_strip
 from cosprobe.reporting.report import WIDTH, markdown_table, open_table, write_whole
-from cosprobe.early_exit.calibrate import EarlyConfig, Live, Stopping, run_live, stop_early
 from cosprobe.tasks import Task
 
 LOOKS = {

@@ -3,7 +3,7 @@
     answer = ensemble(pipeline, problem, method="prune", seeds=8, probes="runs/maze-layers")
     answer.video, answer.choice, answer.disagreement
 
-Every method (`cosprobe.ensembles.strategies`) is one call of the real pipeline: runs that are given up leave the running batch,
+Every method (`strategies`) is one call of the real pipeline: runs that are given up leave the running batch,
 what is averaged is averaged between its blocks, and the first frame of a problem is encoded once for all its seeds.
 """
 
@@ -23,12 +23,12 @@ from torch import Tensor
 
 from cosprobe.activations.capture import Tape, capture
 from cosprobe.activations.collect import images, noise_seed
+from cosprobe.activations.pooling import Pooling
+from cosprobe.cells import Cell
 from cosprobe.ensembles.probe_scorer import Judge
 from cosprobe.ensembles.strategies import WINDOWED, Course, Finished, Plan, course, disagreement, in_turn, only, windows
 from cosprobe.models.pipelines import PipelineConfig, block_list, experts, sample
-from cosprobe.activations.pooling import Pooling
 from cosprobe.tasks import FAMILIES, Problem, Task
-from cosprobe.cells import Cell
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cosprobe.evaluation.grid import Grid
 from cosprobe.activations.edits import check_finite
 from cosprobe.activations.pooling import Pooling
+from cosprobe.cells import Cell
+from cosprobe.evaluation.grid import Grid
 from cosprobe.probes.bank import ProbeBank, load_probes
 from cosprobe.tasks import Problem
-from cosprobe.cells import Cell
 
 ROLES = ("answer", "choice")  # of the targets a run is judged by, in this order
 

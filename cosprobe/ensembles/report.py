@@ -14,16 +14,24 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from cosprobe.activations.store import fingerprint
+from cosprobe.ensembles.comparison import (
+    SIZES,
+    Comparison,
+    EnsembleConfig,
+    Estimate,
+    compare,
+    error_correlation,
+    oracle,
+)
 from cosprobe.ensembles.ensemble import Bench
-from cosprobe.reporting.figures import STYLE, new_figure
-from cosprobe.evaluation.grid import Grid
 from cosprobe.ensembles.probe_scorer import Judge
 from cosprobe.ensembles.strategies import PROBES
+from cosprobe.ensembles.trajectories import Candidate
+from cosprobe.evaluation.grid import Grid
 from cosprobe.models.pipelines import load_pipeline
 from cosprobe.probes.bank import ProbeBank
-from cosprobe.ensembles.comparison import SIZES, Comparison, EnsembleConfig, Estimate, compare, error_correlation, oracle
-from cosprobe.activations.store import fingerprint
-from cosprobe.ensembles.trajectories import Candidate
+from cosprobe.reporting.figures import STYLE, new_figure
 
 FOLDER = "ensemble"
 REFERENCES = ("hidden", "single")  # what every method is compared with, at the same budget

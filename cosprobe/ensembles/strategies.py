@@ -2,7 +2,7 @@
 
 A course says what is averaged while the runs of a problem share a batch, which of them go on after which step, and
 which finished video is returned. Everything that decides is a function of probe readings and readouts alone, so a
-course without an edit can be run (`cosprobe.ensembles.ensemble.run`) or replayed on records of whole runs (`replay`), with the
+course without an edit can be run (`ensemble.run`) or replayed on records of whole runs (`replay`), with the
 same result. Seeds are exchangeable: the order they are given in decides nothing, but for `hidden`, `x0`, `latent`
 and `probe_weighted`, where the first seed is the run that goes on, and for `retry` and `probe_retry`, which run them
 one after another.

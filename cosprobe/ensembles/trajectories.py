@@ -19,9 +19,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from cosprobe.activations.store import ActivationStore
 from cosprobe.ensembles.ensemble import Bench, run
 from cosprobe.ensembles.strategies import METHODS, Course, Finished, Plan, course, replay
-from cosprobe.activations.store import ActivationStore
 from cosprobe.tasks import Problem
 
 READS = 6  # probes are read at so many first steps

@@ -25,14 +25,15 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cosprobe.probes.datamodule import ProbeSamples, shared
-from cosprobe.probes.newton import fit_newton
-from cosprobe.evaluation.predictions import InputReading
-from cosprobe.probes.bank import affine, classes_last, readable_targets, validated
-from cosprobe.probes.ridge import fit_ridge, problem_folds
-from cosprobe.probes.linalg import design, principal_axes, spread, standardise
-from cosprobe.tasks import Target
+from cosprobe.activations.dataset import InputFeatures, ProbeSamples, readable_targets
 from cosprobe.cells import EMBED, FIRST_FRAME, INPUTS, NOISE, X0, X_T, Cell
+from cosprobe.evaluation.predictions import InputReading
+from cosprobe.probes.bank import affine, classes_last, validated
+from cosprobe.probes.datamodule import shared
+from cosprobe.probes.linalg import design, principal_axes, spread, standardise
+from cosprobe.probes.newton import fit_newton
+from cosprobe.probes.ridge import fit_ridge, problem_folds
+from cosprobe.tasks import Target
 
 LOCAL = (NOISE, FIRST_FRAME, EMBED, X_T)  # inputs that have frames and regions
 # What a target has to be compared with, by its role. Perception targets lie in the input by definition, nuisance and
@@ -40,18 +41,6 @@ LOCAL = (NOISE, FIRST_FRAME, EMBED, X_T)  # inputs that have frames and regions
 MUST_BEAT = {"answer": INPUTS, "choice": INPUTS, "memory": LOCAL}
 GAP = 1e-4  # relative gap of the objective at which a fit ends
 NUMBERS = 2**25  # features worked on at once: 128 MB in fp32
-
-
-@dataclass(frozen=True)
-class InputFeatures:
-    """One input of every sample, latent frames apart. step has one entry for an input that is the same at every step.
-
-    whole: the coarse cells of the frame; a single one for `prompt` and `nuisance`. region: the regions of the probes;
-    None without a pooling by region.
-    """
-
-    whole: Float[Tensor, "sample step frame cell channel"]
-    region: Float[Tensor, "sample step frame region channel"] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cosprobe.probes.calibration import brier, ece
-from cosprobe.probes.datamodule import ProbeSamples
+from cosprobe.activations.dataset import ProbeSamples
 from cosprobe.evaluation.predictions import Evaluated, InputReading, SplitPredictions, TargetPredictions
 from cosprobe.probes.bank import ProbeBank
+from cosprobe.probes.calibration import brier, ece
 from cosprobe.tasks import Target
 
 

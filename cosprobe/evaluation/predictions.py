@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from cosprobe.tasks import Target
 from cosprobe.cells import Cell
+from cosprobe.tasks import Target
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int, Shaped
 
+from cosprobe.activations.dataset import RELABELLED
+from cosprobe.cells import INPUTS, X0
 from cosprobe.evaluation.grid import ALPHA, BASELINES, CEILING, CHANCE, GUESSES, MAJORITY, READOUT, VISIBLE, Grid
 from cosprobe.evaluation.metrics import (
     correctness,
@@ -23,11 +25,9 @@ from cosprobe.evaluation.metrics import (
     weakest_pair,
 )
 from cosprobe.evaluation.predictions import Evaluated, SplitPredictions, TargetPredictions
-from cosprobe.tasks import Target
 from cosprobe.evaluation.timing import timing
-from cosprobe.cells import INPUTS, X0
+from cosprobe.tasks import Target
 
-RELABELLED = "relabelled"  # role of a control, and the end of its name
 MEANING = {
     "accuracy": "test accuracy of the probe",
     "lower": "lower end of the 95 % interval of accuracy", "upper": "upper end of the 95 % interval of accuracy",

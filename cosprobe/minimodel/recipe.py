@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from cosprobe.models.cpu_layout import channels_last
+from cosprobe.minimodel.accuracy import LearningCurve
 from cosprobe.minimodel.autoencoding import AutoencoderConfig, AutoencoderTraining, Family, revive
 from cosprobe.minimodel.encoding import (
     TEXT_WIDTH,
@@ -39,8 +39,8 @@ from cosprobe.minimodel.encoding import (
     measure_scale,
 )
 from cosprobe.minimodel.flow_matching import FlowConfig, FlowMatching, LatentClips
+from cosprobe.models.cpu_layout import channels_last
 from cosprobe.models.pipelines import PipelineConfig
-from cosprobe.minimodel.accuracy import LearningCurve
 from cosprobe.tasks import FAMILIES, Task
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,28 +20,15 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from cosprobe.probes.calibration import temperatures
-from cosprobe.early_exit.policy import Policy
-from cosprobe.early_exit.reader import Reader, Reading, attached
-from cosprobe.probes.linalg import Chosen, best_setting, design, row_sums, standardise
-from cosprobe.tasks import Problem, Target
 from cosprobe.cells import Cell
+from cosprobe.probes.calibration import temperatures
+from cosprobe.probes.linalg import Chosen, best_setting, design, row_sums, standardise
+from cosprobe.tasks import Target
 
 FORMAT = 3  # cells are layers; earlier banks held inputs among them
 TABLES = ("weights", "biases", "lambdas", "temperatures")
 TENSORS, DESCRIPTION = "bank.safetensors", "bank.json"
 CHUNK = 2**26  # numbers standardised at a time, 256 MB in fp32
-
-
-def readable_targets(targets: Sequence[Target], regions: int) -> tuple[Target, ...]:
-    """The targets that features with this many regions can carry, in the form they are then fitted.
-
-    Without a region axis a candidate is one class among `classes` of the whole clip (form `problem`), and
-    targets of form `region` do not exist.
-    """
-    if regions > 1:
-        return tuple(targets)
-    return tuple(replace(t, form="problem") for t in targets if t.form != "region")
 
 
 def affine(
@@ -210,23 +196,6 @@ class ProbeBank:
     ) -> Int[Tensor, "cell sample *region"]:
         """The label each probe gives."""
         return self.decision(features, target, cells).argmax(dim=-1)
-
-    def attach(
-        self,
-        pipeline: Any,
-        problems: Sequence[Problem],
-        policy: Policy | None = None,
-        tell: Callable[[Reading], None] | None = None,
-    ) -> AbstractContextManager[Reader]:
-        """Lets the probes answer from inside one call of `pipeline`, made in the block this context manager opens.
-
-        problems: of the images of that call, in order. policy: when to stop; without one, the policy that
-        `python probe.py use=early` has left in the bank. tell: gets (step, prediction, confidence) at every look.
-        The call is left, with what follows it in the block, as soon as every problem has an answer.
-        Raises ValueError naming the difference for a pipeline with another model, scheduler, number of steps or
-        guidance, and for problems of another task, kind or number of regions than the bank was made for.
-        """
-        return attached(self, pipeline, problems, policy, tell)
 
     def save(self, folder: Path | str) -> None:
         """Writes the tensors, then the description that vouches for them; a kill leaves no half bank behind."""

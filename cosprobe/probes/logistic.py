@@ -33,13 +33,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from cosprobe.probes.datamodule import ProbeBatch, ProbeData, ProbeSamples, check_targets, shared
-from cosprobe.runtime import TrainerConfig, backend
-from cosprobe.probes.newton import Certificate, finished, newton_targets, shortfall
+from cosprobe.activations.dataset import ProbeSamples, readable_targets
 from cosprobe.activations.pooling import POOLINGS
-from cosprobe.probes.bank import ProbeBank, affine, classes_last, readable_targets, validated
-from cosprobe.probes.ridge import fit_ridge
+from cosprobe.probes.bank import ProbeBank, affine, classes_last, validated
+from cosprobe.probes.datamodule import ProbeBatch, ProbeData, check_targets, shared
 from cosprobe.probes.linalg import Chosen, Fitted, curvature, row_sums, spread, standardise
+from cosprobe.probes.newton import Certificate, finished, newton_targets, shortfall
+from cosprobe.probes.ridge import fit_ridge
+from cosprobe.runtime import TrainerConfig, backend
 from cosprobe.tasks import Target
 
 KINDS = ("logistic", "newton", "ridge")

@@ -32,9 +32,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosprobe.cells import Cell
 from cosprobe.probes.linalg import Divide, Fitted, Turned, blocks, check_penalties, design, turned
 from cosprobe.tasks import Target
-from cosprobe.cells import Cell
 
 SUFFICIENT = 1e-4  # share of the decrease the slope promises that a step must bring
 HALVINGS = 40

@@ -1,4 +1,7 @@
-"""Maps of several runs in one picture: `python -m cosprobe.reporting.compare FILE NAME=RUN:TARGET NAME=RUN:TARGET ...`."""
+"""Maps of several runs in one figure.
+
+`python -m cosprobe.reporting.compare FILE NAME=RUN:TARGET NAME=RUN:TARGET ...`
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosprobe.reporting.figures import side_by_side
 from cosprobe.evaluation.grid import Grid
+from cosprobe.reporting.figures import side_by_side
 from cosprobe.reporting.report import write_whole
 
 

@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from cosprobe.evaluation.grid import ALPHA, READOUT, Grid
 from cosprobe.cells import EMBED, X0, X_T
+from cosprobe.evaluation.grid import ALPHA, READOUT, Grid
 
 WORST = -0.5  # skill below this is drawn as if it were this
 STYLE = {

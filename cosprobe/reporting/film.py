@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from cosprobe.activations.collect import Sample, decode_steps, watch
-from cosprobe.probes.datamodule import ProbeSamples
+from cosprobe.activations.dataset import ProbeSamples
 from cosprobe.models.pipelines import PipelineConfig
 from cosprobe.tasks import Problem, Task
 from cosprobe.tasks.task import Box

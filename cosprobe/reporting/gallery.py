@@ -1,4 +1,6 @@
-"""One picture of every family: `python -m cosprobe.reporting.gallery FILE` draws a problem of each with its reference video."""
+"""One figure of every task: `python -m cosprobe.reporting.gallery FILE` draws a problem of each with its reference
+video.
+"""
 
 from __future__ import annotations
 

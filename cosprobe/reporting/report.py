@@ -17,14 +17,13 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from cosprobe.activations.dataset import HEADLINE, RELABELLED
 from cosprobe.evaluation.checks.suite import Checks
+from cosprobe.evaluation.grid import ALPHA, FILE, GUESSES, Best, Grid
+from cosprobe.evaluation.metrics import LEAST_EFFECTIVE, LEAST_PROBLEMS
 from cosprobe.reporting.check_figures import check_panels, generalisation
 from cosprobe.reporting.figures import curves, frame_maps, headline, maps
 from cosprobe.reporting.film import Film, film_strip
-from cosprobe.evaluation.grid import ALPHA, FILE, GUESSES, Best, Grid
-from cosprobe.evaluation.metrics import LEAST_EFFECTIVE, LEAST_PROBLEMS
-from cosprobe.activations.dataset import HEADLINE
-from cosprobe.evaluation.scoring import RELABELLED
 from cosprobe.reporting.summary import check_table
 
 COLUMNS = ("target", "best cell", "accuracy [95 %]", "chance", "best input", "x0-hat shows", "evidence", "n")

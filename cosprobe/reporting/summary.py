@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from cosprobe.evaluation.checks.untrained import TRAINED
-from cosprobe.evaluation.checks.suite import Checks
-from cosprobe.evaluation.grid import ALPHA, Grid
 from cosprobe.activations.random_weights import RANDOMISED
+from cosprobe.evaluation.checks.suite import Checks
+from cosprobe.evaluation.checks.untrained import TRAINED
+from cosprobe.evaluation.grid import ALPHA, Grid
 
 NONE = "-"
 

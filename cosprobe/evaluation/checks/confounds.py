@@ -18,9 +18,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cosprobe.probes.datamodule import ProbeSamples
-from cosprobe.probes.newton import fit_newton
-from cosprobe.probes.bank import affine, classes_last, validated
+from cosprobe.activations.dataset import ProbeSamples, nuisance_columns
+from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.refitting import (
     Estimate,
     Labelled,
@@ -34,9 +33,10 @@ from cosprobe.evaluation.checks.refitting import (
     right,
     statistics,
 )
+from cosprobe.probes.bank import affine, classes_last, validated
 from cosprobe.probes.linalg import design, spread, standardise
+from cosprobe.probes.newton import fit_newton
 from cosprobe.tasks import Target
-from cosprobe.cells import Cell
 
 RARE = 10  # values with fewer training problems are joined with their neighbours
 RANK = 1e-9  # directions of the nuisances below this share of the largest do not exist (one-hot columns add up to 1)
@@ -118,25 +118,6 @@ def partial_out(
         return (values.double() - explained).to(values.dtype)
 
     return left(x, nuisances), left(other, other_nuisances)
-
-
-def nuisance_columns(samples: ProbeSamples, names: Sequence[str] | None = None) -> Float[Tensor, "sample column"]:
-    """The nuisances of every sample, as features of a probe that sees nothing else.
-
-    Per nuisance (all of `samples.difficulty`, or those of `names`) its value, standardised by the training samples,
-    and the square of that. Raises ValueError when there are no nuisances.
-    """
-    names = tuple(samples.difficulty) if names is None else tuple(names)
-    if not names:
-        raise ValueError("difficulty: no nuisance is known of these samples; expected at least one column")
-    train = np.asarray(samples.split) == "train"
-    columns = []
-    for name in names:
-        values = np.asarray(samples.difficulty[name], dtype=np.float64)
-        deviation = values[train].std()
-        score = (values - values[train].mean()) / deviation if deviation > 0 else np.zeros(len(values))
-        columns += [score, score**2]
-    return torch.from_numpy(np.stack(columns, axis=1)).float()
 
 
 def _one_hot(

@@ -24,7 +24,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cosprobe.probes.datamodule import ProbeSamples
+from cosprobe.activations.dataset import ProbeSamples
+from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.refitting import (
     Estimate,
     decide,
@@ -37,7 +38,6 @@ from cosprobe.evaluation.checks.refitting import (
     statistics,
 )
 from cosprobe.probes.linalg import standardise
-from cosprobe.cells import Cell
 
 FIRST = 10  # problems: the first block has at least as many, and fewer than twice
 

@@ -19,12 +19,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cosprobe.probes.datamodule import ProbeSamples
+from cosprobe.activations.dataset import ProbeSamples
+from cosprobe.cells import Cell
+from cosprobe.evaluation.checks.refitting import (
+    Estimate,
+    Labelled,
+    columns_of,
+    estimate_share,
+    join_rare,
+    labelled,
+    refit,
+    right,
+)
 from cosprobe.probes.bank import CHUNK, ProbeBank, affine, classes_last
-from cosprobe.evaluation.checks.refitting import Estimate, Labelled, columns_of, estimate_share, join_rare, labelled, refit, right
 from cosprobe.probes.linalg import design, spread, standardise
 from cosprobe.tasks import Target
-from cosprobe.cells import Cell
 
 EVERYTHING = "all"  # the first row where probes are refitted: trained on every group
 TRAIN_PROBLEMS, TEST_PROBLEMS = 20, 8  # fewer problems make no group of their own

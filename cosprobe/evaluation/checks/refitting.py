@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from cosprobe.probes.datamodule import ProbeSamples
-from cosprobe.evaluation.metrics import correctness, difference_interval, mean_interval, share_interval
-from cosprobe.probes.newton import fit_newton
-from cosprobe.probes.bank import affine, classes_last, readable_targets
-from cosprobe.probes.linalg import design, spread
-from cosprobe.tasks import Target
+from cosprobe.activations.dataset import ProbeSamples, readable_targets
 from cosprobe.cells import Cell
+from cosprobe.evaluation.metrics import correctness, difference_interval, mean_interval, share_interval
+from cosprobe.probes.bank import affine, classes_last
+from cosprobe.probes.linalg import design, spread
+from cosprobe.probes.newton import fit_newton
+from cosprobe.tasks import Target
 
 
 @dataclass(frozen=True)

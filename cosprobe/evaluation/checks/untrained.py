@@ -14,14 +14,13 @@ import numpy as np
 from jaxtyping import Float
 
 from cosprobe.activations.collect import UNTRAINED
-from cosprobe.probes.datamodule import ProbeSamples
-from cosprobe.runtime import TrainerConfig
-from cosprobe.evaluation.metrics import correctness, share_interval
+from cosprobe.activations.dataset import HEADLINE, ProbeSamples
 from cosprobe.activations.random_weights import RANDOMISED
-from cosprobe.activations.dataset import HEADLINE
 from cosprobe.activations.store import ActivationStore
-from cosprobe.probes.logistic import fit
 from cosprobe.cells import SPLIT_ORDER, Cell
+from cosprobe.evaluation.metrics import correctness, share_interval
+from cosprobe.probes.logistic import fit
+from cosprobe.runtime import TrainerConfig
 
 TRAINED = "trained"
 WEIGHTS = (TRAINED, *RANDOMISED)
