@@ -20,7 +20,7 @@ from cosprobe.activations.store import ActivationStore
 from cosprobe.config import read_run
 from cosprobe.ensembles.comparison import SIZES, Size
 from cosprobe.ensembles.strategies import METHODS
-from tests.tiny import wan
+from tests.examples.pipelines import wan
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from oracles.derive import compare
+
+from tests.oracles.derive import compare
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from cosprobe.activations.capture import capture
+from cosprobe.activations.collect import (
+    collect,
+    decode_steps,
+    draw_samples,
+    fresh_problems,
+    images,
+    input_parts,
+    noise_seed,
+    settings,
+    store_bytes,
+    watch,
+)
+from cosprobe.activations.dataset import load_samples
+from cosprobe.activations.pooling import Pooling
+from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.tasks import HideConfig, MazeConfig
+from tests.examples.pipelines import wan
+
+module = import_module("cosprobe.activations.collect")  # the package names the function alike
+PROBE = SimpleNamespace(layers="0,2", steps="all", pooling="region", frames=False, decode="auto", randomised=10)
+TASK = MazeConfig(problems=20, frames=5)
+DRAWN = draw_samples(TASK.build(), TASK, 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "wan"
+    wan().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return PipelineConfig(path=str(folder), steps=3, frames=5, batch=8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wan()
+
+
+@pytest.fixture(scope="module")
+def store(model, config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "store"
+    return collect(model, config, TASK.build(), PROBE, DRAWN, settings(config, TASK, PROBE, 0), folder)
+
+
+def test_problems_are_shared_out_and_the_seeds_of_one_stay_together():
+    drawn = draw_samples(TASK.build(), MazeConfig(problems=40, seeds=2), seed=0)
+    counts = {}
+    for s in drawn:
+        counts[s.problem.split] = counts.get(s.problem.split, 0) + 1
+    assert counts == {"train": 40, "validation": 16, "test": 24}
+    assert len({s.seed for s in drawn}) == 80
+    owner = {}
+    for s in drawn:
+        assert owner.setdefault(s.problem.key, s.problem.split) == s.problem.split
+
+
+@pytest.mark.parametrize("config", [MazeConfig(problems=30, frames=5), HideConfig(problems=30, frames=9)])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_fresh_problems_are_none_the_run_has_seen_and_begin_where_it_ended(config, split):
+    task = config.build()
+    seen = {s.problem.key for s in draw_samples(task, config, 0) if s.problem.split == split}
+    assert len(seen) == {"validation": 6, "test": 9}[split]
+    fresh = fresh_problems(task, split, 30, 5, task.kinds[::-1])  # in whatever order they are asked for
+    assert len(fresh) == 5 and not seen & {p.key for p in fresh}
+    assert [p.kind for p in fresh] == [task.kinds[i % len(task.kinds)] for i in range(5)]
+    for kind in task.kinds:
+        alone = fresh_problems(task, split, 30, 3, [kind])
+        passed = {p.key for p in task.problems(split, 20, kind) if p.index < alone[0].index}
+        assert [p.kind for p in alone] == [kind] * 3 and not seen & {p.key for p in alone}
+        assert len(passed - seen) <= 1  # of an odd number by turns, one kind has one fewer
+
+
+def test_a_noise_seed_depends_on_seed_problem_and_repeat_only():
+    problem = TASK.build().problems("train", 1)[0]
+    assert noise_seed(problem, 0, 0) == noise_seed(TASK.build().problems("train", 9)[0], 0, 0)
+    assert len({noise_seed(problem, which, seed) for which in range(3) for seed in range(3)}) == 9
+
+
+def test_at_most_five_decodes_the_last_step_among_them():
+    assert decode_steps("auto", 20) == (0, 2, 5, 10, 19)
+    for total in range(1, 60):
+        steps = decode_steps("auto", total)
+        assert len(steps) <= 5 and steps[0] == 0 and steps[-1] == total - 1
+    assert decode_steps("1,3", 4) == (1, 3)
+    with pytest.raises(ValueError, match="probe.decode='7': expected indices from 0 to 3"):
+        decode_steps("7", 4)
+
+
+def test_the_announced_size_is_the_size_on_disk(model, config, store):
+    tensors = store.read()[0]
+    both = [tensors["features"], tensors["untrained.features"]]
+    assert [len(features) for features in both] == [20, 10]
+    inputs = [value for name, value in tensors.items() if name.startswith("input.") and name != "input.prompt.whole"]
+    assert len(inputs) == 2 * 5  # noise, first frame, embed, x_t and x0-hat, in regions and over the whole frame
+    size = sum(values.numel() * values.element_size() for values in (*both, *inputs))
+    assert size == store_bytes(model, config, TASK.build(), PROBE, 20, 10)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "frames", "guidance"), [("clip", False, 1.0), ("grid", False, 3.0), ("region", True, 3.0)]
+)
+def test_the_announced_size_follows_pooling_and_guidance(model, config, tmp_path, pooling, frames, guidance):
+    probe = SimpleNamespace(**vars(PROBE) | {"pooling": pooling, "frames": frames, "steps": "0,2", "randomised": 0})
+    guided, drawn = replace(config, guidance=guidance), DRAWN[:2]
+    store = collect(model, guided, TASK.build(), probe, drawn, settings(guided, TASK, probe, 0), tmp_path / "store")
+    tensors = store.read()[0]
+    kept = [v for name, v in tensors.items() if name == "features" or name.startswith("input.")]
+    size = sum(values.numel() * values.element_size() for values in kept) - tensors["input.prompt.whole"].numel() * 4
+    assert size == store_bytes(model, guided, TASK.build(), probe, 2)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "channels", "parts"),
+    [
+        (Pooling("clip"), 64, 16),
+        (Pooling("frame"), 5120, 1),
+        (Pooling("grid"), 5120, 16),  # the cells of the probe, however many columns they make
+        (Pooling("region", boxes=[[(0.0, 0.0, 1.0, 1.0)] * 36]), 65, 9 + 36),
+    ],
+)
+def test_an_input_is_kept_in_regions_and_cells(pooling, channels, parts):
+    assert input_parts(pooling, channels) == parts
+
+
+def test_what_is_stored_is_what_capture_gives(model, config, store):
+    samples, inputs, experts = load_samples(store, TASK.build())
+    assert experts == ["only"] * 3
+    drawn = DRAWN[8:16]
+    problems = [s.problem for s in drawn]
+    with capture(model, ["2"], Pooling("region", boxes=[p.regions for p in problems]), "1", inputs=True) as tape:
+        video = sample(
+            model, config, images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in drawn]
+        )
+    cell = next(i for i, c in enumerate(samples.cells) if (c.step, c.site) == (1, "2"))
+    assert torch.equal(samples.features[8:16, cell], tape.features()[:, 0, 0, 0, 0])
+    for name, values in tape.input_features().items():
+        source, part = name.split(".")
+        stored = getattr(inputs[source], part)[8:16]
+        at = slice(1, 2) if stored.shape[1] == 3 else slice(0, 1)  # step 1, or all there is
+        assert torch.equal(stored[:, at], values), name
+    assert {cell.site for cell in samples.cells} == {"0", "2"}  # no input is among what probes are fitted to
+    read = [TASK.build().readout(p, clip) for p, clip in zip(problems, video, strict=True)]
+    assert samples.choice[8:16].tolist() == [-1 if r.answer is None else r.answer for r in read]
+    np.testing.assert_allclose(samples.scores["final"][8:16], [r.scores for r in read], atol=1e-6)
+    np.testing.assert_allclose(samples.scores["x0_readout"][8:16, -1], [r.scores for r in read], atol=1e-6)
+
+
+def test_labels_belong_to_their_kinds(store):
+    samples, _, _ = load_samples(store, TASK.build())
+    one_exit = samples.kinds == "one_exit"
+    assert (samples.labels["answer"].numpy()[one_exit] >= 0).all() and (
+        samples.labels["answer"].numpy()[~one_exit] < 0
+    ).all()
+    assert (samples.labels["choice"].numpy()[one_exit] < 0).all()
+    assert samples.labels["choice"].numpy()[~one_exit].tolist() == samples.choice[~one_exit].tolist()
+    problems = [s.problem for s in DRAWN]
+    assert samples.labels["corridors"].tolist() == [list(p.labels["corridors"]) for p in problems]
+    assert samples.keys.tolist() == [p.key[:15] for p in problems]
+
+
+def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, config, store, monkeypatch, capsys):
+    before = store.read()[0]["features"]
+
+    def refuse(*arguments, **named):
+        raise AssertionError("sampled again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sample", refuse)
+        again = collect(model, config, TASK.build(), PROBE, DRAWN, settings(config, TASK, PROBE, 0), store.folder)
+    assert again.fingerprint == store.fingerprint
+    (store.folder / "shard-00001.safetensors").unlink()
+    mended = collect(model, config, TASK.build(), PROBE, DRAWN, settings(config, TASK, PROBE, 0), store.folder)
+    assert torch.equal(mended.read()[0]["features"], before)
+
+
+def test_other_settings_do_not_share_a_folder(model, config, store):
+    other = MazeConfig(problems=20, frames=5, rooms=[4])
+    with pytest.raises(ValueError, match=r"was made with task.rooms=\[4, 5\], now task.rooms=\[4\]"):
+        drawn = draw_samples(other.build(), other, 0)
+        collect(model, config, other.build(), PROBE, drawn, settings(config, other, PROBE, 0), store.folder)
+
+
+def test_everything_that_shapes_a_store_is_in_its_fingerprint(config):
+    base = settings(config, TASK, PROBE, 0)
+    changed = [
+        settings(config, MazeConfig(problems=21, frames=5), PROBE, 0),
+        settings(config, TASK, SimpleNamespace(**vars(PROBE) | {"layers": "0"}), 0),
+        settings(config, TASK, SimpleNamespace(**vars(PROBE) | {"randomised": 0}), 0),
+        settings(config, TASK, PROBE, 1),
+        settings(PipelineConfig(path=config.path, steps=4, frames=5, batch=8), TASK, PROBE, 0),
+        settings(PipelineConfig(path=config.path, steps=3, frames=5, batch=4), TASK, PROBE, 0),
+    ]
+    assert all(other != base for other in changed)
+
+
+def test_too_few_problems():
+    with pytest.raises(ValueError, match="task.problems=5, task.seeds=1: expected at least 10 problems"):
+        draw_samples(TASK.build(), MazeConfig(problems=5), 0)
+    with pytest.raises(ValueError, match="task.problems=0"):
+        draw_samples(TASK.build(), SimpleNamespace(problems=0, seeds=1), 0)
+
+
+def test_watch_shows_the_finished_video_at_the_last_step(model, config):
+    drawn = DRAWN[:2]
+    seen = watch(model, config, TASK.build(), drawn, (0, 2))
+    problems = [s.problem for s in drawn]
+    video = sample(model, config, images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in drawn])
+    assert seen.shape == (2, 2, 5, 64, 64, 3)
+    np.testing.assert_allclose(seen[:, 1], video, atol=1e-4)
+    assert abs(seen[:, 0] - video).max() > 0.01

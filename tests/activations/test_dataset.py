@@ -1,0 +1,246 @@
+"""From a store to samples: inputs beside them, targets that cannot be fitted, and controls by relabelling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from cosprobe.activations.collect import collect, draw_samples, images, settings
+from cosprobe.activations.dataset import load_samples, nuisance_columns, relabelled
+from cosprobe.activations.pooling import Pooling
+from cosprobe.activations.store import ActivationStore
+from cosprobe.cells import FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, X0, Cell
+from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.tasks import Maze, MazeConfig, Target
+from tests.examples.pipelines import wan
+
+PROBE = SimpleNamespace(layers="1", steps="0,2", pooling="region", frames=True, decode="0", randomised=0)
+TASK = MazeConfig(problems=20, frames=5)
+DRAWN = draw_samples(TASK.build(), TASK, 0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wan()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "wan"
+    wan().save_pretrained(path)
+    return PipelineConfig(path=str(path), steps=3, frames=5, batch=8)
+
+
+@pytest.fixture(scope="module")
+def store(model, config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "store"
+    return collect(model, config, TASK.build(), PROBE, DRAWN, settings(config, TASK, PROBE, 0), folder)
+
+
+@pytest.fixture(scope="module")
+def samples(store):
+    return load_samples(store, TASK.build())[0]
+
+
+@pytest.fixture(scope="module")
+def inputs(store):
+    return load_samples(store, TASK.build())[1]
+
+
+@dataclass(frozen=True)
+class Altered(ActivationStore):
+    """A store of other tensors: those named are replaced by what a function makes of them, or missing for None."""
+
+    changes: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = field(default_factory=dict)
+
+    def read(self, *arguments) -> tuple[dict[str, torch.Tensor], dict]:
+        tensors, notes = super().read(*arguments)
+        for name, change in self.changes.items():
+            value = tensors.pop(name)
+            if change is not None:
+                tensors[name] = change(value)
+        return tensors, notes
+
+
+def altered(store: ActivationStore, **changes) -> ActivationStore:
+    return Altered(store.folder, store.settings, store.shards, changes)
+
+
+def test_probes_are_fitted_to_layers_and_inputs_stand_beside_them(samples, inputs):
+    expected = {Cell(step, "1", "cond", place) for step in (0, 2) for place in ("all", "0", "1")}
+    assert set(samples.cells) == expected and len(samples.cells) == 6
+    assert set(inputs) == {*INPUTS, X0}
+    for name, source in inputs.items():
+        changes = name in ("embed", "x_t", "x0_latent")
+        static = name in (PROMPT, NUISANCE)
+        assert source.whole.shape[:3] == (20, 2 if changes else 1, 1 if static else 2)
+        if static:
+            assert source.region is None and source.whole.shape[3] == 1
+        else:
+            assert source.region.shape[:4] == (*source.whole.shape[:3], 4) and source.whole.shape[3] == 16
+
+
+def test_noise_is_the_latent_of_the_first_step_in_the_same_regions(inputs):
+    noise, latent = inputs[NOISE], inputs["x_t"]
+    for part in ("whole", "region"):
+        assert torch.equal(getattr(noise, part)[:, 0], getattr(latent, part)[:, 0])
+        assert not torch.equal(getattr(noise, part)[:, 0], getattr(latent, part)[:, 1])
+    assert noise.region.shape[-1] == 4  # latent channels, not padded to the width of a block
+    assert noise.region.std() > 0.1
+
+
+def test_first_frame_and_prompt_are_what_the_pipeline_was_given(model, config, inputs):
+    drawn = DRAWN[8:16]
+    problems = [s.problem for s in drawn]
+    arguments = (images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in drawn])
+    seen = []
+
+    def spy(module, args, kwargs):
+        seen.append((kwargs["hidden_states"], kwargs["encoder_hidden_states"]))
+
+    handle = model.transformer.register_forward_pre_hook(spy, with_kwargs=True)
+    try:
+        sample(model, config, *arguments)
+    finally:
+        handle.remove()
+    latent, tokens = seen[0]
+    boxes, size = [p.regions for p in problems], tuple(latent.shape[2:])
+    by_token = latent[:, 4:].flatten(2).transpose(1, 2)
+    for part, pooling in (("region", Pooling("region", boxes=boxes)), ("whole", Pooling("grid"))):
+        expected = pooling.by_frame(by_token, size)
+        torch.testing.assert_close(getattr(inputs[FIRST_FRAME], part)[8:16, 0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(inputs[PROMPT].whole[8:16].flatten(1), tokens.float().mean(1), atol=1e-5, rtol=1e-5)
+
+
+def test_the_nuisances_are_an_input_where_there_are_any(samples, inputs, store):
+    assert torch.equal(inputs[NUISANCE].whole[:, 0, 0, 0], nuisance_columns(samples))
+    assert set(samples.difficulty) == {"rooms", "length", "reachable"}
+    none = altered(store, **{f"difficulty.{name}": None for name in samples.difficulty})
+    bare, others, _ = load_samples(none, TASK.build())
+    assert set(others) == set(inputs) - {NUISANCE}
+    assert torch.equal(bare.features, samples.features) and bare.cells == samples.cells
+
+
+# targets that cannot be fitted
+
+
+def reasons(samples) -> dict[str, str]:
+    names = [target.name for target in TASK.build().targets]
+    return {next(name for name in names if repr(name) in line): line for line in samples.left_out}
+
+
+def test_a_target_that_a_split_lacks_is_left_out_and_named(store):
+    split = torch.from_numpy(load_samples(store, TASK.build())[0].split == "validation")
+    without = altered(
+        store, **{"label.answer": lambda y: y.masked_fill(split, -1), "label.corridors": lambda y: y * 0 - 1}
+    )
+    found, _, _ = load_samples(without, TASK.build())
+    said = reasons(found)
+    assert "no sample of validation" in said["answer"]
+    assert "no sample of train and validation and test" in said["corridors"]
+    names = {target.name for target in found.targets}
+    assert not names & {"answer", "answer_relabelled", "corridors"}
+    assert {"start", "length", "control"} <= names and not {"start", "length", "control"} & set(said)
+
+
+def test_a_target_of_one_class_is_left_out_and_a_choice_says_whose_it_is(store):
+    train = torch.from_numpy(load_samples(store, TASK.build())[0].split == "train")
+    same = altered(
+        store,
+        choice=lambda y: torch.where(train, 2, torch.arange(len(y)) % 4),
+        **{"label.length": lambda y: torch.where(train & (y >= 0), 1, y)},
+    )
+    found, _, _ = load_samples(same, TASK.build())
+    said = reasons(found)
+    assert "the model settles on 1 class" in said["choice"]
+    assert "it has 1 class" in said["length"]
+    assert not {target.name for target in found.targets} & {"choice", "choice_relabelled", "length"}
+    two = altered(store, choice=lambda y: torch.arange(len(y)) // 2 % 4)
+    found, _, _ = load_samples(two, TASK.build())
+    assert "choice" not in reasons(found)
+    assert "choice" in {target.name for target in found.targets}
+
+
+def test_a_store_in_which_no_choice_is_made_has_all_other_targets(store):
+    found, _, _ = load_samples(altered(store, choice=lambda y: y * 0 - 1), TASK.build())
+    assert list(reasons(found)) == ["choice"]
+    assert [t.name for t in found.targets if t.role != "relabelled"] == [
+        t.name for t in TASK.build().targets if t.name != "choice"
+    ]
+
+
+def test_seeds_and_labels_come_along(samples):
+    drawn = DRAWN
+    assert samples.replica.tolist() == [s.replica for s in drawn]
+    assert samples.difficulty["rooms"].tolist() == [s.problem.difficulty["rooms"] for s in drawn]
+    assert set(samples.scores) == {"x0_readout", "final", "solved"}
+    early, late = np.isnan(samples.scores["x0_readout"]).all(axis=2)[:, [0, 2]].T
+    assert early.tolist() == (samples.split == "train").tolist()  # decoded for validation and test only
+    assert late.all()  # step 2 is not among `probe.decode`
+
+
+# controls by relabelling
+
+
+@pytest.fixture(scope="module")
+def mazes() -> dict[str, torch.Tensor]:
+    """Labels of 300 mazes, train and test."""
+    task = Maze()
+    problems = task.problems("train", 200) + task.problems("test", 100)
+    answer = torch.tensor([p.labels.get("answer", -1) for p in problems])
+    return {
+        "answer": answer,
+        "choice": torch.where(answer < 0, torch.arange(300) % 5 - 1, -1),
+        "start": torch.tensor([p.labels["start"] for p in problems]),
+    }
+
+
+def test_a_relabelling_is_a_function_of_the_attribute_whatever_the_split(mazes):
+    controls, found = relabelled(Maze().targets, mazes)
+    assert [(t.name, t.role, t.form, t.classes) for t in controls] == [
+        ("answer_relabelled", "relabelled", "candidate", 4),
+        ("choice_relabelled", "relabelled", "candidate", 4),
+    ]
+    assert [t.kinds for t in controls] == [("one_exit",), ("choice",)]
+    for name in ("answer", "choice"):
+        labels = found[f"{name}_relabelled"]
+        pairs = {(int(a), int(b)) for a, b in zip(mazes["start"], labels, strict=True) if b >= 0}
+        assert len(pairs) == len({attribute for attribute, _ in pairs})  # one label for each attribute
+        assert {label for _, label in pairs} == {0, 1, 2, 3}
+        assert torch.equal(labels < 0, mazes[name] < 0)
+        share = labels[labels >= 0].bincount(minlength=4) / (labels >= 0).sum()
+        assert share.max() < 0.4
+        assert share.min() > 0.1
+        half = {key: value[200:] for key, value in mazes.items()}  # the test split alone: the same table
+        assert torch.equal(relabelled(Maze().targets, half)[1][f"{name}_relabelled"], labels[200:])
+    both = [{int(a): int(b) for a, b in zip(mazes["start"], y, strict=True) if b >= 0} for y in found.values()]
+    assert both[0] != both[1]  # two controls, two tables
+
+
+def test_samples_without_the_attribute_have_no_control(mazes):
+    start = torch.where(torch.arange(300) < 10, -1, mazes["start"])
+    _, found = relabelled(Maze().targets, mazes | {"start": start})
+    assert (found["answer_relabelled"][:10] == -1).all()
+    assert torch.equal(found["answer_relabelled"][10:] < 0, mazes["answer"][10:] < 0)
+
+
+def test_without_an_attribute_or_a_headline_there_is_no_control(mazes):
+    assert relabelled([t for t in Maze().targets if t.name != "start"], mazes) == ((), {})
+    doors = Target("corridors", 2, "region", "perception", ("one_exit",))
+    assert relabelled([Maze().targets[0], doors], mazes) == ((), {})
+    assert relabelled([t for t in Maze().targets if t.role == "perception"], mazes) == ((), {})
+
+
+def test_samples_of_a_store_carry_their_controls(samples):
+    names = [t.name for t in samples.targets if t.role == "relabelled"]
+    assert "answer_relabelled" in names
+    for name in names:
+        plain = samples.labels[name.removesuffix("_relabelled")]
+        assert torch.equal(samples.labels[name] < 0, plain < 0)
+    _, again = relabelled(samples.targets, samples.labels)
+    assert torch.equal(samples.labels["answer_relabelled"], again["answer_relabelled"])

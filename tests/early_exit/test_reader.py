@@ -1,0 +1,151 @@
+"""Answers that stream out of a real pipeline, and banks that refuse what they were not made for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+
+from cosprobe.activations.capture import capture
+from cosprobe.activations.collect import images
+from cosprobe.early_exit.policy import Policy
+from cosprobe.early_exit.reader import attach, bank_policy, pooling_of
+from cosprobe.models.pipelines import PipelineConfig, load_pipeline, sample
+from cosprobe.probes.bank import ProbeBank
+from cosprobe.tasks import Maze, MazeConfig
+from tests.examples.banks import CELLS, bank_for, policy_at
+from tests.examples.pipelines import CONFIG, wan
+
+TASK = MazeConfig(frames=5).build()
+PROBLEMS = TASK.problems("test", 3, "one_exit")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> PipelineConfig:
+    path = tmp_path_factory.mktemp("model") / "wan"
+    wan().save_pretrained(path)
+    return replace(CONFIG, path=str(path))
+
+
+@pytest.fixture(scope="module")
+def pipeline(config):
+    return load_pipeline(config)
+
+
+@pytest.fixture(scope="module")
+def bank(config) -> ProbeBank:
+    return bank_for(config)
+
+
+def run(pipeline, config, problems=PROBLEMS, **changes):
+    prompts, seeds = [p.prompt for p in problems], range(len(problems))
+    return sample(pipeline, replace(config, **changes), images(TASK, problems), prompts, seeds)
+
+
+@pytest.fixture(scope="module")
+def odds(pipeline, config, bank) -> torch.Tensor:
+    """[look, sample, class] of a whole run."""
+    with capture(pipeline, ["0", "2"], pooling_of("region", False, PROBLEMS)) as tape:
+        run(pipeline, config)
+    features = torch.stack([tape.parts[(c.step, c.site, "cond")][:, 0] for c in CELLS], dim=1)
+    return bank.probabilities(features, "answer", CELLS)
+
+
+def test_every_look_is_told_and_the_run_is_finished_when_nothing_is_sure(pipeline, config, bank, odds):
+    told = []
+    with attach(bank, pipeline, PROBLEMS, policy_at(math.inf), told.append) as reader:
+        video = run(pipeline, config)
+    assert np.array_equal(video, run(pipeline, config))
+    assert [step for step, _, _ in told] == [c.step for c in CELLS]
+    assert [list(said) for _, said, _ in told] == odds.argmax(-1).tolist()
+    assert torch.equal(torch.tensor([sure for _, _, sure in told]), odds.amax(-1))
+    assert reader.answers == [None] * 3 and not reader.stopped
+
+
+def test_the_run_ends_when_every_problem_of_the_batch_has_an_answer(pipeline, config, bank, odds):
+    """The threshold is the lowest of each problem's best confidence: the last one answers at that very look."""
+    sure, threshold = odds.amax(-1), float(odds.amax(-1).amax(0).min())
+    first = [int((column >= threshold).nonzero()[0]) for column in sure.T]
+    finished = False
+    with attach(bank, pipeline, PROBLEMS, policy_at(threshold)) as reader:
+        run(pipeline, config)
+        finished = True
+    assert reader.stopped and not finished
+    assert len(reader.readings) == max(first) + 1
+    for i, (answer, look) in enumerate(zip(reader.answers, first, strict=True)):
+        assert answer == (int(odds[look, i].argmax()), float(sure[look, i]), CELLS[look].step, int(CELLS[look].site))
+
+
+def test_the_bank_carries_its_policy(bank, pipeline, config, tmp_path):
+    policy = policy_at(0.0)
+    bank.signed(policies=[policy.described()]).save(tmp_path)
+    again = ProbeBank.load(tmp_path)
+    assert bank_policy(again, "one_exit") == policy
+    with attach(again, pipeline, PROBLEMS) as reader:
+        run(pipeline, config)
+    assert len(reader.readings) == 1 and all(reader.answers)
+
+
+def refused(bank: ProbeBank, pipeline, problems=PROBLEMS, policy: Policy | None = None, call=None):
+    with attach(bank, pipeline, problems, policy or policy_at(0.5)):
+        if call is not None:
+            call()
+
+
+def test_another_model_or_scheduler_is_refused(bank, pipeline, config, tmp_path):
+    other = bank.signed(store=bank.provenance["store"] | {"model": "beef"})
+    with pytest.raises(ValueError, match="this bank was made for model beef, the pipeline is"):
+        refused(other, pipeline)
+    changed = load_pipeline(config)
+    changed.scheduler = UniPCMultistepScheduler.from_config(changed.scheduler.config)
+    with pytest.raises(
+        ValueError, match="a scheduler with _class_name=FlowMatchEuler.*, the pipeline's has _class_name=UniPC"
+    ):
+        refused(bank, changed)
+    changed = load_pipeline(config)
+    changed.scheduler.register_to_config(shift=5.0)
+    with pytest.raises(ValueError, match="shift=3.0, the pipeline's has shift=5.0; use the scheduler the model"):
+        refused(bank, changed)
+    with pytest.raises(ValueError, match="the pipeline comes from no folder"):
+        refused(bank, wan())
+    with pytest.raises(ValueError, match="does not say which model it was made for"):
+        refused(replace(bank, provenance={}), pipeline)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 4}, "made for steps=3, this run has steps=4; call the pipeline with num_inference_steps=3"),
+        ({"guidance": 2.0}, "made for guidance=1, this run has guidance=2; call the pipeline with guidance_scale=1"),
+    ],
+)
+def test_another_call_is_refused_at_its_first_look(bank, pipeline, config, change, message):
+    with pytest.raises(ValueError, match=message):
+        refused(bank, pipeline, call=lambda: run(pipeline, config, **change))
+
+
+def test_problems_it_does_not_know_are_refused(bank, pipeline):
+    with pytest.raises(ValueError, match="its task is 'hide', the stopping policy was calibrated for 'maze'"):
+        refused(bank, pipeline, [replace(PROBLEMS[0], task="hide")])
+    with pytest.raises(ValueError, match="its kind is 'choice', the stopping policy was calibrated for 'one_exit'"):
+        refused(bank, pipeline, Maze(frames=5).problems("test", 1, "choice"))
+    with pytest.raises(ValueError, match="2 regions, this bank was made for pooling over 4"):
+        refused(bank, pipeline, [replace(PROBLEMS[0], regions=PROBLEMS[0].regions[:2])])
+    with pytest.raises(ValueError, match="problems: none, expected one for every image"):
+        refused(bank, pipeline, [])
+    with (
+        pytest.raises(ValueError, match=r"kind 'one_exit': this bank has no stopping policy .*\(it has: none\)"),
+        attach(bank, pipeline, PROBLEMS),
+    ):
+        pass
+
+
+def test_an_activation_that_is_not_finite_is_named(bank, pipeline, config):
+    broken = load_pipeline(config)
+    broken.transformer.blocks[1].ffn.net[2].bias.data[0] = math.nan
+    with pytest.raises(ValueError, match=r"activations at \(step 0, 2, cond, all\) are not finite"):
+        refused(bank, broken, policy=policy_at(math.inf), call=lambda: run(broken, config))

@@ -1,0 +1,228 @@
+"""Permuted and fresh weights: few samples and steps, a store that can be continued, a table that can be trusted."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import replace
+from importlib import import_module
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cosprobe.activations.capture import capture
+from cosprobe.activations.collect import (
+    UNTRAINED,
+    Sample,
+    collect,
+    draw_samples,
+    few_samples,
+    few_steps,
+    images,
+    settings,
+)
+from cosprobe.activations.dataset import load_samples
+from cosprobe.activations.pooling import Pooling
+from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
+from cosprobe.activations.store import ActivationStore
+from cosprobe.cells import Cell
+from cosprobe.evaluation.checks.untrained import weights_table
+from cosprobe.evaluation.metrics import share_interval
+from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.probes.logistic import ProbeConfig, fit
+from cosprobe.runtime import TrainerConfig
+from cosprobe.tasks import Maze, MazeConfig
+from tests.examples.pipelines import wan
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+TASK = MazeConfig(problems=40, frames=5)
+DRAWN = draw_samples(TASK.build(), TASK, 0)
+PROBE = ProbeConfig(layers="0,2", lambdas=[0.1], randomised=30)
+TRAINER = TrainerConfig(precision="32-true")
+PROBLEM = Maze().problems("train", 1)[0]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wan()
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "wan"
+    wan().save_pretrained(path)
+    return PipelineConfig(path=str(path), steps=6, frames=5, batch=8)
+
+
+@pytest.fixture(scope="module")
+def store(model, pipeline, tmp_path_factory) -> ActivationStore:
+    return asked(model, pipeline, PROBE, tmp_path_factory.mktemp("run") / "store")
+
+
+def asked(model, pipeline, probe, folder) -> ActivationStore:
+    return collect(model, pipeline, TASK.build(), probe, DRAWN, settings(pipeline, TASK, probe, 0), folder)
+
+
+@pytest.fixture(scope="module")
+def samples(store):
+    return load_samples(store, TASK.build())[0]
+
+
+# what is asked
+
+
+@given(st.integers(10, 120), st.integers(1, 3), st.integers(1, 200))
+def test_few_samples_keep_the_proportions_and_the_first_of_every_split(problems, seeds, most):
+    counts = {"train": problems // 2, "validation": problems // 5, "test": problems // 3}
+    names = [split for split, count in counts.items() for _ in range(count * seeds)]
+    drawn = [Sample(replace(PROBLEM, split=split), i) for i, split in enumerate(names)]
+    places = few_samples(drawn, most)
+    assert len(places) <= most
+    assert places == sorted(set(places))
+    least = min(int(count * seeds * min(1, most / len(names))) for count in counts.values())
+    assert (places == []) == (least == 0)
+    if not places:
+        return
+    for split in counts:
+        of_split, kept = [[i for i in among if names[i] == split] for among in (range(len(names)), places)]
+        assert kept == of_split[: len(kept)]
+        exact = len(of_split) * min(1, most / len(names))
+        assert exact - 1 - 1e-6 <= len(kept) <= exact + 1e-6
+    if most >= len(names):
+        assert places == list(range(len(names)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "decode", "total", "expected"),
+    [
+        ("all", "auto", 20, (0, 2, 5)),
+        ("all", "auto", 4, (0, 1)),
+        ("0:20:5", "auto", 20, (0, 5)),
+        ("3,11", "auto", 20, (3,)),  # nothing is both kept and decoded early: the first that is kept
+        ("15,19", "auto", 20, (15,)),
+        ("all", "4", 20, (4,)),
+    ],
+)
+def test_few_steps_are_kept_decoded_and_in_the_first_half(steps, decode, total, expected):
+    assert few_steps(SimpleNamespace(steps=steps, decode=decode), total) == expected
+
+
+def test_no_other_weights_are_tried_when_turned_off_or_when_a_split_would_be_empty(model, pipeline, tmp_path, capsys):
+    said = "random weights are left out: probe.randomised=3 of 40 samples is too few"
+    for count in (0, 3):
+        store = asked(model, pipeline, replace(PROBE, randomised=count), tmp_path / str(count))
+        assert (said in capsys.readouterr().out) == (count == 3)
+        assert store.read(UNTRAINED)[0] == {}
+        samples, _, _ = load_samples(store, TASK.build())
+        assert weights_table(store, samples, PROBE, TRAINER, tmp_path, 0) is None
+
+
+# what is stored
+
+
+def test_other_weights_answer_the_very_calls_the_trained_ones_did(model, pipeline, store, samples):
+    tensors, notes = store.read(UNTRAINED)
+    assert notes["untrained_steps"] == [0, 1, 2]
+    places = tensors["untrained.sample"].tolist()
+    assert places == few_samples(DRAWN, 30)
+    assert [sum(samples.split[places] == split) for split in ("train", "validation", "test")] == [15, 6, 9]
+    features = tensors["untrained.features"]
+    assert features.shape == (30, 2, 3, 2, 1, 4, 24)  # sample, weights, step, layer, place, region, channel
+    assert not torch.equal(features[:, 0], features[:, 1])
+    some = places[16:24]  # validation and test samples, of two batches: here all in one, run again from the start
+    chunk, problems = [DRAWN[i] for i in some], [DRAWN[i].problem for i in some]
+    pooling = Pooling("region", boxes=[p.regions for p in problems])
+    given = (images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in chunk])
+    with capture(model, "0,2", pooling, "0:3", record=(0, 1, 2)) as tape:
+        sample(model, pipeline, *given, output_type="latent")
+    trained = tape.features()[:, :, :, 0]
+    for w, how in enumerate(RANDOMISED):
+        with randomised(model, how, 0):
+            expected = replay(model, tape, (0, 2), pooling)
+        torch.testing.assert_close(features[16:24, w], expected, atol=1e-5, rtol=1e-5)
+        assert (features[16:24, w] - trained).abs().mean() > 0.1 * trained.abs().mean()
+    for s, step in enumerate((0, 1, 2)):
+        for k, layer in enumerate("02"):
+            cell = samples.cells.index(Cell(step, layer, "cond", "all"))
+            torch.testing.assert_close(samples.features[some, cell], trained[:, s, k, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_cost_is_what_was_added(store):
+    calls, seconds = store.read(UNTRAINED)[0]["untrained.spent"].sum(dim=0).tolist()
+    assert calls == 30 * 2 * 3  # each kind of weights at three steps
+    assert 0 < seconds < 600
+
+
+def test_the_models_weights_are_as_before(model, store):
+    fresh = wan()
+    for ours, theirs in zip(model.transformer.parameters(), fresh.transformer.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, pipeline, store, monkeypatch, capsys):
+    before = store.read(UNTRAINED)[0]["untrained.features"]
+
+    def refuse(*a, **k):
+        raise AssertionError("sampled again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module("cosprobe.activations.collect"), "sample", refuse)
+        again = asked(model, pipeline, PROBE, store.folder)
+    assert again.fingerprint == store.fingerprint
+    assert "40 samples, permuted and fresh weights on 30 of them are already in" in capsys.readouterr().out
+    (store.folder / "shard-00002.safetensors").unlink()  # as if it had been killed before that shard
+    (store.folder / "manifest.json").unlink()
+    mended = asked(model, pipeline, PROBE, store.folder)
+    assert "4 of 5 shards are there" in capsys.readouterr().out
+    assert torch.equal(mended.read(UNTRAINED)[0]["untrained.features"], before)
+    with pytest.raises(ValueError, match="was made with probe.randomised=30, now probe.randomised=20"):
+        asked(model, pipeline, replace(PROBE, randomised=20), store.folder)
+
+
+# what is read
+
+
+def test_the_table_is_that_of_separate_fits_on_the_few(store, samples, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = weights_table(store, samples, PROBE, TRAINER, tmp_path, 0)
+        tensors, _ = store.read(UNTRAINED)
+        few = samples.rows(tensors["untrained.sample"].numpy())
+        assert table.targets == ("answer",)  # a random model settles on nothing: no choice
+        assert table.cells == tuple(Cell(s, n, "cond", "all") for s in (0, 1, 2) for n in "02")
+        assert (table.samples, table.evaluations) == (30, 180)
+        target = next(t for t in samples.targets if t.name == "answer")
+        for w in range(3):
+            features = few.features[:, [few.cells.index(cell) for cell in table.cells]]
+            if w:
+                features = tensors["untrained.features"][:, w - 1].flatten(1, 3)
+            these = replace(few, features=features, cells=table.cells, targets=(target,))
+            bank = fit(these, replace(PROBE, kind="newton"), TRAINER, tmp_path, 0)
+            for split, found in (("validation", table.validation), ("test", table.accuracy)):
+                part = these.subset(split)
+                labels = part.labels["answer"]
+                right = (bank.predict(part.features, "answer") == labels)[:, labels >= 0].double().numpy()
+                np.testing.assert_allclose(found[0, w], right.mean(1))
+            lower, upper = share_interval(right, part.keys[labels.numpy() >= 0])
+            np.testing.assert_allclose(table.lower[0, w], lower)
+            np.testing.assert_allclose(table.upper[0, w], upper)
+    for values in (table.accuracy, table.lower, table.upper, table.validation):
+        assert values.shape == (1, 3, 6)
+
+
+def test_targets_the_few_do_not_carry_are_left_out(store, samples, tmp_path):
+    few = store.read(UNTRAINED)[0]["untrained.sample"].numpy()
+    labels = samples.labels["answer"].clone()
+    test = few[samples.split[few] == "test"]
+    labels[torch.from_numpy(test)] = -1
+    assert weights_table(
+        store, replace(samples, labels=samples.labels | {"answer": labels}), PROBE, TRAINER, tmp_path, 0
+    ) is None  # fmt: skip
+    one = torch.where(samples.labels["answer"] >= 0, 2, -1)
+    single = replace(samples, labels=samples.labels | {"answer": one})
+    assert weights_table(store, single, PROBE, TRAINER, tmp_path, 0) is None

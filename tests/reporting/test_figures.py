@@ -1,0 +1,216 @@
+"""Figures: what they draw is what the grid holds, and a stranger can read them at README width."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.collections import LineCollection, QuadMesh
+
+from cosprobe.evaluation.grid import Grid
+from cosprobe.evaluation.scoring import build_grid
+from cosprobe.reporting.figures import (
+    LAYER_LABEL,
+    OUTLINE,
+    STEP_LABEL,
+    UNDEFINED,
+    WORST,
+    _border,
+    curves,
+    default_layers,
+    frame_maps,
+    headline,
+    maps,
+    skill_colours,
+    ticks,
+)
+from tests.examples.figures import apart, check_words
+from tests.examples.grids import ANSWER, CHOICE, CONTROL, DOORS, START, synthetic
+
+
+@pytest.fixture(scope="module")
+def grid() -> Grid:
+    return build_grid(synthetic(steps=12, targets=(ANSWER, CHOICE, START, DOORS, CONTROL)), draws=200)
+
+
+@pytest.fixture(scope="module")
+def framed() -> Grid:
+    places, branches = ("all", "0", "1", "2"), ("cond", "uncond")
+    return build_grid(synthetic(4, 5, 80, places, branches, targets=(ANSWER, CHOICE)), draws=100)
+
+
+def panels(figure):
+    return [axes for axes in figure.axes if axes.get_visible() and axes.get_xlabel()]
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def test_map_shows_the_skill_of_every_cell(grid):
+    first, second = panels(headline(grid))
+    for axes, target in ((first, "answer"), (second, "choice")):
+        (mesh,) = [c for c in axes.collections if type(c) is QuadMesh]
+        drawn = np.ma.filled(mesh.get_array(), np.nan).reshape(8, 12)
+        np.testing.assert_array_equal(drawn, grid.plane(target).skill.transpose("layer", "step").values)
+        assert mesh.get_clim() == (WORST, 1)
+        assert axes.get_ylim()[0] < axes.get_ylim()[1]  # layer 0 at the bottom
+        assert (axes.get_xlabel(), axes.get_ylabel()) == (STEP_LABEL, LAYER_LABEL)
+
+
+def test_title_says_what_is_decoded_from_how_many_of_what(grid):
+    answer, choice = (axes.get_title(loc="left") for axes in panels(headline(grid)))
+    assert "which candidate is right?" in answer
+    assert "kind one-exit, n = 196" in answer
+    assert f"best accuracy {grid.best('answer').accuracy:.2f}" in answer
+    assert "which one will the model pick?" in choice
+    (control,) = (axes.get_title(loc="left") for axes in panels(maps(grid, ["control"])))
+    assert "must be hatched" in control
+    assert "all problems" in control
+    assert "no evidence" in control
+
+
+def test_star_stands_on_the_best_cell_and_only_where_there_is_evidence(grid):
+    for target in ("answer", "control"):
+        (axes,) = panels(maps(grid, [target]))
+        stars = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "*"]
+        cell = grid.best(target).cell
+        assert stars == ([[[cell.step + 0.5, int(cell.site) + 0.5]]] if target == "answer" else [])
+
+
+def test_hatched_cells_are_those_without_evidence(grid):
+    for target in ("choice", "control"):
+        (axes,) = panels(maps(grid, [target]))
+        (hatched,) = [c for c in axes.collections if c.get_hatch()]
+        assert hatched.get_array().count() == int((grid.plane(target).p_evidence > 0.05).sum())
+
+
+def test_cells_without_any_p_are_hatched_too():
+    evaluated = synthetic(2, 3, 40, targets=(ANSWER,))
+    first = evaluated.results[0]
+    few = replace(first, test=replace(first.test, keys=np.array([f"t{i % 11}" for i in range(40)])))
+    (axes,) = panels(maps(build_grid(replace(evaluated, results=(few,)), draws=20), ["answer"]))
+    (hatched,) = [c for c in axes.collections if c.get_hatch()]
+    assert hatched.get_array().count() == 6
+    (outline,) = [c for c in axes.collections if isinstance(c, LineCollection)]
+    assert len(outline.get_segments()) == 0
+
+
+def test_outline_holds_the_cells_that_read_more_than_the_picture_shows(grid):
+    plane = grid.plane("answer").transpose("layer", "step", ...)
+    inside = ((plane.p_excess <= 0.05) & (plane.p_evidence <= 0.05)).values
+    assert 0 < inside.sum() < inside.size
+    (axes,) = panels(maps(grid, ["answer"]))
+    (outline,) = [c for c in axes.collections if isinstance(c, LineCollection)]
+    segments = {tuple(map(tuple, s.astype(int).tolist())) for s in outline.get_segments()}
+    for row, column in np.ndindex(inside.shape):
+        for dy, dx, edge in (
+            (1, 0, ((column, row + 1), (column + 1, row + 1))),
+            (0, 1, ((column + 1, row), (column + 1, row + 1))),
+        ):
+            y, x = row + dy, column + dx
+            neighbour = inside[y, x] if y < inside.shape[0] and x < inside.shape[1] else False
+            assert (edge in segments) == (inside[row, column] != neighbour)
+
+
+def test_border_of_one_cell_is_its_four_sides():
+    assert len(_border(np.array([[False, False], [False, True]]))) == 4
+    assert len(_border(np.array([[True, True], [True, True]]))) == 8
+    assert _border(np.zeros((3, 3), dtype=bool)) == []
+
+
+def test_legend_explains_only_what_occurs(grid):
+    assert any("no evidence" in text for text in texts(maps(grid, ["control"])))
+    assert not any("best cell" in text for text in texts(maps(grid, ["control"])))
+    assert not any("no evidence" in text for text in texts(maps(grid, ["start"])))
+    blank = grid.dataset.copy(deep=True)
+    blank.skill.loc[{"target": "start", "step": 3}] = np.nan
+    assert any("undefined" in text for text in texts(maps(Grid(blank), ["start"])))
+
+
+def test_lightness_falls_on_either_side_of_zero():
+    """The map reads the same printed in grey."""
+    colours = skill_colours()
+    rgb = colours(np.linspace(0, 1, 300))[:, :3]
+    light = rgb @ [0.2126, 0.7152, 0.0722]
+    zero = round(-WORST / (1 - WORST) * 299)
+    assert light[zero] > 0.98
+    assert (np.diff(light[zero:]) <= 1e-3).all()
+    assert (np.diff(light[: zero + 1]) >= -1e-3).all()
+    assert matplotlib.colors.to_hex(colours(np.nan)) == UNDEFINED
+
+
+def test_curves_are_the_accuracies_and_readouts_only_where_decoded(grid):
+    figure = curves(grid, ["answer", "choice"], layers=[0, 7])
+    for axes, target in zip(panels(figure), ("answer", "choice"), strict=True):
+        lines = {line.get_label(): line for line in axes.lines}
+        plane = grid.plane(target)
+        for layer in (0, 7):
+            np.testing.assert_array_equal(lines[f"probe on layer {layer}"].get_ydata(), plane.accuracy.sel(layer=layer))
+        readout = lines["forced-choice readout of decoded x0-hat"]
+        assert readout.get_xdata().tolist() == [0, 2, 5, 8, 11]
+        assert len(axes.collections) == 2  # an interval band per layer
+        np.testing.assert_array_equal(lines["strongest input, where skill is 0"].get_ydata(), plane.reference)
+        assert set(lines["chance"].get_ydata()) == {float(plane.chance)}
+        assert ("the model's own final answer" in lines) == (target == "answer")
+        assert axes.get_xlabel() == STEP_LABEL
+    assert len(texts(figure)) == len(set(texts(figure))) == 2 + 6 + 1
+
+
+def test_default_layers_spread_and_hold_the_best(grid):
+    chosen = default_layers(grid, ["answer", "choice"])
+    assert {0, 7, int(grid.best("answer").cell.site), int(grid.best("choice").cell.site)} <= set(chosen)
+    assert len(chosen) <= 6
+
+
+def test_frame_maps_cross_at_the_best_cell(framed):
+    left, right = panels(frame_maps(framed, "answer"))
+    cell = framed.best("answer").cell
+    data = framed.dataset.sel(target="answer", branch=cell.branch)
+    meshes = [next(c for c in axes.collections if type(c) is QuadMesh).get_array() for axes in (left, right)]
+    np.testing.assert_array_equal(meshes[0].data, data.skill.sel(step=cell.step).transpose("layer", "place"))
+    np.testing.assert_array_equal(meshes[1].data, data.skill.sel(layer=int(cell.site)).transpose("place", "step"))
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["all", "0", "1", "2"]
+    assert "latent frame" in left.get_xlabel()
+    assert "latent frame" in right.get_ylabel()
+
+
+def test_frame_maps_need_several_places(grid):
+    with pytest.raises(ValueError, match="the grid has one place, 'all': expected several; use probe=frames"):
+        frame_maps(grid, "answer")
+
+
+def test_a_change_of_expert_is_marked():
+    evaluated = synthetic(2, 4, 40, targets=(ANSWER,))
+    object.__setattr__(evaluated, "experts", ("high", "high", "low", "low"))
+    (axes,) = panels(maps(build_grid(evaluated, draws=20), ["answer"]))
+    assert [text.get_text() for text in axes.texts] == ["high", "low"]
+    assert any(line.get_xdata()[0] == 2 for line in axes.lines if len(line.get_xdata()) == 2)
+
+
+def test_outline_colour_is_not_on_the_map():
+    rgb = np.array(matplotlib.colors.to_rgb(OUTLINE))
+    assert np.abs(skill_colours()(np.linspace(0, 1, 300))[:, :3] - rgb).sum(1).min() > 0.25
+
+
+@pytest.mark.parametrize("draw", ["headline", "others", "curves", "frames", "one"])
+def test_every_word_is_legible_and_inside_the_picture(grid, framed, draw):
+    """At 100 px per inch: at least 10 px high, cut off nowhere, no title running into the next panel."""
+    figure = {
+        "headline": lambda: headline(grid),
+        "others": lambda: maps(grid, ["start", "corridors", "control"]),
+        "curves": lambda: curves(grid, ["answer", "choice"]),
+        "frames": lambda: frame_maps(framed, "choice"),
+        "one": lambda: maps(framed, ["answer"]),
+    }[draw]()
+    drawn = check_words(figure)
+    assert apart([box for t, box in drawn.items() if "\n" in t.get_text() and "problems" in t.get_text()])  # titles
+
+
+def test_ticks_are_few_and_round():
+    assert ticks(np.arange(8)) == list(range(8))
+    assert ticks(np.arange(20)) == [0, 5, 10, 15]
+    assert ticks(np.array([0, 10, 20])) == [0, 10, 20]
+    assert all(len(ticks(np.arange(n))) <= 8 for n in range(1, 300))

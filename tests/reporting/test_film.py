@@ -1,0 +1,92 @@
+"""The film strip: the right pictures, boxes and words in the right places."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+
+from cosprobe.reporting.film import FREE, RIGHT, WRONG, film_strip
+from tests.examples.films import film
+
+
+def boxes(axes) -> list[tuple[str, tuple[float, float]]]:
+    return [(to_hex(p.get_edgecolor()), p.get_xy()) for p in axes.patches if isinstance(p, Rectangle)]
+
+
+def test_rows_are_problems_and_columns_steps():
+    strip = film()
+    figure = film_strip(strip.rows, strip.steps)
+    panels = np.array(figure.axes).reshape(3, 4)
+    assert [axes.get_title() for axes in panels[0]] == ["first frame", "x0-hat, step 0", "step 4", "step 8"]
+    assert [axes.get_ylabel() for axes in panels[:, 0]] == ["right", "wrong", "choice"]
+    for row, line in zip(strip.rows, panels, strict=True):
+        np.testing.assert_array_equal(line[0].images[0].get_array(), row.first_frame)
+        for i, axes in enumerate(line[1:]):
+            np.testing.assert_array_equal(axes.images[0].get_array(), row.frames[i])
+            assert axes.get_xlabel() == f"candidate {row.picks[i]}"
+
+
+def test_boxes_show_what_is_read_and_whether_it_is_right():
+    strip = film()
+    panels = np.array(film_strip(strip.rows, strip.steps).axes).reshape(3, 4)
+    for row, line, last in zip(strip.rows, panels, (RIGHT, WRONG, FREE), strict=True):
+        early = FREE if row.answer is None else WRONG
+        for i, colour in enumerate((early, early, last)):
+            x0, y0 = row.regions[row.picks[i]][:2]
+            assert boxes(line[i + 1]) == [(colour, (x0 * 64 - 0.5, y0 * 64 - 0.5))]
+        assert len(boxes(line[0])) == (row.answer is not None)
+    assert panels[0, 0].get_xlabel() == f"answer {strip.rows[0].answer}, drew {strip.rows[0].answer}"
+    assert panels[2, 0].get_xlabel() == "drew none"
+
+
+def test_without_regions_the_words_remain():
+    strip = film()
+    figure = film_strip([replace(strip.rows[0], regions=())], strip.steps)
+    assert all(boxes(axes) == [] for axes in figure.axes)
+    assert figure.axes[3].get_xlabel() == f"candidate {strip.rows[0].picks[2]}"
+
+
+def test_legend_speaks_of_the_rows_shown():
+    strip = film()
+    words = [t.get_text() for t in film_strip(strip.rows[2:], strip.steps).legends[0].get_texts()]
+    assert words == ["forced choice, several are right"]
+    assert len(film_strip(strip.rows, strip.steps).legends[0].get_texts()) == 4
+
+
+def test_many_steps_are_thinned_from_first_to_last():
+    strip = film(steps=20)
+    titles = [axes.get_title() for axes in film_strip(strip.rows, strip.steps).axes[:8]]
+    assert titles[1] == "x0-hat, step 0"
+    assert titles[-1] == "step 76"
+    assert len(film_strip(strip.rows, strip.steps).axes) == 3 * 8
+
+
+@pytest.mark.parametrize("steps", [3, 20])
+def test_words_stay_inside_the_picture_and_apart(steps):
+    strip = film(steps)
+    figure = film_strip(strip.rows, strip.steps)
+    figure.set_dpi(100)
+    figure.canvas.draw()
+    width, height = figure.canvas.get_width_height()
+    assert width == 800
+    drawn = [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
+    extents = [t.get_window_extent(figure.canvas.get_renderer()) for t in drawn]
+    for text, box in zip(drawn, extents, strict=True):
+        assert box.x0 >= -1, text.get_text()
+        assert box.x1 <= width + 1, text.get_text()
+        assert box.y0 >= -1, text.get_text()
+        assert box.y1 <= height + 1, text.get_text()
+    assert not any(a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i])
+
+
+def test_bad_rows_are_named():
+    strip = film()
+    with pytest.raises(ValueError, match="film row 'right': 3 frames and 3 picks, expected one per decoded step, 2"):
+        film_strip(strip.rows, strip.steps[:2])
+    with pytest.raises(ValueError, match="film strip of 0 problems and 3 steps: expected at least one of each"):
+        film_strip([], strip.steps)

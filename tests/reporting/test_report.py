@@ -1,0 +1,333 @@
+"""The report: every number it prints is the grid's, and every file it names exists."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from cosprobe.cells import INPUTS
+from cosprobe.evaluation.checks.suite import Checks
+from cosprobe.evaluation.grid import GUESSES, Grid
+from cosprobe.evaluation.scoring import build_grid
+from cosprobe.reporting import report
+from cosprobe.reporting.report import (
+    ground,
+    log_tensorboard,
+    print_summary,
+    remarks,
+    summarise,
+    summary_markdown,
+    write_report,
+)
+from cosprobe.reporting.summary import check_table
+from tests.examples.films import film
+from tests.examples.grids import ANSWER, CHOICE, CONTROL, START, reading, synthetic
+from tests.examples.runs import examined, small, world
+from tests.examples.runs import run as small_run
+
+FIGURES = {"headline.png", "curves.png", "others.png", "film.png"}
+NOTHING = Checks({}, (), (), (), {}, None, ())
+
+
+@pytest.fixture(scope="module")
+def grid() -> Grid:
+    evaluated = synthetic(3, 4, 120, targets=(ANSWER, CHOICE, START, CONTROL))
+    return build_grid(evaluated, draws=100, provenance={"model": {"name": "mini"}, "seed": 3})
+
+
+@pytest.fixture(scope="module")
+def run(grid, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    assert write_report(grid, NOTHING, run, film()) == run / "report"
+    return run
+
+
+def printed(grid: Grid, run: Path, checks: Checks = NOTHING) -> str:
+    out = StringIO()
+    print_summary(grid, checks, run, Console(file=out, width=80))
+    return out.getvalue()
+
+
+def test_report_holds_grid_summary_and_figures_and_nothing_half_written(grid, run):
+    assert {p.name for p in (run / "report").iterdir()} == {"grid.nc", "summary.md"} | FIGURES
+    for name in FIGURES:
+        assert (run / "report" / name).read_bytes().startswith(b"\x89PNG")
+    assert Grid.load(run).best("answer") == grid.best("answer")
+    text = (run / "report" / "summary.md").read_text()
+    assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == FIGURES
+    assert "* `model.name`: mini" in text
+    assert "* `seed`: 3" in text
+
+
+def test_a_grid_with_several_places_gets_frame_maps(tmp_path):
+    framed = build_grid(synthetic(2, 2, 60, places=("all", "0", "1"), targets=(ANSWER,)), draws=30)
+    folder = write_report(framed, NOTHING, tmp_path)
+    assert {p.name for p in folder.iterdir()} == {
+        "grid.nc", "summary.md", "headline.png", "curves.png", "frames_answer.png",
+    }  # fmt: skip
+    assert "Where in the video `answer` can be read" in (folder / "summary.md").read_text()
+    assert "place " in summarise(framed)[0].where
+
+
+def test_a_kill_while_drawing_leaves_no_summary_and_no_half_figure(grid, tmp_path, monkeypatch):
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "curves", broken)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(grid, NOTHING, tmp_path)
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {"grid.nc", "headline.png"}
+
+
+def test_summary_rows_are_the_grids_numbers(grid):
+    for row in summarise(grid):
+        target, cell = row.best.target, row.best.cell
+        plane = grid.dataset.sel(target=target, step=cell.step, place=cell.place)
+        baselines = plane.baseline_accuracy
+        assert row.best == grid.best(target)
+        assert row.chance == float(plane.chance)
+        assert row.inputs[0] == float(baselines.sel(baseline=row.inputs[1]))
+        cross = plane.baseline_cross_validation.sel(baseline=list(INPUTS))
+        if np.isfinite(cross).any():
+            best = str(cross.baseline.values[int(np.nan_to_num(cross.values, nan=-1).argmax())])
+            below = float(baselines.sel(baseline=best)) < row.chance
+            assert row.inputs[1] == best if not below else row.inputs[1] in GUESSES
+        else:
+            assert row.inputs[1] in GUESSES and row.cells()[4] == "-"  # a guess is no input
+        np.testing.assert_equal(row.visible, (float(plane.visible), str(plane.visible_source.values)))
+        assert (row.samples, row.problems) == (120, 120)
+        assert row.found == (row.best.p <= 0.05)
+
+
+def test_targets_without_evidence_say_so(grid):
+    lines = {
+        line.split("|")[1].strip(): line
+        for line in summary_markdown(grid, NOTHING).splitlines()
+        if line.startswith("| ")
+    }
+    best = grid.best("answer")
+    assert f"| {best.accuracy:.2f} [{best.lower:.2f}, {best.upper:.2f}] |" in lines["answer"]
+    assert f"| p = {best.p:.3f} |" in lines["answer"]
+    assert "| no evidence |" in lines["control"]
+    weak = grid.dataset.copy(deep=True)
+    weak.p_evidence.loc[{"target": "answer"}] = 0.051
+    assert not summarise(Grid(weak))[0].found
+    assert "no evidence" in summarise(Grid(weak))[0].cells()
+    assert not any("reaches" in line for line in remarks(Grid(weak), NOTHING))
+
+
+def test_remarks_tell_model_accuracy_samples_left_out_and_control(grid):
+    text = "\n".join(remarks(grid, NOTHING))
+    own = grid.dataset.attrs["model_accuracy"]
+    assert f"own final answer is right on {own:.2f} [" in text
+    assert f"is right on {grid.best('answer').accuracy:.2f}" in text
+    assert "choice: 7 samples left out" in text
+    assert "control (random labels) is decodable in 0 cells after correction, as it should." in text
+    false = grid.dataset.copy(deep=True)
+    false.p_permutation.loc[{"target": "control", "layer": 1}] = 0.01
+    assert "decodable in 4 cells after correction, which should not be" in "\n".join(remarks(Grid(false), NOTHING))
+
+
+def test_printed_table_is_aligned_and_whole_where_there_is_no_terminal(grid, run):
+    lines = printed(grid, run).splitlines()
+    header = next(line for line in lines if "best cell" in line)
+    rows = [next(line for line in lines if line.strip().startswith(target)) for target in grid.targets]
+    for row, line in zip(summarise(grid), rows, strict=True):
+        words = row.cells()
+        assert all(word in line for word in words)
+        for name, word in (("best cell", words[1]), ("accuracy [95 %]", words[2]), ("evidence", words[6])):
+            assert line.index(word) == header.index(name)
+
+
+def test_printed_paths_are_never_broken(grid, tmp_path):
+    deep = tmp_path / ("a-very-long-name-" * 12)
+    text = printed(grid, deep)
+    assert f"report: {deep}/report/summary.md\n" in text
+    assert f"TensorBoard: tensorboard --logdir {deep}/tensorboard\n" in text
+
+
+# with checks
+
+
+def test_a_run_with_checks_reports_them(tmp_path):
+    made = small_run()
+    folder = write_report(made.grid, made.checks, tmp_path)
+    drawn = {"headline.png", "curves.png", "others.png", "checks.png", "generalisation.png"}
+    assert {p.name for p in folder.iterdir()} == {"grid.nc", "summary.md"} | drawn
+    text = (folder / "summary.md").read_text()
+    assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == drawn
+    head, rows = check_table(made.grid, made.checks)
+    section = text.split("## What the best cells survive")[1]
+    for cells in (head, *rows):
+        assert "| " + " | ".join(cells) + " |" in section
+    assert Grid.load(folder).dataset.bits.notnull().any()
+    out = printed(made.grid, tmp_path, made.checks)
+    lines = out[out.index(head[0]) : out.index("The model's own")].splitlines()[2:]
+    starts = [lines.index(line) for row in rows for line in lines if line.strip().startswith(f"{row[0]} ")]
+    assert len(starts) == len(rows)
+    for row, start, end in zip(rows, starts, [*starts[1:], len(lines)], strict=True):
+        shown = " ".join(lines[start:end]).split()  # a long cell goes on in the next line
+        assert sorted(shown) == sorted(" ".join(row).split())
+    assert "…" not in out
+
+
+def test_what_was_left_out_and_what_random_weights_cost_is_said():
+    few, made = small(), small_run()
+    text = "\n".join(remarks(few.grid, few.checks))
+    for reason in few.checks.skipped:
+        assert f"Left out of the checks: {reason}." in text
+    assert "Permuted and fresh" not in text
+    text = "\n".join(remarks(made.grid, made.checks))
+    assert "asked about 60 samples" in text and "1234 more network evaluations, 8 s when they were sampled" in text
+    assert "Left out" not in text
+
+
+def test_fits_that_missed_their_optimum_are_counted():
+    grid = small_run().grid
+    provenance = json.dumps({"converged": {"answer": [477, 480], "choice": [480, 480]}})
+    lines = remarks(Grid(grid.dataset.assign_attrs(provenance=provenance)), NOTHING)
+    assert [line for line in lines if "3 of 480 fits" in line and line.startswith("answer")]
+    assert not [line for line in lines if "480 of 480" in line or line.startswith("choice: 0")]
+
+
+def test_relabelled_controls_stay_out_of_tables_figures_and_charts(tmp_path):
+    made = small_run()
+    assert {"answer_relabelled", "choice_relabelled"} <= set(made.grid.targets)
+    assert [row.best.target for row in summarise(made.grid)] == ["answer", "choice", "start", "length", "control"]
+    assert "relabelled" not in summary_markdown(made.grid, made.checks)
+    assert "relabelled" not in printed(made.grid, Path("run"), made.checks)
+    tags = EventAccumulator(str(log_tensorboard(made.grid, tmp_path, {}))).Reload().Tags()
+    assert not any("relabelled" in tag for tag in (*tags["scalars"], *tags["images"]))
+
+
+def test_the_best_input_is_chosen_among_all_that_need_no_block():
+    made = small_run()
+    shown = {row.best.target: row for row in summarise(made.grid)}
+    for result in made.evaluated.results:
+        if result.target.name not in shown:
+            continue
+        row, cell = shown[result.target.name], made.grid.at(result.target.name, made.grid.best(result.target.name).cell)
+        assert row.inputs[0] == float(cell.baseline_accuracy.sel(baseline=row.inputs[1]))
+        if result.target.role in ("answer", "choice"):
+            assert set(result.readings) == {*INPUTS, "x0_latent"}
+            step = row.best.cell.step
+            best = max(INPUTS, key=lambda name, read=result.readings, at=step: read[name].accuracy[at, 0])
+            below = float(cell.baseline_accuracy.sel(baseline=best)) < row.chance
+            assert row.inputs[1] in GUESSES if below else row.inputs[1] == best
+            assert np.isfinite(cell.baseline_cross_validation.sel(baseline=list(INPUTS))).all()
+        else:
+            assert result.readings == {} and row.inputs[1] in GUESSES
+
+
+# what the numbers stand on
+
+
+def test_targets_that_were_left_out_are_named():
+    evaluated = replace(synthetic(2, 2, 60, targets=(ANSWER,)), left_out=("target 'choice' is left out: reason 7",))
+    built = build_grid(evaluated, draws=30)
+    assert "target 'choice' is left out: reason 7." in remarks(built, NOTHING)
+    assert "target 'choice' is left out: reason 7." in summary_markdown(built, NOTHING)
+
+
+def test_an_input_that_was_projected_is_named_with_its_columns():
+    evaluated = synthetic(2, 2, 60, targets=(ANSWER, START))
+    result, test = evaluated.results[0], evaluated.results[0].test.inputs
+    wide = reading(result.validation.inputs["embed"], test["embed"], 0.5, columns=640)
+    wide = replace(wide, columns=np.array([[640], [700]]))
+    mixed = replace(wide, columns=np.array([[8], [39]]), projected=np.array([[8], [39]]))  # two forms, both whole
+    result = replace(result, readings=result.readings | {"embed": wide, "x_t": mixed})
+    built = build_grid(replace(evaluated, results=(result, evaluated.results[1])), draws=30)
+    (line,) = (line for line in ground(built, "answer") if "columns" in line)
+    assert line in remarks(built, NOTHING)
+    assert "answer" in line and "embed" in line and {"700", "300"} <= set(re.findall(r"\d+", line))
+    assert "x_t" not in line
+    assert not any("columns" in line for line in ground(built, "start"))
+
+
+def test_the_smallest_skill_is_said_of_every_answer_and_choice(grid):
+    lines = remarks(grid, NOTHING)
+    for target in grid.targets:
+        data = grid.dataset.sel(target=target)
+        assert 0 < float(data.smallest_skill) < 1
+        said = [line for line in lines if line.startswith(target) and "smallest skill" in line]
+        assert len(said) == (target in ("answer", "choice"))
+        assert all(f"{float(data.smallest_skill):.2f}" in line and "120 test problems" in line for line in said)
+
+
+def test_a_run_of_few_problems_says_what_it_cannot_show(tmp_path):
+    few = small()  # 8 test problems of each kind, 6 of validation, 12 of train
+    text = summary_markdown(few.grid, few.checks)
+    for target in ("answer", "choice"):
+        for count, split in ((8, "test"), (6, "validation")):
+            assert any(f"{target}: {count} {split} problems" in line and "12" in line for line in text.splitlines())
+        assert f"{target}: 12 train" not in text
+        assert not any(row.found for row in summarise(few.grid) if row.best.target == target)
+    assert "start: 8" not in text  # all 16 problems have a start
+    assert write_report(few.grid, few.checks, tmp_path).is_dir()  # figures of maps without any p
+
+
+def test_a_grid_without_an_answer_or_a_choice_has_no_checks_to_draw(tmp_path):
+    samples, inputs = world({"train": 24, "validation": 12, "test": 16})
+    plain = tuple(t for t in samples.targets if t.role in ("perception", "control"))
+    made = examined(replace(samples, targets=plain), inputs, None)
+    assert made.checks.best == {}
+    folder = write_report(made.grid, made.checks, tmp_path)
+    assert {p.name for p in folder.iterdir()} == {"grid.nc", "summary.md", "headline.png", "curves.png"}
+    assert "survive" not in (folder / "summary.md").read_text()
+    assert "survive" not in printed(made.grid, tmp_path, made.checks)
+
+
+@pytest.fixture(scope="module")
+def events(grid, tmp_path_factory) -> EventAccumulator:
+    folder = tmp_path_factory.mktemp("tensorboard")
+    settings = {"probe": {"kind": "logistic", "lambdas": [0.1, 1.0]}, "seed": 0}
+    log_tensorboard(grid, folder, settings)
+    run = log_tensorboard(grid, folder, settings)  # a second report replaces the first
+    assert [p.name for p in folder.iterdir()] == ["grid"]
+    return EventAccumulator(str(run)).Reload()
+
+
+def test_tensorboard_has_one_curve_per_layer_over_steps(grid, events):
+    for layer in range(3):
+        curve = events.Scalars(f"answer/layer {layer}")
+        assert [event.step for event in curve] == [0, 1, 2, 3]
+        expected = grid.plane("answer").accuracy.sel(layer=layer).values
+        np.testing.assert_allclose([event.value for event in curve], expected, rtol=1e-6)
+    known = np.isfinite(grid.dataset.baseline_accuracy).any(["step", "place"]).sum(dtype=int)
+    assert len(events.Tags()["scalars"]) == 4 * 3 + int(known) + 4  # layers, baselines that exist, best cells
+
+
+def test_tensorboard_opens_on_one_chart_per_target(grid, events):
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == list(grid.targets)
+    for category in layout.category:
+        (pattern,) = category.chart[0].multiline.tag
+        matched = [tag for tag in events.Tags()["scalars"] if re.match(pattern, tag)]
+        assert {f"{category.title}/layer {n}" for n in range(3)} <= set(matched)
+        assert all(tag.startswith(f"{category.title}/") for tag in matched)
+
+
+def test_tensorboard_holds_maps_and_hparams(grid, events):
+    assert set(events.Tags()["images"]) == {"maps/headline", *(f"maps/{target}" for target in grid.targets)}
+    picture = events.Images("maps/answer")[0]
+    assert 400 < picture.width < 900
+    hparams = {}
+    for tag in events.PluginTagToContent("hparams").items():
+        content = plugin_data_pb2.HParamsPluginData.FromString(tag[1])
+        if content.HasField("session_start_info"):
+            hparams = dict(content.session_start_info.hparams)
+    assert hparams["probe.kind"].string_value == "logistic"
+    assert hparams["probe.lambdas"].string_value == "[0.1, 1.0]"
+    assert hparams["seed"].number_value == 0
+    best = events.Scalars("best/answer")[0].value
+    assert best == pytest.approx(grid.best("answer").accuracy, rel=1e-6)

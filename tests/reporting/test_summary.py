@@ -1,0 +1,154 @@
+"""The table of what the best cells survive: its numbers are the grid's, and what is not known is a dash."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cosprobe.evaluation.grid import Grid
+from cosprobe.reporting.summary import NONE, check_table
+from tests.examples.runs import Run, run, small
+
+
+@pytest.fixture(scope="module")
+def made() -> Run:
+    return run()
+
+
+def column(grid: Grid, checks, target: str) -> dict[str, str]:
+    head, rows = check_table(grid, checks)
+    at = 1 + list(checks.best).index(target)
+    return {row[0]: row[at] for row in rows}
+
+
+def numbers(text: str) -> list[float]:
+    return [float(n) for n in re.findall(r"[+-]?\d+\.\d+|(?<![\w.])\d+(?![\w.])", text)]
+
+
+def changed(grid: Grid, cell, target: str, **values) -> Grid:
+    """The same grid with other values at one cell."""
+    data = grid.dataset.copy(deep=True)
+    at = {"target": target, "step": cell.step, "layer": int(cell.site), "place": cell.place}
+    for name, value in values.items():
+        data[name].loc[{axis: at[axis] for axis in data[name].dims}] = value
+    return Grid(data)
+
+
+def test_a_column_per_target_and_a_row_per_check(made):
+    head, rows = check_table(made.grid, made.checks)
+    cells = made.checks.best
+    assert head == ["check of the best cell", *(f"{name}: layer {c.site}, step {c.step}" for name, c in cells.items())]
+    assert all(len(row) == 3 for row in rows)
+    assert len({row[0] for row in rows}) == len(rows) == 14
+
+
+def test_numbers_are_those_of_the_best_cell(made):
+    for name, at in made.checks.best.items():
+        cell, text = made.grid.at(name, at), column(made.grid, made.checks, name)
+        above = float(cell.accuracy - cell.reference)
+        assert text["above every input"].startswith(f"{above:+.2f} over {cell.reference_source.values}, p = ")
+        assert numbers(text["above every input"])[-1] == pytest.approx(float(cell.p_inputs), abs=5e-4)
+        assert text["above what x0-hat shows"].startswith(
+            f"{float(cell.excess):+.2f} over {cell.visible_source.values}"
+        )
+        ends = float(cell.selectivity_lower), float(cell.selectivity_upper)
+        assert text["selectivity"] == f"{float(cell.selectivity):+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]"
+        lower, upper = float(cell.visible_latency_lower), float(cell.visible_latency_upper)
+        assert not cell.visible_latency_at_most
+        assert text["latency of x0-hat, steps"] == f"{float(cell.visible_latency):.1f} [{lower:.1f}, {upper:.1f}]"
+        assert text["depth at this step, layers"].startswith(f"{float(cell.depth):.1f} [")
+        assert text["says what the video will"] == f"{float(cell.agreement):.2f}"
+        assert text["Brier score"] == f"{float(cell.brier):.2f}"
+        assert text["calibration error"] == (
+            f"{float(cell.ece):.3f} at T = {float(cell.temperature):.2f} ({float(cell.ece_raw):.3f} at 1), "
+            f"n = {int(cell.n_test)}"
+        )
+    answer = made.grid.at("answer", made.checks.best["answer"])
+    knew, wrong = float(answer.knew), int(answer.n_wrong)
+    assert 0 < wrong < 64
+    assert column(made.grid, made.checks, "answer")["right where the video is wrong"] == (
+        f"{round(knew * wrong)} of {wrong} wrong videos, {knew:.2f} "
+        f"[{float(answer.knew_lower):.2f}, {float(answer.knew_upper):.2f}]"
+    )
+    assert column(made.grid, made.checks, "choice")["right where the video is wrong"] == NONE  # a choice is never wrong
+
+
+def test_lengths_residuals_and_weights_are_those_of_the_analyses(made):
+    for t, name in enumerate(made.checks.best):
+        text, length, residual = (
+            column(made.grid, made.checks, name), made.checks.lengths[t], made.checks.residuals[t],
+        )  # fmt: skip
+        best, embed, latent = (f"{bits:.2f}" for bits in length.bits)
+        assert text["bits per label"] == f"{best} (embed {embed}, x0_latent {latent}, no probe 2.00)"
+        values = [residual.before.value[0], residual.after.value[0], residual.difference.lower[0]]
+        values += [residual.difference.upper[0], residual.alone.value]
+        np.testing.assert_allclose(numbers(text["nuisances removed"]), np.ravel(values).astype(float), atol=0.0051)
+        table = made.weights
+        first = table.accuracy[t][:, :3]  # the cells of step 0
+        best = table.validation[t][:, :3].argmax(axis=1)
+        trained, permuted, fresh = first[np.arange(3), best]
+        assert text["random weights"] == (
+            f"trained {trained:.2f}, permuted {permuted:.2f}, fresh {fresh:.2f} at step 0"
+        )
+
+
+def test_evidence_is_named_only_where_there_is_some(made):
+    cell = made.checks.best["answer"]
+    for p, words in ((0.05, "p = 0.050"), (0.051, "no evidence")):
+        grid = changed(made.grid, cell, "answer", p_inputs=p, p_excess=p)
+        text = column(grid, made.checks, "answer")
+        assert text["above every input"].endswith(words)
+        assert text["above what x0-hat shows"].endswith(words)
+
+
+def test_a_latency_at_the_first_step_is_a_bound_and_so_is_its_lag(made):
+    cell = made.checks.best["answer"]
+    known = {"latency": 0.0, "latency_lower": 0.0, "latency_upper": 0.5, "lag": 2.0}
+    known |= {"lag_lower": 1.0, "lag_upper": 2.5}
+    known |= {"visible_latency": 3.0, "visible_latency_lower": 2.0, "visible_latency_upper": 4.0}
+
+    def timed(probe: bool, picture: bool) -> list[str]:
+        bounds = {"latency_at_most": probe, "visible_latency_at_most": picture}
+        text = column(changed(made.grid, cell, "answer", **known, **bounds), made.checks, "answer")
+        return [text[f"{row}, steps"] for row in ("latency", "latency of x0-hat", "lag of x0-hat")]
+
+    plain, shown, lead = "0.0 [0.0, 0.5]", "3.0 [2.0, 4.0]", "+2.0 [+1.0, +2.5]"
+    assert timed(False, False) == [plain, shown, lead]
+    assert timed(True, False) == [f"at or before {plain}", shown, f"at least {lead}"]
+    assert timed(False, True) == [plain, f"at or before {shown}", f"at most {lead}"]
+    assert timed(True, True)[2] == "unknown: both from the first step on"
+    known |= {"latency_upper": 0.0}  # there at the first step in every draw: no interval
+    assert timed(True, False)[0] == "at or before 0.0"
+
+
+def test_what_was_not_made_is_a_dash(made):
+    few = small()
+    for name in few.checks.best:
+        text = column(few.grid, few.checks, name)
+        assert text["bits per label"] == text["nuisances removed"] == text["random weights"] == NONE
+        selectivity = float(few.grid.at(name, few.checks.best[name]).selectivity)
+        assert text["selectivity"] == f"{selectivity:+.2f}"  # of 8 problems: no interval of a difference
+        assert text["above every input"] == text["above what x0-hat shows"] == NONE
+    cell = made.checks.best["answer"]
+    names = (
+        "p_inputs",
+        "p_excess",
+        "selectivity",
+        "latency",
+        "visible_latency",
+        "lag",
+        "depth",
+        "agreement",
+        "knew",
+        "ece",
+        "brier",
+    )
+    text = column(changed(made.grid, cell, "answer", **dict.fromkeys(names, np.nan)), made.checks, "answer")
+    dashes = [row for row, words in text.items() if words == NONE]
+    assert len(dashes) == 11
+    assert not any("nan" in words for words in text.values())
+    one = replace(made.checks, best={"choice": made.checks.best["choice"]})
+    assert [len(row) for row in check_table(made.grid, one)[1]] == [2] * 14
