@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cosprobe.activations.collect import collect, draw_samples, settings
+from cosprobe.activations.collect import collect, settings
 from cosprobe.activations.dataset import load_samples
+from cosprobe.activations.samples import draw_samples
 from cosprobe.config import ProbeExperiment, TrainRun, command, save_config
 from cosprobe.evaluation.baselines import read_inputs
 from cosprobe.evaluation.checks.suite import examine

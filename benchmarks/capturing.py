@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.pairs import Pair, side_by_side
 from cosprobe.activations.capture import Tape, capture
-from cosprobe.activations.collect import draw_samples, images
 from cosprobe.activations.pooling import Pooling
+from cosprobe.activations.samples import draw_samples, images
 from cosprobe.config import TrainRun, load
 from cosprobe.models.pipelines import block_list, experts, load_pipeline, sample
 

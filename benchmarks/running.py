@@ -23,7 +23,8 @@ from torch import Tensor
 
 import train
 from benchmarks.pairs import Pair, side_by_side
-from cosprobe.activations.collect import decode_steps, draw_samples, images
+from cosprobe.activations.collect import decode_steps
+from cosprobe.activations.samples import draw_samples, images
 from cosprobe.config import TrainRun, load
 from cosprobe.models.pipelines import decode, load_pipeline, sample
 

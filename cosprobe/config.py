@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from cosprobe.minimodel.lora_training import AdapterConfig
 from cosprobe.minimodel.recipe import MiniConfig
 from cosprobe.models.pipelines import PipelineConfig
 from cosprobe.probes.logistic import ProbeConfig
-from cosprobe.runtime import TrainerConfig, keep_freed_memory
+from cosprobe.runtime import TrainerConfig, keep_freed_memory, whole_file
 from cosprobe.tasks import FAMILIES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -163,9 +162,9 @@ def save_config(run: TrainRun, folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run_dir={str(folder)!r}: is a file; expected a folder, or a name that is free")
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{RUN_FILE}.{os.getpid()}.part"  # every process of a distributed run writes the same text
-    part.write_text(_text(run))
-    return part.rename(folder / RUN_FILE)
+    with whole_file(folder / RUN_FILE) as part:  # every process of a distributed run writes the same text
+        part.write_text(_text(run))
+    return folder / RUN_FILE
 
 
 def read_run(folder: str | Path) -> TrainRun:

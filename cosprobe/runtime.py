@@ -1,14 +1,21 @@
-"""The processes a run is shared among: one per device, each running the same script; and how they hold memory."""
+"""What the program runs on: its processes, one per device and each running the same script; memory, files, terminal."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 # What `mallopt` calls them, and what it is told. Source: malloc.h of the GNU C library.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
@@ -50,3 +57,44 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         for name, value in KEPT.items():
             ctypes.CDLL(None).mallopt(name, value)
+
+
+def place() -> tuple[int, int]:
+    """Index of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if place()[1] > 1:
+        dist.barrier()
+
+
+def say(line: str) -> None:
+    """One line on the terminal, from the first process only."""
+    if place()[0] == 0:
+        Console().print(line, highlight=False, soft_wrap=True)
+
+
+def progress() -> Progress:
+    """A progress bar, shown by the first process only."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, disable=place()[0] != 0)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """The name under which to write `path`, which then is whole or absent: renamed when the block ends, deleted when it
+    fails. Every process has a name of its own."""
+    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,69 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from jaxtyping import Float
-from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from cosprobe.activations.capture import Tape, capture
 from cosprobe.activations.pooling import Pooling, whole_frame
 from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
-from cosprobe.activations.store import ActivationStore, fingerprint
+from cosprobe.activations.samples import Sample, images
+from cosprobe.activations.store import ActivationStore, fill, fingerprint
 from cosprobe.cells import SPLIT_ORDER, X0, parse_selection
 from cosprobe.models.pipelines import PipelineConfig, block_list, decode, experts, patch_columns, sample
+from cosprobe.runtime import say
 from cosprobe.tasks import Problem, Task
 
 FORMAT = 4  # of what a shard holds
 UNTRAINED = "untrained."  # begins the names of what networks without learned weights gave
-SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A problem and a noise seed, the `replica`-th of that problem."""
-
-    problem: Problem
-    seed: int
-    replica: int = 0
-
-
-def draw_samples(task: Task, config: Any, seed: int) -> list[Sample]:
-    """`config.problems` problems over the splits, each with `config.seeds` noise seeds, which stay together.
-
-    A noise seed depends on (seed, problem, which of its seeds), never on the place in a batch.
-    Raises ValueError when a split would be empty.
-    """
-    problems, seeds = config.problems, config.seeds
-    counts = {split: round(problems * share) for split, share in SHARES.items()}
-    counts["train"] += problems - sum(counts.values())
-    if min(counts.values()) < 2 or seeds < 1:
-        raise ValueError(
-            f"task.problems={problems}, task.seeds={seeds}: expected at least 10 problems (a split would be empty) "
-            "and at least 1 seed"
-        )
-    say(f"{task.name}: drawing {problems} problems")
-    return with_noise([p for split in SPLIT_ORDER for p in task.problems(split, counts[split])], seed, seeds)
-
-
-def with_noise(problems: Sequence[Problem], seed: int, seeds: int = 1) -> list[Sample]:
-    """Each problem with its first `seeds` noise seeds, which stay together."""
-    return [Sample(problem, noise_seed(problem, which, seed), which) for problem in problems for which in range(seeds)]
-
-
-def fresh_problems(task: Task, split: str, used: int, count: int, kinds: Sequence[str]) -> list[Problem]:
-    """`count` problems of some kinds, by turns, that a run of `used` problems over all splits has not seen: those of
-    validation or test beyond its own."""
-    seen = -(-round(used * SHARES[split]) // len(task.kinds))  # of every kind: a run's come by turns
-    most = seen + -(-count // len(kinds))
-    turns = zip(*(task.problems(split, most, kind)[seen:] for kind in task.kinds if kind in kinds), strict=True)
-    return [problem for turn in turns for problem in turn][:count]
-
-
-def noise_seed(problem: Problem, which: int, seed: int) -> int:
-    return int(hashlib.sha256(f"{seed}/{problem.name}/{which}".encode()).hexdigest()[:12], 16)
 
 
 def decode_steps(spec: str, total: int) -> tuple[int, ...]:
@@ -102,12 +52,6 @@ def few_steps(probe: Any, total: int) -> tuple[int, ...]:
     kept = parse_selection(probe.steps, total, "probe.steps")
     shown = decode_steps(probe.decode, total)
     return tuple(step for step in kept if step in shown and step < total / 2) or kept[:1]
-
-
-def images(task: Task, problems: Sequence[Problem]) -> Float[Tensor, "batch 3 height width"]:
-    """First frames in [0, 1]."""
-    frames = np.stack([task.image(problem) for problem in problems])
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
 
 
 def settings(pipeline: PipelineConfig, task: Any, probe: Any, seed: int) -> dict[str, Any]:
@@ -139,36 +83,6 @@ def collect(
     what = f"{len(drawn)} samples" + (f", permuted and fresh weights on {len(few)} of them" if few else "")
     write = partial(_chunk, model, pipeline, task, probe, drawn, frozenset(few), identity["seed"])
     return fill(store, size, what, write, chunks)
-
-
-def fill(
-    store: ActivationStore, size: int, what: str, write: Callable[[Any], tuple[dict, dict]], chunks: Sequence[Any]
-) -> ActivationStore:
-    """Writes the shards that are not on disk yet, one per chunk, saying first how large the whole will be.
-
-    With several processes, chunk i belongs to process i modulo their number.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if rank == 0:
-        store.begin(size)
-    _barrier()
-    missing = store.missing()
-    name = store.folder.name
-    if not missing:
-        say(f"{name}: {what} are already in {store.folder}; re-using them")
-    else:
-        there = len(chunks) - len(missing)
-        done = f"; {there} of {len(chunks)} shards are there" if there else ""
-        say(f"{name}: {what}, {size / 1e6:.0f} MB in {store.folder}{done}")
-        with _progress(rank) as bar:
-            mine = [i for i in missing if i % world == rank]
-            for index in bar.track(mine, description=f"{name}: sampling under capture"):
-                store.write(index, *write(chunks[index]))
-        _barrier()
-    if rank == 0 and not store.complete:
-        store.finish()
-    _barrier()
-    return store
 
 
 def store_bytes(model: Any, pipeline: PipelineConfig, task: Task, probe: Any, samples: int, few: int = 0) -> int:
@@ -304,25 +218,3 @@ def _notes(tape: Tape) -> dict[str, Any]:
         "places": list(tape.places),
         "experts": [tape.experts[step] for step in tape.steps],
     }
-
-
-def _progress(rank: int) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, disable=rank != 0)
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    """One line on the terminal, from the first process only."""
-    Console().print(line, highlight=False, soft_wrap=True)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

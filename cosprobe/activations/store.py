@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from cosprobe.runtime import barrier, place, progress, say, whole_file
 
 MANIFEST = "manifest.json"
 KINDS = (".json", ".safetensors")  # of files that make a model
@@ -81,7 +84,8 @@ class ActivationStore:
                 "choose another run_dir, fewer problems, layers or steps"
             )
         if not (self.folder / "settings.json").is_file():
-            _write(self.folder / "settings.json", json.dumps(self.settings, indent=1, sort_keys=True))
+            with whole_file(self.folder / "settings.json") as part:
+                part.write_text(json.dumps(self.settings, indent=1, sort_keys=True))
 
     @property
     def complete(self) -> bool:
@@ -106,9 +110,8 @@ class ActivationStore:
             "checksum": _checksum(tensors),
             "notes": json.dumps(notes, sort_keys=True),
         }
-        part = self._path(index).with_suffix(".part")
-        save_file(tensors, part, metadata)
-        part.rename(self._path(index))
+        with whole_file(self._path(index)) as part:
+            save_file(tensors, part, metadata)
 
     def finish(self) -> None:
         """Writes the manifest. Raises ValueError while shards are missing."""
@@ -116,9 +119,10 @@ class ActivationStore:
         if missing:
             raise ValueError(f"store {str(self.folder)!r} lacks shards {missing[:5]}: expected all {self.shards}")
         content = {"fingerprint": self.fingerprint, "shards": self.shards, "settings": self.settings}
-        _write(self.folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True))
-        for part in self.folder.glob("*.part"):
-            part.unlink()
+        with whole_file(self.folder / MANIFEST) as part:
+            part.write_text(json.dumps(content, indent=1, sort_keys=True))
+        for left in self.folder.glob(".*"):  # by processes that were killed
+            left.unlink()
 
     def read(self, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors whose name begins with `prefix`, joined along the sample axis over the shards that hold them, each
@@ -175,6 +179,36 @@ class ActivationStore:
                 )
 
 
+def fill(
+    store: ActivationStore, size: int, what: str, write: Callable[[Any], tuple[dict, dict]], chunks: Sequence[Any]
+) -> ActivationStore:
+    """Writes the shards that are not on disk yet, one per chunk, saying first how large the whole will be.
+
+    With several processes, chunk i belongs to process i modulo their number.
+    """
+    rank, world = place()
+    if rank == 0:
+        store.begin(size)
+    barrier()
+    missing = store.missing()
+    name = store.folder.name
+    if not missing:
+        say(f"{name}: {what} are already in {store.folder}; re-using them")
+    else:
+        there = len(chunks) - len(missing)
+        done = f"; {there} of {len(chunks)} shards are there" if there else ""
+        say(f"{name}: {what}, {size / 1e6:.0f} MB in {store.folder}{done}")
+        with progress() as bar:
+            mine = [i for i in missing if i % world == rank]
+            for index in bar.track(mine, description=f"{name}: sampling under capture"):
+                store.write(index, *write(chunks[index]))
+        barrier()
+    if rank == 0 and not store.complete:
+        store.finish()
+    barrier()
+    return store
+
+
 def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -187,9 +221,3 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.rename(path)

@@ -19,9 +19,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collect import Sample, decode_steps, fill, fresh_problems, images, noise_seed, say, with_noise
+from cosprobe.activations.collect import decode_steps
 from cosprobe.activations.dataset import HEADLINE, load_samples
-from cosprobe.activations.store import ActivationStore
+from cosprobe.activations.samples import Sample, fresh_problems, images, noise_seed, with_noise
+from cosprobe.activations.store import ActivationStore, fill
 from cosprobe.cells import Cell
 from cosprobe.early_exit.policy import (
     AGAINST,
@@ -36,6 +37,7 @@ from cosprobe.early_exit.policy import (
 from cosprobe.early_exit.reader import Answer, attach, check_pipeline, pooling_of, probabilities
 from cosprobe.models.pipelines import PipelineConfig, decode, sample
 from cosprobe.probes.bank import ProbeBank
+from cosprobe.runtime import say
 from cosprobe.tasks import Problem, Target, Task
 
 RECORDS = "early"  # folder of the records, inside the run's

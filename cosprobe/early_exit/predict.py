@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cosprobe.activations.collect import Sample, fresh_problems, images, with_noise
 from cosprobe.activations.halting import halting
+from cosprobe.activations.samples import Sample, fresh_problems, images, with_noise
 from cosprobe.activations.store import fingerprint
 from cosprobe.cells import Cell
 from cosprobe.early_exit.reader import pooling_of, probabilities

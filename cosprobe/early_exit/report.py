@@ -15,15 +15,17 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 
-from cosprobe.activations.collect import decode_steps, images, watch, with_noise
+from cosprobe.activations.collect import decode_steps, watch
 from cosprobe.activations.flops import Cost, flops, seconds
+from cosprobe.activations.samples import images, with_noise
 from cosprobe.early_exit.calibrate import EarlyConfig, Live, Stopping, run_live, stop_early
 from cosprobe.early_exit.frontier import Realised, Way, outcome, policy_looks, realised, ways
 from cosprobe.models.pipelines import PipelineConfig, load_pipeline
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.reporting.figures import STYLE, new_figure
 from cosprobe.reporting.film import Film, film_row, film_strip
-from cosprobe.reporting.report import WIDTH, markdown_table, open_table, write_whole
+from cosprobe.reporting.report import WIDTH, markdown_table, open_table
+from cosprobe.runtime import whole_file
 from cosprobe.tasks import Task
 
 LOOKS = {
@@ -92,9 +94,11 @@ def write_savings(
         if one.film is not None:
             figures[f"film_{one.stopping.policy.kind}.png"] = partial(strip_figure, one)
     for name, draw in figures.items():
-        write_whole(folder / name, draw().savefig)
+        with whole_file(folder / name) as part:
+            draw().savefig(part)
     described = json.dumps(_described(saved, cost, clock, total), indent=1)
-    write_whole(folder / "early.json", lambda path: path.write_text(described))
+    with whole_file(folder / "early.json") as part:
+        part.write_text(described)
     page = ["# Early answers", ""]
     for one in saved:
         kind, task = one.stopping.policy.kind, one.stopping.policy.task
@@ -113,7 +117,8 @@ def write_savings(
             page.append(f"* {line}")
         page.append("")
     page += [f"![{name}]({name})\n" for name in figures]
-    write_whole(folder / "early.md", lambda path: path.write_text("\n".join(page)))
+    with whole_file(folder / "early.md") as part:
+        part.write_text("\n".join(page))
     console.print(f"\nreport: {folder / 'early.md'}", highlight=False, soft_wrap=True)
     return folder
 

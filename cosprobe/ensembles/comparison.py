@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from cosprobe.activations.collect import fresh_problems, images
 from cosprobe.activations.flops import Cost, flops
+from cosprobe.activations.samples import fresh_problems, images
 from cosprobe.ensembles.ensemble import Bench
 from cosprobe.ensembles.strategies import METHODS, PROBES, Plan, course, windows
 from cosprobe.ensembles.trajectories import READS, Candidate, Trials

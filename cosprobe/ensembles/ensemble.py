@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cosprobe.activations.capture import Tape, capture
-from cosprobe.activations.collect import images, noise_seed
 from cosprobe.activations.pooling import Pooling
+from cosprobe.activations.samples import images, noise_seed
 from cosprobe.cells import Cell
 from cosprobe.ensembles.probe_scorer import Judge
 from cosprobe.ensembles.strategies import WINDOWED, Course, Finished, Plan, course, disagreement, in_turn, only, windows

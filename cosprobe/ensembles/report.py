@@ -32,6 +32,7 @@ from cosprobe.evaluation.grid import Grid
 from cosprobe.models.pipelines import load_pipeline
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.reporting.figures import STYLE, new_figure
+from cosprobe.runtime import whole_file
 
 FOLDER = "ensemble"
 REFERENCES = ("hidden", "single")  # what every method is compared with, at the same budget
@@ -68,10 +69,13 @@ def ensembles(trained: Any, bank: ProbeBank, use: EnsembleConfig, seed: int, fol
 def write_ensemble(comparison: Comparison, folder: Path) -> Path:
     """Writes ensemble.json, ensemble.md and ensemble.png to `folder`; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "ensemble.json").write_text(json.dumps(numbers(comparison), indent=1))
-    figure(comparison).savefig(folder / "ensemble.png")
+    with whole_file(folder / "ensemble.json") as part:
+        part.write_text(json.dumps(numbers(comparison), indent=1))
+    with whole_file(folder / "ensemble.png") as part:
+        figure(comparison).savefig(part)
     page = folder / "ensemble.md"
-    page.write_text("\n".join(lines(comparison)) + "\n")
+    with whole_file(page) as part:
+        part.write_text("\n".join(lines(comparison)) + "\n")
     return page
 
 

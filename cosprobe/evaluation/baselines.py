@@ -28,9 +28,8 @@ from torch import Tensor
 from cosprobe.activations.dataset import InputFeatures, ProbeSamples, readable_targets
 from cosprobe.cells import EMBED, FIRST_FRAME, INPUTS, NOISE, X0, X_T, Cell
 from cosprobe.evaluation.predictions import InputReading
-from cosprobe.probes.bank import affine, classes_last, validated
 from cosprobe.probes.datamodule import shared
-from cosprobe.probes.linalg import design, principal_axes, spread, standardise
+from cosprobe.probes.linalg import affine, classes_last, design, principal_axes, spread, standardise, validated
 from cosprobe.probes.newton import fit_newton
 from cosprobe.probes.ridge import fit_ridge, problem_folds
 from cosprobe.tasks import Target

@@ -7,7 +7,6 @@ was chosen on train and validation.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from cosprobe.cells import INPUTS, X0, Cell
+from cosprobe.runtime import whole_file
 
 CHANCE, MAJORITY, READOUT = "chance", "majority", "x0_readout"
 WEIGHTS = ("permuted_weights", "fresh_weights")  # on few samples: listed, never the reference
@@ -87,15 +87,11 @@ class Grid:
         return self.dataset.sel(target=target, **{k: v for k, v in where.items() if k in self.dataset.dims})
 
     def save(self, path: Path | str) -> Path:
-        """Writes netCDF under another name, then renames: the file is whole or absent."""
+        """Writes netCDF; the file is whole or absent."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            self.dataset.to_netcdf(unfinished, engine="netcdf4")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with whole_file(path) as part:
+            self.dataset.to_netcdf(part, engine="netcdf4")
         return path
 
     @classmethod

@@ -12,8 +12,9 @@ import lightning as L
 import numpy as np
 from rich.progress import track
 
-from cosprobe.activations.collect import images, noise_seed
+from cosprobe.activations.samples import images, noise_seed
 from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.runtime import whole_file
 from cosprobe.tasks import Problem, Task
 
 
@@ -77,4 +78,5 @@ class LearningCurve(L.Callback):
                 row = {"step": step, "family": name, "kind": kind, "frames": settings.frames}
                 noted.append(row | {"right": int(solved.right.sum()), "of": len(solved.right)})
                 module.log(f"solved/{name}_{kind}", float(solved.right.mean()))
-        self.path.write_text(json.dumps(noted))
+        with whole_file(self.path) as part:
+            part.write_text(json.dumps(noted))

@@ -18,6 +18,7 @@ from cosprobe.minimodel.autoencoding import to_model_range, video_of
 from cosprobe.minimodel.lora_training import train_adapter
 from cosprobe.minimodel.recipe import MiniConfig, families, train_mini
 from cosprobe.models.pipelines import PipelineConfig, load_pipeline
+from cosprobe.runtime import whole_file
 from cosprobe.tasks import Problem, Select, Task
 
 BINS = 5  # rows at most for one kind of difficulty
@@ -223,7 +224,8 @@ def write_card(folder: Path, measured: Measured, pipeline: PipelineConfig) -> Pa
         "",
     ]
     path = folder / "README.md"
-    path.write_text("\n".join(lines))
+    with whole_file(path) as part:
+        part.write_text("\n".join(lines))
     return path
 
 
@@ -243,5 +245,6 @@ def compare(adapter: Path, pipeline: PipelineConfig, tasks: Mapping[str, Task], 
             rates = [rate(solved) for solved in (base, adapted)]
             rows.append(f"| {name}, {kind} | {' | '.join([*rates, *map(str, changed)])} |")
     path = adapter / "README.md"
-    path.write_text("\n".join([f"# Adapter of {pipeline.folder.name}", "", *rows, ""]))
+    with whole_file(path) as part:
+        part.write_text("\n".join([f"# Adapter of {pipeline.folder.name}", "", *rows, ""]))
     return path

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from cosprobe.minimodel.autoencoding import IDLE, Family, to_model_range, video_of
 from cosprobe.minimodel.flow_matching import LatentClips
+from cosprobe.runtime import whole_file
 from cosprobe.tasks import FAMILIES, Problem, Task
 
 TEXT_TOKENS = 32  # every prompt is padded to this many tokens, in training and in sampling
@@ -104,7 +105,8 @@ def measure_scale(vae: AutoencoderKLWan, families: Sequence[Family], length: int
             "latents_mean": latents.mean(dim=(0, 2, 3, 4)).tolist(),
             "latents_std": deviations.clamp(min=IDLE * float(deviations.max())).tolist(),
         }
-        path.write_text(json.dumps(values))
+        with whole_file(path) as part:
+            part.write_text(json.dumps(values))
     vae.register_to_config(**json.loads(path.read_text()))
 
 
@@ -123,8 +125,8 @@ def encode_clips(
         for begin in track(shards, f"encoding {task.name}, {length} frames", disable=len(shards) < 2):
             shard = folder / f"{task.name}-{length:02d}-{begin:06d}.safetensors"
             if not shard.exists():
-                save_file(_shard(vae, task, problems[begin : begin + SHARD], length), shard.with_suffix(".part"))
-                shard.with_suffix(".part").rename(shard)
+                with whole_file(shard) as part:
+                    save_file(_shard(vae, task, problems[begin : begin + SHARD], length), part)
             for name, value in load_file(shard).items():
                 parts[name].append(value)
     text = torch.tensor([number[p.prompt] for _, problems in families for p in problems])

@@ -41,6 +41,7 @@ from cosprobe.minimodel.encoding import (
 from cosprobe.minimodel.flow_matching import FlowConfig, FlowMatching, LatentClips
 from cosprobe.models.cpu_layout import channels_last
 from cosprobe.models.pipelines import PipelineConfig
+from cosprobe.runtime import whole_file
 from cosprobe.tasks import FAMILIES, Task
 
 
@@ -258,7 +259,8 @@ def _timed(folder: Path, stage: str) -> Iterator[None]:
     finally:
         minutes = _minutes(folder)
         minutes[stage] = round(minutes.get(stage, 0.0) + (time.monotonic() - begin) / 60, 2)
-        (folder / "minutes.json").write_text(json.dumps(minutes))
+        with whole_file(folder / "minutes.json") as part:
+            part.write_text(json.dumps(minutes))
 
 
 def _curve(folder: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,56 +21,14 @@ from torch import Tensor
 
 from cosprobe.cells import Cell
 from cosprobe.probes.calibration import temperatures
-from cosprobe.probes.linalg import Chosen, best_setting, design, row_sums, standardise
+from cosprobe.probes.linalg import affine, classes_last, design, standardise
+from cosprobe.runtime import whole_file
 from cosprobe.tasks import Target
 
 FORMAT = 3  # cells are layers; earlier banks held inputs among them
 TABLES = ("weights", "biases", "lambdas", "temperatures")
 TENSORS, DESCRIPTION = "bank.safetensors", "bank.json"
 CHUNK = 2**26  # numbers standardised at a time, 256 MB in fp32
-
-
-def affine(
-    rows: Float[Tensor, "cell sample row width"],
-    weight: Float[Tensor, "cell width *setting out"],
-    bias: Float[Tensor, "cell *setting out"] | None,
-) -> Float[Tensor, "cell sample row *setting out"]:
-    """rows @ weight + bias in one matrix product per cell, however many settings (lambdas, say) there are.
-
-    The rows are innermost in memory, of which there are many more than columns: faster both ways.
-    """
-    flat, columns = rows.flatten(1, 2).mT, weight.flatten(2).mT
-    values = columns @ flat if bias is None else torch.baddbmm(bias.flatten(1)[:, :, None], columns, flat)
-    return values.mT.unflatten(2, weight.shape[2:]).unflatten(1, rows.shape[1:3])
-
-
-def classes_last(
-    values: Float[Tensor, "cell sample row *setting out"], form: str
-) -> Float[Tensor, "cell sample *rest"]:
-    """What `affine` gives, with what the softmax runs over as the last axis.
-
-    candidate: [cell, sample, *setting, region]; problem: [cell, sample, *setting, class];
-    region: [cell, sample, region, *setting, class].
-    """
-    if form == "candidate":
-        return values[..., 0].movedim(2, -1)
-    return values[:, :, 0] if form == "problem" else values
-
-
-def validated(
-    x: Float[Tensor, "cell sample region channel"],
-    labels: Int[Tensor, " sample *region"],
-    form: str,
-    weight: Float[Tensor, "cell width setting out"],
-    bias: Float[Tensor, "cell setting out"],
-    lambdas: Sequence[float],
-) -> Chosen:
-    """Of each cell the fit that is right most often on validation; on a tie the one with the lower cross-entropy.
-
-    x, labels: standardised validation samples, -1 for no label. weight, bias: a fit for each of `lambdas`.
-    """
-    loss, correct, _ = row_sums(classes_last(affine(design(x, form), weight, bias), form), labels.to(x.device))
-    return Chosen.of(weight, bias, lambdas, best_setting(correct, loss))
 
 
 @dataclass(frozen=True)
@@ -213,8 +170,9 @@ class ProbeBank:
             "cells": [[c.step, c.site, c.branch, c.place] for c in self.cells],
             "provenance": self.provenance,
         }
-        _write(folder / TENSORS, data)
-        _write(folder / DESCRIPTION, json.dumps(description, indent=1).encode())
+        for name, content in ((TENSORS, data), (DESCRIPTION, json.dumps(description, indent=1).encode())):
+            with whole_file(folder / name) as part:
+                part.write_bytes(content)
 
     @classmethod
     def load(cls, folder: Path | str) -> ProbeBank:
@@ -262,9 +220,3 @@ def load_probes(path: Path | str) -> ProbeBank:
 def _parts(cells: int, each: int) -> Iterator[slice]:
     size = max(1, CHUNK // max(1, each))
     return (slice(start, start + size) for start in range(0, cells, size))
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)

@@ -210,3 +210,46 @@ def one_thread(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def affine(
+    rows: Float[Tensor, "cell sample row width"],
+    weight: Float[Tensor, "cell width *setting out"],
+    bias: Float[Tensor, "cell *setting out"] | None,
+) -> Float[Tensor, "cell sample row *setting out"]:
+    """rows @ weight + bias in one matrix product per cell, however many settings (lambdas, say) there are.
+
+    The rows are innermost in memory, of which there are many more than columns: faster both ways.
+    """
+    flat, columns = rows.flatten(1, 2).mT, weight.flatten(2).mT
+    values = columns @ flat if bias is None else torch.baddbmm(bias.flatten(1)[:, :, None], columns, flat)
+    return values.mT.unflatten(2, weight.shape[2:]).unflatten(1, rows.shape[1:3])
+
+
+def classes_last(
+    values: Float[Tensor, "cell sample row *setting out"], form: str
+) -> Float[Tensor, "cell sample *rest"]:
+    """What `affine` gives, with what the softmax runs over as the last axis.
+
+    candidate: [cell, sample, *setting, region]; problem: [cell, sample, *setting, class];
+    region: [cell, sample, region, *setting, class].
+    """
+    if form == "candidate":
+        return values[..., 0].movedim(2, -1)
+    return values[:, :, 0] if form == "problem" else values
+
+
+def validated(
+    x: Float[Tensor, "cell sample region channel"],
+    labels: Int[Tensor, " sample *region"],
+    form: str,
+    weight: Float[Tensor, "cell width setting out"],
+    bias: Float[Tensor, "cell setting out"],
+    lambdas: Sequence[float],
+) -> Chosen:
+    """Of each cell the fit that is right most often on validation; on a tie the one with the lower cross-entropy.
+
+    x, labels: standardised validation samples, -1 for no label. weight, bias: a fit for each of `lambdas`.
+    """
+    loss, correct, _ = row_sums(classes_last(affine(design(x, form), weight, bias), form), labels.to(x.device))
+    return Chosen.of(weight, bias, lambdas, best_setting(correct, loss))

@@ -35,9 +35,19 @@ from torch import Tensor
 
 from cosprobe.activations.dataset import ProbeSamples, readable_targets
 from cosprobe.activations.pooling import POOLINGS
-from cosprobe.probes.bank import ProbeBank, affine, classes_last, validated
+from cosprobe.probes.bank import ProbeBank
 from cosprobe.probes.datamodule import ProbeBatch, ProbeData, check_targets, shared
-from cosprobe.probes.linalg import Chosen, Fitted, curvature, row_sums, spread, standardise
+from cosprobe.probes.linalg import (
+    Chosen,
+    Fitted,
+    affine,
+    classes_last,
+    curvature,
+    row_sums,
+    spread,
+    standardise,
+    validated,
+)
 from cosprobe.probes.newton import Certificate, finished, newton_targets, shortfall
 from cosprobe.probes.ridge import fit_ridge
 from cosprobe.runtime import TrainerConfig, backend

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cosprobe.evaluation.grid import Grid
 from cosprobe.reporting.figures import side_by_side
-from cosprobe.reporting.report import write_whole
+from cosprobe.runtime import whole_file
 
 
 def named(run: str) -> tuple[str, Grid, str]:
@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     chosen = parser.parse_args(argv)
     try:
-        write_whole(Path(chosen.file), side_by_side([named(run) for run in chosen.runs]).savefig)
+        figure = side_by_side([named(run) for run in chosen.runs])
+        with whole_file(Path(chosen.file)) as part:
+            figure.savefig(part)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

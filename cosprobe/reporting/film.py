@@ -20,8 +20,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from cosprobe.activations.collect import Sample, decode_steps, watch
+from cosprobe.activations.collect import decode_steps, watch
 from cosprobe.activations.dataset import ProbeSamples
+from cosprobe.activations.samples import Sample
 from cosprobe.models.pipelines import PipelineConfig
 from cosprobe.tasks import Problem, Task
 from cosprobe.tasks.task import Box

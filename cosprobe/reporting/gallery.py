@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from pathlib import Path
 from textwrap import wrap
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cosprobe.runtime import whole_file
 from cosprobe.tasks import FAMILIES, Problem, Task
 
 FRAMES = 5  # shown of each video, evenly spaced from the first to the last
@@ -52,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("file", help="where the picture goes, such as docs/figures/families.png")
     tasks = [settings(image_size=128).build() for settings in FAMILIES.values()]
     figure = gallery([(task, task.problems("test", 1)[0]) for task in tasks])
-    figure.savefig(parser.parse_args(argv).file)
+    with whole_file(Path(parser.parse_args(argv).file)) as part:
+        figure.savefig(part)
 
 
 if __name__ == "__main__":

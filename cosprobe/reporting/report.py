@@ -25,6 +25,7 @@ from cosprobe.reporting.check_figures import check_panels, generalisation
 from cosprobe.reporting.figures import curves, frame_maps, headline, maps
 from cosprobe.reporting.film import Film, film_strip
 from cosprobe.reporting.summary import check_table
+from cosprobe.runtime import whole_file
 
 COLUMNS = ("target", "best cell", "accuracy [95 %]", "chance", "best input", "x0-hat shows", "evidence", "n")
 WIDTH = 110  # of the printed table where the output is no terminal
@@ -197,9 +198,11 @@ def write_report(grid: Grid, checks: Checks, run_dir: Path, films: Film | None =
     if films is not None:
         figures["film.png"] = partial(film_strip, films.rows, films.steps)
     for name, draw in figures.items():
-        write_whole(folder / name, draw().savefig)
+        with whole_file(folder / name) as part:
+            draw().savefig(part)
     text = summary_markdown(grid, checks, tuple(figures))
-    write_whole(folder / "summary.md", lambda path: path.write_text(text, encoding="utf-8"))
+    with whole_file(folder / "summary.md") as part:
+        part.write_text(text, encoding="utf-8")
     return folder
 
 
@@ -293,16 +296,6 @@ def print_summary(grid: Grid, checks: Checks, run_dir: Path, console: Console | 
 
 def open_table() -> Table:
     return Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes under another name, then renames: the file is whole or absent."""
-    unfinished = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        write(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _pixels(figure: Figure) -> np.ndarray:

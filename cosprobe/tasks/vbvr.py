@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from cosprobe.runtime import whole_file
 from cosprobe.tasks.task import Problem, Task
 
 FIRST, FINAL, VIDEO, PROMPT = "first_frame.png", "final_frame.png", "ground_truth.mp4", "prompt.txt"
@@ -114,9 +115,8 @@ def _within(root: Path, path: Path) -> Path:
 
 
 def _write(path: Path, save: Callable[[Path], Any]) -> None:
-    part = _within(path.parent, path.with_name(f"{path.name}.part"))
-    save(part)
-    part.replace(path)
+    with whole_file(path) as part:
+        save(_within(path.parent, part))
 
 
 def _read(place: Path, name: str, load: Callable[[Path], Any]) -> Any:

@@ -9,20 +9,10 @@ import pytest
 import torch
 
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collect import (
-    collect,
-    decode_steps,
-    draw_samples,
-    fresh_problems,
-    images,
-    input_parts,
-    noise_seed,
-    settings,
-    store_bytes,
-    watch,
-)
+from cosprobe.activations.collect import collect, decode_steps, input_parts, settings, store_bytes, watch
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
+from cosprobe.activations.samples import draw_samples, fresh_problems, images, noise_seed
 from cosprobe.models.pipelines import PipelineConfig, sample
 from cosprobe.tasks import HideConfig, MazeConfig
 from tests.examples.pipelines import wan

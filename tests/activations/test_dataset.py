@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from cosprobe.activations.collect import collect, draw_samples, images, settings
+from cosprobe.activations.collect import collect, settings
 from cosprobe.activations.dataset import load_samples, nuisance_columns, relabelled
 from cosprobe.activations.pooling import Pooling
+from cosprobe.activations.samples import draw_samples, images
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, X0, Cell
 from cosprobe.models.pipelines import PipelineConfig, sample

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cosprobe.early_exit.calibrate as module
-from cosprobe.activations.collect import images, with_noise
+from cosprobe.activations.samples import images, with_noise
 from cosprobe.early_exit.calibrate import EarlyConfig, Stopping, plan, probe_for, record, run_live
 from cosprobe.early_exit.reader import attach
 from cosprobe.models.pipelines import load_pipeline, sample

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collect import images, with_noise
+from cosprobe.activations.samples import images, with_noise
 from cosprobe.early_exit.predict import early_answers
 from cosprobe.early_exit.reader import pooling_of
 from cosprobe.models.pipelines import load_pipeline, sample

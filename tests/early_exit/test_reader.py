@@ -11,7 +11,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collect import images
+from cosprobe.activations.samples import images
 from cosprobe.early_exit.policy import Policy
 from cosprobe.early_exit.reader import attach, bank_policy, pooling_of
 from cosprobe.models.pipelines import PipelineConfig, load_pipeline, sample

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.activations.collect import fresh_problems, images
 from cosprobe.activations.flops import Cost, flops
+from cosprobe.activations.samples import fresh_problems, images
 from cosprobe.ensembles import trajectories as trials
 from cosprobe.ensembles.comparison import (
     Comparison,

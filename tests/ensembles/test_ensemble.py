@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cosprobe.activations import flops as costing
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collect import images, noise_seed
+from cosprobe.activations.samples import images, noise_seed
 from cosprobe.cells import Cell
 from cosprobe.ensembles.comparison import price
 from cosprobe.ensembles.ensemble import ensemble, run

@@ -8,7 +8,8 @@ import torch
 
 from cosprobe.activations.dataset import readable_targets
 from cosprobe.cells import Cell
-from cosprobe.probes.bank import ProbeBank, affine, classes_last, load_probes
+from cosprobe.probes.bank import ProbeBank, load_probes
+from cosprobe.probes.linalg import affine, classes_last
 from cosprobe.tasks import Target
 
 REGIONS, CHANNELS = 3, 4

@@ -33,8 +33,7 @@ from cosprobe.evaluation.checks.refitting import (
     right,
     statistics,
 )
-from cosprobe.probes.bank import affine, classes_last, validated
-from cosprobe.probes.linalg import design, spread, standardise
+from cosprobe.probes.linalg import affine, classes_last, design, spread, standardise, validated
 from cosprobe.probes.newton import fit_newton
 from cosprobe.tasks import Target
 

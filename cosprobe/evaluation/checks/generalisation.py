@@ -31,8 +31,8 @@ from cosprobe.evaluation.checks.refitting import (
     refit,
     right,
 )
-from cosprobe.probes.bank import CHUNK, ProbeBank, affine, classes_last
-from cosprobe.probes.linalg import design, spread, standardise
+from cosprobe.probes.bank import CHUNK, ProbeBank
+from cosprobe.probes.linalg import affine, classes_last, design, spread, standardise
 from cosprobe.tasks import Target
 
 EVERYTHING = "all"  # the first row where probes are refitted: trained on every group

@@ -17,8 +17,7 @@ from torch import Tensor
 from cosprobe.activations.dataset import ProbeSamples, readable_targets
 from cosprobe.cells import Cell
 from cosprobe.evaluation.metrics import correctness, difference_interval, mean_interval, share_interval
-from cosprobe.probes.bank import affine, classes_last
-from cosprobe.probes.linalg import design, spread
+from cosprobe.probes.linalg import affine, classes_last, design, spread
 from cosprobe.probes.newton import fit_newton
 from cosprobe.tasks import Target
 

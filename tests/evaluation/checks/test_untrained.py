@@ -15,19 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collect import (
-    UNTRAINED,
-    Sample,
-    collect,
-    draw_samples,
-    few_samples,
-    few_steps,
-    images,
-    settings,
-)
+from cosprobe.activations.collect import UNTRAINED, collect, few_samples, few_steps, settings
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
+from cosprobe.activations.samples import Sample, draw_samples, images
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.untrained import weights_table
