@@ -103,7 +103,7 @@ def test_killed_at_any_moment_it_goes_on_from_there(tmp_path):
     subprocess.run([sys.executable, "-c", WRITER, str(folder), os.getcwd()], check=True, stdout=subprocess.PIPE)
     tensors, _ = ActivationStore.open(folder).read()
     assert torch.equal(tensors["features"], torch.cat([shard(i)["features"] for i in range(30)]))
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.glob(".*"))
 
 
 def test_a_truncated_shard_is_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -133,12 +134,12 @@ def test_a_link_that_leaves_the_root_is_refused_when_writing(tmp_path):
     folder = write_problem(task, problem, root)
     kept = outside / "kept.txt"
     kept.write_text("mine")
-    for name in ("prompt.txt", "prompt.txt.part"):
+    for name in ("prompt.txt", f".prompt.{os.getpid()}.txt"):
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(kept)
         with pytest.raises(ValueError, match="leads out of"):
             write_problem(task, problem, root)
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=True)
     assert kept.read_text() == "mine"
     assert list(outside.iterdir()) == [kept]
 
