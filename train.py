@@ -22,7 +22,8 @@ from cosprobe.minimodel.card import train_and_describe
 from cosprobe.models.pipelines import load_pipeline
 from cosprobe.probes.logistic import fit
 from cosprobe.reporting.film import record
-from cosprobe.reporting.report import log_tensorboard, print_summary, write_report
+from cosprobe.reporting.report import log_tensorboard, write_report
+from cosprobe.reporting.summary import print_summary
 from cosprobe.runtime import launch
 
 

@@ -24,7 +24,7 @@ from cosprobe.models.pipelines import PipelineConfig, load_pipeline
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.reporting.figures import STYLE, new_figure
 from cosprobe.reporting.film import Film, film_row, film_strip
-from cosprobe.reporting.report import WIDTH, markdown_table, open_table
+from cosprobe.reporting.summary import WIDTH, markdown_table, open_table
 from cosprobe.runtime import whole_file
 from cosprobe.tasks import Task
 
@@ -111,7 +111,7 @@ def write_savings(
             for row in rows[1:]:
                 table.add_row(*map(escape, row))
             console.print(table)
-            page += [*markdown_table(rows[0], rows[1:]), ""]
+            page += [*markdown_table(*rows), ""]
         for line in (HINDSIGHT, *remarks(one)):
             console.print(f"* {escape(line)}", highlight=False, soft_wrap=True)
             page.append(f"* {line}")

@@ -32,6 +32,7 @@ from cosprobe.evaluation.grid import Grid
 from cosprobe.models.pipelines import load_pipeline
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.reporting.figures import STYLE, new_figure
+from cosprobe.reporting.summary import markdown_table
 from cosprobe.runtime import whole_file
 
 FOLDER = "ensemble"
@@ -166,7 +167,7 @@ def lines(comparison: Comparison) -> list[str]:
         "",
     ]
     for budget in comparison.chosen:
-        out += [f"## {_caption(comparison, budget)}", "", *_markdown(rows(comparison, budget)), ""]
+        out += [f"## {_caption(comparison, budget)}", "", *markdown_table(*rows(comparison, budget)), ""]
     out += ["## By kind and difficulty", "", "Right, and minus `hidden` of the same budget in brackets.", ""]
     for budget, chosen in comparison.chosen.items():
         table = [["problems", "n", "one run", *chosen]]
@@ -177,15 +178,15 @@ def lines(comparison: Comparison) -> list[str]:
                 for m, c in chosen.items()
             ]
             table.append([group, str(int(mask.sum())), f"{comparison.plain[mask].mean():.2f}", *cells])
-        out += [f"### {_caption(comparison, budget)}", "", *_markdown(table), ""]
-    out += ["## The paper's window", "", *_markdown(_windows(comparison)), ""]
+        out += [f"### {_caption(comparison, budget)}", "", *markdown_table(*table), ""]
+    out += ["## The paper's window", "", *markdown_table(*_windows(comparison)), ""]
     sweep = [["settings", "runs", "right on validation"]]
     order = sorted(comparison.validation, key=lambda c: -float(comparison.validation[c].mean()))
     for c in order[:40]:
         sweep.append(
             [str(c), f"{comparison.cost[c] / comparison.plain_cost:.2f}", f"{comparison.validation[c].mean():.3f}"]
         )
-    return [*out, f"## The sweep on validation (best {len(sweep) - 1} of {len(order)})", "", *_markdown(sweep)]
+    return [*out, f"## The sweep on validation (best {len(sweep) - 1} of {len(order)})", "", *markdown_table(*sweep)]
 
 
 def numbers(comparison: Comparison) -> dict[str, Any]:
@@ -335,8 +336,3 @@ def _signed(e: Estimate, digits: int = 3) -> str:
 
 def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
-
-
-def _markdown(table: list[list[str]]) -> list[str]:
-    head, *body = table
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]

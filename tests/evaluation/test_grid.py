@@ -23,7 +23,7 @@ from cosprobe.evaluation.metrics import (
 )
 from cosprobe.evaluation.predictions import Evaluated, SplitPredictions, TargetPredictions
 from cosprobe.evaluation.scoring import MEANING, _shown, build_grid
-from cosprobe.reporting.report import ground, remarks
+from cosprobe.reporting.summary import ground, remarks
 from cosprobe.tasks import Target
 from tests.examples.grids import ANSWER, CHOICE, CONTROL, DOORS, ORIGIN, START, reading, synthetic
 

@@ -20,16 +20,8 @@ from cosprobe.evaluation.checks.suite import Checks
 from cosprobe.evaluation.grid import GUESSES, Grid
 from cosprobe.evaluation.scoring import build_grid
 from cosprobe.reporting import report
-from cosprobe.reporting.report import (
-    ground,
-    log_tensorboard,
-    print_summary,
-    remarks,
-    summarise,
-    summary_markdown,
-    write_report,
-)
-from cosprobe.reporting.summary import check_table
+from cosprobe.reporting.report import log_tensorboard, write_report
+from cosprobe.reporting.summary import check_table, ground, print_summary, remarks, summarise, summary_markdown
 from tests.examples.films import film
 from tests.examples.grids import ANSWER, CHOICE, CONTROL, START, reading, synthetic
 from tests.examples.runs import examined, small, world
