@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cosprobe.config import PredictConfig, UseRun, command, read_run
 from cosprobe.early_exit.calibrate import EarlyConfig
-from cosprobe.early_exit.predict import predict
+from cosprobe.early_exit.prediction import predict
 from cosprobe.early_exit.report import answer_early
 from cosprobe.ensembles.comparison import EnsembleConfig
 from cosprobe.ensembles.report import ensembles

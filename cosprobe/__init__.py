@@ -23,7 +23,7 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import would stand beside our one line
 
 from cosprobe.activations.capture import Tape, capture
-from cosprobe.activations.collect import collect
+from cosprobe.activations.collection import collect
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.store import ActivationStore

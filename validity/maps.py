@@ -23,8 +23,8 @@ from cosprobe.activations.dataset import InputFeatures, ProbeSamples, relabelled
 from cosprobe.cells import EMBED, FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, X0, X_T, Cell
 from cosprobe.evaluation.baselines import read_inputs
 from cosprobe.evaluation.checks.suite import examine
-from cosprobe.evaluation.evaluation import evaluate
 from cosprobe.evaluation.grid import ALPHA
+from cosprobe.evaluation.held_out import evaluate
 from cosprobe.probes.logistic import ProbeConfig, fit
 from cosprobe.runtime import TrainerConfig
 from cosprobe.tasks import Target

@@ -19,9 +19,8 @@ from torch import Tensor
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import NUISANCE, SPLIT_ORDER, Cell
 from cosprobe.tasks import Target, Task
+from cosprobe.tasks.task import HEADLINE, RELABELLED, readable_targets
 
-HEADLINE = ("answer", "choice")  # roles whose claims need a selectivity control
-RELABELLED = "relabelled"  # role of a control, and the end of its name
 OPTIONAL = ("choice", "replica")  # columns that samples may lack
 
 
@@ -221,17 +220,6 @@ def nuisance_columns(samples: ProbeSamples, names: Sequence[str] | None = None) 
         score = (values - values[train].mean()) / deviation if deviation > 0 else np.zeros(len(values))
         columns += [score, score**2]
     return torch.from_numpy(np.stack(columns, axis=1)).float()
-
-
-def readable_targets(targets: Sequence[Target], regions: int) -> tuple[Target, ...]:
-    """The targets that features with this many regions can carry, in the form they are then fitted.
-
-    Without a region axis a candidate is one class among `classes` of the whole clip (form `problem`), and
-    targets of form `region` do not exist.
-    """
-    if regions > 1:
-        return tuple(targets)
-    return tuple(replace(t, form="problem") for t in targets if t.form != "region")
 
 
 def _unfit(target: Target, labels: np.ndarray, split: np.ndarray) -> str:

@@ -24,21 +24,6 @@ from torch import Tensor
 from cosprobe.runtime import barrier, place, progress, say, whole_file
 
 MANIFEST = "manifest.json"
-KINDS = (".json", ".safetensors")  # of files that make a model
-
-
-def fingerprint(*folders: Path) -> str:
-    """Identity of a model's folders: every config, and size and 16 spread samples of every weight file."""
-    digest = hashlib.sha256()
-    paths = [(folder, p) for folder in folders for p in sorted(folder.rglob("*")) if p.suffix in KINDS]
-    for folder, path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}:{size}".encode())
-        with path.open("rb") as file:
-            for place in range(16) if path.suffix == ".safetensors" else range(1):
-                file.seek(place * size // 16)
-                digest.update(file.read(65_536 if path.suffix == ".safetensors" else size))
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

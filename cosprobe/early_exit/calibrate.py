@@ -19,9 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collect import decode_steps
-from cosprobe.activations.dataset import HEADLINE, load_samples
-from cosprobe.activations.samples import Sample, fresh_problems, images, noise_seed, with_noise
+from cosprobe.activations.collection import decode_steps
+from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.store import ActivationStore, fill
 from cosprobe.cells import Cell
 from cosprobe.early_exit.policy import (
@@ -39,6 +38,8 @@ from cosprobe.models.pipelines import PipelineConfig, decode, sample
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.runtime import say
 from cosprobe.tasks import Problem, Target, Task
+from cosprobe.tasks.samples import Sample, fresh_problems, images, noise_seed, with_noise
+from cosprobe.tasks.task import HEADLINE
 
 RECORDS = "early"  # folder of the records, inside the run's
 

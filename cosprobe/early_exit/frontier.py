@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from cosprobe.activations.flops import Cost
+from cosprobe.activations.cost import Cost
 from cosprobe.cells import Cell
 from cosprobe.early_exit.calibrate import Records, Stopping
 from cosprobe.early_exit.policy import Policy, first_look, thresholds

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from cosprobe.activations.capture import Tape, capture
 from cosprobe.activations.pooling import Pooling
-from cosprobe.activations.samples import images, noise_seed
 from cosprobe.cells import Cell
 from cosprobe.ensembles.probe_scorer import Judge
 from cosprobe.ensembles.strategies import WINDOWED, Course, Finished, Plan, course, disagreement, in_turn, only, windows
 from cosprobe.models.pipelines import PipelineConfig, block_list, experts, sample
 from cosprobe.tasks import FAMILIES, Problem, Task
+from cosprobe.tasks.samples import images, noise_seed
 
 
 @dataclass(frozen=True, eq=False)

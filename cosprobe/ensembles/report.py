@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from cosprobe.activations.store import fingerprint
 from cosprobe.ensembles.comparison import (
     SIZES,
     Comparison,
@@ -29,7 +28,7 @@ from cosprobe.ensembles.probe_scorer import Judge
 from cosprobe.ensembles.strategies import PROBES
 from cosprobe.ensembles.trajectories import Candidate
 from cosprobe.evaluation.grid import Grid
-from cosprobe.models.pipelines import load_pipeline
+from cosprobe.models.pipelines import fingerprint, load_pipeline
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.reporting.figures import STYLE, new_figure
 from cosprobe.reporting.summary import markdown_table

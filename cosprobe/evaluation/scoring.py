@@ -11,7 +11,6 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int, Shaped
 
-from cosprobe.activations.dataset import RELABELLED
 from cosprobe.cells import INPUTS, X0
 from cosprobe.evaluation.grid import ALPHA, BASELINES, CEILING, CHANCE, GUESSES, MAJORITY, READOUT, VISIBLE, Grid
 from cosprobe.evaluation.metrics import (
@@ -27,6 +26,7 @@ from cosprobe.evaluation.metrics import (
 from cosprobe.evaluation.predictions import Evaluated, SplitPredictions, TargetPredictions
 from cosprobe.evaluation.timing import timing
 from cosprobe.tasks import Target
+from cosprobe.tasks.task import RELABELLED
 
 MEANING = {
     "accuracy": "test accuracy of the probe",

@@ -6,6 +6,7 @@ different problems.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from cosprobe.models.cpu_layout import arrange
+
+KINDS = (".json", ".safetensors")  # of files that make a model
 
 PROMPTS = ("prompt_embeds", "negative_prompt_embeds")  # what a pipeline's loop holds per sample beside its latents
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -349,3 +352,17 @@ def decode(pipeline: DiffusionPipeline, latents: Tensor) -> np.ndarray:
             latents = latents.transpose(1, 2)
     video = vae.decode(latents, return_dict=False)[0]
     return pipeline.video_processor.postprocess_video(video, output_type="np")
+
+
+def fingerprint(*folders: Path) -> str:
+    """Identity of a model's folders: every config, and size and 16 spread samples of every weight file."""
+    digest = hashlib.sha256()
+    paths = [(folder, p) for folder in folders for p in sorted(folder.rglob("*")) if p.suffix in KINDS]
+    for folder, path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}:{size}".encode())
+        with path.open("rb") as file:
+            for place in range(16) if path.suffix == ".safetensors" else range(1):
+                file.seek(place * size // 16)
+                digest.update(file.read(65_536 if path.suffix == ".safetensors" else size))
+    return digest.hexdigest()[:16]

@@ -20,11 +20,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from cosprobe.activations.collect import decode_steps, watch
+from cosprobe.activations.collection import decode_steps, watch
 from cosprobe.activations.dataset import ProbeSamples
-from cosprobe.activations.samples import Sample
 from cosprobe.models.pipelines import PipelineConfig
 from cosprobe.tasks import Problem, Task
+from cosprobe.tasks.samples import Sample
 from cosprobe.tasks.task import Box
 
 RIGHT, WRONG, FREE = "#009e73", "#cc3311", "#0072b2"  # green, red and blue that stay apart for every eye

@@ -8,12 +8,15 @@ image of one) can be in two splits, however many are drawn.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
+
+HEADLINE = ("answer", "choice")  # roles whose claims need a selectivity control
+RELABELLED = "relabelled"  # role of a control, and the end of its name
 
 # Share of canonical problems, in percent. `model` is what the video model itself may be trained on.
 SPLITS = {"model": 50, "train": 20, "validation": 10, "calibration": 10, "test": 10}
@@ -171,3 +174,14 @@ def distinct(candidates: Iterator[Problem], split: str, count: int, patience: in
                 "difficulty; ask for fewer or widen the difficulty of the task"
             )
     return list(found.values())
+
+
+def readable_targets(targets: Sequence[Target], regions: int) -> tuple[Target, ...]:
+    """The targets that features with this many regions can carry, in the form they are then fitted.
+
+    Without a region axis a candidate is one class among `classes` of the whole clip (form `problem`), and
+    targets of form `region` do not exist.
+    """
+    if regions > 1:
+        return tuple(targets)
+    return tuple(replace(t, form="problem") for t in targets if t.form != "region")

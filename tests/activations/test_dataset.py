@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from cosprobe.activations.collect import collect, settings
+from cosprobe.activations.collection import collect, settings
 from cosprobe.activations.dataset import load_samples, nuisance_columns, relabelled
 from cosprobe.activations.pooling import Pooling
-from cosprobe.activations.samples import draw_samples, images
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, X0, Cell
 from cosprobe.models.pipelines import PipelineConfig, sample
 from cosprobe.tasks import Maze, MazeConfig, Target
+from cosprobe.tasks.samples import draw_samples, images
 from tests.examples.pipelines import wan
 
 PROBE = SimpleNamespace(layers="1", steps="0,2", pooling="region", frames=True, decode="0", randomised=0)

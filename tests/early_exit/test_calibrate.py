@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import cosprobe.early_exit.calibrate as module
-from cosprobe.activations.samples import images, with_noise
 from cosprobe.early_exit.calibrate import EarlyConfig, Stopping, plan, probe_for, record, run_live
 from cosprobe.early_exit.reader import attach
 from cosprobe.models.pipelines import load_pipeline, sample
 from cosprobe.tasks import MazeConfig, Target
+from cosprobe.tasks.samples import images, with_noise
 from tests.examples.banks import ANSWER, CELLS, bank_for, policy_at
 from tests.examples.pipelines import CONFIG, wan
 

@@ -11,12 +11,12 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from cosprobe.activations.capture import capture
-from cosprobe.activations.samples import images
 from cosprobe.early_exit.policy import Policy
 from cosprobe.early_exit.reader import attach, bank_policy, pooling_of
 from cosprobe.models.pipelines import PipelineConfig, load_pipeline, sample
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.tasks import Maze, MazeConfig
+from cosprobe.tasks.samples import images
 from tests.examples.banks import CELLS, bank_for, policy_at
 from tests.examples.pipelines import CONFIG, wan
 

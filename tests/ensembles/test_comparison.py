@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.activations.flops import Cost, flops
-from cosprobe.activations.samples import fresh_problems, images
+from cosprobe.activations.cost import Cost, flops
 from cosprobe.ensembles import trajectories as trials
 from cosprobe.ensembles.comparison import (
     Comparison,
@@ -28,6 +27,7 @@ from cosprobe.ensembles.ensemble import run
 from cosprobe.ensembles.report import figure, numbers, remarks, write_ensemble
 from cosprobe.ensembles.strategies import METHODS, Plan
 from cosprobe.ensembles.trajectories import Candidate, Trials
+from cosprobe.tasks.samples import fresh_problems, images
 from tests.examples.banks import TASK
 
 TINY = Size(3, 2, 4, ("middle", "early", "all"), ((0,),), (3,))

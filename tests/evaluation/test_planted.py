@@ -13,8 +13,8 @@ import torch
 from cosprobe.activations.dataset import InputFeatures, ProbeSamples
 from cosprobe.cells import EMBED, NOISE, X0, Cell
 from cosprobe.evaluation.baselines import read_inputs
-from cosprobe.evaluation.evaluation import evaluate
 from cosprobe.evaluation.grid import Grid
+from cosprobe.evaluation.held_out import evaluate
 from cosprobe.evaluation.metrics import correctness, max_t_bootstrap
 from cosprobe.evaluation.predictions import Evaluated
 from cosprobe.evaluation.scoring import build_grid

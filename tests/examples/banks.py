@@ -6,11 +6,10 @@ from dataclasses import fields
 
 import torch
 
-from cosprobe.activations.store import fingerprint
 from cosprobe.cells import Cell
 from cosprobe.early_exit.policy import Policy
 from cosprobe.ensembles.probe_scorer import Judge
-from cosprobe.models.pipelines import PipelineConfig
+from cosprobe.models.pipelines import PipelineConfig, fingerprint
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.tasks import MazeConfig, Target
 from tests.examples.pipelines import CONFIG

@@ -17,8 +17,8 @@ from cosprobe.cells import FIRST_FRAME, NOISE, NUISANCE, PROMPT, SOURCES, X0, Ce
 from cosprobe.evaluation.baselines import read_inputs
 from cosprobe.evaluation.checks.suite import Checks, examine
 from cosprobe.evaluation.checks.untrained import WEIGHTS, WeightsTable
-from cosprobe.evaluation.evaluation import evaluate
 from cosprobe.evaluation.grid import Grid
+from cosprobe.evaluation.held_out import evaluate
 from cosprobe.evaluation.predictions import Evaluated
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.probes.logistic import ProbeConfig, fit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cosprobe.activations.flops import Cost
+from cosprobe.activations.cost import Cost
 from cosprobe.cells import Cell
 from cosprobe.early_exit.calibrate import Records, Stopping
 from cosprobe.early_exit.policy import Policy

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cosprobe.activations.dataset import readable_targets
 from cosprobe.cells import Cell
 from cosprobe.probes.bank import ProbeBank, load_probes
 from cosprobe.probes.linalg import affine, classes_last
 from cosprobe.tasks import Target
+from cosprobe.tasks.task import readable_targets
 
 REGIONS, CHANNELS = 3, 4
 CELLS = tuple(Cell(step, str(layer), "cond", "all") for step in range(2) for layer in range(2))

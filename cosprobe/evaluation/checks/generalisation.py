@@ -31,13 +31,15 @@ from cosprobe.evaluation.checks.refitting import (
     refit,
     right,
 )
-from cosprobe.probes.bank import CHUNK, ProbeBank
+from cosprobe.probes.bank import ProbeBank
 from cosprobe.probes.linalg import affine, classes_last, design, spread, standardise
 from cosprobe.tasks import Target
 
 EVERYTHING = "all"  # the first row where probes are refitted: trained on every group
 TRAIN_PROBLEMS, TEST_PROBLEMS = 20, 8  # fewer problems make no group of their own
 MOST_BINS = 3  # of one difficulty
+
+CHUNK = 2**26  # numbers standardised at a time, 256 MB in fp32
 
 
 @dataclass(frozen=True)

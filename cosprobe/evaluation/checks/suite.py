@@ -17,7 +17,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from cosprobe.activations.dataset import HEADLINE, InputFeatures, ProbeSamples
+from cosprobe.activations.dataset import InputFeatures, ProbeSamples
 from cosprobe.cells import EMBED, X0, Cell
 from cosprobe.evaluation.baselines import input_samples
 from cosprobe.evaluation.checks.confounds import Residualised, residualised
@@ -29,6 +29,7 @@ from cosprobe.evaluation.predictions import Evaluated, InputReading
 from cosprobe.evaluation.scoring import build_grid
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.probes.calibration import Reliability, reliability
+from cosprobe.tasks.task import HEADLINE
 
 BINS = 8  # points of a reliability curve, when there are rows enough for them
 ROWS = 5  # rows a point needs

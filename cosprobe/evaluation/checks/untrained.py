@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cosprobe.activations.collect import UNTRAINED
-from cosprobe.activations.dataset import HEADLINE, ProbeSamples
+from cosprobe.activations.collection import UNTRAINED
+from cosprobe.activations.dataset import ProbeSamples
 from cosprobe.activations.random_weights import RANDOMISED
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import SPLIT_ORDER, Cell
 from cosprobe.evaluation.metrics import correctness, share_interval
 from cosprobe.probes.logistic import fit
 from cosprobe.runtime import TrainerConfig
+from cosprobe.tasks.task import HEADLINE
 
 TRAINED = "trained"
 WEIGHTS = (TRAINED, *RANDOMISED)

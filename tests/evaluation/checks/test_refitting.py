@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.activations.dataset import readable_targets
 from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.refitting import (
     columns_of,
@@ -26,6 +25,7 @@ from cosprobe.evaluation.checks.refitting import (
 from cosprobe.evaluation.metrics import difference_interval, mean_interval, share_interval
 from cosprobe.probes.linalg import spread, standardise
 from cosprobe.probes.newton import fit_newton
+from cosprobe.tasks.task import readable_targets
 from tests.probes.ddp_fit import planted
 
 counts = st.lists(st.integers(1, 12), min_size=40, max_size=120).map(np.array)

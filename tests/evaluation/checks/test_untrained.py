@@ -15,11 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collect import UNTRAINED, collect, few_samples, few_steps, settings
+from cosprobe.activations.collection import UNTRAINED, collect, few_samples, few_steps, settings
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
-from cosprobe.activations.samples import Sample, draw_samples, images
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.untrained import weights_table
@@ -28,6 +27,7 @@ from cosprobe.models.pipelines import PipelineConfig, sample
 from cosprobe.probes.logistic import ProbeConfig, fit
 from cosprobe.runtime import TrainerConfig
 from cosprobe.tasks import Maze, MazeConfig
+from cosprobe.tasks.samples import Sample, draw_samples, images
 from tests.examples.pipelines import wan
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -163,7 +163,7 @@ def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, pipeline, st
         raise AssertionError("sampled again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("cosprobe.activations.collect"), "sample", refuse)
+        patch.setattr(import_module("cosprobe.activations.collection"), "sample", refuse)
         again = asked(model, pipeline, PROBE, store.folder)
     assert again.fingerprint == store.fingerprint
     assert "40 samples, permuted and fresh weights on 30 of them are already in" in capsys.readouterr().out

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from cosprobe.activations.capture import capture
-from cosprobe.activations.samples import images, with_noise
-from cosprobe.early_exit.predict import early_answers
+from cosprobe.early_exit.prediction import early_answers
 from cosprobe.early_exit.reader import pooling_of
 from cosprobe.models.pipelines import load_pipeline, sample
 from cosprobe.tasks import MazeConfig
+from cosprobe.tasks.samples import images, with_noise
 from tests.examples.banks import CELLS, bank_for
 from tests.examples.pipelines import CONFIG, wan
 

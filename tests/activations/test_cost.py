@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from cosprobe.activations.flops import _ATTENTION, Cost, flops, seconds
+from cosprobe.activations.cost import _ATTENTION, Cost, flops, seconds
 from cosprobe.models.pipelines import PipelineConfig, sample
 from tests.examples.pipelines import CONFIG, PROMPT, wan
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cosprobe.activations.capture import capture
-from cosprobe.activations.halting import halting
+from cosprobe.activations.halt import halting
 from cosprobe.activations.pooling import Pooling
 from cosprobe.cells import Cell
 from cosprobe.models.pipelines import PipelineConfig, block_list, experts, sample

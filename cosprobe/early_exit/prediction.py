@@ -12,15 +12,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cosprobe.activations.halting import halting
-from cosprobe.activations.samples import Sample, fresh_problems, images, with_noise
-from cosprobe.activations.store import fingerprint
+from cosprobe.activations.halt import halting
 from cosprobe.cells import Cell
 from cosprobe.early_exit.reader import pooling_of, probabilities
 from cosprobe.evaluation.grid import Grid
-from cosprobe.models.pipelines import PipelineConfig, load_pipeline, sample
+from cosprobe.models.pipelines import PipelineConfig, fingerprint, load_pipeline, sample
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.tasks import Problem, Task
+from cosprobe.tasks.samples import Sample, fresh_problems, images, with_noise
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collect import collect, decode_steps, input_parts, settings, store_bytes, watch
+from cosprobe.activations.collection import collect, decode_steps, input_parts, settings, store_bytes, watch
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
-from cosprobe.activations.samples import draw_samples, fresh_problems, images, noise_seed
 from cosprobe.models.pipelines import PipelineConfig, sample
 from cosprobe.tasks import HideConfig, MazeConfig
+from cosprobe.tasks.samples import draw_samples, fresh_problems, images, noise_seed
 from tests.examples.pipelines import wan
 
-module = import_module("cosprobe.activations.collect")  # the package names the function alike
+module = import_module("cosprobe.activations.collection")  # the package names the function alike
 PROBE = SimpleNamespace(layers="0,2", steps="all", pooling="region", frames=False, decode="auto", randomised=10)
 TASK = MazeConfig(problems=20, frames=5)
 DRAWN = draw_samples(TASK.build(), TASK, 0)
