@@ -17,12 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cosprobe.config import PredictConfig, UseRun, command, read_run
-from cosprobe.early_exit.calibrate import EarlyConfig
-from cosprobe.early_exit.prediction import predict
-from cosprobe.early_exit.report import answer_early
-from cosprobe.ensembles.comparison import EnsembleConfig
-from cosprobe.ensembles.report import ensembles
-from cosprobe.probes.bank import load_probes
+from cosprobe.early_exit import EarlyConfig, answer_early, predict
+from cosprobe.ensembles import EnsembleConfig, ensembles
+from cosprobe.probes import load_probes
 
 USES: dict[type, Callable[..., None]] = {PredictConfig: predict, EarlyConfig: answer_early, EnsembleConfig: ensembles}
 

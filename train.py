@@ -10,21 +10,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cosprobe.activations.collection import collect, settings
-from cosprobe.activations.dataset import load_samples
+from cosprobe.activations import collect, load_samples, settings
 from cosprobe.config import ProbeExperiment, TrainRun, command, save_config
-from cosprobe.evaluation.baselines import read_inputs
-from cosprobe.evaluation.checks.suite import examine
-from cosprobe.evaluation.checks.untrained import weights_table
-from cosprobe.evaluation.held_out import evaluate
-from cosprobe.minimodel.card import train_and_describe
-from cosprobe.models.pipelines import load_pipeline
-from cosprobe.probes.logistic import fit
-from cosprobe.reporting.film import record
-from cosprobe.reporting.report import log_tensorboard, write_report
-from cosprobe.reporting.summary import print_summary
+from cosprobe.evaluation import evaluate, read_inputs
+from cosprobe.evaluation.checks import examine, weights_table
+from cosprobe.minimodel import train_and_describe
+from cosprobe.models import load_pipeline
+from cosprobe.probes import fit
+from cosprobe.reporting import log_tensorboard, print_summary, record, write_report
 from cosprobe.runtime import launch
-from cosprobe.tasks.samples import draw_samples
+from cosprobe.tasks import draw_samples
 
 
 def train(run: TrainRun) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.learning import gradients, learner, noise_batch
 from benchmarks.pairs import Pair, side_by_side
 from cosprobe.config import TrainRun, load
-from cosprobe.models.pipelines import load_pipeline
+from cosprobe.models import load_pipeline
 from cosprobe.runtime import keep_freed_memory
 
 

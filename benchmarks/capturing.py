@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.pairs import Pair, side_by_side
-from cosprobe.activations.capture import Tape, capture
-from cosprobe.activations.pooling import Pooling
+from cosprobe.activations import Pooling, Tape, capture
 from cosprobe.config import TrainRun, load
-from cosprobe.models.pipelines import block_list, experts, load_pipeline, sample
-from cosprobe.tasks.samples import draw_samples, images
+from cosprobe.models import block_list, experts, load_pipeline, sample
+from cosprobe.tasks import draw_samples, images
 
 
 def measure(repeats: int = 7, batch: int = 16, steps: int = 20) -> list[Pair]:

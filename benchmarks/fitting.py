@@ -39,13 +39,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.pairs import Pair, side_by_side
-from cosprobe.activations.dataset import ProbeSamples, relabelled
+from cosprobe.activations import ProbeSamples
+from cosprobe.activations.dataset import relabelled
 from cosprobe.cells import Cell
-from cosprobe.probes.bank import ProbeBank
-from cosprobe.probes.linalg import design, spread, standardise
-from cosprobe.probes.logistic import KINDS, ProbeConfig, fit
+from cosprobe.probes import ProbeBank, ProbeConfig, design, fit, problem_folds, spread, standardise
+from cosprobe.probes.logistic import KINDS
 from cosprobe.probes.newton import PROMISED, relative_gaps
-from cosprobe.probes.ridge import problem_folds
 from cosprobe.runtime import TrainerConfig
 from cosprobe.tasks import Maze, Target
 

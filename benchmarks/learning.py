@@ -15,10 +15,10 @@ import torch
 
 from benchmarks.pairs import Pair, side_by_side
 from cosprobe.config import TrainRun, load
+from cosprobe.minimodel import MiniConfig
 from cosprobe.minimodel.encoding import TEXT_TOKENS, TEXT_WIDTH
 from cosprobe.minimodel.flow_matching import Batch, FlowMatching
-from cosprobe.minimodel.recipe import MiniConfig
-from cosprobe.models.pipelines import load_pipeline
+from cosprobe.models import load_pipeline
 
 
 def measure(repeats: int = 5, batches: int = 4, frames: int = 13, settings: Sequence[str] = ()) -> list[Pair]:

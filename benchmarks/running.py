@@ -23,10 +23,10 @@ from torch import Tensor
 
 import train
 from benchmarks.pairs import Pair, side_by_side
-from cosprobe.activations.collection import decode_steps
+from cosprobe.activations import decode_steps
 from cosprobe.config import TrainRun, load
-from cosprobe.models.pipelines import decode, load_pipeline, sample
-from cosprobe.tasks.samples import draw_samples, images
+from cosprobe.models import decode, load_pipeline, sample
+from cosprobe.tasks import draw_samples, images
 
 DEMO = 600  # problems of the demo
 

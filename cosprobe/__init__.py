@@ -22,17 +22,12 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import would stand beside our one line
 
-from cosprobe.activations.capture import Tape, capture
-from cosprobe.activations.collection import collect
-from cosprobe.activations.dataset import load_samples
-from cosprobe.activations.pooling import Pooling
-from cosprobe.activations.store import ActivationStore
+from cosprobe.activations import ActivationStore, Pooling, Tape, capture, collect, load_samples
 from cosprobe.cells import Cell
-from cosprobe.ensembles.ensemble import ensemble
-from cosprobe.evaluation.grid import Grid
-from cosprobe.models.pipelines import PipelineConfig, load_pipeline, sample
-from cosprobe.probes.bank import ProbeBank, load_probes
-from cosprobe.probes.logistic import ProbeConfig, fit
+from cosprobe.ensembles import ensemble
+from cosprobe.evaluation import Grid
+from cosprobe.models import PipelineConfig, load_pipeline, sample
+from cosprobe.probes import ProbeBank, ProbeConfig, fit, load_probes
 from cosprobe.runtime import TrainerConfig
 
 __all__ = [

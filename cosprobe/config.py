@@ -24,12 +24,11 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cosprobe.early_exit.calibrate import EarlyConfig
-from cosprobe.ensembles.comparison import EnsembleConfig
-from cosprobe.minimodel.lora_training import AdapterConfig
-from cosprobe.minimodel.recipe import MiniConfig
-from cosprobe.models.pipelines import PipelineConfig
-from cosprobe.probes.logistic import ProbeConfig
+from cosprobe.early_exit import EarlyConfig
+from cosprobe.ensembles import EnsembleConfig
+from cosprobe.minimodel import AdapterConfig, MiniConfig
+from cosprobe.models import PipelineConfig
+from cosprobe.probes import ProbeConfig
 from cosprobe.runtime import TrainerConfig, keep_freed_memory, whole_file
 from cosprobe.tasks import FAMILIES
 

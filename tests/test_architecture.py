@@ -1,73 +1,30 @@
-"""The map of the package: imports only point down, and what belongs to one module stays there."""
+"""Imports between rooms go one way, through what a room offers; libraries stay in their rooms."""
 
 from __future__ import annotations
 
 import ast
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-LAYERS = {  # a module may import any module that stands before it
-    0: ["types"],
-    1: [
-        *("tasks", "pooling", "solvers", "ridge", "newton"),
-        *("metrics", "latency", "timing", "calibration", "grid", "predictions", "scoring", "store", "policy"),
-    ],
-    2: ["arrangement", "pipelines", "cost", "capture", "interventions", "randomised", "halting", "reading", "probes"],
-    3: [
-        *("devices", "data", "refitting", "transfer", "efficiency", "nuisance", "training"),
-        *("collect", "inputs", "samples", "baselines", "evaluation"),
-        *("solving", "autoencoding", "flowmatching", "encoding", "mini", "adapting"),
-    ],
-    4: [
-        *("methods", "judging", "ensemble", "trials", "seeds"),
-        *("stopping", "frontier", "early", "card", "checks"),
-    ],
-    5: [
-        *("figures", "film", "gallery", "diagnostics", "summary", "report", "beside"),
-        *("savings", "seedreport"),
-    ],
-    6: ["config"],
-    7: ["train", "probe"],
-}
-ORDER = [module for layer in LAYERS.values() for module in layer]
-ONLY_IN = {  # library: the modules that may import it
+from tests.architecture import ENTRIES, FILES, ROOMS, ROOT, arrows, drawing, imports, inside, module_of, room_of
+
+ONLY_IN = {  # library: the rooms that may import it
     "hydra": {"config"},
     "omegaconf": {"config"},
     "yaml": {"config"},
-    "matplotlib": {"figures", "film", "gallery", "diagnostics", "report", "savings", "seedreport"},
-    "lightning": {*LAYERS[3], *LAYERS[4], "report"},
-    "peft": {"adapting"},
-    "torchmetrics": {"training"},
-    "diffusers": {"arrangement", "pipelines", "autoencoding", "encoding", "mini"},
-    "transformers": {"pipelines", "encoding", "mini"},
-    "tokenizers": {"encoding"},
-    "xarray": {"grid", "scoring", *LAYERS[4], *LAYERS[5]},
+    "matplotlib": {"reporting", "early_exit", "ensembles"},
+    "lightning": {"runtime", "probes", "minimodel"},
+    "peft": {"minimodel"},
+    "torchmetrics": {"probes"},
+    "diffusers": {"models", "minimodel"},
+    "transformers": {"models", "minimodel"},
+    "tokenizers": {"minimodel"},
     "sklearn": set(),
     "pandas": set(),
 }
 VAGUE = {"utils", "util", "helpers", "helper", "manager", "managers", "misc", "common", "components", "base", "core"}
-ENTRIES = [ROOT / "train.py", ROOT / "probe.py"]
-FILES = sorted((ROOT / "cosprobe").rglob("*.py")) + ENTRIES
-
-
-def module_of(path: Path) -> str:
-    """`grid` for cosprobe/grid.py, `tasks` for everything in cosprobe/tasks, `` for the package itself."""
-    inside = path.relative_to(ROOT).with_suffix("").parts
-    return "" if inside == ("cosprobe", "__init__") else inside[min(1, len(inside) - 1)]
-
-
-def imports(path: Path) -> set[str]:
-    """Dotted names of everything a file imports, inside functions too."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
 
 
 @pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -75,33 +32,48 @@ def path(request) -> Path:
     return request.param
 
 
-def test_every_module_has_a_layer(path):
-    assert module_of(path) in {*ORDER, ""}
+def test_every_module_stands_in_a_room(path):
+    assert room_of(module_of(path)), f"{path}: no room has it"
 
 
-def test_imports_point_down(path):
-    module = module_of(path)
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "cosprobe" and not module:  # the package's own names serve scripts without settings or figures
-            assert parts[1] not in (*LAYERS[5], *LAYERS[6], *LAYERS[7]), f"the package imports {name}"
-        elif parts[0] == "cosprobe":
-            assert len(parts) > 2, f"{module} imports {name} from the package itself, name the module"
-            other = parts[1]
-            below = ORDER.index(other) < ORDER.index(module)
-            assert below or other == module == "tasks", f"{module} imports {other}"
+def test_imports_between_rooms_go_one_way():
+    order = (*ROOMS, *ENTRIES)
+    for room, others in arrows().items():
+        wrong = {other for other in others if other in ENTRIES or order.index(other) > order.index(room)}
+        assert not wrong, f"{room} imports {', '.join(sorted(wrong))}"
 
 
-def test_libraries_stay_in_their_modules(path):
-    for name in imports(path):
-        library = name.split(".")[0]
-        allowed = ONLY_IN.get(library)
-        assert allowed is None or module_of(path) in allowed, f"{module_of(path)} imports {library}"
+def test_a_room_is_entered_through_what_it_offers(path):
+    own = room_of(module_of(path))
+    for module, name in inside(path):
+        room = room_of(module)
+        if room != own:
+            assert module == room, f"{module_of(path)} imports cosprobe.{module}, expected cosprobe.{room}"
+            assert name in import_module(f"cosprobe.{room}").__dict__, f"cosprobe.{room} does not offer {name}"
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if (ROOT / "cosprobe" / room.replace(".", "/")).is_dir()])
+def test_a_room_says_what_happens_in_it_and_what_it_offers(room):
+    module = import_module(f"cosprobe.{room}")
+    assert module.__doc__
+    assert set(module.__all__) <= set(module.__dict__)
+    assert len(set(module.__all__)) == len(module.__all__)
+
+
+def test_the_chart_in_the_docs_is_the_one_of_the_code():
+    assert f"```mermaid\n{drawing()}\n```" in (ROOT / "docs" / "architecture.md").read_text()
+
+
+def test_libraries_stay_in_their_rooms(path):
+    for module, _ in imports(path):
+        allowed = ONLY_IN.get(module.split(".")[0])
+        room = room_of(module_of(path))
+        assert allowed is None or room in allowed, f"{module_of(path)} imports {module}"
 
 
 def test_the_package_works_without_hydra():
     """`from cosprobe import ...` is for notebooks: it must not reach the settings."""
-    assert not any(name.startswith("cosprobe.config") for name in imports(ROOT / "cosprobe" / "__init__.py"))
+    assert "config" not in arrows()["cosprobe"]
 
 
 def test_modules_are_named_by_what_they_hold(path):
@@ -110,10 +82,7 @@ def test_modules_are_named_by_what_they_hold(path):
 
 def test_modules_say_what_they_are_for(path):
     text = path.read_text()
-    if text.strip():
-        tree = ast.parse(text)
-        assert ast.get_docstring(tree), f"{path} has no docstring"
-        if path.name != "__init__.py":
-            assert "__future__.annotations" in imports(path)
+    assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+    assert path.name == "__init__.py" or ("__future__", "annotations") in imports(path)
     for place in ("/work" + "/", "/root" + "/", "/tmp" + "/"):
         assert place not in text, f"{path} names a folder of one machine"

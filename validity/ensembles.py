@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from cosprobe.evaluation.metrics import difference_interval, max_t_bootstrap, share_interval
+from cosprobe.evaluation import difference_interval, max_t_bootstrap, share_interval
 from validity.rows import LEVEL, Row, alarms, coverage
 
 SEEDS, METHODS, DRAWS = 6, 8, 199

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
+from cosprobe.evaluation import mean_interval
 from cosprobe.evaluation.checks.description_length import doubling
-from cosprobe.evaluation.metrics import mean_interval, problem_draws
+from cosprobe.evaluation.metrics import problem_draws
 from validity.rows import Row, coverage
 
 SUBJECT = "code lengths"

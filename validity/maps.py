@@ -19,13 +19,12 @@ import numpy as np
 import torch
 import xarray as xr
 
-from cosprobe.activations.dataset import InputFeatures, ProbeSamples, relabelled
+from cosprobe.activations import InputFeatures, ProbeSamples
+from cosprobe.activations.dataset import relabelled
 from cosprobe.cells import EMBED, FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, X0, X_T, Cell
-from cosprobe.evaluation.baselines import read_inputs
-from cosprobe.evaluation.checks.suite import examine
-from cosprobe.evaluation.grid import ALPHA
-from cosprobe.evaluation.held_out import evaluate
-from cosprobe.probes.logistic import ProbeConfig, fit
+from cosprobe.evaluation import ALPHA, evaluate, read_inputs
+from cosprobe.evaluation.checks import examine
+from cosprobe.probes import ProbeConfig, fit
 from cosprobe.runtime import TrainerConfig
 from cosprobe.tasks import Target
 from validity.rows import Row, alarms, shares_covered

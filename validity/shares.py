@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cosprobe.evaluation.metrics import problem_draws, share_interval
+from cosprobe.evaluation import share_interval
+from cosprobe.evaluation.metrics import problem_draws
 from validity.rows import Row, coverage, luck, seeds_of, worst
 
 SUBJECT = "shares of right answers"

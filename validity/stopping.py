@@ -14,7 +14,7 @@ from cosprobe.early_exit.policy import (
     starting_point,
     thresholds,
 )
-from cosprobe.evaluation.metrics import difference_interval, share_interval
+from cosprobe.evaluation import difference_interval, share_interval
 from validity.rows import Row, alarms, coverage
 
 RISK, CONFIDENCE, CALIBRATION, FRESH, MANY = 0.1, 0.95, 150, 60, 60_000

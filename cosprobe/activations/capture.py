@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cosprobe.activations.pooling import Pooling, whole_frame
 from cosprobe.cells import EMBED, FIRST_FRAME, NOISE, PROMPT, SOURCES, X0, X_T, parse_selection
-from cosprobe.models.pipelines import architecture, block_list, clean_estimate, experts, latent_tokens, token_grid
+from cosprobe.models import architecture, block_list, clean_estimate, experts, latent_tokens, token_grid
 
 BRANCHES = {"cond": ("cond",), "uncond": ("uncond",), "cond_uncond": ("uncond", "cond")}  # order inside a batch
 

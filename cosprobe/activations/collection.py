@@ -19,10 +19,9 @@ from cosprobe.activations.pooling import Pooling, whole_frame
 from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
 from cosprobe.activations.store import ActivationStore, fill
 from cosprobe.cells import SPLIT_ORDER, X0, parse_selection
-from cosprobe.models.pipelines import PipelineConfig, block_list, decode, experts, fingerprint, patch_columns, sample
+from cosprobe.models import PipelineConfig, block_list, decode, experts, fingerprint, patch_columns, sample
 from cosprobe.runtime import say
-from cosprobe.tasks import Problem, Task
-from cosprobe.tasks.samples import Sample, images
+from cosprobe.tasks import Problem, Sample, Task, images
 
 FORMAT = 4  # of what a shard holds
 UNTRAINED = "untrained."  # begins the names of what networks without learned weights gave

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from cosprobe.models.pipelines import PipelineConfig, block_list, decode, experts, sample, stop_after
+from cosprobe.models import PipelineConfig, block_list, decode, experts, sample, stop_after
 
 
 @dataclass(frozen=True)

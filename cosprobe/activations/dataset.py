@@ -18,8 +18,7 @@ from torch import Tensor
 
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import NUISANCE, SPLIT_ORDER, Cell
-from cosprobe.tasks import Target, Task
-from cosprobe.tasks.task import HEADLINE, RELABELLED, readable_targets
+from cosprobe.tasks import HEADLINE, RELABELLED, Target, Task, readable_targets
 
 OPTIONAL = ("choice", "replica")  # columns that samples may lack
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cosprobe.activations.capture import wrapped
-from cosprobe.models.pipelines import architecture, block_list, clean_estimate, experts, token_grid
+from cosprobe.models import architecture, block_list, clean_estimate, experts, token_grid
 
 BACK = ("first", "all")
 Weigh = Callable[[int, int, Tensor, tuple[int, int, int]], Float[Tensor, " batch"]]

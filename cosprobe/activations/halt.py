@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cosprobe.activations.capture import Tape, capture
 from cosprobe.activations.pooling import Pooling
 from cosprobe.cells import Cell
-from cosprobe.models.pipelines import block_list, experts
+from cosprobe.models import block_list, experts
 
 
 class _Halted(Exception):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cosprobe.activations.capture import BRANCHES, Tape, conditional, hidden_states
 from cosprobe.activations.pooling import Pooling
-from cosprobe.models.pipelines import architecture, block_list, experts, token_grid
+from cosprobe.models import architecture, block_list, experts, token_grid
 
 PERMUTED, FRESH = "permuted", "fresh"
 RANDOMISED = (PERMUTED, FRESH)

@@ -18,10 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cosprobe.activations.capture import capture
-from cosprobe.activations.collection import decode_steps
-from cosprobe.activations.dataset import load_samples
-from cosprobe.activations.store import ActivationStore, fill
+from cosprobe.activations import ActivationStore, capture, decode_steps, fill, load_samples
 from cosprobe.cells import Cell
 from cosprobe.early_exit.policy import (
     AGAINST,
@@ -34,12 +31,10 @@ from cosprobe.early_exit.policy import (
     thresholds,
 )
 from cosprobe.early_exit.reader import Answer, attach, check_pipeline, pooling_of, probabilities
-from cosprobe.models.pipelines import PipelineConfig, decode, sample
-from cosprobe.probes.bank import ProbeBank
+from cosprobe.models import PipelineConfig, decode, sample
+from cosprobe.probes import ProbeBank
 from cosprobe.runtime import say
-from cosprobe.tasks import Problem, Target, Task
-from cosprobe.tasks.samples import Sample, fresh_problems, images, noise_seed, with_noise
-from cosprobe.tasks.task import HEADLINE
+from cosprobe.tasks import HEADLINE, Problem, Sample, Target, Task, fresh_problems, images, noise_seed, with_noise
 
 RECORDS = "early"  # folder of the records, inside the run's
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from cosprobe.activations.cost import Cost
+from cosprobe.activations import Cost
 from cosprobe.cells import Cell
 from cosprobe.early_exit.calibrate import Records, Stopping
 from cosprobe.early_exit.policy import Policy, first_look, thresholds
-from cosprobe.evaluation.metrics import difference_interval, share_interval
+from cosprobe.evaluation import difference_interval, share_interval
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cosprobe.activations.halt import halting
+from cosprobe.activations import halting
 from cosprobe.cells import Cell
 from cosprobe.early_exit.reader import pooling_of, probabilities
-from cosprobe.evaluation.grid import Grid
-from cosprobe.models.pipelines import PipelineConfig, fingerprint, load_pipeline, sample
-from cosprobe.probes.bank import ProbeBank
-from cosprobe.tasks import Problem, Task
-from cosprobe.tasks.samples import Sample, fresh_problems, images, with_noise
+from cosprobe.evaluation import Grid
+from cosprobe.models import PipelineConfig, fingerprint, load_pipeline, sample
+from cosprobe.probes import ProbeBank
+from cosprobe.tasks import Problem, Sample, Task, fresh_problems, images, with_noise
 
 
 @dataclass(frozen=True)

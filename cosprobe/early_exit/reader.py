@@ -20,12 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cosprobe.activations.halt import halting
-from cosprobe.activations.pooling import Pooling
+from cosprobe.activations import Pooling, halting
 from cosprobe.cells import Cell
 from cosprobe.early_exit.policy import Policy, read_policy
-from cosprobe.models.pipelines import fingerprint
-from cosprobe.probes.bank import ProbeBank
+from cosprobe.models import fingerprint
+from cosprobe.probes import ProbeBank
 from cosprobe.tasks import Problem
 
 

@@ -15,18 +15,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 
-from cosprobe.activations.collection import decode_steps, watch
-from cosprobe.activations.cost import Cost, flops, seconds
+from cosprobe.activations import Cost, decode_steps, flops, seconds, watch
 from cosprobe.early_exit.calibrate import EarlyConfig, Live, Stopping, run_live, stop_early
 from cosprobe.early_exit.frontier import Realised, Way, outcome, policy_looks, realised, ways
-from cosprobe.models.pipelines import PipelineConfig, load_pipeline
-from cosprobe.probes.bank import ProbeBank
-from cosprobe.reporting.figures import STYLE, new_figure
-from cosprobe.reporting.film import Film, film_row, film_strip
-from cosprobe.reporting.summary import WIDTH, markdown_table, open_table
+from cosprobe.models import PipelineConfig, load_pipeline
+from cosprobe.probes import ProbeBank
+from cosprobe.reporting import STYLE, WIDTH, Film, film_row, film_strip, markdown_table, new_figure, open_table
 from cosprobe.runtime import whole_file
-from cosprobe.tasks import Task
-from cosprobe.tasks.samples import images, with_noise
+from cosprobe.tasks import Task, images, with_noise
 
 LOOKS = {
     "fixed step": {"color": "#444444", "marker": "s", "markersize": 3.5, "linestyle": ":"},

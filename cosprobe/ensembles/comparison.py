@@ -15,13 +15,12 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from cosprobe.activations.cost import Cost, flops
+from cosprobe.activations import Cost, flops
 from cosprobe.ensembles.ensemble import Bench
 from cosprobe.ensembles.strategies import METHODS, PROBES, Plan, course, windows
 from cosprobe.ensembles.trajectories import READS, Candidate, Trials
-from cosprobe.evaluation.metrics import difference_interval, max_t_bootstrap, share_interval
-from cosprobe.tasks import Problem
-from cosprobe.tasks.samples import fresh_problems, images
+from cosprobe.evaluation import difference_interval, max_t_bootstrap, share_interval
+from cosprobe.tasks import Problem, fresh_problems, images
 
 PAPER = Plan(seeds=3, steps=(0,))  # of `hidden` in arXiv 2603.16870, in the middle layers
 CURVES = ("vote", "best_of", "retry", "probe_best", "prune", "probe_vote", "probe_retry")

@@ -21,14 +21,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cosprobe.activations.capture import Tape, capture
-from cosprobe.activations.pooling import Pooling
+from cosprobe.activations import Pooling, Tape, capture
 from cosprobe.cells import Cell
 from cosprobe.ensembles.probe_scorer import Judge
 from cosprobe.ensembles.strategies import WINDOWED, Course, Finished, Plan, course, disagreement, in_turn, only, windows
-from cosprobe.models.pipelines import PipelineConfig, block_list, experts, sample
-from cosprobe.tasks import FAMILIES, Problem, Task
-from cosprobe.tasks.samples import images, noise_seed
+from cosprobe.models import PipelineConfig, block_list, experts, sample
+from cosprobe.tasks import FAMILIES, Problem, Task, images, noise_seed
 
 
 @dataclass(frozen=True, eq=False)

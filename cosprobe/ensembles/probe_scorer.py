@@ -11,11 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cosprobe.activations.edits import check_finite
-from cosprobe.activations.pooling import Pooling
+from cosprobe.activations import Pooling, check_finite
 from cosprobe.cells import Cell
-from cosprobe.evaluation.grid import Grid
-from cosprobe.probes.bank import ProbeBank, load_probes
+from cosprobe.evaluation import Grid
+from cosprobe.probes import ProbeBank, load_probes
 from cosprobe.tasks import Problem
 
 ROLES = ("answer", "choice")  # of the targets a run is judged by, in this order

@@ -27,11 +27,10 @@ from cosprobe.ensembles.ensemble import Bench
 from cosprobe.ensembles.probe_scorer import Judge
 from cosprobe.ensembles.strategies import PROBES
 from cosprobe.ensembles.trajectories import Candidate
-from cosprobe.evaluation.grid import Grid
-from cosprobe.models.pipelines import fingerprint, load_pipeline
-from cosprobe.probes.bank import ProbeBank
-from cosprobe.reporting.figures import STYLE, new_figure
-from cosprobe.reporting.summary import markdown_table
+from cosprobe.evaluation import Grid
+from cosprobe.models import fingerprint, load_pipeline
+from cosprobe.probes import ProbeBank
+from cosprobe.reporting import STYLE, markdown_table, new_figure
 from cosprobe.runtime import whole_file
 
 FOLDER = "ensemble"

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from cosprobe.activations.edits import BACK, average_blocks, average_clean, average_latents
+from cosprobe.activations import BACK, average_blocks, average_clean, average_latents
 
 Odds = Float[Tensor, "problem seed candidate"]
 Credit = Callable[["Finished", list[Odds]], Float[Tensor, "problem seed"]]

@@ -19,7 +19,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from cosprobe.activations.store import ActivationStore
+from cosprobe.activations import ActivationStore
 from cosprobe.ensembles.ensemble import Bench, run
 from cosprobe.ensembles.strategies import METHODS, Course, Finished, Plan, course, replay
 from cosprobe.tasks import Problem

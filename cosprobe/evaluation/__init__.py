@@ -1,0 +1,38 @@
+"""Reads a bank on held-out problems, beside what the inputs tell, and scores it: intervals, significance, the grid."""
+
+from cosprobe.evaluation.baselines import input_samples, read_inputs
+from cosprobe.evaluation.grid import ALPHA, FILE, GUESSES, READOUT, Best, Grid
+from cosprobe.evaluation.held_out import evaluate
+from cosprobe.evaluation.metrics import (
+    LEAST_EFFECTIVE,
+    LEAST_PROBLEMS,
+    correctness,
+    difference_interval,
+    max_t_bootstrap,
+    mean_interval,
+    share_interval,
+)
+from cosprobe.evaluation.predictions import Evaluated, InputReading
+from cosprobe.evaluation.scoring import build_grid
+
+__all__ = [
+    "ALPHA",
+    "Best",
+    "Evaluated",
+    "FILE",
+    "GUESSES",
+    "Grid",
+    "InputReading",
+    "LEAST_EFFECTIVE",
+    "LEAST_PROBLEMS",
+    "READOUT",
+    "build_grid",
+    "correctness",
+    "difference_interval",
+    "evaluate",
+    "input_samples",
+    "max_t_bootstrap",
+    "mean_interval",
+    "read_inputs",
+    "share_interval",
+]

@@ -25,15 +25,23 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cosprobe.activations.dataset import InputFeatures, ProbeSamples
+from cosprobe.activations import InputFeatures, ProbeSamples
 from cosprobe.cells import EMBED, FIRST_FRAME, INPUTS, NOISE, X0, X_T, Cell
 from cosprobe.evaluation.predictions import InputReading
-from cosprobe.probes.datamodule import shared
-from cosprobe.probes.linalg import affine, classes_last, design, principal_axes, spread, standardise, validated
-from cosprobe.probes.newton import fit_newton
-from cosprobe.probes.ridge import fit_ridge, problem_folds
-from cosprobe.tasks import Target
-from cosprobe.tasks.task import readable_targets
+from cosprobe.probes import (
+    affine,
+    classes_last,
+    design,
+    fit_newton,
+    fit_ridge,
+    principal_axes,
+    problem_folds,
+    shared,
+    spread,
+    standardise,
+    validated,
+)
+from cosprobe.tasks import Target, readable_targets
 
 LOCAL = (NOISE, FIRST_FRAME, EMBED, X_T)  # inputs that have frames and regions
 # What a target has to be compared with, by its role. Perception targets lie in the input by definition, nuisance and

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cosprobe.activations.dataset import ProbeSamples
+from cosprobe.activations import ProbeSamples
 from cosprobe.evaluation.predictions import Evaluated, InputReading, SplitPredictions, TargetPredictions
-from cosprobe.probes.bank import ProbeBank
-from cosprobe.probes.calibration import brier, ece
+from cosprobe.probes import ProbeBank, brier, ece
 from cosprobe.tasks import Target
 
 

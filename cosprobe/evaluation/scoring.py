@@ -25,8 +25,7 @@ from cosprobe.evaluation.metrics import (
 )
 from cosprobe.evaluation.predictions import Evaluated, SplitPredictions, TargetPredictions
 from cosprobe.evaluation.timing import timing
-from cosprobe.tasks import Target
-from cosprobe.tasks.task import RELABELLED
+from cosprobe.tasks import RELABELLED, Target
 
 MEANING = {
     "accuracy": "test accuracy of the probe",

@@ -1,0 +1,11 @@
+"""How the model in the package was trained, and LoRA adapters through the same flow matching."""
+
+from cosprobe.minimodel.card import train_and_describe
+from cosprobe.minimodel.lora_training import AdapterConfig
+from cosprobe.minimodel.recipe import MiniConfig
+
+__all__ = [
+    "AdapterConfig",
+    "MiniConfig",
+    "train_and_describe",
+]

@@ -12,10 +12,9 @@ import lightning as L
 import numpy as np
 from rich.progress import track
 
-from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.models import PipelineConfig, sample
 from cosprobe.runtime import whole_file
-from cosprobe.tasks import Problem, Task
-from cosprobe.tasks.samples import images, noise_seed
+from cosprobe.tasks import Problem, Task, images, noise_seed
 
 
 @dataclass(frozen=True)

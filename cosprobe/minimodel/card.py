@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from cosprobe.evaluation.metrics import share_interval
+from cosprobe.evaluation import share_interval
 from cosprobe.minimodel.accuracy import Solved, solve
 from cosprobe.minimodel.autoencoding import to_model_range, video_of
 from cosprobe.minimodel.lora_training import train_adapter
 from cosprobe.minimodel.recipe import MiniConfig, families, train_mini
-from cosprobe.models.pipelines import PipelineConfig, load_pipeline
+from cosprobe.models import PipelineConfig, load_pipeline
 from cosprobe.runtime import whole_file
 from cosprobe.tasks import Problem, Select, Task
 

@@ -39,8 +39,7 @@ from cosprobe.minimodel.encoding import (
     measure_scale,
 )
 from cosprobe.minimodel.flow_matching import FlowConfig, FlowMatching, LatentClips
-from cosprobe.models.cpu_layout import channels_last
-from cosprobe.models.pipelines import PipelineConfig
+from cosprobe.models import PipelineConfig, channels_last
 from cosprobe.runtime import whole_file
 from cosprobe.tasks import FAMILIES, Task
 

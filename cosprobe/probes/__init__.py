@@ -1,0 +1,31 @@
+"""Fits linear probes of every cell at once, and keeps them as a bank."""
+
+from cosprobe.probes.bank import ProbeBank, load_probes
+from cosprobe.probes.calibration import Reliability, brier, ece, reliability
+from cosprobe.probes.datamodule import shared
+from cosprobe.probes.linalg import affine, classes_last, design, principal_axes, spread, standardise, validated
+from cosprobe.probes.logistic import ProbeConfig, fit
+from cosprobe.probes.newton import fit_newton
+from cosprobe.probes.ridge import fit_ridge, problem_folds
+
+__all__ = [
+    "ProbeBank",
+    "ProbeConfig",
+    "Reliability",
+    "affine",
+    "brier",
+    "classes_last",
+    "design",
+    "ece",
+    "fit",
+    "fit_newton",
+    "fit_ridge",
+    "load_probes",
+    "principal_axes",
+    "problem_folds",
+    "reliability",
+    "shared",
+    "spread",
+    "standardise",
+    "validated",
+]

@@ -16,10 +16,9 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cosprobe.activations.dataset import ProbeSamples
+from cosprobe.activations import ProbeSamples
 from cosprobe.probes.linalg import Axes, design, principal_axes, spread, standardise
-from cosprobe.tasks import Target
-from cosprobe.tasks.task import readable_targets
+from cosprobe.tasks import Target, readable_targets
 
 
 def check_targets(targets: Sequence[Target], train: ProbeSamples, validation: ProbeSamples) -> None:

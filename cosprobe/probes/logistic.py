@@ -33,8 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from cosprobe.activations.dataset import ProbeSamples
-from cosprobe.activations.pooling import POOLINGS
+from cosprobe.activations import POOLINGS, ProbeSamples
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.probes.datamodule import ProbeBatch, ProbeData, check_targets, shared
 from cosprobe.probes.linalg import (
@@ -51,8 +50,7 @@ from cosprobe.probes.linalg import (
 from cosprobe.probes.newton import Certificate, finished, newton_targets, shortfall
 from cosprobe.probes.ridge import fit_ridge
 from cosprobe.runtime import TrainerConfig, backend
-from cosprobe.tasks import Target
-from cosprobe.tasks.task import readable_targets
+from cosprobe.tasks import Target, readable_targets
 
 KINDS = ("logistic", "newton", "ridge")
 MOMENTUM = 0.9

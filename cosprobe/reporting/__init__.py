@@ -1,0 +1,21 @@
+"""What a person sees of a run: figures, summary, TensorBoard, film."""
+
+from cosprobe.reporting.figures import STYLE, new_figure
+from cosprobe.reporting.film import Film, film_row, film_strip, record
+from cosprobe.reporting.report import log_tensorboard, write_report
+from cosprobe.reporting.summary import WIDTH, markdown_table, open_table, print_summary
+
+__all__ = [
+    "Film",
+    "STYLE",
+    "WIDTH",
+    "film_row",
+    "film_strip",
+    "log_tensorboard",
+    "markdown_table",
+    "new_figure",
+    "open_table",
+    "print_summary",
+    "record",
+    "write_report",
+]

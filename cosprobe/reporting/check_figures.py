@@ -9,10 +9,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cosprobe.evaluation.checks.generalisation import Matrix
-from cosprobe.evaluation.checks.suite import Checks
-from cosprobe.evaluation.checks.untrained import WEIGHTS
-from cosprobe.evaluation.grid import Grid
+from cosprobe.evaluation import Grid
+from cosprobe.evaluation.checks import WEIGHTS, Checks, Matrix
 from cosprobe.reporting.figures import OUTLINE, STYLE, bold, new_figure, ticks
 
 COLOURS = {"trained": "#225ea8", "permuted": "#e6550d", "fresh": "#9a9a9a"}

@@ -9,7 +9,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosprobe.evaluation.grid import Grid
+from cosprobe.evaluation import Grid
 from cosprobe.reporting.figures import side_by_side
 from cosprobe.runtime import whole_file
 

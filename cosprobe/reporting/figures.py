@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from cosprobe.cells import EMBED, X0, X_T
-from cosprobe.evaluation.grid import ALPHA, READOUT, Grid
+from cosprobe.evaluation import ALPHA, READOUT, Grid
 
 WORST = -0.5  # skill below this is drawn as if it were this
 STYLE = {

@@ -20,12 +20,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from cosprobe.activations.collection import decode_steps, watch
-from cosprobe.activations.dataset import ProbeSamples
-from cosprobe.models.pipelines import PipelineConfig
-from cosprobe.tasks import Problem, Task
-from cosprobe.tasks.samples import Sample
-from cosprobe.tasks.task import Box
+from cosprobe.activations import ProbeSamples, decode_steps, watch
+from cosprobe.models import PipelineConfig
+from cosprobe.tasks import Box, Problem, Sample, Task
 
 RIGHT, WRONG, FREE = "#009e73", "#cc3311", "#0072b2"  # green, red and blue that stay apart for every eye
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8.5}

@@ -11,14 +11,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from cosprobe.evaluation.checks.suite import Checks
-from cosprobe.evaluation.grid import FILE, Grid
+from cosprobe.evaluation import FILE, Grid
+from cosprobe.evaluation.checks import Checks
 from cosprobe.reporting.check_figures import check_panels, generalisation
 from cosprobe.reporting.figures import curves, frame_maps, headline, maps
 from cosprobe.reporting.film import Film, film_strip
 from cosprobe.reporting.summary import flattened, shown_targets, summary_markdown
 from cosprobe.runtime import whole_file
-from cosprobe.tasks.task import HEADLINE
+from cosprobe.tasks import HEADLINE
 
 
 def write_report(grid: Grid, checks: Checks, run_dir: Path, films: Film | None = None) -> Path:

@@ -15,12 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cosprobe.activations.random_weights import RANDOMISED
-from cosprobe.evaluation.checks.suite import Checks
-from cosprobe.evaluation.checks.untrained import TRAINED
-from cosprobe.evaluation.grid import ALPHA, GUESSES, Best, Grid
-from cosprobe.evaluation.metrics import LEAST_EFFECTIVE, LEAST_PROBLEMS
-from cosprobe.tasks.task import HEADLINE, RELABELLED
+from cosprobe.activations import RANDOMISED
+from cosprobe.evaluation import ALPHA, GUESSES, LEAST_EFFECTIVE, LEAST_PROBLEMS, Best, Grid
+from cosprobe.evaluation.checks import TRAINED, Checks
+from cosprobe.tasks import HEADLINE, RELABELLED
 
 NONE = "-"
 COLUMNS = ("target", "best cell", "accuracy [95 %]", "chance", "best input", "x0-hat shows", "evidence", "n")

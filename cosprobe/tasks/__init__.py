@@ -11,8 +11,20 @@ from types import ModuleType
 from cosprobe.tasks.hide import Hide, HideConfig
 from cosprobe.tasks.line import Line, LineConfig
 from cosprobe.tasks.maze import Maze, MazeConfig
+from cosprobe.tasks.samples import Sample, draw_samples, fresh_problems, images, noise_seed, with_noise
 from cosprobe.tasks.select import Select, SelectConfig
-from cosprobe.tasks.task import SPLITS, Problem, Readout, Target, Task, split_of
+from cosprobe.tasks.task import (
+    HEADLINE,
+    RELABELLED,
+    SPLITS,
+    Box,
+    Problem,
+    Readout,
+    Target,
+    Task,
+    readable_targets,
+    split_of,
+)
 
 
 def find_families(modules: Iterable[ModuleType]) -> dict[str, type]:
@@ -38,6 +50,16 @@ def find_families(modules: Iterable[ModuleType]) -> dict[str, type]:
 FAMILIES = find_families(import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
 
 __all__ = [
+    "Box",
+    "HEADLINE",
+    "RELABELLED",
+    "Sample",
+    "draw_samples",
+    "fresh_problems",
+    "images",
+    "noise_seed",
+    "readable_targets",
+    "with_noise",
     "FAMILIES",
     "SPLITS",
     "Hide",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cosprobe.cells import SPLIT_ORDER
 from cosprobe.runtime import say
-from cosprobe.tasks import Problem, Task
+from cosprobe.tasks.task import Problem, Task
 
 SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}
 

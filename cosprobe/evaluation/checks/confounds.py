@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cosprobe.activations.dataset import ProbeSamples, nuisance_columns
+from cosprobe.activations import ProbeSamples, nuisance_columns
 from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.refitting import (
     Estimate,
@@ -33,8 +33,7 @@ from cosprobe.evaluation.checks.refitting import (
     right,
     statistics,
 )
-from cosprobe.probes.linalg import affine, classes_last, design, spread, standardise, validated
-from cosprobe.probes.newton import fit_newton
+from cosprobe.probes import affine, classes_last, design, fit_newton, spread, standardise, validated
 from cosprobe.tasks import Target
 
 RARE = 10  # values with fewer training problems are joined with their neighbours

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cosprobe.activations.dataset import ProbeSamples
+from cosprobe.activations import ProbeSamples
 from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.refitting import (
     Estimate,
@@ -37,7 +37,7 @@ from cosprobe.evaluation.checks.refitting import (
     right,
     statistics,
 )
-from cosprobe.probes.linalg import standardise
+from cosprobe.probes import standardise
 
 FIRST = 10  # problems: the first block has at least as many, and fewer than twice
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cosprobe.activations.dataset import ProbeSamples
+from cosprobe.activations import ProbeSamples
 from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.refitting import (
     Estimate,
@@ -31,8 +31,7 @@ from cosprobe.evaluation.checks.refitting import (
     refit,
     right,
 )
-from cosprobe.probes.bank import ProbeBank
-from cosprobe.probes.linalg import affine, classes_last, design, spread, standardise
+from cosprobe.probes import ProbeBank, affine, classes_last, design, spread, standardise
 from cosprobe.tasks import Target
 
 EVERYTHING = "all"  # the first row where probes are refitted: trained on every group

@@ -14,13 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from cosprobe.activations.dataset import ProbeSamples
+from cosprobe.activations import ProbeSamples
 from cosprobe.cells import Cell
-from cosprobe.evaluation.metrics import correctness, difference_interval, mean_interval, share_interval
-from cosprobe.probes.linalg import affine, classes_last, design, spread
-from cosprobe.probes.newton import fit_newton
-from cosprobe.tasks import Target
-from cosprobe.tasks.task import readable_targets
+from cosprobe.evaluation import correctness, difference_interval, mean_interval, share_interval
+from cosprobe.probes import affine, classes_last, design, fit_newton, spread
+from cosprobe.tasks import Target, readable_targets
 
 
 @dataclass(frozen=True)

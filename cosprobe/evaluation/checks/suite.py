@@ -17,19 +17,15 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from cosprobe.activations.dataset import InputFeatures, ProbeSamples
+from cosprobe.activations import InputFeatures, ProbeSamples
 from cosprobe.cells import EMBED, X0, Cell
-from cosprobe.evaluation.baselines import input_samples
+from cosprobe.evaluation import Evaluated, Grid, InputReading, build_grid, input_samples
 from cosprobe.evaluation.checks.confounds import Residualised, residualised
 from cosprobe.evaluation.checks.description_length import DescriptionLength, description_length, side_by_side
 from cosprobe.evaluation.checks.generalisation import Matrix, matrices
 from cosprobe.evaluation.checks.untrained import WEIGHTS, WeightsTable
-from cosprobe.evaluation.grid import Grid
-from cosprobe.evaluation.predictions import Evaluated, InputReading
-from cosprobe.evaluation.scoring import build_grid
-from cosprobe.probes.bank import ProbeBank
-from cosprobe.probes.calibration import Reliability, reliability
-from cosprobe.tasks.task import HEADLINE
+from cosprobe.probes import ProbeBank, Reliability, reliability
+from cosprobe.tasks import HEADLINE
 
 BINS = 8  # points of a reliability curve, when there are rows enough for them
 ROWS = 5  # rows a point needs

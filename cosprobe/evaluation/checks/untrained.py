@@ -13,15 +13,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cosprobe.activations.collection import UNTRAINED
-from cosprobe.activations.dataset import ProbeSamples
-from cosprobe.activations.random_weights import RANDOMISED
-from cosprobe.activations.store import ActivationStore
+from cosprobe.activations import RANDOMISED, UNTRAINED, ActivationStore, ProbeSamples
 from cosprobe.cells import SPLIT_ORDER, Cell
-from cosprobe.evaluation.metrics import correctness, share_interval
-from cosprobe.probes.logistic import fit
+from cosprobe.evaluation import correctness, share_interval
+from cosprobe.probes import fit
 from cosprobe.runtime import TrainerConfig
-from cosprobe.tasks.task import HEADLINE
+from cosprobe.tasks import HEADLINE
 
 TRAINED = "trained"
 WEIGHTS = (TRAINED, *RANDOMISED)
