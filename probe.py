@@ -16,8 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cosprobe.config import PredictConfig, UseRun, command, read_run
-from cosprobe.early_exit import EarlyConfig, answer_early, predict
+from cosprobe.config import UseRun, command, read_run
+from cosprobe.early_exit import EarlyConfig, PredictConfig, answer_early, predict
 from cosprobe.ensembles import EnsembleConfig, ensembles
 from cosprobe.probes import load_probes
 
@@ -25,7 +25,8 @@ USES: dict[type, Callable[..., None]] = {PredictConfig: predict, EarlyConfig: an
 
 
 def use(run: UseRun) -> None:
-    USES[type(run.use)](read_run(run.run), load_probes(run.run), run.use, run.seed, Path(run.run))
+    trained = read_run(run.run)
+    USES[type(run.use)](trained.pipeline, trained.task, load_probes(run.run), run.use, run.seed, Path(run.run))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

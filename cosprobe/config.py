@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cosprobe.early_exit import EarlyConfig
+from cosprobe.early_exit import EarlyConfig, PredictConfig
 from cosprobe.ensembles import EnsembleConfig
 from cosprobe.minimodel import AdapterConfig, MiniConfig
 from cosprobe.models import PipelineConfig
@@ -42,21 +42,6 @@ class ProbeExperiment:
     """Train probes on a frozen pipeline; everything it needs stands in the other groups."""
 
 
-@dataclass
-class PredictConfig:
-    """Read answers of `problems` new problems after sampler step `step` (a step index), at block `layer`;
-    no layer: the one that was best on validation."""
-
-    step: int = 0
-    problems: int = 16
-    layer: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("step", 0), ("problems", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"use.{name}={getattr(self, name)}: expected at least {least}")
-
-
 # Groups whose options are different classes. The other groups only choose values of one class.
 SCHEMAS: dict[str, dict[str, type]] = {
     "task": dict(FAMILIES),
@@ -70,7 +55,7 @@ class TrainRun:
     """What `train.py` does. run_dir: empty = `runs/<task>-<probe>`; the same command continues its own run."""
 
     entry: ClassVar[str] = "train"
-    task: Any = MISSING
+    task: Any = MISSING  # a TaskConfig; OmegaConf knows no protocols
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -1,7 +1,7 @@
 """What happens inside the blocks while a pipeline samples: captured, edited, stored, and read back as samples."""
 
 from cosprobe.activations.capture import Tape, capture
-from cosprobe.activations.collection import UNTRAINED, collect, decode_steps, settings, watch
+from cosprobe.activations.collection import UNTRAINED, CaptureConfig, collect, decode_steps, settings, watch
 from cosprobe.activations.cost import Cost, flops, seconds
 from cosprobe.activations.dataset import InputFeatures, ProbeSamples, load_samples, nuisance_columns
 from cosprobe.activations.edits import BACK, average_blocks, average_clean, average_latents, check_finite
@@ -12,6 +12,7 @@ from cosprobe.activations.store import ActivationStore, fill
 
 __all__ = [
     "ActivationStore",
+    "CaptureConfig",
     "BACK",
     "Cost",
     "InputFeatures",

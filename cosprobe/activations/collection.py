@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,16 +15,40 @@ import torch
 from torch import Tensor
 
 from cosprobe.activations.capture import Tape, capture
-from cosprobe.activations.pooling import Pooling, whole_frame
+from cosprobe.activations.pooling import POOLINGS, Pooling, whole_frame
 from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
 from cosprobe.activations.store import ActivationStore, fill
 from cosprobe.cells import SPLIT_ORDER, X0, parse_selection
 from cosprobe.models import PipelineConfig, block_list, decode, experts, fingerprint, patch_columns, sample
 from cosprobe.runtime import say
-from cosprobe.tasks import Problem, Sample, Task, images
+from cosprobe.tasks import Problem, Sample, Task, TaskConfig, images
 
 FORMAT = 4  # of what a shard holds
 UNTRAINED = "untrained."  # begins the names of what networks without learned weights gave
+
+
+@dataclass
+class CaptureConfig:
+    """What is captured.
+
+    layers, steps: selections (`all`, `last`, `0:30:5`, `0,10,20`). pooling: `clip`, `frame`, `grid` or `region`;
+    frames: with `region`, every latent frame by itself too. decode: steps whose x0-hat is decoded and read;
+    `auto` is at most five. randomised: on how many samples at most permuted and fresh transformer weights are tried;
+    0 = none.
+    """
+
+    layers: str = "all"
+    steps: str = "all"
+    pooling: str = "region"
+    frames: bool = False
+    decode: str = "auto"
+    randomised: int = 128
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"probe.pooling={self.pooling!r}: expected one of {', '.join(POOLINGS)}")
+        if self.randomised < 0:
+            raise ValueError(f"probe.randomised={self.randomised}: expected 0 or more samples")
 
 
 def decode_steps(spec: str, total: int) -> tuple[int, ...]:
@@ -46,30 +70,35 @@ def few_samples(drawn: Sequence[Sample], most: int) -> list[int]:
     return [int(i) for places in few for i in places] if all(map(len, few)) else []
 
 
-def few_steps(probe: Any, total: int) -> tuple[int, ...]:
+def few_steps(probe: CaptureConfig, total: int) -> tuple[int, ...]:
     """Steps of the first half at which x0-hat is decoded too; the first kept step when there is none."""
     kept = parse_selection(probe.steps, total, "probe.steps")
     shown = decode_steps(probe.decode, total)
     return tuple(step for step in kept if step in shown and step < total / 2) or kept[:1]
 
 
-def settings(pipeline: PipelineConfig, task: Any, probe: Any, seed: int) -> dict[str, Any]:
+def settings(pipeline: PipelineConfig, task: TaskConfig, probe: CaptureConfig, seed: int) -> dict[str, Any]:
     """Everything that shapes a store, flat, so that a difference can be named. The order of samples and the
     batch they ran in are part of it: a batch's shape changes the last bits."""
-    flat = {f"task.{f.name}": getattr(task, f.name) for f in fields(task)}
+    flat = {f"task.{name}": value for name, value in vars(task).items()}
     flat |= {
         f"pipeline.{f.name}": getattr(pipeline, f.name)
         for f in fields(pipeline)
         if f.name not in ("name", "path", "lora")
     }
-    names = ("layers", "steps", "pooling", "frames", "decode", "randomised")
-    flat |= {f"probe.{name}": getattr(probe, name) for name in names}
+    flat |= {f"probe.{f.name}": getattr(probe, f.name) for f in fields(CaptureConfig)}
     flat |= {f"version.{name}": version(name) for name in ("torch", "diffusers")}
     return flat | {"model": fingerprint(*pipeline.parts), "seed": seed, "format": FORMAT}
 
 
 def collect(
-    model: Any, pipeline: PipelineConfig, task: Task, probe: Any, drawn: list[Sample], identity: dict, folder: Path
+    model: Any,
+    pipeline: PipelineConfig,
+    task: Task,
+    probe: CaptureConfig,
+    drawn: list[Sample],
+    identity: dict,
+    folder: Path,
 ) -> ActivationStore:
     """Collects what is not on disk yet. drawn, identity: what `draw_samples` and `settings` give. Chunks are cut by
     global index: one process and many write the same shards."""
@@ -84,7 +113,9 @@ def collect(
     return fill(store, size, what, write, chunks)
 
 
-def store_bytes(model: Any, pipeline: PipelineConfig, task: Task, probe: Any, samples: int, few: int = 0) -> int:
+def store_bytes(
+    model: Any, pipeline: PipelineConfig, task: Task, probe: CaptureConfig, samples: int, few: int = 0
+) -> int:
     """Bytes the features will take, from the model's shape alone. few: samples random weights are asked about."""
     transformer = next(iter(experts(model).values()))
     layers = parse_selection(probe.layers, len(block_list(transformer)), "probe.layers")
@@ -113,7 +144,7 @@ def input_parts(pooling: Pooling, channels: int) -> int:
 
 @torch.no_grad()
 def _chunk(
-    model: Any, pipeline: PipelineConfig, task: Task, probe: Any,
+    model: Any, pipeline: PipelineConfig, task: Task, probe: CaptureConfig,
     drawn: Sequence[Sample], few: frozenset[int], seed: int, places: range,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
     chunk = [drawn[i] for i in places]
@@ -168,7 +199,7 @@ def _untrained(
     }
 
 
-def _pooling(probe: Any, problems: Sequence[Problem]) -> Pooling:
+def _pooling(probe: CaptureConfig, problems: Sequence[Problem]) -> Pooling:
     return Pooling(probe.pooling, probe.frames, [p.regions for p in problems] if probe.pooling == "region" else ())
 
 

@@ -34,7 +34,18 @@ from cosprobe.early_exit.reader import Answer, attach, check_pipeline, pooling_o
 from cosprobe.models import PipelineConfig, decode, sample
 from cosprobe.probes import ProbeBank
 from cosprobe.runtime import say
-from cosprobe.tasks import HEADLINE, Problem, Sample, Target, Task, fresh_problems, images, noise_seed, with_noise
+from cosprobe.tasks import (
+    HEADLINE,
+    Problem,
+    Sample,
+    Target,
+    Task,
+    TaskConfig,
+    fresh_problems,
+    images,
+    noise_seed,
+    with_noise,
+)
 
 RECORDS = "early"  # folder of the records, inside the run's
 
@@ -116,15 +127,21 @@ class Live:
 
 
 def stop_early(
-    trained: Any, bank: ProbeBank, use: EarlyConfig, seed: int, folder: Path, model: Any
+    pipeline: PipelineConfig,
+    settings: TaskConfig,
+    bank: ProbeBank,
+    use: EarlyConfig,
+    seed: int,
+    folder: Path,
+    model: Any,
 ) -> tuple[list[Stopping], ProbeBank]:
     """A policy for every kind of problems the bank can answer, and the bank that carries them (saved in `folder`).
 
-    trained: settings of the run in `folder`. model: the loaded pipeline of that run. Raises ValueError when the bank
-    was made for another model, and when no probe answers anything.
+    pipeline, settings: of the run in `folder`, of its model and its task. model: the loaded pipeline of that run.
+    Raises ValueError when the bank was made for another model, and when no probe answers anything.
     """
     check_pipeline(bank, model)
-    task = trained.task.build()
+    task = settings.build()
     samples, _, _ = load_samples(ActivationStore.open(folder / "store"), task)
     validation, found = samples.subset("validation"), []
     known = [(kind, target) for kind in task.kinds if (target := probe_for(bank, kind, use.against)) is not None]
@@ -140,11 +157,11 @@ def stop_early(
         confidence, wrong = odds.max(axis=-1).T, (odds.argmax(axis=-1) != labels).T
         start = starting_point(confidence, wrong, thresholds(odds.shape[-1]), use.risk, use.against)
         _say_how_many(kind, use, float(wrong[:, 0].mean()))
-        setting = (model, trained.pipeline, task, bank, target.name, cells)
+        setting = (model, pipeline, task, bank, target.name, cells)
         drawn = with_noise(task.problems("calibration", use.calibration, kind), seed)
-        fresh = with_noise(fresh_problems(task, "test", trained.task.problems, use.problems, [kind]), seed)
+        fresh = with_noise(fresh_problems(task, "test", settings.problems, use.problems, [kind]), seed)
         calibration = record(*setting, drawn, (), folder)
-        decoded = tuple(s for s in decode_steps("auto", trained.pipeline.steps) if s < trained.pipeline.steps - 1)
+        decoded = tuple(s for s in decode_steps("auto", pipeline.steps) if s < pipeline.steps - 1)
         policy = calibrate(
             calibration.confidence, calibration.wrong(use.against), calibration.classes, use.risk, use.confidence,
             start, target=target.name, task=task.name, kind=kind, against=use.against, cells=cells,

@@ -16,9 +16,24 @@ from cosprobe.activations import halting
 from cosprobe.cells import Cell
 from cosprobe.early_exit.reader import pooling_of, probabilities
 from cosprobe.evaluation import Grid
-from cosprobe.models import PipelineConfig, fingerprint, load_pipeline, sample
+from cosprobe.models import PipelineConfig, load_pipeline, sample
 from cosprobe.probes import ProbeBank
-from cosprobe.tasks import Problem, Sample, Task, fresh_problems, images, with_noise
+from cosprobe.tasks import Problem, Sample, Task, TaskConfig, fresh_problems, images, with_noise
+
+
+@dataclass
+class PredictConfig:
+    """Read answers of `problems` new problems after sampler step `step` (a step index), at block `layer`;
+    no layer: the one that was best on validation."""
+
+    step: int = 0
+    problems: int = 16
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("step", 0), ("problems", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"use.{name}={getattr(self, name)}: expected at least {least}")
 
 
 @dataclass(frozen=True)
@@ -69,30 +84,31 @@ def _features_at(
     return found[0]
 
 
-def predict(trained: Any, bank: ProbeBank, use: Any, seed: int, folder: Path, console: Console | None = None) -> None:
+def predict(
+    pipeline: PipelineConfig,
+    task: TaskConfig,
+    bank: ProbeBank,
+    use: PredictConfig,
+    seed: int,
+    folder: Path,
+    console: Console | None = None,
+) -> None:
     """Prints early answers to problems no probe has seen, beside what the full run draws.
 
-    trained: settings of the run in `folder`; use: step, layer (None: best on validation at that step) and number
-    of problems. Raises ValueError when the bank was made for another model, or the step or layer is not in it.
+    pipeline, task: settings of the run in `folder`. Raises ValueError when the bank was made for another model, or the
+    step or layer is not in it.
     """
-    store = bank.provenance["store"]
-    found = fingerprint(*trained.pipeline.parts)
-    if found != store["model"]:
-        raise ValueError(
-            f"run={str(folder)!r}: its probes were made for model {store['model']}, found {found}; retrain"
-        )
-    grid, task = Grid.load(folder), trained.task.build()
-    model = load_pipeline(trained.pipeline)
+    bank.check_model(*pipeline.parts)
+    grid, world = Grid.load(folder), task.build()
+    model = load_pipeline(pipeline)
     console = console or Console()
     for name in grid.with_role("answer", "choice"):
         cell = _best_at(grid, bank, name, use.step, use.layer)
         kind = bank.target(name).kinds[0]
-        drawn = with_noise(fresh_problems(task, "test", trained.task.problems, use.problems, [kind]), seed)
-        answers = early_answers(model, trained.pipeline, task, bank, name, cell, drawn)
+        drawn = with_noise(fresh_problems(world, "test", task.problems, use.problems, [kind]), seed)
+        answers = early_answers(model, pipeline, world, bank, name, cell, drawn)
         table = Table("problem", "probe says", "probability", "full run draws", "right", box=None, padding=(0, 3, 0, 0))
-        table.title = (
-            f"{name}: read after step {use.step} of {trained.pipeline.steps} (0 = noisiest), layer {cell.site}"
-        )
+        table.title = f"{name}: read after step {use.step} of {pipeline.steps} (0 = noisiest), layer {cell.site}"
         for a in answers:
             end = "none" if a.drawn is None else str(a.drawn)
             right = " or ".join(map(str, a.right))

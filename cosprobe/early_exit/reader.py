@@ -23,7 +23,6 @@ from torch import Tensor
 from cosprobe.activations import Pooling, halting
 from cosprobe.cells import Cell
 from cosprobe.early_exit.policy import Policy, read_policy
-from cosprobe.models import fingerprint
 from cosprobe.probes import ProbeBank
 from cosprobe.tasks import Problem
 
@@ -155,17 +154,10 @@ def check_problems(bank: ProbeBank, policy: Policy, problems: Sequence[Problem])
 
 def check_pipeline(bank: ProbeBank, pipeline: Any) -> None:
     """Raises ValueError naming the difference when the bank was made for another model or scheduler."""
-    store = bank.provenance.get("store")
-    if not store:
-        raise ValueError("this bank does not say which model it was made for: expected one that train.py has saved")
     folder = Path(str(getattr(pipeline, "name_or_path", "") or ""))
     if not (folder / "model_index.json").is_file():
         raise ValueError("the pipeline comes from no folder, so its weights can't be compared: save and load it first")
-    found = fingerprint(folder)
-    if found != store["model"]:
-        raise ValueError(
-            f"this bank was made for model {store['model']}, the pipeline is {found} ({folder}); retrain the probes"
-        )
+    bank.check_model(folder)
     saved = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     now = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
     for name, value in saved.items():

@@ -22,7 +22,7 @@ from cosprobe.models import PipelineConfig, load_pipeline
 from cosprobe.probes import ProbeBank
 from cosprobe.reporting import STYLE, WIDTH, Film, film_row, film_strip, markdown_table, new_figure, open_table
 from cosprobe.runtime import whole_file
-from cosprobe.tasks import Task, images, with_noise
+from cosprobe.tasks import Task, TaskConfig, images, with_noise
 
 LOOKS = {
     "fixed step": {"color": "#444444", "marker": "s", "markersize": 3.5, "linestyle": ":"},
@@ -51,15 +51,17 @@ class Saved:
     stops: list[tuple[int, str] | None]
 
 
-def answer_early(trained: Any, bank: ProbeBank, use: EarlyConfig, seed: int, folder: Path) -> None:
+def answer_early(
+    pipeline: PipelineConfig, task: TaskConfig, bank: ProbeBank, use: EarlyConfig, seed: int, folder: Path
+) -> None:
     """`python probe.py use=early`: calibrates on the run in `folder`, leaves the policies in its bank, and reports.
 
-    trained: settings of that run. Raises ValueError as `stop_early` does.
+    pipeline, task: settings of that run. Raises ValueError as `stop_early` does.
     """
-    model = load_pipeline(trained.pipeline)
-    found, bank = stop_early(trained, bank, use, seed, folder, model)
-    saved, cost, clock = judge(model, trained.pipeline, trained.task.build(), bank, found, seed)
-    write_savings(saved, cost, clock, trained.pipeline.steps, folder)
+    model = load_pipeline(pipeline)
+    found, bank = stop_early(pipeline, task, bank, use, seed, folder, model)
+    saved, cost, clock = judge(model, pipeline, task.build(), bank, found, seed)
+    write_savings(saved, cost, clock, pipeline.steps, folder)
 
 
 def judge(

@@ -28,10 +28,11 @@ from cosprobe.ensembles.probe_scorer import Judge
 from cosprobe.ensembles.strategies import PROBES
 from cosprobe.ensembles.trajectories import Candidate
 from cosprobe.evaluation import Grid
-from cosprobe.models import fingerprint, load_pipeline
+from cosprobe.models import PipelineConfig, load_pipeline
 from cosprobe.probes import ProbeBank
 from cosprobe.reporting import STYLE, markdown_table, new_figure
 from cosprobe.runtime import whole_file
+from cosprobe.tasks import TaskConfig
 
 FOLDER = "ensemble"
 REFERENCES = ("hidden", "single")  # what every method is compared with, at the same budget
@@ -49,19 +50,19 @@ MARKS = {
 }
 
 
-def ensembles(trained: Any, bank: ProbeBank, use: EnsembleConfig, seed: int, folder: Path) -> None:
+def ensembles(
+    pipeline: PipelineConfig, task: TaskConfig, bank: ProbeBank, use: EnsembleConfig, seed: int, folder: Path
+) -> None:
     """Compares seed ensembles on the problems of a finished run: report/ensemble/ in its folder, trials in ensemble/.
 
-    trained: settings of the run in `folder`. Raises ValueError when the bank was made for another model.
+    pipeline, task: settings of the run in `folder`. Raises ValueError when the bank was made for another model.
     """
-    found, made = fingerprint(*trained.pipeline.parts), bank.provenance["store"]["model"]
-    if found != made:
-        raise ValueError(f"run={str(folder)!r}: its probes were made for model {made}, found {found}; retrain")
-    task = trained.task.build()
-    judge = Judge.of(bank, Grid.load(folder), task.name)
-    bench = Bench(load_pipeline(trained.pipeline), trained.pipeline, task, judge)
+    bank.check_model(*pipeline.parts)
+    world = task.build()
+    judge = Judge.of(bank, Grid.load(folder), world.name)
+    bench = Bench(load_pipeline(pipeline), pipeline, world, judge)
     identity = {"store": bank.provenance["store"], "accuracy": judge.fingerprint}
-    comparison = compare(bench, SIZES[use.size], trained.task.problems, seed, folder / FOLDER, identity)
+    comparison = compare(bench, SIZES[use.size], task.problems, seed, folder / FOLDER, identity)
     print_ensemble(comparison, write_ensemble(comparison, folder / "report" / FOLDER))
 
 

@@ -15,7 +15,7 @@ from rich.progress import track
 from cosprobe.evaluation import share_interval
 from cosprobe.minimodel.accuracy import Solved, solve
 from cosprobe.minimodel.autoencoding import to_model_range, video_of
-from cosprobe.minimodel.lora_training import train_adapter
+from cosprobe.minimodel.lora_training import AdapterConfig, train_adapter
 from cosprobe.minimodel.recipe import MiniConfig, families, train_mini
 from cosprobe.models import PipelineConfig, load_pipeline
 from cosprobe.runtime import whole_file
@@ -229,7 +229,9 @@ def write_card(folder: Path, measured: Measured, pipeline: PipelineConfig) -> Pa
     return path
 
 
-def compare(adapter: Path, pipeline: PipelineConfig, tasks: Mapping[str, Task], config: Any, seed: int) -> Path:
+def compare(
+    adapter: Path, pipeline: PipelineConfig, tasks: Mapping[str, Task], config: AdapterConfig, seed: int
+) -> Path:
     """Solves the same unseen problems without the adapter and with it, and writes both rates beside it.
 
     config: lengths that the adapter was trained on, of which the longest is sampled, and problems of each kind (card).

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
@@ -42,6 +42,14 @@ from cosprobe.minimodel.flow_matching import FlowConfig, FlowMatching, LatentCli
 from cosprobe.models import PipelineConfig, channels_last
 from cosprobe.runtime import whole_file
 from cosprobe.tasks import FAMILIES, Task
+
+
+class ClipSettings(Protocol):
+    """What training clips are drawn by: families, repeated to weight them; lengths in frames; clips of each length."""
+
+    families: list[str]
+    lengths: list[int]
+    clips: list[int]
 
 
 @dataclass
@@ -135,9 +143,8 @@ def train_mini(
     return export(flow.average.module, vae, tokenizer, text_encoder, config.flow.shift, recipe, folder / "pipeline")
 
 
-def training_sets(config: Any, tasks: Mapping[str, Task]) -> dict[int, list[Family]]:
-    """For each length the families with their problems; no problem is in two lengths. config: with families, lengths
-    and clips."""
+def training_sets(config: ClipSettings, tasks: Mapping[str, Task]) -> dict[int, list[Family]]:
+    """For each length the families with their problems; no problem is in two lengths."""
     sets: dict[int, list[Family]] = {length: [] for length in config.lengths}
     for name, task in tasks.items():
         share = config.families.count(name) / len(config.families)

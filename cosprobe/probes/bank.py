@@ -20,6 +20,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from cosprobe.cells import Cell
+from cosprobe.models import fingerprint
 from cosprobe.probes.calibration import temperatures
 from cosprobe.probes.linalg import affine, classes_last, design, standardise
 from cosprobe.runtime import whole_file
@@ -56,6 +57,17 @@ class ProbeBank:
     def signed(self, **provenance: Any) -> ProbeBank:
         """The same bank with more said of where it comes from."""
         return replace(self, provenance=self.provenance | provenance)
+
+    def check_model(self, *folders: Path) -> None:
+        """Raises ValueError when the bank does not say which model it was made for, or when that is not the one whose
+        files are in `folders`."""
+        if not (store := self.provenance.get("store")):
+            raise ValueError("this bank does not say which model it was made for: expected one that train.py has saved")
+        if (found := fingerprint(*folders)) != store["model"]:
+            where = " and ".join(map(str, folders))
+            raise ValueError(
+                f"this bank was made for model {store['model']}, {where} holds {found}; retrain the probes"
+            )
 
     def target(self, name: str) -> Target:
         """Raises ValueError for a target the bank has no probes of."""

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from cosprobe.activations import POOLINGS, ProbeSamples
+from cosprobe.activations import CaptureConfig, ProbeSamples
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.probes.datamodule import ProbeBatch, ProbeData, check_targets, shared
 from cosprobe.probes.linalg import (
@@ -59,36 +59,25 @@ VALIDATIONS = 20  # points on the curves
 
 
 @dataclass
-class ProbeConfig:
+class ProbeConfig(CaptureConfig):
     """What is captured, and the recipe of the probes.
 
-    layers, steps: selections (`all`, `last`, `0:30:5`, `0,10,20`). pooling: `clip`, `frame`, `grid` or `region`;
-    frames: with `region`, every latent frame by itself too. decode: steps whose x0-hat is decoded and read;
-    `auto` is at most five.
     kind: `logistic`, `newton` (the same probes) or `ridge`. lambdas: penalties to try, on standardised features; one is
     chosen per target and cell, by validation or, for `ridge`, by folds of whole problems inside train.
     epochs, lr, batch: of `logistic`, before Newton steps finish it; lr is a share of the largest safe step, and a batch
     as large as the training set takes the best steps (smaller ones only save memory). memory: GB that the features of
     the cells fitted together may take, with their copies and optimiser state.
-    randomised: on how many samples at most permuted and fresh transformer weights are tried; 0 = none.
     """
 
-    layers: str = "all"
-    steps: str = "all"
-    pooling: str = "region"
-    frames: bool = False
-    decode: str = "auto"
     kind: str = "logistic"
     lambdas: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0])
     epochs: int = 10
     lr: float = 1.0
     batch: int = 4096
     memory: float = 4.0
-    randomised: int = 128
 
     def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"probe.pooling={self.pooling!r}: expected one of {', '.join(POOLINGS)}")
+        super().__post_init__()
         if self.kind not in KINDS:
             raise ValueError(f"probe.kind={self.kind!r}: expected one of {', '.join(KINDS)}")
         if not self.lambdas or min(self.lambdas) <= 0:
@@ -99,8 +88,6 @@ class ProbeConfig:
             raise ValueError(f"probe.lr={self.lr}: expected a share of the largest safe step, above 0 and up to 1")
         if self.batch < 1:
             raise ValueError(f"probe.batch={self.batch}: expected at least 1 sample")
-        if self.randomised < 0:
-            raise ValueError(f"probe.randomised={self.randomised}: expected 0 or more samples")
         if self.memory <= 0:
             raise ValueError(f"probe.memory={self.memory}: expected GB above 0")
 

@@ -22,6 +22,7 @@ from cosprobe.tasks.task import (
     Readout,
     Target,
     Task,
+    TaskConfig,
     readable_targets,
     split_of,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "SelectConfig",
     "Target",
     "Task",
+    "TaskConfig",
     "find_families",
     "split_of",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from cosprobe.cells import SPLIT_ORDER
 from cosprobe.runtime import say
-from cosprobe.tasks.task import Problem, Task
+from cosprobe.tasks.task import Problem, Task, TaskConfig
 
 SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}
 
@@ -28,7 +27,7 @@ class Sample:
     replica: int = 0
 
 
-def draw_samples(task: Task, config: Any, seed: int) -> list[Sample]:
+def draw_samples(task: Task, config: TaskConfig, seed: int) -> list[Sample]:
     """`config.problems` problems over the splits, each with `config.seeds` noise seeds, which stay together.
 
     A noise seed depends on (seed, problem, which of its seeds), never on the place in a batch.

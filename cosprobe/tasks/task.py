@@ -85,12 +85,23 @@ class Task(Protocol):
     """The contract every family of problems keeps. candidates: answers a readout scores; regions: of every problem,
     as many as candidates where the answer is one of them."""
 
-    name: str
-    kinds: tuple[str, ...]
-    targets: tuple[Target, ...]
-    candidates: int
-    regions: int
-    frames: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kinds(self) -> tuple[str, ...]: ...
+
+    @property
+    def targets(self) -> tuple[Target, ...]: ...
+
+    @property
+    def candidates(self) -> int: ...
+
+    @property
+    def regions(self) -> int: ...
+
+    @property
+    def frames(self) -> int: ...
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
         """The first `count` of a split, of one kind, or of all kinds by turns."""
@@ -135,7 +146,20 @@ def check_request(split: str, count: int, kind: str | None, kinds: tuple[str, ..
         raise ValueError(f"kind={kind!r}: expected one of {', '.join(kinds)}, or None")
 
 
-def check_counts(config: Any) -> None:
+class TaskConfig(Protocol):
+    """Settings of a task. problems: of a run, over all splits. seeds: noise seeds of each problem. seed: what problems
+    are drawn from."""
+
+    problems: int
+    seeds: int
+    seed: int
+
+    def build(self) -> Task:
+        """The task. Raises ValueError for a bad setting."""
+        ...
+
+
+def check_counts(config: TaskConfig) -> None:
     """Raises ValueError when a task's settings ask for fewer than one problem or noise seed, or a seed below 0."""
     for name, least in (("problems", 1), ("seeds", 1), ("seed", 0)):
         if getattr(config, name) < least:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -16,7 +15,7 @@ from jaxtyping import Float
 from cosprobe.activations import RANDOMISED, UNTRAINED, ActivationStore, ProbeSamples
 from cosprobe.cells import SPLIT_ORDER, Cell
 from cosprobe.evaluation import correctness, share_interval
-from cosprobe.probes import fit
+from cosprobe.probes import ProbeConfig, fit
 from cosprobe.runtime import TrainerConfig
 from cosprobe.tasks import HEADLINE
 
@@ -41,7 +40,7 @@ class WeightsTable:
 
 
 def weights_table(
-    store: ActivationStore, samples: ProbeSamples, probe: Any, trainer: TrainerConfig, folder: Path, seed: int
+    store: ActivationStore, samples: ProbeSamples, probe: ProbeConfig, trainer: TrainerConfig, folder: Path, seed: int
 ) -> WeightsTable | None:
     """Probes of every answer and choice, fitted to each kind of weights and read on test; samples: of the main run.
 
