@@ -204,4 +204,4 @@ def test_another_model_is_refused(model, run, capsys):
         assert probe.main(["use=predict", f"run={run[0]}"]) == 2
     finally:
         weights.write_bytes(original)
-    assert f"its probes were made for model {settings['model']}" in capsys.readouterr().err
+    assert f"this bank was made for model {settings['model']}" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cosprobe.evaluation import difference_interval
-from cosprobe.evaluation.metrics import problem_draws
+from cosprobe.evaluation.intervals import problem_draws
 from validity.rows import Row, coverage, luck, seeds_of, worst
 from validity.shares import AT_ONCE, worst_by_layout
 

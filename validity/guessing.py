@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from cosprobe.evaluation.metrics import max_t_permutation
+from cosprobe.evaluation.significance import max_t_permutation
 from validity.rows import LEVEL, Row, alarms, seeds_of
 
 SUBJECT = "a cell above guessing (permutation of problems)"

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from scipy.special import ndtri
 
 from cosprobe.evaluation import max_t_bootstrap
-from cosprobe.evaluation.metrics import weakest_pair
+from cosprobe.evaluation.significance import weakest_pair
 from validity.rows import LEVEL, Row, alarms
 
 SUBJECT = "a cell above every input (weakest pair)"

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 
 from cosprobe.evaluation import mean_interval
 from cosprobe.evaluation.checks.description_length import doubling
-from cosprobe.evaluation.metrics import problem_draws
+from cosprobe.evaluation.intervals import problem_draws
 from validity.rows import Row, coverage
 
 SUBJECT = "code lengths"

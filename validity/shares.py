@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cosprobe.evaluation import share_interval
-from cosprobe.evaluation.metrics import problem_draws
+from cosprobe.evaluation.intervals import problem_draws
 from validity.rows import Row, coverage, luck, seeds_of, worst
 
 SUBJECT = "shares of right answers"

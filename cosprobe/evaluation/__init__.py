@@ -3,17 +3,17 @@
 from cosprobe.evaluation.baselines import input_samples, read_inputs
 from cosprobe.evaluation.grid import ALPHA, FILE, GUESSES, READOUT, Best, Grid
 from cosprobe.evaluation.held_out import evaluate
-from cosprobe.evaluation.metrics import (
+from cosprobe.evaluation.intervals import (
     LEAST_EFFECTIVE,
     LEAST_PROBLEMS,
     correctness,
     difference_interval,
-    max_t_bootstrap,
     mean_interval,
     share_interval,
 )
 from cosprobe.evaluation.predictions import Evaluated, InputReading
 from cosprobe.evaluation.scoring import build_grid
+from cosprobe.evaluation.significance import max_t_bootstrap
 
 __all__ = [
     "ALPHA",

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from scipy.special import ndtr, ndtri
 
-from cosprobe.evaluation.metrics import CHUNK, COVERAGE, TIE, problem_draws
+from cosprobe.evaluation.intervals import COVERAGE, TIE, problem_draws
+from cosprobe.evaluation.significance import CHUNK
 
 # Standard deviations to either side of an interval: 1.96 would cover 0.91 to 0.95, because the maximum is taken anew in
 # every draw (`validity.onsets`).

@@ -13,17 +13,16 @@ from jaxtyping import Float, Int, Shaped
 
 from cosprobe.cells import INPUTS, X0
 from cosprobe.evaluation.grid import ALPHA, BASELINES, CEILING, CHANCE, GUESSES, MAJORITY, READOUT, VISIBLE, Grid
-from cosprobe.evaluation.metrics import (
+from cosprobe.evaluation.intervals import (
     correctness,
     difference_interval,
     effective_problems,
     grounded,
     majority,
-    max_t_permutation,
     share_interval,
-    weakest_pair,
 )
 from cosprobe.evaluation.predictions import Evaluated, SplitPredictions, TargetPredictions
+from cosprobe.evaluation.significance import max_t_permutation, weakest_pair
 from cosprobe.evaluation.timing import timing
 from cosprobe.tasks import RELABELLED, Target
 

@@ -36,7 +36,9 @@ class Measured:
     reworded: dict[str, dict[str, Solved]]
 
 
-def train_and_describe(experiment: Any, task: Task, pipeline: PipelineConfig, folder: Path, seed: int) -> Path:
+def train_and_describe(
+    experiment: MiniConfig | AdapterConfig, task: Task, pipeline: PipelineConfig, folder: Path, seed: int
+) -> Path:
     """Trains the mini model (`MiniConfig`) or adapters of `pipeline` (`AdapterConfig`); returns the description."""
     tasks = families(experiment.families, task)
     if isinstance(experiment, MiniConfig):

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from cosprobe.early_exit.frontier import outcome, policy_looks, realised, spent, ways
-from cosprobe.evaluation.metrics import difference_interval
+from cosprobe.evaluation.intervals import difference_interval
 from tests.examples.stopping import CELLS, CLOCK, COST, PROBLEMS, TOTAL, WHOLE, synthetic
 
 

@@ -12,17 +12,11 @@ import xarray as xr
 from cosprobe.cells import INPUTS, X0, Cell
 from cosprobe.evaluation.checks.suite import Checks
 from cosprobe.evaluation.grid import BASELINES, Grid
+from cosprobe.evaluation.intervals import difference_interval, effective_problems, share_interval
 from cosprobe.evaluation.latency import latency
-from cosprobe.evaluation.metrics import (
-    difference_interval,
-    effective_problems,
-    max_t_bootstrap,
-    max_t_permutation,
-    share_interval,
-    weakest_pair,
-)
 from cosprobe.evaluation.predictions import Evaluated, SplitPredictions, TargetPredictions
 from cosprobe.evaluation.scoring import MEANING, _shown, build_grid
+from cosprobe.evaluation.significance import max_t_bootstrap, max_t_permutation, weakest_pair
 from cosprobe.reporting.summary import ground, remarks
 from cosprobe.tasks import Target
 from tests.examples.grids import ANSWER, CHOICE, CONTROL, DOORS, ORIGIN, START, reading, synthetic

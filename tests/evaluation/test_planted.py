@@ -15,9 +15,10 @@ from cosprobe.cells import EMBED, NOISE, X0, Cell
 from cosprobe.evaluation.baselines import read_inputs
 from cosprobe.evaluation.grid import Grid
 from cosprobe.evaluation.held_out import evaluate
-from cosprobe.evaluation.metrics import correctness, max_t_bootstrap
+from cosprobe.evaluation.intervals import correctness
 from cosprobe.evaluation.predictions import Evaluated
 from cosprobe.evaluation.scoring import build_grid
+from cosprobe.evaluation.significance import max_t_bootstrap
 from cosprobe.probes.logistic import ProbeConfig, fit
 from cosprobe.runtime import TrainerConfig
 from cosprobe.tasks import Target

@@ -13,7 +13,7 @@ from cosprobe.cells import EMBED, Cell
 from cosprobe.evaluation.checks import generalisation as transfer
 from cosprobe.evaluation.checks.generalisation import matrices
 from cosprobe.evaluation.checks.refitting import labelled, readable, refit
-from cosprobe.evaluation.metrics import correctness, share_interval
+from cosprobe.evaluation.intervals import correctness, share_interval
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.probes.linalg import spread, standardise
 from cosprobe.tasks import Target

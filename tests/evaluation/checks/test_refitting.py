@@ -22,7 +22,7 @@ from cosprobe.evaluation.checks.refitting import (
     refit,
     statistics,
 )
-from cosprobe.evaluation.metrics import difference_interval, mean_interval, share_interval
+from cosprobe.evaluation.intervals import difference_interval, mean_interval, share_interval
 from cosprobe.probes.linalg import spread, standardise
 from cosprobe.probes.newton import fit_newton
 from cosprobe.tasks.task import readable_targets

@@ -22,7 +22,7 @@ from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.untrained import weights_table
-from cosprobe.evaluation.metrics import share_interval
+from cosprobe.evaluation.intervals import share_interval
 from cosprobe.models.pipelines import PipelineConfig, sample
 from cosprobe.probes.logistic import ProbeConfig, fit
 from cosprobe.runtime import TrainerConfig

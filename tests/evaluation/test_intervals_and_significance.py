@@ -11,21 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cosprobe.evaluation import metrics
-from cosprobe.evaluation.metrics import (
+from cosprobe.evaluation import intervals, significance
+from cosprobe.evaluation.intervals import (
     correctness,
     difference_interval,
     effective_problems,
     grounded,
     majority,
-    max_t_bootstrap,
-    max_t_permutation,
     mean_interval,
-    permuted_blocks,
     problem_draws,
     share_interval,
-    weakest_pair,
 )
+from cosprobe.evaluation.significance import max_t_bootstrap, max_t_permutation, permuted_blocks, weakest_pair
 
 INTERVALS = (share_interval, difference_interval, mean_interval)
 problem_lists = st.lists(st.integers(0, 6), min_size=1, max_size=25).map(np.array)
@@ -101,7 +98,7 @@ def lowest_change(interval, problems: float, step: float) -> float:
 
 def matched(wins: np.ndarray, losses: np.ndarray, problems: float) -> tuple[np.ndarray, np.ndarray]:
     """What `difference_interval` makes of counts."""
-    ends = [metrics._difference_end(a.ravel(), b.ravel(), problems) for a, b in ((wins, losses), (losses, wins))]
+    ends = [intervals._difference_end(a.ravel(), b.ravel(), problems) for a, b in ((wins, losses), (losses, wins))]
     return ends[0].reshape(wins.shape), -ends[1].reshape(wins.shape)
 
 
@@ -316,7 +313,7 @@ def test_permutation_equals_a_loop_over_draws_and_cells(shape, monkeypatch):
     np.testing.assert_allclose(found.p, expected, atol=1e-12)
     assert ((found.p <= 0.05) == (score[:, 0] > found.critical + 1e-9)).all() and found.p.min() <= 0.05
     assert max_t_permutation(predictions, labels, keys, 18, 3).critical == np.inf
-    monkeypatch.setattr(metrics, "CHUNK", 3)
+    monkeypatch.setattr(significance, "CHUNK", 3)
     np.testing.assert_allclose(max_t_permutation(predictions, labels, keys, 99, 3).p, expected, atol=1e-12)
 
 
@@ -398,7 +395,7 @@ def test_max_bootstrap_equals_a_loop_over_draws_and_cells(monkeypatch):
         expected_p[i] = (1 + sum(m >= statistic[i] - 1e-9 for m in largest)) / 100
         expected_lower[i] = mean_rejected(difference[i], keys, sorted(largest)[-5])  # 5 of 100 may reach it
     for chunk in (4096, 2):
-        monkeypatch.setattr(metrics, "CHUNK", chunk)
+        monkeypatch.setattr(significance, "CHUNK", chunk)
         found = max_t_bootstrap(difference, keys, 99, 7)
         np.testing.assert_allclose(found.p, expected_p, atol=1e-12)
         np.testing.assert_allclose(found.lower, expected_lower, atol=1e-9)
