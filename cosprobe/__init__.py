@@ -1,21 +1,15 @@
 """Where, inside a video diffusion transformer, does the answer become decodable?
 
-In the order of the data:
-  tasks       problems with exact labels, and rules that read answers from video
-  pipelines   frozen diffusers pipelines; batches of different problems
-  capture     every block at every denoising step, labelled, pooled on the device
-  pooling     from tokens to features
-  store       activations on disk: sharded, fingerprinted, resumable
-  collect     problems through the pipeline under capture, into a store
-  data, devices, training, solvers, probes     fit every probe of a grid at once; keep them
-  evaluation, scoring, metrics, grid  accuracy, intervals, baselines, significance
-  figures, film, report, beside       what a person sees
-  halting, reading    runs that end behind a block, answers that stream out of them
-  policy, stopping    when to stop, with a stated risk
-  cost, frontier, savings     what that saves, counted
-  methods, ensemble, trials, seeds    several noise seeds against one run, at matched compute
-  early       trained probes at work
-  mini, autoencoding, flowmatching, card     the model in the package, and how it was trained
+The rooms, in the order of the method; each `__init__` says what happens there:
+  tasks         problems with exact labels, and parsers that read answers from video
+  models        frozen diffusers pipelines
+  activations   what happens inside blocks while a pipeline samples: captured, edited, stored
+  probes        every probe of a grid fitted at once, and kept
+  evaluation    accuracy, baselines, intervals, significance; checks
+  reporting     what a person sees
+  early_exit    answers before the video is finished, at a stated risk
+  ensembles     several noise seeds against one run, at equal compute
+  minimodel     how the model in the package was trained
 """
 
 import os
