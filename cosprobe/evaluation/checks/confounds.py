@@ -23,6 +23,7 @@ from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.refitting import (
     Estimate,
     Labelled,
+    NotEnoughSamples,
     decide,
     estimate_difference,
     estimate_share,
@@ -130,7 +131,7 @@ def _one_hot(
             names.append(name)
             columns.append([np.eye(len(bins.names))[bins.index(value)] for value in values])
     if not names:
-        raise ValueError(
+        raise NotEnoughSamples(
             f"target {target!r}: none of {len(samples.difficulty)} nuisances varies among its {len(train)} training "
             "samples, expected at least one that does; widen the task's difficulty"
         )

@@ -28,6 +28,7 @@ from cosprobe.activations import ProbeSamples
 from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.refitting import (
     Estimate,
+    NotEnoughSamples,
     decide,
     estimate_mean,
     estimate_share,
@@ -144,7 +145,7 @@ def doubling(problems: int, target: str) -> tuple[int, ...]:
     while sizes[0] // 2 >= FIRST:
         sizes.insert(0, sizes[0] // 2)
     if len(sizes) < 2:
-        raise ValueError(
+        raise NotEnoughSamples(
             f"target {target!r}: {problems} training problems, expected at least {2 * FIRST} for a description length; "
             "raise task.problems"
         )

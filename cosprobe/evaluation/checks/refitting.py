@@ -21,6 +21,10 @@ from cosprobe.probes import affine, classes_last, design, fit_newton, spread
 from cosprobe.tasks import Target, readable_targets
 
 
+class NotEnoughSamples(ValueError):
+    """These samples are too few, or too much alike, for a check; the others can still be made."""
+
+
 @dataclass(frozen=True)
 class Labelled:
     """The samples of one split that carry a target, at some cells. where: their rows in the samples they come from."""
@@ -97,7 +101,9 @@ def labelled(samples: ProbeSamples, target: Target, cells: Sequence[Cell], split
         raise ValueError(f"target {target.name!r}: expected -1 in every region of a sample or in none")
     where = np.flatnonzero(whole & (np.asarray(samples.split) == split))
     if not len(where):
-        raise ValueError(f"target {target.name!r} has no {split} samples: expected at least 1; raise task.problems")
+        raise NotEnoughSamples(
+            f"target {target.name!r} has no {split} samples: expected at least 1; raise task.problems"
+        )
     at = torch.from_numpy(where)
     features = samples.features[at[:, None], columns_of(samples, cells)]
     return Labelled(features, samples.labels[target.name][at], np.asarray(samples.keys)[where], where)

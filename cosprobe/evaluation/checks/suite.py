@@ -23,6 +23,7 @@ from cosprobe.evaluation import Evaluated, Grid, InputReading, build_grid, input
 from cosprobe.evaluation.checks.confounds import Residualised, residualised
 from cosprobe.evaluation.checks.description_length import DescriptionLength, description_length, side_by_side
 from cosprobe.evaluation.checks.generalisation import Matrix, matrices
+from cosprobe.evaluation.checks.refitting import NotEnoughSamples
 from cosprobe.evaluation.checks.untrained import WEIGHTS, WeightsTable
 from cosprobe.probes import ProbeBank, Reliability, reliability
 from cosprobe.tasks import HEADLINE
@@ -119,7 +120,7 @@ def _tried(skipped: list[str], analysis: Callable[[], Result]) -> list[Result]:
     """The result, or nothing and a line that says why: a small run lacks the samples some analyses need."""
     try:
         return [analysis()]
-    except ValueError as error:
+    except NotEnoughSamples as error:
         skipped.append(str(error))
         return []
 
