@@ -146,6 +146,7 @@ def check_request(split: str, count: int, kind: str | None, kinds: tuple[str, ..
         raise ValueError(f"kind={kind!r}: expected one of {', '.join(kinds)}, or None")
 
 
+@runtime_checkable
 class TaskConfig(Protocol):
     """Settings of a task. problems: of a run, over all splits. seeds: noise seeds of each problem. seed: what problems
     are drawn from."""

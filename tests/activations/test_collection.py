@@ -2,14 +2,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib import import_module
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collection import collect, decode_steps, input_parts, settings, store_bytes, watch
+from cosprobe.activations.collection import (
+    CaptureConfig,
+    collect,
+    decode_steps,
+    input_parts,
+    settings,
+    store_bytes,
+    watch,
+)
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
 from cosprobe.models.pipelines import PipelineConfig, sample
@@ -18,7 +25,7 @@ from cosprobe.tasks.samples import draw_samples, fresh_problems, images, noise_s
 from tests.examples.pipelines import wan
 
 module = import_module("cosprobe.activations.collection")  # the package names the function alike
-PROBE = SimpleNamespace(layers="0,2", steps="all", pooling="region", frames=False, decode="auto", randomised=10)
+PROBE = CaptureConfig(layers="0,2", steps="all", pooling="region", frames=False, decode="auto", randomised=10)
 TASK = MazeConfig(problems=20, frames=5)
 DRAWN = draw_samples(TASK.build(), TASK, 0)
 
@@ -104,7 +111,7 @@ def test_the_announced_size_is_the_size_on_disk(model, config, store):
     ("pooling", "frames", "guidance"), [("clip", False, 1.0), ("grid", False, 3.0), ("region", True, 3.0)]
 )
 def test_the_announced_size_follows_pooling_and_guidance(model, config, tmp_path, pooling, frames, guidance):
-    probe = SimpleNamespace(**vars(PROBE) | {"pooling": pooling, "frames": frames, "steps": "0,2", "randomised": 0})
+    probe = replace(PROBE, pooling=pooling, frames=frames, steps="0,2", randomised=0)
     guided, drawn = replace(config, guidance=guidance), DRAWN[:2]
     store = collect(model, guided, TASK.build(), probe, drawn, settings(guided, TASK, probe, 0), tmp_path / "store")
     tensors = store.read()[0]
@@ -188,8 +195,8 @@ def test_everything_that_shapes_a_store_is_in_its_fingerprint(config):
     base = settings(config, TASK, PROBE, 0)
     changed = [
         settings(config, MazeConfig(problems=21, frames=5), PROBE, 0),
-        settings(config, TASK, SimpleNamespace(**vars(PROBE) | {"layers": "0"}), 0),
-        settings(config, TASK, SimpleNamespace(**vars(PROBE) | {"randomised": 0}), 0),
+        settings(config, TASK, replace(PROBE, layers="0"), 0),
+        settings(config, TASK, replace(PROBE, randomised=0), 0),
         settings(config, TASK, PROBE, 1),
         settings(PipelineConfig(path=config.path, steps=4, frames=5, batch=8), TASK, PROBE, 0),
         settings(PipelineConfig(path=config.path, steps=3, frames=5, batch=4), TASK, PROBE, 0),
@@ -200,8 +207,8 @@ def test_everything_that_shapes_a_store_is_in_its_fingerprint(config):
 def test_too_few_problems():
     with pytest.raises(ValueError, match="task.problems=5, task.seeds=1: expected at least 10 problems"):
         draw_samples(TASK.build(), MazeConfig(problems=5), 0)
-    with pytest.raises(ValueError, match="task.problems=0"):
-        draw_samples(TASK.build(), SimpleNamespace(problems=0, seeds=1), 0)
+    with pytest.raises(ValueError, match="task.problems=1, task.seeds=1"):
+        draw_samples(TASK.build(), MazeConfig(problems=1), 0)
 
 
 def test_watch_shows_the_finished_video_at_the_last_step(model, config):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from cosprobe.activations.collection import collect, settings
+from cosprobe.activations.collection import CaptureConfig, collect, settings
 from cosprobe.activations.dataset import load_samples, nuisance_columns, relabelled
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.store import ActivationStore
@@ -20,7 +19,7 @@ from cosprobe.tasks import Maze, MazeConfig, Target
 from cosprobe.tasks.samples import draw_samples, images
 from tests.examples.pipelines import wan
 
-PROBE = SimpleNamespace(layers="1", steps="0,2", pooling="region", frames=True, decode="0", randomised=0)
+PROBE = CaptureConfig(layers="1", steps="0,2", pooling="region", frames=True, decode="0", randomised=0)
 TASK = MazeConfig(problems=20, frames=5)
 DRAWN = draw_samples(TASK.build(), TASK, 0)
 

@@ -98,7 +98,7 @@ def refused(bank: ProbeBank, pipeline, problems=PROBLEMS, policy: Policy | None 
 
 def test_another_model_or_scheduler_is_refused(bank, pipeline, config, tmp_path):
     other = bank.signed(store=bank.provenance["store"] | {"model": "beef"})
-    with pytest.raises(ValueError, match="this bank was made for model beef, the pipeline is"):
+    with pytest.raises(ValueError, match="this bank was made for model beef"):
         refused(other, pipeline)
     changed = load_pipeline(config)
     changed.scheduler = UniPCMultistepScheduler.from_config(changed.scheduler.config)

@@ -373,7 +373,7 @@ def test_two_processes_give_the_bank_of_one(tmp_path):
     """With an uneven last batch and several chunks of cells. Lightning's launcher starts the second process."""
     script = Path(__file__).with_name("ddp_fit.py")
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
     command = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]

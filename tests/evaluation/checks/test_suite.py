@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 
 from cosprobe.cells import Cell
+from cosprobe.evaluation.checks import suite
 from cosprobe.evaluation.checks.confounds import residualised
 from cosprobe.evaluation.checks.description_length import description_length
 from cosprobe.evaluation.checks.generalisation import matrices
@@ -221,3 +222,12 @@ def test_a_grid_with_checks_survives_the_disk(made, tmp_path):
     assert loaded.best("answer") == made.grid.best("answer")
     for variable in loaded.dataset.data_vars.values():
         assert variable.attrs["long_name"]
+
+
+def test_an_error_that_has_other_causes_than_few_samples_is_no_check_left_out(made, monkeypatch):
+    def broken(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(suite, "residualised", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        examine(made.evaluated, made.samples, made.inputs, made.bank, made.weights, 0)

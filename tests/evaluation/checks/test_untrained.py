@@ -6,7 +6,6 @@ import logging
 import warnings
 from dataclasses import replace
 from importlib import import_module
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collection import UNTRAINED, collect, few_samples, few_steps, settings
+from cosprobe.activations.collection import UNTRAINED, CaptureConfig, collect, few_samples, few_steps, settings
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
@@ -101,7 +100,7 @@ def test_few_samples_keep_the_proportions_and_the_first_of_every_split(problems,
     ],
 )
 def test_few_steps_are_kept_decoded_and_in_the_first_half(steps, decode, total, expected):
-    assert few_steps(SimpleNamespace(steps=steps, decode=decode), total) == expected
+    assert few_steps(CaptureConfig(steps=steps, decode=decode), total) == expected
 
 
 def test_no_other_weights_are_tried_when_turned_off_or_when_a_split_would_be_empty(model, pipeline, tmp_path, capsys):
