@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cosprobe.errors import InputError
+
 EMBED = "embed"  # input of block 0
 X_T = "x_t"  # the noisy latent the step starts from
 X0 = "x0_latent"  # the clean latent estimated at that step
@@ -63,11 +65,11 @@ def parse_selection(spec: str, size: int, axis: str) -> tuple[int, ...]:
             else:
                 chosen.add(range(size)[int(part)])
     except IndexError:
-        raise ValueError(f"{axis}={spec!r}: expected indices from 0 to {size - 1}; there are {size}") from None
+        raise InputError(f"{axis}={spec!r}: expected indices from 0 to {size - 1}; there are {size}") from None
     except ValueError:
-        raise ValueError(
+        raise InputError(
             f"{axis}={spec!r}: expected all, last, 3, 0,10,20 or start:stop:stride, with indices from 0 to {size - 1}"
         ) from None
     if not chosen:
-        raise ValueError(f"{axis}={spec!r}: selects nothing; expected indices from 0 to {size - 1}")
+        raise InputError(f"{axis}={spec!r}: selects nothing; expected indices from 0 to {size - 1}")
     return tuple(sorted(chosen))

@@ -26,10 +26,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cosprobe.early_exit import EarlyConfig, PredictConfig
 from cosprobe.ensembles import EnsembleConfig
+from cosprobe.errors import InputError
 from cosprobe.minimodel import AdapterConfig, MiniConfig
 from cosprobe.models import PipelineConfig
 from cosprobe.probes import ProbeConfig
-from cosprobe.runtime import TrainerConfig, keep_freed_memory, whole_file
+from cosprobe.runtime import TrainerConfig, keep_freed_memory, make_folder, whole_file
 from cosprobe.tasks import FAMILIES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -87,7 +88,7 @@ def command(root: type[Run], body: Callable[[Run], None], about: str, argv: Sequ
     """Runs `body` on the settings `argv` asks for (default: the command line); returns the exit code.
 
     0: done. 2: a setting or an input was wrong, told in one line on stderr. 130: stopped by ctrl-C.
-    A ValueError raised by other people's code is a defect, not an answer: it keeps its traceback.
+    Any other error is a defect, and keeps its traceback.
     """
     for module in ("lightning", "torch", "diffusers"):  # their deprecations are for us to mend, not to read in a run
         warnings.filterwarnings("ignore", module=rf"{module}\b")
@@ -102,9 +103,7 @@ def command(root: type[Run], body: Callable[[Run], None], about: str, argv: Sequ
             print(describe(root, settings, about))
         else:
             body(load(root, settings))
-    except ValueError as error:
-        if not _is_ours(error):
-            raise
+    except InputError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -118,7 +117,7 @@ def load(root: type[Run], argv: Sequence[str]) -> Run:
     choices, cfg = _composed(root, argv)
     missing = OmegaConf.missing_keys(cfg)
     if missing:
-        raise ValueError(f"{min(missing)}: expected {min(missing)}=FOLDER, the folder of a finished train.py run")
+        raise InputError(f"{min(missing)}: expected {min(missing)}=FOLDER, the folder of a finished train.py run")
     run = _instantiate(cfg)
     if isinstance(run, TrainRun) and not run.run_dir:
         last = choices["probe"] if choices["experiment"] == "probes" else choices["experiment"]
@@ -144,8 +143,8 @@ def describe(root: type[Run], argv: Sequence[str], about: str) -> str:
 def save_config(run: TrainRun, folder: Path) -> Path:
     """Writes every setting of `run` to `folder/config.yaml`, whole or not at all; `read_run` reads it back."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"run_dir={str(folder)!r}: is a file; expected a folder, or a name that is free")
-    folder.mkdir(parents=True, exist_ok=True)
+        raise InputError(f"run_dir={str(folder)!r}: is a file; expected a folder, or a name that is free")
+    make_folder(folder)
     with whole_file(folder / RUN_FILE) as part:  # every process of a distributed run writes the same text
         part.write_text(_text(run))
     return folder / RUN_FILE
@@ -155,7 +154,7 @@ def read_run(folder: str | Path) -> TrainRun:
     """The settings of a run. Raises ValueError when the folder holds no run, or one that cannot be read."""
     path = Path(folder) / RUN_FILE
     if not path.is_file():
-        raise ValueError(f"run={str(folder)!r}: expected the folder of a train.py run, found no {RUN_FILE}")
+        raise InputError(f"run={str(folder)!r}: expected the folder of a train.py run, found no {RUN_FILE}")
     try:
         saved = yaml.safe_load(path.read_text())
         if not isinstance(saved, dict):
@@ -167,7 +166,7 @@ def read_run(folder: str | Path) -> TrainRun:
         return _instantiate(cfg)
     except (yaml.YAMLError, OmegaConfBaseException, AttributeError, KeyError, TypeError) as error:
         reason = str(error).strip("'").splitlines()[0]
-        raise ValueError(f"run={str(folder)!r}: {RUN_FILE} is damaged or of another version ({reason})") from error
+        raise InputError(f"run={str(folder)!r}: {RUN_FILE} is damaged or of another version ({reason})") from error
 
 
 def _composed(root: type[Run], argv: Sequence[str]) -> tuple[dict[str, str], DictConfig]:
@@ -178,16 +177,16 @@ def _composed(root: type[Run], argv: Sequence[str]) -> tuple[dict[str, str], Dic
     values = []
     for argument in argv:
         if argument.startswith("-"):
-            raise ValueError(f"{argument}: unknown flag; flags: {', '.join(FLAGS)}; settings are name=value")
+            raise InputError(f"{argument}: unknown flag; flags: {', '.join(FLAGS)}; settings are name=value")
         name, equals, text = argument.partition("=")
         if not equals or not name or name.startswith("~"):
-            raise ValueError(f"{argument}: expected name=value, such as seed=0")
+            raise InputError(f"{argument}: expected name=value, such as seed=0")
         if name.lstrip("+") not in choices:
             values.append((argument, name, text))
             continue
         group = name.lstrip("+")
         if text not in _options(group):
-            raise ValueError(
+            raise InputError(
                 f"{argument}: unknown option.{_guess(text, _options(group), group + '=')} "
                 f"Options of {group}: {', '.join(_options(group))}"
             )
@@ -211,7 +210,7 @@ def _compose(root: type[Run], choices: dict[str, str]) -> DictConfig:
             return compose(root.entry, overrides)
     except (HydraException, OmegaConfBaseException) as error:  # a mistake in a file of configs/
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"configs/ ({', '.join(overrides)}): {reason}") from error
+        raise InputError(f"configs/ ({', '.join(overrides)}): {reason}") from error
 
 
 def _options(group: str) -> list[str]:
@@ -225,23 +224,23 @@ def _assign(cfg: DictConfig, argument: str, name: str, text: str) -> None:
         parent, leaf = _locate(cfg, plain)
     except KeyError as error:
         here, options = error.args
-        raise ValueError(
+        raise InputError(
             f"{argument}: unknown option.{_guess(plain, list(_names(cfg)))} "
             f"Options{' of ' + here if here else ''}: {', '.join(options) or 'none'}"
         ) from None
     if name != plain:
-        raise ValueError(f"{argument}: {plain} exists; write {plain}={text}, without the +")
+        raise InputError(f"{argument}: {plain} exists; write {plain}={text}, without the +")
     inside = OmegaConf.select(parent, leaf)
     if isinstance(inside, DictConfig):
         several = ", ".join(_names(inside, f"{plain}."))
-        raise ValueError(f"{argument}: {plain} holds several options, set one of {several}")
+        raise InputError(f"{argument}: {plain} holds several options, set one of {several}")
     if "${" in text or "???" in text:
-        raise ValueError(f"{argument}: expected a value; interpolations belong into configs/")
+        raise InputError(f"{argument}: expected a value; interpolations belong into configs/")
     hint = get_type_hints(OmegaConf.get_type(parent))[leaf]
     try:
         parent[leaf] = text if hint is str else yaml.safe_load(text)
     except (yaml.YAMLError, OmegaConfBaseException):
-        raise ValueError(f"{argument}: expected {_words(hint)}; now it is {_shown(cfg, plain)}") from None
+        raise InputError(f"{argument}: expected {_words(hint)}; now it is {_shown(cfg, plain)}") from None
 
 
 def _locate(cfg: DictConfig, name: str) -> tuple[DictConfig, str]:
@@ -305,7 +304,7 @@ def _instantiate(cfg: DictConfig) -> Any:
     try:
         return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-        raise ValueError(" ".join(str(error).split())) from error
+        raise InputError(" ".join(str(error).split())) from error
 
 
 def _text(run: TrainRun | UseRun) -> str:
@@ -320,13 +319,4 @@ def _text(run: TrainRun | UseRun) -> str:
 
 def _check_seed(seed: int) -> None:
     if seed < 0:
-        raise ValueError(f"seed={seed}: expected 0 or more")
-
-
-def _is_ours(error: BaseException) -> bool:
-    """True when the line that raised stands in this package or in an entry file."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return module.partition(".")[0] in ("cosprobe", "train", "probe", "__main__")
+        raise InputError(f"seed={seed}: expected 0 or more")

@@ -6,16 +6,19 @@ import ctypes
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cosprobe.errors import InputError
 
 # What `mallopt` calls them, and what it is told. Source: malloc.h of the GNU C library.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
@@ -32,7 +35,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         if self.devices < 1:
-            raise ValueError(f"trainer.devices={self.devices}: expected at least 1")
+            raise InputError(f"trainer.devices={self.devices}: expected at least 1")
 
 
 def launch(config: TrainerConfig) -> Fabric:
@@ -91,10 +94,45 @@ def progress() -> Progress:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """The name under which to write `path`, which then is whole or absent: renamed when the block ends, deleted when it
-    fails. Every process has a name of its own."""
+    fails. Every process has a name of its own. Raises InputError where it cannot be written (a full or read-only disk).
+    """
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        yield part
-        part.replace(path)
+        with writable(path):
+            yield part
+            part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turns what a disk refuses while `path` is written into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise InputError(
+            f"{str(path)!r}: cannot be written ({reason}); free some space, or choose another folder"
+        ) from error
+
+
+def make_folder(path: Path) -> Path:
+    """The folder, made with those above it where they are missing. Raises InputError where that is refused."""
+    with writable(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Turns running out of memory, of the machine or of a device, into an InputError that says what to do."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise InputError(f"not enough memory: {advice}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # of the CPU's allocator, which has no class for it
+            raise
+        raise InputError(f"not enough memory: {advice}") from error

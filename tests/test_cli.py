@@ -14,6 +14,7 @@ import pytest
 import probe
 import train
 from cosprobe.config import SCHEMAS, TrainRun, UseRun, command
+from cosprobe.errors import InputError
 from cosprobe.models.pipelines import PipelineConfig
 from cosprobe.probes.logistic import ProbeConfig
 from cosprobe.runtime import TrainerConfig
@@ -156,9 +157,10 @@ def test_settings_reach_the_body_and_success_is_zero():
 
 
 def test_an_error_of_ours_on_several_lines_is_told_on_one(capsys):
-    scope = {"__name__": "cosprobe.somewhere"}
-    exec("def body(run):\n    raise ValueError('pipeline.path=x:\\n  expected a folder')", scope)
-    assert command(TrainRun, scope["body"], "", []) == 2
+    def body(run):
+        raise InputError("pipeline.path=x:\n  expected a folder")
+
+    assert command(TrainRun, body, "", []) == 2
     assert capsys.readouterr().err == "error: pipeline.path=x: expected a folder\n"
 
 

@@ -1,12 +1,17 @@
-"""Memory that was freed is used again."""
+"""Memory that was freed is used again; files are whole or absent; what a machine lacks is told as such."""
 
 from __future__ import annotations
 
+import errno
 import platform
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from cosprobe.errors import InputError
+from cosprobe.runtime import enough_memory, make_folder, whole_file
 
 PAGES = """
 import resource, sys, torch
@@ -31,3 +36,36 @@ def test_freed_memory_is_handed_out_again():
     kept, given_back = _fresh_pages("kept"), _fresh_pages("default")
     print(f"fresh pages of 20 tensors of 64 MiB: {kept} kept, {given_back} given back")  # noqa: T201
     assert kept < 100 < given_back
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    path = tmp_path / "figure.png"
+    with whole_file(path) as part:
+        part.write_text("new")
+        assert part.suffix == ".png" and not path.exists()
+    assert path.read_text() == "new"
+    with pytest.raises(KeyError), whole_file(path) as part:
+        part.write_text("half")
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["figure.png"] and path.read_text() == "new"
+
+
+def test_a_disk_that_refuses_is_told_with_its_path_and_reason(tmp_path):
+    with pytest.raises(InputError, match="grid.nc.*No space left"), whole_file(tmp_path / "grid.nc"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/inside"):
+        make_folder(tmp_path / "file" / "inside")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("[enforce fail] can't allocate memory")]
+)
+def test_too_little_memory_is_told_with_what_to_do(error):
+    with pytest.raises(InputError, match="not enough memory.*pipeline.batch"), enough_memory("lower pipeline.batch"):
+        raise error
+
+
+def test_other_errors_of_torch_keep_their_class():
+    with pytest.raises(RuntimeError, match="size of tensor"), enough_memory("lower pipeline.batch"):
+        torch.zeros(2) + torch.zeros(3)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from cosprobe.activations.pooling import Pooling, whole_frame
 from cosprobe.cells import EMBED, FIRST_FRAME, NOISE, PROMPT, SOURCES, X0, X_T, parse_selection
+from cosprobe.errors import InputError
 from cosprobe.models import architecture, block_list, clean_estimate, experts, latent_tokens, token_grid
 
 BRANCHES = {"cond": ("cond",), "uncond": ("uncond",), "cond_uncond": ("uncond", "cond")}  # order inside a batch
@@ -301,19 +302,19 @@ def _sites(spec: str | Sequence[str], models: dict[str, nn.Module]) -> tuple[str
 
 def _refuse(pipeline: Any, models: dict[str, nn.Module]) -> None:
     if getattr(pipeline.scheduler, "order", 1) != 1:
-        raise ValueError(
+        raise InputError(
             f"{type(pipeline.scheduler).__name__} calls the model {pipeline.scheduler.order} times a step: "
             "expected a first-order scheduler, e.g. FlowMatchEulerDiscreteScheduler"
         )
     for expert, model in models.items():
         architecture(model)
         if getattr(model, "is_cache_enabled", False):
-            raise ValueError(
+            raise InputError(
                 f"a step cache is on in transformer {expert!r}: a skipped block returns its input, so layers would "
                 "be mislabelled; call disable_cache() first"
             )
         if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
-            raise ValueError(
+            raise InputError(
                 f"transformer {expert!r} is compiled: hooks added after compilation may be ignored; capture first"
             )
 

@@ -19,6 +19,7 @@ from cosprobe.activations.pooling import POOLINGS, Pooling, whole_frame
 from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
 from cosprobe.activations.store import ActivationStore, fill
 from cosprobe.cells import SPLIT_ORDER, X0, parse_selection
+from cosprobe.errors import InputError
 from cosprobe.models import PipelineConfig, block_list, decode, experts, fingerprint, patch_columns, sample
 from cosprobe.runtime import say
 from cosprobe.tasks import Problem, Sample, Task, TaskConfig, images
@@ -46,9 +47,9 @@ class CaptureConfig:
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
-            raise ValueError(f"probe.pooling={self.pooling!r}: expected one of {', '.join(POOLINGS)}")
+            raise InputError(f"probe.pooling={self.pooling!r}: expected one of {', '.join(POOLINGS)}")
         if self.randomised < 0:
-            raise ValueError(f"probe.randomised={self.randomised}: expected 0 or more samples")
+            raise InputError(f"probe.randomised={self.randomised}: expected 0 or more samples")
 
 
 def decode_steps(spec: str, total: int) -> tuple[int, ...]:

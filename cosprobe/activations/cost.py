@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from cosprobe.errors import InputError
 from cosprobe.models import PipelineConfig, block_list, decode, experts, sample, stop_after
 
 
@@ -49,7 +50,7 @@ class Cost:
         Raises ValueError for a step below 0 or a layer that is not there.
         """
         if step < 0 or not 0 <= layer < len(self.layers):
-            raise ValueError(
+            raise InputError(
                 f"step={step}, layer={layer}: expected a step from 0 on, and a layer from 0 to {len(self.layers) - 1}"
             )
         return self.run(step, decodes=0) + self.layers[layer]
@@ -95,7 +96,7 @@ def _metered(
 ) -> Cost:
     """One step and one decode, with the meter read at the borders of the parts."""
     if len(images) != len(prompts) or not len(images):
-        raise ValueError(f"{len(images)} images and {len(prompts)} prompts: expected as many of one as of the other")
+        raise InputError(f"{len(images)} images and {len(prompts)} prompts: expected as many of one as of the other")
     transformer = next(iter(experts(pipeline).values()))
     encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
     marks: dict[str, list[float]] = {"text": [], "evaluation": [], **{str(i): [] for i in range(_depth(transformer))}}

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import NUISANCE, SPLIT_ORDER, Cell
+from cosprobe.errors import InputError
+from cosprobe.runtime import enough_memory
 from cosprobe.tasks import HEADLINE, RELABELLED, Target, Task, readable_targets
 
 OPTIONAL = ("choice", "replica")  # columns that samples may lack
@@ -53,25 +55,25 @@ class ProbeSamples:
     def __post_init__(self) -> None:
         count, cells, regions = self.features.shape[:3]
         if cells != len(self.cells):
-            raise ValueError(f"features{list(self.features.shape)}: expected {len(self.cells)} cells on axis 1")
+            raise InputError(f"features{list(self.features.shape)}: expected {len(self.cells)} cells on axis 1")
         columns = {"split": self.split, "keys": self.keys, "kinds": self.kinds, **self.scores, **self.difficulty}
         columns |= {name: getattr(self, name) for name in OPTIONAL if getattr(self, name) is not None}
         for name, column in columns.items():
             if len(column) != count:
-                raise ValueError(f"{name}: {len(column)} entries, expected one for each of {count} samples")
+                raise InputError(f"{name}: {len(column)} entries, expected one for each of {count} samples")
         if unknown := sorted(set(map(str, self.split)) - set(SPLIT_ORDER)):
-            raise ValueError(f"split={unknown[0]!r}: expected one of {', '.join(SPLIT_ORDER)}")
+            raise InputError(f"split={unknown[0]!r}: expected one of {', '.join(SPLIT_ORDER)}")
         check_apart(self.keys, self.split)
         for target in readable_targets(self.targets, regions):
             if target.name not in self.labels:
-                raise ValueError(f"target {target.name!r}: no labels; expected one for each of {count} samples")
+                raise InputError(f"target {target.name!r}: no labels; expected one for each of {count} samples")
             label = self.labels[target.name]
             shape = (count, regions) if target.form == "region" else (count,)
             limit = regions if target.form == "candidate" else target.classes
             if tuple(label.shape) != shape:
-                raise ValueError(f"target {target.name!r}: labels{list(label.shape)}, expected {list(shape)}")
+                raise InputError(f"target {target.name!r}: labels{list(label.shape)}, expected {list(shape)}")
             if count and not -1 <= int(label.min()) <= int(label.max()) < limit:
-                raise ValueError(f"target {target.name!r}: label {int(label.max())}, expected -1 to {limit - 1}")
+                raise InputError(f"target {target.name!r}: label {int(label.max())}, expected -1 to {limit - 1}")
 
     def __len__(self) -> int:
         return len(self.features)
@@ -83,7 +85,7 @@ class ProbeSamples:
     def subset(self, split: str) -> ProbeSamples:
         """The samples of one split. Raises ValueError for an unknown split."""
         if split not in SPLIT_ORDER:
-            raise ValueError(f"split={split!r}: expected one of {', '.join(SPLIT_ORDER)}")
+            raise InputError(f"split={split!r}: expected one of {', '.join(SPLIT_ORDER)}")
         return self.rows(np.flatnonzero(np.asarray(self.split) == split))
 
     def rows(self, keep: Int[np.ndarray, " kept"]) -> ProbeSamples:
@@ -115,7 +117,7 @@ def check_apart(keys: np.ndarray, split: np.ndarray) -> None:
     if twice := names[times > 1].tolist():
         where = " and ".join(pairs[1][pairs[0] == twice[0]])
         more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""
-        raise ValueError(
+        raise InputError(
             f"problems {', '.join(twice[:3])}{more} stand in more than one split ({where}): expected each canonical "
             "problem in one; split by key"
         )
@@ -133,6 +135,7 @@ class InputFeatures:
     region: Float[Tensor, "sample step frame region channel"] | None = None
 
 
+@enough_memory("take fewer task.problems, probe.layers or probe.steps")
 def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, dict[str, InputFeatures], list[str]]:
     """What probes are trained on, the inputs they are compared with, and the expert that ran at each step kept.
 
@@ -210,7 +213,7 @@ def nuisance_columns(samples: ProbeSamples, names: Sequence[str] | None = None) 
     """
     names = tuple(samples.difficulty) if names is None else tuple(names)
     if not names:
-        raise ValueError("difficulty: no nuisance is known of these samples; expected at least one column")
+        raise InputError("difficulty: no nuisance is known of these samples; expected at least one column")
     train = np.asarray(samples.split) == "train"
     columns = []
     for name in names:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cosprobe.activations.capture import wrapped
+from cosprobe.errors import InputError
 from cosprobe.models import architecture, block_list, clean_estimate, experts, token_grid
 
 BACK = ("first", "all")
@@ -39,7 +40,7 @@ def group_mean(
     Raises ValueError for a batch that is not whole groups.
     """
     if len(values) % group:
-        raise ValueError(f"a batch of {len(values)} samples is not whole groups of {group} seeds")
+        raise InputError(f"a batch of {len(values)} samples is not whole groups of {group} seeds")
     parts = values.unflatten(0, (-1, group))
     if weights is None:
         mean = parts.mean(dim=1, keepdim=True)
@@ -72,7 +73,7 @@ def average_blocks(
     layers (10 of 40); which runs go on it leaves open.
     """
     if back not in BACK:
-        raise ValueError(f"back={back!r}: expected one of {', '.join(BACK)}")
+        raise InputError(f"back={back!r}: expected one of {', '.join(BACK)}")
     size = (0, 0, 0)
     weights: dict[tuple[int, int], Tensor] = {}
 
@@ -161,7 +162,7 @@ def check_layers(layers: Sequence[int], depth: int) -> None:
     """Raises ValueError for a window of layers that a transformer with `depth` blocks does not have."""
     outside = [layer for layer in layers if not 0 <= layer < depth]
     if outside:
-        raise ValueError(f"layers={list(layers)}: layer {outside[0]} is outside the model, expected 0 to {depth - 1}")
+        raise InputError(f"layers={list(layers)}: layer {outside[0]} is outside the model, expected 0 to {depth - 1}")
 
 
 def check_finite(values: Float[Tensor, "batch *rest"], step: int, layer: int) -> None:
@@ -169,7 +170,7 @@ def check_finite(values: Float[Tensor, "batch *rest"], step: int, layer: int) ->
     whole = values.isfinite().flatten(1).all(dim=1)
     if not whole.all():
         bad = int((~whole).nonzero()[0])
-        raise ValueError(
+        raise InputError(
             f"layer {layer} gave NaN or infinite activations at step {step} (sample {bad} of the batch): expected "
             "finite numbers; check the weights, or try pipeline.dtype=float32"
         )

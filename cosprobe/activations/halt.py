@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cosprobe.activations.capture import Tape, capture
 from cosprobe.activations.pooling import Pooling
 from cosprobe.cells import Cell
+from cosprobe.errors import InputError
 from cosprobe.models import block_list, experts
 
 
@@ -40,7 +41,7 @@ def halting(
     Raises ValueError for cells that are no layers, and what `capture` raises.
     """
     if not cells or not all(cell.is_layer for cell in cells):
-        raise ValueError(f"cells {[str(c) for c in cells][:3]}: expected at least one, all of them layers")
+        raise InputError(f"cells {[str(c) for c in cells][:3]}: expected at least one, all of them layers")
     at: dict[str, list[Cell]] = {}
     for cell in cells:
         at.setdefault(cell.site, []).append(cell)

@@ -15,6 +15,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from cosprobe.errors import InputError
+
 POOLINGS = ("clip", "frame", "grid", "region")
 GRID = 4  # `grid` pooling is GRID x GRID coarse cells
 COLUMNS = 1024  # numbers that one frame of an input may take when the whole frame is kept
@@ -36,9 +38,9 @@ class Pooling:
 
     def __post_init__(self) -> None:
         if self.kind not in POOLINGS:
-            raise ValueError(f"probe.pooling={self.kind!r}: expected one of {', '.join(POOLINGS)}")
+            raise InputError(f"probe.pooling={self.kind!r}: expected one of {', '.join(POOLINGS)}")
         if self.kind == "region" and len({len(boxes) for boxes in self.boxes}) > 1:
-            raise ValueError("probe.pooling='region': every sample needs the same number of regions")
+            raise InputError("probe.pooling='region': every sample needs the same number of regions")
 
     @property
     def regions(self) -> int:
@@ -57,7 +59,7 @@ class Pooling:
         """0/1 masks over the tokens of one frame: the spatial part."""
         if self.kind == "region":
             if len(self.boxes) != batch:
-                raise ValueError(f"region pooling got boxes for {len(self.boxes)} samples in a batch of {batch}")
+                raise InputError(f"region pooling got boxes for {len(self.boxes)} samples in a batch of {batch}")
             return torch.stack([box_masks(boxes, height, width) for boxes in self.boxes])
         if self.kind == "grid":
             step, sides = 1 / self.across, range(self.across)
@@ -75,7 +77,7 @@ class Pooling:
         """
         frames, height, width = size
         if tokens.shape[1] != frames * height * width:
-            raise ValueError(f"a block gave {tokens.shape[1]} tokens, expected {frames} x {height} x {width}")
+            raise InputError(f"a block gave {tokens.shape[1]} tokens, expected {frames} x {height} x {width}")
         place = (tokens.shape[0], height, width, tokens.device)
         if place not in self._weights:  # the same for every site and step of a run
             masks = self.masks(*place[:3]).to(tokens.device)

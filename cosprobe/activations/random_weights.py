@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cosprobe.activations.capture import BRANCHES, Tape, conditional, hidden_states
 from cosprobe.activations.pooling import Pooling
+from cosprobe.errors import InputError
 from cosprobe.models import architecture, block_list, experts, token_grid
 
 PERMUTED, FRESH = "permuted", "fresh"
@@ -32,7 +33,7 @@ def randomised(pipeline: Any, how: str, seed: int) -> Iterator[None]:
     Raises ValueError for another word.
     """
     if how not in RANDOMISED:
-        raise ValueError(f"weights={how!r}: expected one of {', '.join(RANDOMISED)}")
+        raise InputError(f"weights={how!r}: expected one of {', '.join(RANDOMISED)}")
     trained = {name: [p.detach().clone() for p in model.parameters()] for name, model in experts(pipeline).items()}
     try:
         for place, model in enumerate(experts(pipeline).values()):
@@ -74,7 +75,7 @@ def replay(
     Raises ValueError when nothing was recorded on the tape.
     """
     if not tape.recorded:
-        raise ValueError("the tape holds no transformer calls: expected capture(..., record=steps)")
+        raise InputError("the tape holds no transformer calls: expected capture(..., record=steps)")
     steps = sorted(tape.recorded)
     return torch.stack([_replayed(pipeline, tape, step, layers, pooling, rows) for step in steps], dim=1)
 

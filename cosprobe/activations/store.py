@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosprobe.runtime import barrier, place, progress, say, whole_file
+from cosprobe.errors import InputError
+from cosprobe.runtime import barrier, make_folder, place, progress, say, whole_file
 
 MANIFEST = "manifest.json"
 
@@ -44,14 +45,14 @@ class ActivationStore:
         manifest = folder / MANIFEST
         if not manifest.is_file():
             state = "half-written" if folder.is_dir() and any(folder.glob("shard-*")) else "missing"
-            raise ValueError(
+            raise InputError(
                 f"store {str(folder)!r} is {state}: expected a {MANIFEST}; run train.py again to finish it"
             )
         try:
             content = json.loads(manifest.read_text())
             return cls(folder, content["settings"], content["shards"])
         except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-            raise ValueError(f"{str(manifest)!r} is damaged: expected json with settings and shards") from error
+            raise InputError(f"{str(manifest)!r} is damaged: expected json with settings and shards") from error
 
     def begin(self, size: int) -> None:
         """Makes the folder; refuses one that holds other settings, or a disk with less than `size` bytes free."""
@@ -60,11 +61,11 @@ class ActivationStore:
             if path.is_file():
                 content = json.loads(path.read_text())
                 self._same(content["settings"] if name == MANIFEST else content)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         free, missing = shutil.disk_usage(self.folder).free, self.missing()
         needed = size * len(missing) // max(1, self.shards)
         if needed > free:
-            raise ValueError(
+            raise InputError(
                 f"the store needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free at {str(self.folder)!r}: "
                 "choose another run_dir, fewer problems, layers or steps"
             )
@@ -96,13 +97,16 @@ class ActivationStore:
             "notes": json.dumps(notes, sort_keys=True),
         }
         with whole_file(self._path(index)) as part:
-            save_file(tensors, part, metadata)
+            try:
+                save_file(tensors, part, metadata)
+            except SafetensorError as error:  # its own name for a full disk
+                raise OSError(str(error)) from error
 
     def finish(self) -> None:
         """Writes the manifest. Raises ValueError while shards are missing."""
         missing = self.missing()
         if missing:
-            raise ValueError(f"store {str(self.folder)!r} lacks shards {missing[:5]}: expected all {self.shards}")
+            raise InputError(f"store {str(self.folder)!r} lacks shards {missing[:5]}: expected all {self.shards}")
         content = {"fingerprint": self.fingerprint, "shards": self.shards, "settings": self.settings}
         with whole_file(self.folder / MANIFEST) as part:
             part.write_text(json.dumps(content, indent=1, sort_keys=True))
@@ -116,7 +120,7 @@ class ActivationStore:
         notes = set()
         for index in range(self.shards):
             if not self._path(index).is_file():
-                raise ValueError(f"shard {str(self._path(index))!r} is missing: run train.py again to collect it")
+                raise InputError(f"shard {str(self._path(index))!r} is missing: run train.py again to collect it")
             metadata, tensors = self._open(index, prefix)
             notes.add(metadata["notes"])
             if not tensors:
@@ -127,7 +131,7 @@ class ActivationStore:
                 if name.startswith(prefix):
                     parts.setdefault(name, []).append(tensors[name])
         if len(notes) != 1:
-            raise ValueError(f"store {str(self.folder)!r}: its shards disagree on what their axes mean; delete it")
+            raise InputError(f"store {str(self.folder)!r}: its shards disagree on what their axes mean; delete it")
         # popped one by one: the shards of one name are freed before those of the next are joined
         return {name: torch.cat(parts.pop(name)) for name in list(parts)}, json.loads(notes.pop())
 
@@ -145,20 +149,20 @@ class ActivationStore:
         except (SafetensorError, OSError) as error:
             raise self._damaged(index, str(error).splitlines()[0]) from error
         if metadata.get("fingerprint") != self.fingerprint or metadata.get("index") != str(index):
-            raise ValueError(
+            raise InputError(
                 f"shard {str(self._path(index))!r} belongs to another store: expected fingerprint {self.fingerprint}, "
                 f"found {metadata.get('fingerprint', 'none')}; delete it and run train.py again"
             )
         return metadata, tensors
 
-    def _damaged(self, index: int, reason: str) -> ValueError:
-        return ValueError(f"shard {str(self._path(index))!r} is damaged ({reason}): delete it and run train.py again")
+    def _damaged(self, index: int, reason: str) -> InputError:
+        return InputError(f"shard {str(self._path(index))!r} is damaged ({reason}): delete it and run train.py again")
 
     def _same(self, other: dict[str, Any]) -> None:
         wanted = json.loads(json.dumps(self.settings))
         for name in sorted({*wanted, *other}):
             if wanted.get(name) != other.get(name):
-                raise ValueError(
+                raise InputError(
                     f"run_dir: {str(self.folder)!r} was made with {name}={_short(other.get(name))}, now "
                     f"{name}={_short(wanted.get(name))}; choose another run_dir or delete that folder"
                 )

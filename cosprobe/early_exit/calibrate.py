@@ -31,6 +31,7 @@ from cosprobe.early_exit.policy import (
     thresholds,
 )
 from cosprobe.early_exit.reader import Answer, attach, check_pipeline, pooling_of, probabilities
+from cosprobe.errors import InputError
 from cosprobe.models import PipelineConfig, decode, sample
 from cosprobe.probes import ProbeBank
 from cosprobe.runtime import say
@@ -66,10 +67,10 @@ class EarlyConfig:
 
     def __post_init__(self) -> None:
         if self.against not in AGAINST:
-            raise ValueError(f"use.against={self.against!r}: expected one of {', '.join(AGAINST)}")
+            raise InputError(f"use.against={self.against!r}: expected one of {', '.join(AGAINST)}")
         check_promise(self.risk, self.confidence, self.calibration)
         if self.problems < 1:
-            raise ValueError(f"use.problems={self.problems}: expected at least 1")
+            raise InputError(f"use.problems={self.problems}: expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def stop_early(
     validation, found = samples.subset("validation"), []
     known = [(kind, target) for kind in task.kinds if (target := probe_for(bank, kind, use.against)) is not None]
     if not known:
-        raise ValueError(f"run={str(folder)!r}: no probe of an answer or choice in its bank; train with more problems")
+        raise InputError(f"run={str(folder)!r}: no probe of an answer or choice in its bank; train with more problems")
     for kind, target in known:
         here = validation.rows(np.flatnonzero(validation.kinds == kind))
         ends = use.against == "choice" or target.role == "choice"  # where several answers are right, the model's own
@@ -195,7 +196,7 @@ def plan(
     able = [c for c in cells if c.is_layer and c.branch == "cond"]
     labelled = np.flatnonzero(labels >= 0)
     if not len(labelled):
-        raise ValueError(f"target {target!r}: no validation sample has a label; train with more problems")
+        raise InputError(f"target {target!r}: no validation sample has a label; train with more problems")
     at = [cells.index(c) for c in able]
     odds = probabilities(bank, features[labelled][:, at].float(), target, able)
     wanted = torch.from_numpy(labels[labelled]).expand(len(able), -1)[..., None]

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import bdtr
 
 from cosprobe.cells import Cell
+from cosprobe.errors import InputError
 
 AGAINST = ("choice", "truth")
 STEPS = 200  # thresholds tried
@@ -72,7 +73,7 @@ def read_policy(described: Mapping[str, Any]) -> Policy:
         cells = tuple(Cell(*entry) for entry in described["cells"])
         return Policy(**{**described, "cells": cells, "threshold": threshold})
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"stopping policy: damaged or of another version ({error}); run use=early again") from error
+        raise InputError(f"stopping policy: damaged or of another version ({error}); run use=early again") from error
 
 
 def thresholds(classes: int) -> Float[np.ndarray, " threshold"]:
@@ -166,10 +167,10 @@ def check_promise(risk: float, level: float, problems: int) -> None:
     """Raises ValueError for a risk or confidence outside 0 to 1, or too few calibration problems for any policy."""
     for name, value in (("risk", risk), ("confidence", level)):
         if not 0 < value < 1:
-            raise ValueError(f"use.{name}={value}: expected more than 0 and less than 1")
+            raise InputError(f"use.{name}={value}: expected more than 0 and less than 1")
     least = least_problems(risk, level)
     if least is None or problems < least:
-        raise ValueError(
+        raise InputError(
             f"use.calibration={problems}: expected at least {least} problems, the fewest that can show a risk of "
             f"{risk:g} at confidence {level:g} (without a single error); raise it or allow more risk"
         )

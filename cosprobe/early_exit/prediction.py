@@ -15,6 +15,7 @@ from rich.table import Table
 from cosprobe.activations import halting
 from cosprobe.cells import Cell
 from cosprobe.early_exit.reader import pooling_of, probabilities
+from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
 from cosprobe.models import PipelineConfig, load_pipeline, sample
 from cosprobe.probes import ProbeBank
@@ -33,7 +34,7 @@ class PredictConfig:
     def __post_init__(self) -> None:
         for name, least in (("step", 0), ("problems", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"use.{name}={getattr(self, name)}: expected at least {least}")
+                raise InputError(f"use.{name}={getattr(self, name)}: expected at least {least}")
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,9 @@ def _best_at(grid: Grid, bank: ProbeBank, target: str, step: int, layer: int | N
     cells = [cell for cell in bank.cells if cell.is_layer]
     steps, layers = sorted({c.step for c in cells}), sorted({int(c.site) for c in cells})
     if step not in steps:
-        raise ValueError(f"use.step={step}: expected a step these probes were trained at: {_ranges(steps)}")
+        raise InputError(f"use.step={step}: expected a step these probes were trained at: {_ranges(steps)}")
     if layer is not None and layer not in layers:
-        raise ValueError(f"use.layer={layer}: expected a layer these probes were trained at: {_ranges(layers)}")
+        raise InputError(f"use.layer={layer}: expected a layer these probes were trained at: {_ranges(layers)}")
     here = [c for c in cells if c.step == step and (layer is None or int(c.site) == layer)]
     return max(here, key=lambda cell: float(grid.at(target, cell).validation_accuracy))
 

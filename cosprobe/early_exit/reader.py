@@ -23,6 +23,7 @@ from torch import Tensor
 from cosprobe.activations import Pooling, halting
 from cosprobe.cells import Cell
 from cosprobe.early_exit.policy import Policy, read_policy
+from cosprobe.errors import InputError
 from cosprobe.probes import ProbeBank
 from cosprobe.tasks import Problem
 
@@ -93,7 +94,7 @@ def attach(
     """
     check_pipeline(bank, pipeline)
     if not problems:
-        raise ValueError("problems: none, expected one for every image of the call")
+        raise InputError("problems: none, expected one for every image of the call")
     policy = policy or bank_policy(bank, problems[0].kind)
     check_problems(bank, policy, problems)
     store = bank.provenance["store"]
@@ -110,7 +111,7 @@ def probabilities(
     if not torch.isfinite(features).all():
         bad = (~torch.isfinite(features)).flatten(2).any(dim=2).any(dim=0)
         where = cells[int(bad.nonzero()[0])]
-        raise ValueError(
+        raise InputError(
             f"activations at ({where}) are not finite, expected finite ones; run in float32 or look at the model"
         )
     wider = bank.mean.shape[1] - features.shape[-1]
@@ -128,7 +129,7 @@ def bank_policy(bank: ProbeBank, kind: str) -> Policy:
         if policy.kind == kind:
             return policy
     known = ", ".join(sorted({p.kind for p in found})) or "none"
-    raise ValueError(
+    raise InputError(
         f"problems of kind {kind!r}: this bank has no stopping policy for them (it has: {known}); run "
         "`python probe.py use=early run=FOLDER`, or pass policy="
     )
@@ -140,13 +141,13 @@ def check_problems(bank: ProbeBank, policy: Policy, problems: Sequence[Problem])
         for name in ("task", "kind"):
             known, given = getattr(policy, name), getattr(problem, name)
             if known != given:
-                raise ValueError(
+                raise InputError(
                     f"problem {problem.name}: its {name} is {given!r}, the stopping policy was calibrated for "
                     f"{known!r}; take problems of that {name}, or run use=early for this one"
                 )
         regions = len(problem.regions) if bank.provenance["store"]["probe.pooling"] == "region" else bank.regions
         if regions != bank.regions:
-            raise ValueError(
+            raise InputError(
                 f"problem {problem.name}: {regions} regions, this bank was made for pooling over {bank.regions}; "
                 "use the task settings of its run"
             )
@@ -156,13 +157,13 @@ def check_pipeline(bank: ProbeBank, pipeline: Any) -> None:
     """Raises ValueError naming the difference when the bank was made for another model or scheduler."""
     folder = Path(str(getattr(pipeline, "name_or_path", "") or ""))
     if not (folder / "model_index.json").is_file():
-        raise ValueError("the pipeline comes from no folder, so its weights can't be compared: save and load it first")
+        raise InputError("the pipeline comes from no folder, so its weights can't be compared: save and load it first")
     bank.check_model(folder)
     saved = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     now = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
     for name, value in saved.items():
         if name != "_diffusers_version" and json.loads(json.dumps(now.get(name), default=str)) != value:
-            raise ValueError(
+            raise InputError(
                 f"this bank was made for a scheduler with {name}={value}, the pipeline's has {name}={now.get(name)}; "
                 "use the scheduler the model was loaded with"
             )
@@ -178,7 +179,7 @@ def check_call(bank: ProbeBank, pipeline: Any) -> None:
     for name, (value, argument) in running.items():
         expected = store[f"pipeline.{name}"]
         if value != expected:
-            raise ValueError(
+            raise InputError(
                 f"this bank was made for {name}={expected:g}, this run has {name}={value:g}; "
                 f"call the pipeline with {argument}={expected:g}, or retrain the probes"
             )

@@ -21,7 +21,7 @@ from cosprobe.early_exit.frontier import Realised, Way, outcome, policy_looks, r
 from cosprobe.models import PipelineConfig, load_pipeline
 from cosprobe.probes import ProbeBank
 from cosprobe.reporting import STYLE, WIDTH, Film, film_row, film_strip, markdown_table, new_figure, open_table
-from cosprobe.runtime import whole_file
+from cosprobe.runtime import make_folder, whole_file
 from cosprobe.tasks import Task, TaskConfig, images, with_noise
 
 LOOKS = {
@@ -86,7 +86,7 @@ def write_savings(
     """Prints the tables and writes run_dir/report/early, early.md last. total: steps of a finished run."""
     folder = Path(run_dir) / "report" / "early"
     console = console or (Console() if Console().is_terminal else Console(width=max(WIDTH, Console().width)))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     figures = {"frontier.png": partial(frontier_figure, saved)}
     for one in saved:
         if one.film is not None:

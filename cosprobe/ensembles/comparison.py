@@ -19,6 +19,7 @@ from cosprobe.activations import Cost, flops
 from cosprobe.ensembles.ensemble import Bench
 from cosprobe.ensembles.strategies import METHODS, PROBES, Plan, course, windows
 from cosprobe.ensembles.trajectories import READS, Candidate, Trials
+from cosprobe.errors import InputError
 from cosprobe.evaluation import difference_interval, max_t_bootstrap, share_interval
 from cosprobe.tasks import Problem, fresh_problems, images
 
@@ -55,7 +56,7 @@ class EnsembleConfig:
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:
-            raise ValueError(f"use.size={self.size!r}: expected one of {', '.join(SIZES)}")
+            raise InputError(f"use.size={self.size!r}: expected one of {', '.join(SIZES)}")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from cosprobe.activations import Pooling, Tape, capture
 from cosprobe.cells import Cell
 from cosprobe.ensembles.probe_scorer import Judge
 from cosprobe.ensembles.strategies import WINDOWED, Course, Finished, Plan, course, disagreement, in_turn, only, windows
+from cosprobe.errors import InputError
 from cosprobe.models import PipelineConfig, block_list, experts, sample
 from cosprobe.tasks import FAMILIES, Problem, Task, images, noise_seed
 
@@ -42,7 +43,7 @@ class Bench:
         made = {} if self.judge is None else self.judge.bank.provenance["store"]
         for name in ("steps", "guidance"):
             if made and made[f"pipeline.{name}"] != getattr(self.config, name):
-                raise ValueError(
+                raise InputError(
                     f"pipeline.{name}={getattr(self.config, name)}: these probes were trained at "
                     f"{made[f'pipeline.{name}']}; sample as they were, or train others"
                 )
@@ -139,7 +140,7 @@ def run(
     path = course(method, plan, bench.config.steps)
     judge = bench.judge
     if judge is None and (path.reads or path.weighs or read):
-        raise ValueError(
+        raise InputError(
             f"method={method!r} reads probes: pass those of a train.py run; without: vote, best_of, hidden"
         )
     numbers = list(range(path.seeds) if which is None else which[: path.seeds])

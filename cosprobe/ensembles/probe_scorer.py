@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cosprobe.activations import Pooling, check_finite
 from cosprobe.cells import Cell
+from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
 from cosprobe.probes import ProbeBank, load_probes
 from cosprobe.tasks import Problem
@@ -42,7 +43,7 @@ class Judge:
         """Raises ValueError when there are no probes that read answers."""
         names = [t.name for role in ROLES for t in bank.targets if t.role == role and t.name in grid.targets]
         if not names:
-            raise ValueError("these probes read no answer or choice: expected a target of either; train probes of one")
+            raise InputError("these probes read no answer or choice: expected a target of either; train probes of one")
         cells = [cell for cell in bank.cells if cell.is_layer and cell.branch == "cond"]
         return cls(bank, {n: {c: float(grid.at(n, c).validation_accuracy) for c in cells} for n in names}, task)
 
@@ -63,7 +64,7 @@ class Judge:
         """The target a run of this problem is read by. Raises ValueError for a problem the probes do not know."""
         fitting = [name for name in self.accuracy if problem.kind in self.bank.target(name).kinds]
         if problem.task != self.task or not fitting:
-            raise ValueError(
+            raise InputError(
                 f"problem {problem.name!r}: these probes do not know it, expected task {self.task!r}, "
                 f"kind {' or '.join(self.kinds)}; train probes on its task"
             )
@@ -76,7 +77,7 @@ class Judge:
         if not here:
             where = f"step {step}" if layer is None else f"step {step}, layer {layer}"
             steps, layers = sorted({c.step for c in table}), sorted({int(c.site) for c in table})
-            raise ValueError(f"{where}: no probes were trained there, expected steps {steps} and layers {layers}")
+            raise InputError(f"{where}: no probes were trained there, expected steps {steps} and layers {layers}")
         return max(here, key=lambda c: (table[c], -int(c.site)))
 
     def pooling(self, problems: Sequence[Problem]) -> Pooling:

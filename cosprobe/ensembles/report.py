@@ -31,7 +31,7 @@ from cosprobe.evaluation import Grid
 from cosprobe.models import PipelineConfig, load_pipeline
 from cosprobe.probes import ProbeBank
 from cosprobe.reporting import STYLE, markdown_table, new_figure
-from cosprobe.runtime import whole_file
+from cosprobe.runtime import make_folder, whole_file
 from cosprobe.tasks import TaskConfig
 
 FOLDER = "ensemble"
@@ -68,7 +68,7 @@ def ensembles(
 
 def write_ensemble(comparison: Comparison, folder: Path) -> Path:
     """Writes ensemble.json, ensemble.md and ensemble.png to `folder`; returns the page."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with whole_file(folder / "ensemble.json") as part:
         part.write_text(json.dumps(numbers(comparison), indent=1))
     with whole_file(folder / "ensemble.png") as part:

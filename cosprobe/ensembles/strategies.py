@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from cosprobe.activations import BACK, average_blocks, average_clean, average_latents
+from cosprobe.errors import InputError
 
 Odds = Float[Tensor, "problem seed candidate"]
 Credit = Callable[["Finished", list[Odds]], Float[Tensor, "problem seed"]]
@@ -46,11 +47,11 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.seeds < 2:
-            raise ValueError(f"seeds={self.seeds}: expected at least 2; one seed is no ensemble, use method='single'")
+            raise InputError(f"seeds={self.seeds}: expected at least 2; one seed is no ensemble, use method='single'")
         if self.back not in BACK:
-            raise ValueError(f"back={self.back!r}: expected one of {', '.join(BACK)}")
+            raise InputError(f"back={self.back!r}: expected one of {', '.join(BACK)}")
         if self.steps is not None and (not self.steps or min(self.steps) < 0 or len(set(self.steps)) < len(self.steps)):
-            raise ValueError(f"steps={list(self.steps)}: expected step indices from 0 on, each once")
+            raise InputError(f"steps={list(self.steps)}: expected step indices from 0 on, each once")
 
 
 @dataclass(frozen=True)
@@ -286,11 +287,11 @@ def course(method: str, plan: Plan, steps: int) -> Course:
     Raises ValueError for an unknown method, and for steps that the sampler does not reach.
     """
     if method not in METHODS:
-        raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}")
+        raise InputError(f"method={method!r}: expected one of {', '.join(METHODS)}")
     if plan.steps and max(plan.steps) >= steps:
-        raise ValueError(f"steps={list(plan.steps)}: expected step indices from 0 to {steps - 1}")
+        raise InputError(f"steps={list(plan.steps)}: expected step indices from 0 to {steps - 1}")
     if method in WINDOWED and not plan.layers:
-        raise ValueError(f"method={method!r}: expected a window of layers to average, such as layers=(2, 3)")
+        raise InputError(f"method={method!r}: expected a window of layers to average, such as layers=(2, 3)")
     return METHODS[method](plan, steps)
 
 
@@ -303,7 +304,7 @@ def replay(
     Raises ValueError for a course that changes its runs: what it returns is in no record.
     """
     if path.edit is not None or path.length:
-        raise ValueError("this course changes what its runs compute: expected one that only chooses among them")
+        raise InputError("this course changes what its runs compute: expected one that only chooses among them")
     if path.credit is not None:
         begun, run = in_turn(path, finished, [odds[step] for step in path.asks])
         return finished.answers.gather(1, run[:, None])[:, 0], run, begun

@@ -15,7 +15,8 @@ import numpy as np
 import xarray as xr
 
 from cosprobe.cells import INPUTS, X0, Cell
-from cosprobe.runtime import whole_file
+from cosprobe.errors import InputError
+from cosprobe.runtime import make_folder, whole_file
 
 CHANCE, MAJORITY, READOUT = "chance", "majority", "x0_readout"
 WEIGHTS = ("permuted_weights", "fresh_weights")  # on few samples: listed, never the reference
@@ -65,7 +66,7 @@ class Grid:
         Raises ValueError for a target the grid does not hold.
         """
         if target not in self.targets:
-            raise ValueError(f"target={target!r}: expected one of {', '.join(self.targets)}")
+            raise InputError(f"target={target!r}: expected one of {', '.join(self.targets)}")
         order = [name for name in ("step", "layer", "branch", "place") if name in self.dataset.validation_accuracy.dims]
         data = self.dataset.sel(target=target).transpose(*order, ...)
         chosen = np.nanargmax(data.validation_accuracy.values.round(12))  # first of equals: sums may differ in rounding
@@ -89,7 +90,7 @@ class Grid:
     def save(self, path: Path | str) -> Path:
         """Writes netCDF; the file is whole or absent."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with whole_file(path) as part:
             self.dataset.to_netcdf(part, engine="netcdf4")
         return path
@@ -102,10 +103,10 @@ class Grid:
         """
         found = [p for p in (Path(path), Path(path) / FILE, Path(path) / "report" / FILE) if p.is_file()]
         if not found:
-            raise ValueError(f"grid {str(path)!r} is missing: expected {FILE} or a run folder; run train.py first")
+            raise InputError(f"grid {str(path)!r} is missing: expected {FILE} or a run folder; run train.py first")
         try:
             dataset = xr.load_dataset(found[0], engine="netcdf4")
             dataset["p_evidence"]
         except (OSError, ValueError, KeyError, RuntimeError):
-            raise ValueError(f"grid {str(found[0])!r} is damaged: expected netCDF; run train.py again") from None
+            raise InputError(f"grid {str(found[0])!r} is damaged: expected netCDF; run train.py again") from None
         return cls(dataset)

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from scipy.special import betaincinv, stdtrit
 
+from cosprobe.errors import InputError
+
 COVERAGE = 0.95
 TAIL = (1 - COVERAGE) / 2
 LEAST_PROBLEMS = 12  # fewer ground no statement, whatever the interval
@@ -175,7 +177,7 @@ def _within(values: Float[np.ndarray, "cell sample"], least: float, name: str, e
     values = np.asarray(values, dtype=np.float64)
     outside = ~((values >= least - TIE) & (values <= 1 + TIE))
     if outside.any():
-        raise ValueError(f"{name}={values[outside][0]}: expected {expected}; for other values there is `mean_interval`")
+        raise InputError(f"{name}={values[outside][0]}: expected {expected}; for other values there is `mean_interval`")
     return values
 
 
@@ -188,4 +190,4 @@ def membership(keys: Shaped[np.ndarray, "sample"]) -> Float[np.ndarray, "sample 
 
 def check_any(keys: Shaped[np.ndarray, "sample"]) -> None:
     if len(keys) == 0:
-        raise ValueError("no samples: expected at least one; draw more problems")
+        raise InputError("no samples: expected at least one; draw more problems")

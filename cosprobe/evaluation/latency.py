@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from scipy.special import ndtr, ndtri
 
+from cosprobe.errors import InputError
 from cosprobe.evaluation.intervals import COVERAGE, TIE, problem_draws
 from cosprobe.evaluation.significance import CHUNK
 
@@ -78,14 +79,14 @@ def latency(
     correct, positions = np.asarray(correct, dtype=np.float64), np.asarray(at, dtype=np.float64)
     lines, points, samples = correct.shape
     if positions.shape != (points,) or (np.diff(positions) <= 0).any():
-        raise ValueError(f"at={list(at)}: expected {points} rising positions, one per point; sort the points")
+        raise InputError(f"at={list(at)}: expected {points} rising positions, one per point; sort the points")
     missing = np.isnan(correct)
     if (missing.any(axis=2) != missing.all(axis=2)).any():
         line, point = np.argwhere(missing.any(axis=2) != missing.all(axis=2))[0]
-        raise ValueError(f"line {line}, point {point}: NaN on some samples, expected on all or none; drop the point")
+        raise InputError(f"line {line}, point {point}: NaN on some samples, expected on all or none; drop the point")
     guess = np.asarray(chance, dtype=np.float64)
     if guess.shape not in ((lines,), (lines, samples)):
-        raise ValueError(f"chance{list(guess.shape)}: expected [{lines}] or [{lines}, {samples}], one row per line")
+        raise InputError(f"chance{list(guess.shape)}: expected [{lines}] or [{lines}, {samples}], one row per line")
     guess = guess.reshape(lines, -1)
     exists = ~missing[:, :, 0]
     value, drawn, censored = np.empty(lines), np.empty((lines, draws)), np.empty(lines, dtype=bool)
@@ -109,7 +110,7 @@ def lag(latencies: Latency, first: Sequence[int], second: Sequence[int]) -> Lag:
     Draws in which either line has no latency are left out. Raises ValueError when the two do not pair up.
     """
     if len(first) != len(second):
-        raise ValueError(f"{len(first)} first and {len(second)} second lines: expected pairs; repeat the shared line")
+        raise InputError(f"{len(first)} first and {len(second)} second lines: expected pairs; repeat the shared line")
     a, b = np.asarray(first, dtype=int), np.asarray(second, dtype=int)
     value = latencies.value[a] - latencies.value[b]
     lower, upper = _interval(value, latencies.drawn[a] - latencies.drawn[b])

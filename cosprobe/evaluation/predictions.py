@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from cosprobe.cells import Cell
+from cosprobe.errors import InputError
 from cosprobe.tasks import Target
 
 
@@ -33,7 +34,7 @@ class SplitPredictions:
         known = np.asarray(self.labels) >= 0
         keep = known if known.ndim == 1 else known.all(axis=1)
         if known.ndim == 2 and (known.any(axis=1) != keep).any():
-            raise ValueError("region labels: expected -1 in every region of a sample or in none")
+            raise InputError("region labels: expected -1 in every region of a sample or in none")
         take = [None if x is None else np.asarray(x)[..., keep] for x in (self.readout, self.drawn)]
         labels, keys = np.asarray(self.labels)[keep], np.asarray(self.keys)[keep]
         inputs = {name: np.asarray(said)[:, :, keep] for name, said in self.inputs.items()}

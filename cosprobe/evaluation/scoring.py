@@ -12,6 +12,7 @@ import xarray as xr
 from jaxtyping import Float, Int, Shaped
 
 from cosprobe.cells import INPUTS, X0
+from cosprobe.errors import InputError
 from cosprobe.evaluation.grid import ALPHA, BASELINES, CEILING, CHANCE, GUESSES, MAJORITY, READOUT, VISIBLE, Grid
 from cosprobe.evaluation.intervals import (
     correctness,
@@ -120,9 +121,9 @@ def build_grid(
     Raises ValueError when there is no layer, experts do not match the steps, or a target has no samples.
     """
     if not evaluated.cells:
-        raise ValueError("cells: none; expected at least one layer")
+        raise InputError("cells: none; expected at least one layer")
     if len(evaluated.experts) != len(evaluated.steps):
-        raise ValueError(f"{len(evaluated.experts)} experts: expected one per step, {len(evaluated.steps)}")
+        raise InputError(f"{len(evaluated.experts)} experts: expected one per step, {len(evaluated.steps)}")
     position = evaluated.index()
     targets = [result.target for result in evaluated.results]
     twins = {f"{result.target.name}_{RELABELLED}": result.target.name for result in evaluated.results}
@@ -372,9 +373,9 @@ def _usable(split: SplitPredictions, target: Target, name: str, cells: int) -> S
     """The samples that carry the target. Raises ValueError when there is none or predictions are not one per cell."""
     split = split.carried()
     if len(split.keys) == 0:
-        raise ValueError(f"target {target.name!r} has no {name} samples: expected at least 1; raise task.problems")
+        raise InputError(f"target {target.name!r} has no {name} samples: expected at least 1; raise task.problems")
     if split.predicted.shape != (cells, *split.labels.shape):
-        raise ValueError(
+        raise InputError(
             f"target {target.name!r}: {name} predictions of shape {split.predicted.shape}, expected "
             f"{(cells, *split.labels.shape)}, one per cell and label"
         )
@@ -384,7 +385,7 @@ def _usable(split: SplitPredictions, target: Target, name: str, cells: int) -> S
 def _rows(split: SplitPredictions, target: Target, guess: int, steps: int) -> _Rows:
     readout = split.readout if split.readout is not None else np.full((steps, len(split.keys)), -1)
     if len(readout) != steps:
-        raise ValueError(f"x0_readout has {len(readout)} steps: expected one per step of the grid, {steps}")
+        raise InputError(f"x0_readout has {len(readout)} steps: expected one per step of the grid, {steps}")
     constant = np.full((1, *split.labels.shape), guess)
     uniform = np.full((1, len(split.keys)), 1 / target.classes)
     rows = [correctness(split.predicted, split.labels), uniform, correctness(constant, split.labels)]

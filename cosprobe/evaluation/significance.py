@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from cosprobe.errors import InputError
 from cosprobe.evaluation.intervals import COVERAGE, TIE, check_any, membership
 
 CHUNK = 4096  # cells worked on at once: bounds memory at CHUNK x draws numbers
@@ -108,7 +109,7 @@ def weakest_pair(
     exists = ~missing.all(axis=2)
     if (broken := exists & missing.any(axis=2)).any():
         cell, source = np.argwhere(broken)[0]
-        raise ValueError(f"cell {cell}, input {source}: NaN on some samples, expected on all or none; drop the pair")
+        raise InputError(f"cell {cell}, input {source}: NaN on some samples, expected on all or none; drop the pair")
     found = max_t_bootstrap(differences[exists], keys, draws, seed)
     p, lower = np.full(exists.shape, -np.inf), np.full(exists.shape, np.inf)
     p[exists], lower[exists] = found.p, found.lower

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
+from cosprobe.errors import InputError
 from cosprobe.minimodel.encoding import embed, encode_clips
 from cosprobe.minimodel.flow_matching import FlowConfig, FlowMatching
 from cosprobe.minimodel.recipe import fit_to, training_sets
+from cosprobe.runtime import make_folder
 from cosprobe.tasks import Task
 
 
@@ -46,9 +48,9 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         for name in ("rank", "card"):
             if getattr(self, name) < 1:
-                raise ValueError(f"experiment.{name}={getattr(self, name)}: expected at least 1")
+                raise InputError(f"experiment.{name}={getattr(self, name)}: expected at least 1")
         if len(self.clips) != len(self.lengths):
-            raise ValueError(f"experiment.clips={self.clips}: expected one number for each of lengths={self.lengths}")
+            raise InputError(f"experiment.clips={self.clips}: expected one number for each of lengths={self.lengths}")
 
 
 def train_adapter(
@@ -63,7 +65,7 @@ def train_adapter(
     beside = transformer.config.in_channels - transformer.config.out_channels
     given = vae.config.get("z_dim", 0) + vae.config.get("scale_factor_temporal", 0)
     if beside != given or not given or transformer.config.get("image_dim"):
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__}: expected an image-to-video pipeline that gives its transformer the encoded first "
             "frame and nothing else, such as Wan 2.2 I2V or the model in the package"
         )
@@ -71,7 +73,7 @@ def train_adapter(
     prompts = [*sorted({p.prompt for pairs in sets.values() for _, problems in pairs for p in problems}), ""]
     table = embed(prompts, model.tokenizer, model.text_encoder)
     latents = folder / "latents"
-    latents.mkdir(parents=True, exist_ok=True)
+    make_folder(latents)
     clips = {n: encode_clips(vae, sets[n], n, latents, prompts, table) for n in config.lengths}
 
     torch.manual_seed(config.seed)
@@ -79,7 +81,7 @@ def train_adapter(
     try:
         transformer.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=list(config.layers)))
     except ValueError as error:
-        raise ValueError(f"experiment.layers={config.layers}: no layer of the transformer has such a name") from error
+        raise InputError(f"experiment.layers={config.layers}: no layer of the transformer has such a name") from error
     flow = FlowMatching(transformer, clips, config.flow, config.seed)
     fit_to(flow, folder / "flow", config.flow.steps, precision, 100, None)
 

@@ -28,6 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from cosprobe.errors import InputError
 from cosprobe.minimodel.accuracy import LearningCurve
 from cosprobe.minimodel.autoencoding import AutoencoderConfig, AutoencoderTraining, Family, revive
 from cosprobe.minimodel.encoding import (
@@ -40,7 +41,7 @@ from cosprobe.minimodel.encoding import (
 )
 from cosprobe.minimodel.flow_matching import FlowConfig, FlowMatching, LatentClips
 from cosprobe.models import PipelineConfig, channels_last
-from cosprobe.runtime import whole_file
+from cosprobe.runtime import make_folder, whole_file
 from cosprobe.tasks import FAMILIES, Task
 
 
@@ -77,11 +78,11 @@ class MiniConfig:
 
     def __post_init__(self) -> None:
         if len(self.clips) != len(self.lengths):
-            raise ValueError(f"experiment.clips={self.clips}: expected one number for each of lengths={self.lengths}")
+            raise InputError(f"experiment.clips={self.clips}: expected one number for each of lengths={self.lengths}")
         if any(length % 4 != 1 or length < 5 for length in self.lengths):
-            raise ValueError(f"experiment.lengths={self.lengths}: expected 4k + 1 frames, at least 5")
+            raise InputError(f"experiment.lengths={self.lengths}: expected 4k + 1 frames, at least 5")
         if len(self.card) != 3 or min(self.card[0], self.card[2]) < 1:
-            raise ValueError(f"experiment.card={self.card}: expected three numbers, of problems of each kind")
+            raise InputError(f"experiment.card={self.card}: expected three numbers, of problems of each kind")
 
 
 def families(names: Sequence[str], chosen: Task) -> dict[str, Task]:
@@ -89,7 +90,7 @@ def families(names: Sequence[str], chosen: Task) -> dict[str, Task]:
     name that no task has."""
     for name in names:
         if name not in FAMILIES:
-            raise ValueError(f"experiment.families: {name!r} is no task; expected some of {', '.join(FAMILIES)}")
+            raise InputError(f"experiment.families: {name!r} is no task; expected some of {', '.join(FAMILIES)}")
     return {name: chosen if name == chosen.name else FAMILIES[name]().build() for name in dict.fromkeys(names)}
 
 
@@ -98,7 +99,7 @@ def train_mini(
 ) -> Path:
     """Trains and exports the model; returns the pipeline's folder. Finished stages are not repeated, and a stage
     goes on from its newest checkpoint, written `every` so many steps. tasks: by name, those of `families`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     sets = training_sets(config, tasks)
     widest = config.lengths[config.clips.index(max(config.clips))]  # which length a problem has is all one to it
     known = {task.name: (task, problems) for task, problems in sets[widest]}
@@ -115,7 +116,7 @@ def train_mini(
     tokenizer, text_encoder = build_text(prompts, config.seed)
     table = embed(prompts, tokenizer, text_encoder)
     latents = folder / "latents"
-    latents.mkdir(exist_ok=True)
+    make_folder(latents)
     clips: dict[int, LatentClips] = {}
     with _timed(folder, "encoding"):
         measure_scale(vae, sets[max(config.lengths)], max(config.lengths), latents / "scale.json")
@@ -168,7 +169,7 @@ def _begin(model: nn.Module, start: str, group: str, part: str, revived: bool = 
             revive(known)
         model.load_state_dict(known.state_dict())
     except (OSError, RuntimeError) as error:
-        raise ValueError(
+        raise InputError(
             f"experiment.{group}.start={start!r}: expected a diffusers folder with a {part} of the sizes set here"
         ) from error
 

@@ -25,7 +25,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from cosprobe.errors import InputError
 from cosprobe.models.cpu_layout import arrange
+from cosprobe.runtime import enough_memory
 
 KINDS = (".json", ".safetensors")  # of files that make a model
 
@@ -55,12 +57,12 @@ class PipelineConfig:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"pipeline.dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
+            raise InputError(f"pipeline.dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
         for name in ("steps", "frames", "prompt_tokens", "batch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"pipeline.{name}={getattr(self, name)}: expected at least 1")
+                raise InputError(f"pipeline.{name}={getattr(self, name)}: expected at least 1")
         if self.guidance < 1:
-            raise ValueError(f"pipeline.guidance={self.guidance}: expected 1 (off) or more")
+            raise InputError(f"pipeline.guidance={self.guidance}: expected 1 (off) or more")
 
     @property
     def folder(self) -> Path:
@@ -98,7 +100,7 @@ def architecture(transformer: nn.Module) -> Architecture:
     """Raises ValueError for a transformer class whose blocks are not known."""
     name = type(transformer).__name__
     if name not in ARCHITECTURES:
-        raise ValueError(
+        raise InputError(
             f"transformer class {name} is not known: expected one of {', '.join(ARCHITECTURES)}; "
             "add its facts to ARCHITECTURES (a compiled transformer must be captured before it is compiled)"
         )
@@ -112,7 +114,7 @@ def experts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     if first is not None and second is not None:
         return {"high": first, "low": second}
     if first is None and second is None:
-        raise ValueError(f"{type(pipeline).__name__} has no transformer: expected a video diffusion transformer")
+        raise InputError(f"{type(pipeline).__name__} has no transformer: expected a video diffusion transformer")
     return {"only": first if first is not None else second}
 
 
@@ -164,7 +166,7 @@ def clean_estimate(scheduler: Any, step: int, output: Tensor, noisy: Tensor) -> 
         if kind == "epsilon":
             return (noisy - (1 - alpha).sqrt() * output) / alpha.sqrt()
         return alpha.sqrt() * noisy - (1 - alpha).sqrt() * output
-    raise ValueError(f"{type(scheduler).__name__} predicts {kind!r}: expected flow_prediction, v_prediction or epsilon")
+    raise InputError(f"{type(scheduler).__name__} predicts {kind!r}: expected flow_prediction, v_prediction or epsilon")
 
 
 def load_pipeline(config: PipelineConfig, device: str = "cpu") -> DiffusionPipeline:
@@ -174,7 +176,7 @@ def load_pipeline(config: PipelineConfig, device: str = "cpu") -> DiffusionPipel
     """
     folder = config.folder
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"pipeline.path={str(folder)!r}: expected a diffusers folder with a model_index.json")
+        raise InputError(f"pipeline.path={str(folder)!r}: expected a diffusers folder with a model_index.json")
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
@@ -183,7 +185,7 @@ def load_pipeline(config: PipelineConfig, device: str = "cpu") -> DiffusionPipel
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:160]
-        raise ValueError(f"pipeline.path={str(folder)!r}: not a complete diffusers pipeline ({reason})") from error
+        raise InputError(f"pipeline.path={str(folder)!r}: not a complete diffusers pipeline ({reason})") from error
     for transformer in experts(pipeline).values():
         architecture(transformer)
     try:
@@ -191,7 +193,7 @@ def load_pipeline(config: PipelineConfig, device: str = "cpu") -> DiffusionPipel
             pipeline.load_lora_weights(config.lora, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:160]
-        raise ValueError(f"pipeline.lora={config.lora!r}: expected adapters of this model ({reason})") from error
+        raise InputError(f"pipeline.lora={config.lora!r}: expected adapters of this model ({reason})") from error
     pipeline.set_progress_bar_config(disable=True)
     if device == "cpu":
         arrange(pipeline.vae, *experts(pipeline).values())
@@ -210,7 +212,7 @@ def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], limit: in
     for prompt in set(prompts):
         count = len(pipeline.tokenizer(prompt).input_ids)
         if count > limit:
-            raise ValueError(
+            raise InputError(
                 f"prompt {prompt[:40]!r}... has {count} tokens: expected at most {limit}; "
                 "shorten it or raise pipeline.prompt_tokens"
             )
@@ -247,6 +249,7 @@ def batched_images(pipeline: DiffusionPipeline) -> Iterator[list[Tensor]]:
         yield held
 
 
+@enough_memory("take a smaller pipeline.batch")
 @torch.no_grad()
 def sample(
     pipeline: DiffusionPipeline,
@@ -270,7 +273,7 @@ def sample(
     transformer = next(iter(experts(pipeline).values()))
     if len(images) > 1 and transformer.config.get("image_dim", None) is not None:
         if thin is not None:
-            raise ValueError(
+            raise InputError(
                 "this transformer is given a CLIP image embedding (Wan2.1): expected one whose samples can share a "
                 "batch, such as Wan2.2; samples cannot be dropped on the way"
             )

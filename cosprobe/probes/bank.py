@@ -20,10 +20,11 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from cosprobe.cells import Cell
+from cosprobe.errors import InputError
 from cosprobe.models import fingerprint
 from cosprobe.probes.calibration import temperatures
 from cosprobe.probes.linalg import affine, classes_last, design, standardise
-from cosprobe.runtime import whole_file
+from cosprobe.runtime import make_folder, whole_file
 from cosprobe.tasks import Target
 
 FORMAT = 3  # cells are layers; earlier banks held inputs among them
@@ -62,10 +63,10 @@ class ProbeBank:
         """Raises ValueError when the bank does not say which model it was made for, or when that is not the one whose
         files are in `folders`."""
         if not (store := self.provenance.get("store")):
-            raise ValueError("this bank does not say which model it was made for: expected one that train.py has saved")
+            raise InputError("this bank does not say which model it was made for: expected one that train.py has saved")
         if (found := fingerprint(*folders)) != store["model"]:
             where = " and ".join(map(str, folders))
-            raise ValueError(
+            raise InputError(
                 f"this bank was made for model {store['model']}, {where} holds {found}; retrain the probes"
             )
 
@@ -75,14 +76,14 @@ class ProbeBank:
             if target.name == name:
                 return target
         known = ", ".join(t.name for t in self.targets)
-        raise ValueError(f"target={name!r}: this bank has no such probes; expected one of {known}")
+        raise InputError(f"target={name!r}: this bank has no such probes; expected one of {known}")
 
     def select(self, cells: Sequence[Cell]) -> ProbeBank:
         """The smaller bank of these cells, in this order. Raises ValueError for a cell the bank has not."""
         place = {cell: i for i, cell in enumerate(self.cells)}
         for cell in cells:
             if cell not in place:
-                raise ValueError(
+                raise InputError(
                     f"cell ({cell}): not among the {len(place)} cells of this bank; fit it or pick another"
                 )
         at = torch.tensor([place[cell] for cell in cells], dtype=torch.long)
@@ -133,7 +134,7 @@ class ProbeBank:
         bank = self if cells is None else self.select(cells)
         expected = (len(bank.cells), self.regions, self.mean.shape[1])
         if features.ndim != 4 or tuple(features.shape[1:]) != expected:
-            raise ValueError(
+            raise InputError(
                 f"features{list(features.shape)}: expected [sample, cell, region, channel] with {list(expected)} "
                 "after sample; name the cells, and pool as when the bank was fitted"
             )
@@ -169,7 +170,7 @@ class ProbeBank:
     def save(self, folder: Path | str) -> None:
         """Writes the tensors, then the description that vouches for them; a kill leaves no half bank behind."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         tensors = {"mean": self.mean, "std": self.std}
         for name in TABLES:
             tensors |= {f"{name}/{key}": value for key, value in getattr(self, name).items()}
@@ -192,17 +193,17 @@ class ProbeBank:
         folder = Path(folder)
         for name in (DESCRIPTION, TENSORS):
             if not (folder / name).is_file():
-                raise ValueError(f"{folder}: expected a probe bank, but {name} is missing; fit the probes first")
+                raise InputError(f"{folder}: expected a probe bank, but {name} is missing; fit the probes first")
         try:
             description = json.loads((folder / DESCRIPTION).read_text())
             form, digest = description["format"], description["sha256"]
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{folder / DESCRIPTION}: not the description of a probe bank; fit again") from None
+            raise InputError(f"{folder / DESCRIPTION}: not the description of a probe bank; fit again") from None
         if form != FORMAT:
-            raise ValueError(f"{folder}: bank format {form}, expected {FORMAT}; fit again with this version")
+            raise InputError(f"{folder}: bank format {form}, expected {FORMAT}; fit again with this version")
         data = (folder / TENSORS).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
-            raise ValueError(f"{folder / TENSORS}: damaged or from another fit than {DESCRIPTION}; fit again")
+            raise InputError(f"{folder / TENSORS}: damaged or from another fit than {DESCRIPTION}; fit again")
         tensors = read_tensors(data)
         tables: dict[str, dict[str, Tensor]] = {name: {} for name in TABLES}
         for key, value in tensors.items():

@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosprobe.errors import InputError
+
 COLDEST, HOTTEST = 0.05, 20.0  # one worse than chance would get an infinite temperature
 ITERATIONS = 100
 PRECISION = 1e-8  # of log T
@@ -45,7 +47,7 @@ def temperatures(decision: Float[Tensor, "cell row out"], labels: Int[Tensor, " 
     """
     values, labels = _labelled(decision, labels)
     if not torch.isfinite(values).all():
-        raise ValueError("decision: values that are not finite, expected finite ones; refit the probes")
+        raise InputError("decision: values that are not finite, expected finite ones; refit the probes")
     rows, classes = len(labels), values.shape[2]
     wanted = (rows * F.one_hot(labels, classes).to(values) + 1 / classes) / (rows + 1)
     values = values - values[:, :, :1]  # equal values become exactly 0
@@ -118,7 +120,7 @@ def reliability(probabilities: Float[Tensor, "row out"], labels: Int[Tensor, " r
     confidence, right = _ranked(probabilities[None], labels)
     rows = confidence.shape[1]
     if not 1 <= bins <= rows:
-        raise ValueError(f"bins={bins}: expected 1 to {rows}, the number of labelled rows; take fewer bins")
+        raise InputError(f"bins={bins}: expected 1 to {rows}, the number of labelled rows; take fewer bins")
     mean, accuracy = (_binned(values, bins)[0].to(probabilities.dtype) for values in (confidence, right))
     return Reliability(mean, accuracy, _edges(rows, bins, confidence.device).diff())
 
@@ -142,16 +144,16 @@ def _labelled(
     labels = labels.to(values.device)
     keep = labels >= 0
     if not keep.any():
-        raise ValueError(f"labels: none among {len(labels)} rows, expected at least 1; collect more problems")
+        raise InputError(f"labels: none among {len(labels)} rows, expected at least 1; collect more problems")
     if int(labels.max()) >= values.shape[2]:
-        raise ValueError(f"labels: {int(labels.max())}, expected -1 to {values.shape[2] - 1}; pass the target's own")
+        raise InputError(f"labels: {int(labels.max())}, expected -1 to {values.shape[2] - 1}; pass the target's own")
     return values[:, keep].double(), labels[keep].long()
 
 
 def _check_probabilities(values: Float[Tensor, "cell row out"]) -> None:
     total = values.sum(dim=2)
     if not (values.min() >= 0 and (total - 1).abs().max() < 1e-3):  # written so that NaN fails too
-        raise ValueError("probabilities: expected rows of at least 0 that add up to 1; take the softmax first")
+        raise InputError("probabilities: expected rows of at least 0 that add up to 1; take the softmax first")
 
 
 def _ranked(

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cosprobe.activations import ProbeSamples
+from cosprobe.errors import InputError
 from cosprobe.probes.linalg import Axes, design, principal_axes, spread, standardise
 from cosprobe.tasks import Target, readable_targets
 
@@ -24,17 +25,17 @@ from cosprobe.tasks import Target, readable_targets
 def check_targets(targets: Sequence[Target], train: ProbeSamples, validation: ProbeSamples) -> None:
     """Raises ValueError for the first target that has no two classes to tell apart, or nothing to validate on."""
     if not targets:
-        raise ValueError("targets: none can be read from these features; pool by region or add targets")
+        raise InputError("targets: none can be read from these features; pool by region or add targets")
     for target in targets:
         seen = train.labels[target.name]
         classes = seen[seen >= 0].unique().numel()
         if classes < 2:
-            raise ValueError(
+            raise InputError(
                 f"target {target.name!r}: {classes} classes among {len(train)} training samples, expected at least 2; "
                 "collect more problems or leave the target out"
             )
         if not (validation.labels[target.name] >= 0).any():
-            raise ValueError(
+            raise InputError(
                 f"target {target.name!r}: no label among {len(validation)} validation samples, expected at least 1; "
                 "collect more problems or leave the target out"
             )
@@ -94,7 +95,7 @@ class ProbeData(L.LightningDataModule):
     def __init__(self, train: ProbeSamples, validation: ProbeSamples, batch: int, seed: int):
         super().__init__()
         if batch < 1:
-            raise ValueError(f"probe.batch={batch}: expected at least 1 sample")
+            raise InputError(f"probe.batch={batch}: expected at least 1 sample")
         self.samples = {"train": train, "validation": validation}
         self.targets = readable_targets(train.targets, train.regions)
         self.forms = tuple(dict.fromkeys(t.form for t in self.targets))

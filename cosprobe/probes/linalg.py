@@ -16,6 +16,8 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosprobe.errors import InputError
+
 # Weights and biases of every target and setting (penalty), on standardised features.
 Fitted = dict[str, tuple[Float[Tensor, "cell width setting out"], Float[Tensor, "cell setting out"]]]
 Divide = Callable[[Callable[[slice], tuple[Tensor, ...]], int], tuple[Tensor, ...]]
@@ -189,7 +191,7 @@ def blocks(cells: int, numbers: int) -> Iterator[slice]:
 def check_penalties(lambdas: Sequence[float]) -> None:
     """Raises ValueError unless there is at least one penalty and all are positive."""
     if not lambdas or min(lambdas) <= 0:
-        raise ValueError(f"lambdas={list(lambdas)}: expected one or more penalties above 0; at 0 no fit is unique")
+        raise InputError(f"lambdas={list(lambdas)}: expected one or more penalties above 0; at 0 no fit is unique")
 
 
 def _eigh(

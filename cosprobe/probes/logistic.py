@@ -34,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from cosprobe.activations import CaptureConfig, ProbeSamples
+from cosprobe.errors import InputError
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.probes.datamodule import ProbeBatch, ProbeData, check_targets, shared
 from cosprobe.probes.linalg import (
@@ -49,7 +50,7 @@ from cosprobe.probes.linalg import (
 )
 from cosprobe.probes.newton import Certificate, finished, newton_targets, shortfall
 from cosprobe.probes.ridge import fit_ridge
-from cosprobe.runtime import TrainerConfig, backend
+from cosprobe.runtime import TrainerConfig, backend, enough_memory
 from cosprobe.tasks import Target, readable_targets
 
 KINDS = ("logistic", "newton", "ridge")
@@ -79,17 +80,17 @@ class ProbeConfig(CaptureConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind not in KINDS:
-            raise ValueError(f"probe.kind={self.kind!r}: expected one of {', '.join(KINDS)}")
+            raise InputError(f"probe.kind={self.kind!r}: expected one of {', '.join(KINDS)}")
         if not self.lambdas or min(self.lambdas) <= 0:
-            raise ValueError(f"probe.lambdas={list(self.lambdas)}: expected one or more penalties above 0")
+            raise InputError(f"probe.lambdas={list(self.lambdas)}: expected one or more penalties above 0")
         if self.epochs < 1:
-            raise ValueError(f"probe.epochs={self.epochs}: expected at least 1")
+            raise InputError(f"probe.epochs={self.epochs}: expected at least 1")
         if not 0 < self.lr <= 1:
-            raise ValueError(f"probe.lr={self.lr}: expected a share of the largest safe step, above 0 and up to 1")
+            raise InputError(f"probe.lr={self.lr}: expected a share of the largest safe step, above 0 and up to 1")
         if self.batch < 1:
-            raise ValueError(f"probe.batch={self.batch}: expected at least 1 sample")
+            raise InputError(f"probe.batch={self.batch}: expected at least 1 sample")
         if self.memory <= 0:
-            raise ValueError(f"probe.memory={self.memory}: expected GB above 0")
+            raise InputError(f"probe.memory={self.memory}: expected GB above 0")
 
 
 class CellScores(torchmetrics.Metric):
@@ -270,6 +271,7 @@ class FitProgress(L.Callback):
     on_exception = on_train_end
 
 
+@enough_memory("give probe.memory fewer GB")
 def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, folder: Path, seed: int) -> ProbeBank:
     """Standardises on the training samples, fits every penalty, keeps one per target and cell: for `ridge` the best
     on folds inside train, else the one with the best validation accuracy (ties: the lower cross-entropy there, of the

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosprobe.cells import Cell
+from cosprobe.errors import InputError
 from cosprobe.probes.linalg import Divide, Fitted, Turned, blocks, check_penalties, design, turned
 from cosprobe.tasks import Target
 
@@ -113,9 +114,9 @@ def fit_newton(
     """
     check_penalties(lambdas)
     if tolerance <= 0 or iterations < 1:
-        raise ValueError(f"tolerance={tolerance}, iterations={iterations}: expected both above 0")
+        raise InputError(f"tolerance={tolerance}, iterations={iterations}: expected both above 0")
     if gap is not None and gap <= 0:
-        raise ValueError(f"gap={gap}: expected a share of the objective above 0")
+        raise InputError(f"gap={gap}: expected a share of the objective above 0")
     _check_labels(x, labels, target)
     once = _once(x, labels, target)
     finest = [max(FINEST, tolerance * min(1.0, value)) for value in lambdas]
@@ -124,7 +125,7 @@ def fit_newton(
         rows = _rows(x[block].double() if gap is None else x[block], labels, target)
         if not rows.isfinite().all():
             cell = block.start + int((~rows.flatten(1).isfinite().all(dim=1)).nonzero()[0])
-            raise ValueError(f"features of cell {cell}: not all finite; expected numbers, capture that cell again")
+            raise InputError(f"features of cell {cell}: not all finite; expected numbers, capture that cell again")
         begin = None if start is None else (start[0][block], start[1][block])
         if gap is None:
             parts.append(_path(rows, once, target.form, lambdas, finest, False, iterations, begin))
@@ -242,16 +243,16 @@ def _check_labels(x: Tensor, labels: Tensor, target: Target) -> None:
     shape = tuple(x.shape[1:3]) if target.form == "region" else (x.shape[1],)
     choices = x.shape[2] if target.form == "candidate" else target.classes
     if tuple(labels.shape) != shape:
-        raise ValueError(
+        raise InputError(
             f"target {target.name!r}: labels{list(labels.shape)}, expected {list(shape)}; one per row of x"
         )
     if choices < 2:
-        raise ValueError(f"target {target.name!r}: {choices} choices, expected at least 2; pool by region")
+        raise InputError(f"target {target.name!r}: {choices} choices, expected at least 2; pool by region")
     if not (labels >= 0).any():
-        raise ValueError(f"target {target.name!r}: no label among {len(labels)} samples, expected at least 1")
+        raise InputError(f"target {target.name!r}: no label among {len(labels)} samples, expected at least 1")
     if not -1 <= int(labels.min()) <= int(labels.max()) < choices:
         wrong = int(labels.min()) if int(labels.min()) < -1 else int(labels.max())
-        raise ValueError(f"target {target.name!r}: label {wrong}, expected -1 to {choices - 1}; -1 for none")
+        raise InputError(f"target {target.name!r}: label {wrong}, expected -1 to {choices - 1}; -1 for none")
 
 
 def _once(x: Tensor, labels: Tensor, target: Target) -> Float[Tensor, "choice group"]:

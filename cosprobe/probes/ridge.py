@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosprobe.errors import InputError
 from cosprobe.probes.linalg import (
     Axes,
     Chosen,
@@ -78,7 +79,7 @@ class Ridge:
         """
         labels = folds.unique().tolist()
         if len(labels) < 2:
-            raise ValueError(f"folds={labels}: expected at least 2; there is nothing to fit without the only one")
+            raise InputError(f"folds={labels}: expected at least 2; there is nothing to fit without the only one")
         cells, count, _ = self.coordinates.shape
         ones = self.coordinates.new_ones(cells, count, 1)
         level = torch.cat([self.coordinates, ones], dim=2)  # the intercept is one more axis, unpenalised
@@ -140,7 +141,7 @@ def fit_ridge(
         of_row = np.repeat(np.asarray(keys), rows.shape[2])[keep.cpu().numpy()]
         folds = torch.from_numpy(problem_folds(of_row, seed)).to(x.device)
         if len(lambdas) > 1 and len(folds.unique()) < 2:
-            raise ValueError(
+            raise InputError(
                 f"target {members[0].name!r}: 1 problem among the training samples that carry it, expected at least 2 "
                 "to choose a penalty by folds; collect more problems or give one lambda"
             )

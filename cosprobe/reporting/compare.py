@@ -9,6 +9,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
 from cosprobe.reporting.figures import side_by_side
 from cosprobe.runtime import whole_file
@@ -22,7 +23,7 @@ def named(run: str) -> tuple[str, Grid, str]:
     grid = Grid.load(folder)
     target = target or (grid.with_role("answer") or grid.targets)[0]
     if target not in grid.targets:
-        raise ValueError(f"{run!r}: the run has no target {target!r}; expected one of {', '.join(grid.targets)}")
+        raise InputError(f"{run!r}: the run has no target {target!r}; expected one of {', '.join(grid.targets)}")
     return name or Path(folder).name, grid, target
 
 

@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from cosprobe.cells import EMBED, X0, X_T
+from cosprobe.errors import InputError
 from cosprobe.evaluation import ALPHA, READOUT, Grid
 
 WORST = -0.5  # skill below this is drawn as if it were this
@@ -101,7 +102,7 @@ def frame_maps(grid: Grid, target: str) -> Figure:
     """
     if grid.dataset.sizes["place"] < 2:
         only = str(grid.dataset.place.values[0])
-        raise ValueError(f"the grid has one place, {only!r}: expected several; use probe=frames")
+        raise InputError(f"the grid has one place, {only!r}: expected several; use probe=frames")
     best = grid.best(target)
     data = grid.dataset.sel(target=target)
     data = data.sel(branch=best.cell.branch) if "branch" in data.dims else data

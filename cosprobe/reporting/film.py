@@ -21,6 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from cosprobe.activations import ProbeSamples, decode_steps, watch
+from cosprobe.errors import InputError
 from cosprobe.models import PipelineConfig
 from cosprobe.tasks import Box, Problem, Sample, Task
 
@@ -102,10 +103,10 @@ def film_strip(rows: Sequence[FilmRow], steps: Sequence[int]) -> Figure:
     Raises ValueError for no rows, or a row whose frames or picks are not one per step.
     """
     if not rows or not steps:
-        raise ValueError(f"film strip of {len(rows)} problems and {len(steps)} steps: expected at least one of each")
+        raise InputError(f"film strip of {len(rows)} problems and {len(steps)} steps: expected at least one of each")
     for row in rows:
         if not len(row.frames) == len(row.picks) == len(steps):
-            raise ValueError(
+            raise InputError(
                 f"film row {row.title!r}: {len(row.frames)} frames and {len(row.picks)} picks, "
                 f"expected one per decoded step, {len(steps)}"
             )

@@ -12,6 +12,7 @@ from textwrap import wrap
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cosprobe.errors import InputError
 from cosprobe.runtime import whole_file
 from cosprobe.tasks import FAMILIES, Problem, Task
 
@@ -25,7 +26,7 @@ def gallery(shown: Sequence[tuple[Task, Problem]]) -> Figure:
     """
     lengths = {task.frames for task, _ in shown}
     if len(lengths) != 1:
-        raise ValueError(f"videos of {sorted(lengths)} frames: expected problems whose videos have one length")
+        raise InputError(f"videos of {sorted(lengths)} frames: expected problems whose videos have one length")
     prompts = [wrap(problem.prompt, 108) for _, problem in shown]
     lines = max(map(len, prompts))
     row, top = SIDE + 0.16 + LINE * lines, 0.26

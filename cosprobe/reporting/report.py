@@ -17,14 +17,14 @@ from cosprobe.reporting.check_figures import check_panels, generalisation
 from cosprobe.reporting.figures import curves, frame_maps, headline, maps
 from cosprobe.reporting.film import Film, film_strip
 from cosprobe.reporting.summary import flattened, shown_targets, summary_markdown
-from cosprobe.runtime import whole_file
+from cosprobe.runtime import make_folder, whole_file
 from cosprobe.tasks import HEADLINE
 
 
 def write_report(grid: Grid, checks: Checks, run_dir: Path, films: Film | None = None) -> Path:
     """Writes the folder run_dir/report: grid.nc, figures as PNG, and summary.md last. Returns the folder."""
     folder = Path(run_dir) / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     grid.save(folder / FILE)
     shown = grid.with_role(*HEADLINE) or grid.targets[:2]
     others = [target for target in shown_targets(grid) if target not in shown]

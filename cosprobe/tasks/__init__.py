@@ -8,6 +8,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
 
+from cosprobe.errors import InputError
 from cosprobe.tasks.hide import Hide, HideConfig
 from cosprobe.tasks.line import Line, LineConfig
 from cosprobe.tasks.maze import Maze, MazeConfig
@@ -40,7 +41,7 @@ def find_families(modules: Iterable[ModuleType]) -> dict[str, type]:
             continue
         name = settings().build().name
         if name in found:
-            raise ValueError(
+            raise InputError(
                 f"{module.__name__}: its task is named {name!r}, as is that of {found[name].__module__}; "
                 "expected a name of its own"
             )

@@ -20,6 +20,7 @@ from itertools import count
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from cosprobe.errors import InputError
 from cosprobe.tasks.task import Problem, Readout, Target, check_counts, check_request, distinct, draw_seed, split_of
 
 SIDE = 64  # units a side
@@ -95,12 +96,12 @@ class Hide:
 
     def __post_init__(self) -> None:
         if self.image_size % 16 or self.image_size < 64:
-            raise ValueError(f"task.image_size={self.image_size}: expected a multiple of 16, at least 64")
+            raise InputError(f"task.image_size={self.image_size}: expected a multiple of 16, at least 64")
         if self.frames % 4 != 1 or self.frames < 5:
-            raise ValueError(f"task.frames={self.frames}: expected 4k + 1 frames, at least 5")
+            raise InputError(f"task.frames={self.frames}: expected 4k + 1 frames, at least 5")
         for name, values in (("objects", self.objects), ("walls", self.walls)):
             if not values or min(values) < 2 or max(values) > 4:
-                raise ValueError(f"task.{name}={list(values)}: expected whole numbers from 2 to 4")
+                raise InputError(f"task.{name}={list(values)}: expected whole numbers from 2 to 4")
 
     @property
     def targets(self) -> tuple[Target, ...]:

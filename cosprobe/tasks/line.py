@@ -19,6 +19,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from cosprobe.errors import InputError
 from cosprobe.tasks.task import (
     Box,
     Problem,
@@ -110,7 +111,7 @@ class Line:
         )
         for good, name, expected in checks:
             if not good:
-                raise ValueError(f"task.{name}={getattr(self, name)}: expected {expected}")
+                raise InputError(f"task.{name}={getattr(self, name)}: expected {expected}")
 
     @property
     def regions(self) -> int:
@@ -170,7 +171,7 @@ class Line:
             if not len(waiting):
                 return boards
         text = f"no board found with {least} to {most} cells that complete a row; expected fewer pieces or longer rows"
-        raise ValueError(f"task.pieces={self.pieces}: {text}")
+        raise InputError(f"task.pieces={self.pieces}: {text}")
 
     def _even(self, marks: np.ndarray, won: np.ndarray) -> np.ndarray:
         """Near 1 where winning cells see as many own pieces more than others in line as other empty cells do."""
@@ -302,7 +303,7 @@ class LineConfig:
 
     def build(self) -> Line:
         if len(self.pieces) != 2:
-            raise ValueError(f"task.pieces={self.pieces}: expected [fewest, most]")
+            raise InputError(f"task.pieces={self.pieces}: expected [fewest, most]")
         return Line(self.image_size, self.frames, self.size, self.row, (self.pieces[0], self.pieces[1]), self.seed)
 
 

@@ -18,6 +18,7 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from cosprobe.errors import InputError
 from cosprobe.tasks.lattice import Edge, Layout, canonical_key, doors_of, draw_layout
 from cosprobe.tasks.task import (
     Box,
@@ -61,13 +62,13 @@ class Maze:
 
     def __post_init__(self) -> None:
         if self.image_size % 16 or self.image_size < 64:
-            raise ValueError(f"task.image_size={self.image_size}: expected a multiple of 16, at least 64")
+            raise InputError(f"task.image_size={self.image_size}: expected a multiple of 16, at least 64")
         if not self.rooms or any(not 4 <= n <= BOARD for n in self.rooms):
-            raise ValueError(f"task.rooms={list(self.rooms)}: expected rooms per side from 4 to {BOARD}")
+            raise InputError(f"task.rooms={list(self.rooms)}: expected rooms per side from 4 to {BOARD}")
         if not 1 <= self.length[0] <= self.length[1]:
-            raise ValueError(f"task.length={list(self.length)}: expected [shortest, longest] with 1 <= shortest")
+            raise InputError(f"task.length={list(self.length)}: expected [shortest, longest] with 1 <= shortest")
         if self.frames < 2:
-            raise ValueError(f"task.frames={self.frames}: expected at least 2 frames")
+            raise InputError(f"task.frames={self.frames}: expected at least 2 frames")
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -228,7 +229,7 @@ class MazeConfig:
 
     def build(self) -> Maze:
         if len(self.length) != 2:
-            raise ValueError(f"task.length={self.length}: expected [shortest, longest]")
+            raise InputError(f"task.length={self.length}: expected [shortest, longest]")
         return Maze(self.image_size, self.frames, tuple(self.rooms), (self.length[0], self.length[1]), self.seed)
 
 

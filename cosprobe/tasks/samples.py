@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cosprobe.cells import SPLIT_ORDER
+from cosprobe.errors import InputError
 from cosprobe.runtime import say
 from cosprobe.tasks.task import Problem, Task, TaskConfig
 
@@ -37,7 +38,7 @@ def draw_samples(task: Task, config: TaskConfig, seed: int) -> list[Sample]:
     counts = {split: round(problems * share) for split, share in SHARES.items()}
     counts["train"] += problems - sum(counts.values())
     if min(counts.values()) < 2 or seeds < 1:
-        raise ValueError(
+        raise InputError(
             f"task.problems={problems}, task.seeds={seeds}: expected at least 10 problems (a split would be empty) "
             "and at least 1 seed"
         )

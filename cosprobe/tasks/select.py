@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from cosprobe.errors import InputError
 from cosprobe.tasks.task import Problem, Readout, Target, check_counts, check_request, distinct, draw_seed, split_of
 
 BOARD, BOX, ROOM, OBJECT = 64, 16, 12, 10  # units a side: board, box, room inside its rim, object
@@ -67,11 +68,11 @@ class Select:
 
     def __post_init__(self) -> None:
         if self.image_size % 16 or self.image_size < 64:
-            raise ValueError(f"task.image_size={self.image_size}: expected a multiple of 16, at least 64")
+            raise InputError(f"task.image_size={self.image_size}: expected a multiple of 16, at least 64")
         if self.frames < 5 or self.frames % 4 != 1:
-            raise ValueError(f"task.frames={self.frames}: expected 4k + 1 frames, at least 5")
+            raise InputError(f"task.frames={self.frames}: expected 4k + 1 frames, at least 5")
         if len(self.objects) != 2 or not FEWEST <= self.objects[0] <= self.objects[1] <= MOST:
-            raise ValueError(f"task.objects={list(self.objects)}: expected [fewest, most], from {FEWEST} to {MOST}")
+            raise InputError(f"task.objects={list(self.objects)}: expected [fewest, most], from {FEWEST} to {MOST}")
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -110,7 +111,7 @@ class Select:
         corner = scene.corner if box is None else box
         for name, value, end in (("object", named, len(scene.objects)), ("box", corner, len(CORNERS))):
             if not 0 <= value < end:
-                raise ValueError(f"{name}={value}: expected one of the problem's, 0 to {end - 1}")
+                raise InputError(f"{name}={value}: expected one of the problem's, 0 to {end - 1}")
         other = replace(scene, named=named, corner=corner)
         return _problem(other, problem.split, problem.index, canonical_key(other), problem.labels["control"])
 

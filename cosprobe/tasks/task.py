@@ -15,6 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from cosprobe.errors import InputError
+
 HEADLINE = ("answer", "choice")  # roles whose claims need a selectivity control
 RELABELLED = "relabelled"  # role of a control, and the end of its name
 
@@ -139,11 +141,11 @@ def split_of(key: str) -> str:
 def check_request(split: str, count: int, kind: str | None, kinds: tuple[str, ...]) -> None:
     """Raises ValueError for an unknown split, a request for no problems, or a kind that is not one of the task's."""
     if split not in SPLITS:
-        raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+        raise InputError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     if count < 1:
-        raise ValueError(f"task.problems={count}: expected at least 1 problem; ask for more")
+        raise InputError(f"task.problems={count}: expected at least 1 problem; ask for more")
     if kind not in (None, *kinds):
-        raise ValueError(f"kind={kind!r}: expected one of {', '.join(kinds)}, or None")
+        raise InputError(f"kind={kind!r}: expected one of {', '.join(kinds)}, or None")
 
 
 @runtime_checkable
@@ -164,7 +166,7 @@ def check_counts(config: TaskConfig) -> None:
     """Raises ValueError when a task's settings ask for fewer than one problem or noise seed, or a seed below 0."""
     for name, least in (("problems", 1), ("seeds", 1), ("seed", 0)):
         if getattr(config, name) < least:
-            raise ValueError(f"task.{name}={getattr(config, name)}: expected at least {least}")
+            raise InputError(f"task.{name}={getattr(config, name)}: expected at least {least}")
 
 
 def draw_seed(seed: int, split: str, kind: str) -> int:
@@ -194,7 +196,7 @@ def distinct(candidates: Iterator[Problem], split: str, count: int, patience: in
         if len(found) == count:
             break
         if since > patience:
-            raise ValueError(
+            raise InputError(
                 f"task.problems={count}: only {len(found)} distinct problems exist in split {split!r} at this "
                 "difficulty; ask for fewer or widen the difficulty of the task"
             )

@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from cosprobe.runtime import whole_file
+from cosprobe.errors import InputError
+from cosprobe.runtime import make_folder, whole_file
 from cosprobe.tasks.task import Problem, Task
 
 FIRST, FINAL, VIDEO, PROMPT = "first_frame.png", "final_frame.png", "ground_truth.mp4", "prompt.txt"
@@ -54,11 +55,11 @@ def write_problem(task: Task, problem: Problem, folder: str | Path) -> Path:
     name = f"{problem.task}_{problem.kind}_{problem.split}_{problem.index:08d}"
     for part in (problem.task, name):
         if Path(part).name != part:
-            raise ValueError(f"{part!r}: leads out of its folder; expected a name without folders in it")
+            raise InputError(f"{part!r}: leads out of its folder; expected a name without folders in it")
     place = _within(root, root / problem.task / name)
     for file in (FIRST, FINAL, VIDEO, PROMPT, METADATA[0]):
         _within(place, place / file)
-    place.mkdir(parents=True, exist_ok=True)
+    make_folder(place)
     video = task.video(problem)
     metadata = {
         "task_id": name,
@@ -90,19 +91,19 @@ def read_problem(folder: str | Path) -> VbvrProblem:
     """
     place = Path(folder)
     if not place.is_dir():
-        raise ValueError(f"{str(place)!r}: expected the folder of one problem, as in <task>/<task>_00000000")
+        raise InputError(f"{str(place)!r}: expected the folder of one problem, as in <task>/<task>_00000000")
     note = next((name for name in METADATA if (place / name).is_file()), METADATA[0])
     metadata = _read(place, note, lambda file: json.loads(file.read_text(encoding="utf-8")))
     parameters = metadata.get("parameters") if isinstance(metadata, dict) else None
     if not isinstance(parameters, dict):
-        raise ValueError(f"{str(place / note)!r}: expected an object with `parameters`; export the problem again")
+        raise InputError(f"{str(place / note)!r}: expected an object with `parameters`; export the problem again")
     answer = parameters.get("answer")
     if answer is not None and type(answer) is not int:
-        raise ValueError(f"{str(place / note)!r}: parameters.answer={answer!r}: expected a whole number or null")
+        raise InputError(f"{str(place / note)!r}: parameters.answer={answer!r}: expected a whole number or null")
     first, final = (_read(place, name, _picture) for name in (FIRST, FINAL))
     video = _read(place, VIDEO, _decode) if (place / VIDEO).is_symlink() or (place / VIDEO).exists() else None
     if final.shape != first.shape or (video is not None and video.shape[1:] != first.shape):
-        raise ValueError(f"{str(place)!r}: pictures and video differ in size; export the problem again")
+        raise InputError(f"{str(place)!r}: pictures and video differ in size; export the problem again")
     prompt = _read(place, PROMPT, lambda file: file.read_text(encoding="utf-8")).strip()
     return VbvrProblem(str(metadata.get("task_id", place.name)), prompt, answer, first, final, video, metadata)
 
@@ -110,7 +111,7 @@ def read_problem(folder: str | Path) -> VbvrProblem:
 def _within(root: Path, path: Path) -> Path:
     """`path`, if it lies below `root` once links and `..` are followed."""
     if root.resolve() not in path.resolve().parents:
-        raise ValueError(f"{str(path)!r}: leads out of {str(root)!r}; expected a path inside it")
+        raise InputError(f"{str(path)!r}: leads out of {str(root)!r}; expected a path inside it")
     return path
 
 
@@ -125,10 +126,10 @@ def _read(place: Path, name: str, load: Callable[[Path], Any]) -> Any:
     try:
         return load(file)
     except FileNotFoundError:
-        raise ValueError(f"{str(place)!r}: expected a problem in VBVR's layout, found no {name}") from None
+        raise InputError(f"{str(place)!r}: expected a problem in VBVR's layout, found no {name}") from None
     except (OSError, ValueError, SyntaxError, av.FFmpegError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{str(file)!r}: cannot be read ({reason}); expected it as VBVR writes it") from error
+        raise InputError(f"{str(file)!r}: cannot be read ({reason}); expected it as VBVR writes it") from error
 
 
 def _picture(file: Path) -> np.ndarray:
@@ -148,8 +149,8 @@ def _encode(path: Path, video: np.ndarray) -> None:
 def _decode(file: Path) -> np.ndarray:
     with av.open(str(file)) as film:
         if not film.streams.video:
-            raise ValueError("no video in it")
+            raise InputError("no video in it")
         frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
     if not frames:
-        raise ValueError("no frames in it")
+        raise InputError("no frames in it")
     return np.stack(frames)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cosprobe.activations import ProbeSamples
 from cosprobe.cells import Cell
+from cosprobe.errors import InputError
 from cosprobe.evaluation.checks.refitting import (
     Estimate,
     Labelled,
@@ -118,7 +119,7 @@ def _between_cells(
         if axis != "step":
             continue
         if missing := [cell.step for cell in cells if cell.step not in experts]:
-            raise ValueError(f"experts: none given for step {missing[0]}; expected the transformer of every step kept")
+            raise InputError(f"experts: none given for step {missing[0]}; expected the transformer of every step kept")
         ran = [experts[cell.step] for cell in cells]
         names = tuple(dict.fromkeys(ran))
         if len(names) > 1:

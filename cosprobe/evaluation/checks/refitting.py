@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cosprobe.activations import ProbeSamples
 from cosprobe.cells import Cell
+from cosprobe.errors import InputError
 from cosprobe.evaluation import correctness, difference_interval, mean_interval, share_interval
 from cosprobe.probes import affine, classes_last, design, fit_newton, spread
 from cosprobe.tasks import Target, readable_targets
@@ -77,7 +78,7 @@ def readable(samples: ProbeSamples, name: str) -> Target:
     """The target of that name, in the form these features are fitted in. Raises ValueError when there is none."""
     known = {t.name: t for t in readable_targets(samples.targets, samples.regions)}
     if name not in known:
-        raise ValueError(f"target={name!r}: no such labels; expected one of {', '.join(known)}")
+        raise InputError(f"target={name!r}: no such labels; expected one of {', '.join(known)}")
     return known[name]
 
 
@@ -85,7 +86,7 @@ def columns_of(samples: ProbeSamples, cells: Sequence[Cell]) -> Int[Tensor, " ce
     """Where the cells stand on the cell axis of the features. Raises ValueError for one that is not there."""
     place = {cell: i for i, cell in enumerate(samples.cells)}
     if missing := [cell for cell in cells if cell not in place]:
-        raise ValueError(f"cell ({missing[0]}): not among the {len(place)} cells captured; pick one of them")
+        raise InputError(f"cell ({missing[0]}): not among the {len(place)} cells captured; pick one of them")
     return torch.tensor([place[cell] for cell in cells], dtype=torch.long)
 
 
@@ -98,7 +99,7 @@ def labelled(samples: ProbeSamples, target: Target, cells: Sequence[Cell], split
     known = samples.labels[target.name].numpy() >= 0
     whole = known.reshape(len(known), -1).all(axis=1)
     if (known.reshape(len(known), -1).any(axis=1) != whole).any():
-        raise ValueError(f"target {target.name!r}: expected -1 in every region of a sample or in none")
+        raise InputError(f"target {target.name!r}: expected -1 in every region of a sample or in none")
     where = np.flatnonzero(whole & (np.asarray(samples.split) == split))
     if not len(where):
         raise NotEnoughSamples(
@@ -128,7 +129,7 @@ def refit(
     Raises ValueError when there is not one penalty per cell.
     """
     if len(lambdas) != len(x):
-        raise ValueError(f"lambdas: {len(lambdas)} penalties, expected one for each of {len(x)} cells")
+        raise InputError(f"lambdas: {len(lambdas)} penalties, expected one for each of {len(x)} cells")
     parts, places = [], []
     for value in lambdas.unique():
         at = torch.nonzero(lambdas == value)[:, 0]
