@@ -36,7 +36,7 @@ def train(run: TrainRun) -> None:
     store = collect(model, run.pipeline, task, run.probe, drawn, identity, folder / "store")
     save_config(run, folder)  # after the store has agreed that these are this folder's settings
     samples, inputs, experts = load_samples(store, task)
-    bank = fit(samples, run.probe, run.trainer, folder / "tensorboard", run.seed).signed(store=store.settings)
+    bank = fit(samples, run.probe, run.trainer, folder / "tensorboard", run.seed).with_provenance(store=store.settings)
     readings = read_inputs(samples, inputs, run.probe.kind, run.probe.lambdas, run.seed)
     weights = weights_table(store, samples, run.probe, run.trainer, folder / "tensorboard", run.seed)
     if not fabric.is_global_zero:

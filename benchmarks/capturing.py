@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.pairs import Pair, side_by_side
-from cosprobe.activations import Pooling, Tape, capture
+from cosprobe.activations import ActivationCache, Pooling, capture
 from cosprobe.config import TrainRun, load
 from cosprobe.models import block_list, experts, load_pipeline, sample
 from cosprobe.tasks import draw_samples, images
@@ -29,11 +29,11 @@ def measure(repeats: int = 7, batch: int = 16, steps: int = 20) -> list[Pair]:
     def bare() -> Any:
         return sample(model, config, *arguments)
 
-    def captured() -> Tape:
-        with capture(model, "all", pooling, inputs=True) as tape:
+    def captured() -> ActivationCache:
+        with capture(model, "all", pooling, inputs=True) as cache:
             sample(model, config, *arguments)
-        tape.features(), tape.input_features()
-        return tape
+        cache.features(), cache.input_features()
+        return cache
 
     what = f"sampling {batch} problems, {steps} steps, {layers} layers and all inputs captured"
     return [side_by_side(what, captured, "the same without capture", bare, repeats)]

@@ -16,7 +16,7 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on import would stand beside our one line
 
-from cosprobe.activations import ActivationStore, Pooling, Tape, capture, collect, load_samples
+from cosprobe.activations import ActivationCache, ActivationStore, Pooling, capture, collect, load_samples
 from cosprobe.cells import Cell
 from cosprobe.ensembles import ensemble
 from cosprobe.evaluation import Grid
@@ -32,7 +32,7 @@ __all__ = [
     "Pooling",
     "ProbeBank",
     "ProbeConfig",
-    "Tape",
+    "ActivationCache",
     "TrainerConfig",
     "capture",
     "collect",

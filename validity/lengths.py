@@ -62,6 +62,6 @@ def _bits(
     signal = strength * np.sqrt(seen / problems)[..., None]
     scores = rng.normal(size=(*np.shape(seen), CLASSES))
     scores[..., :1] += signal
-    odds = np.exp(signal * scores)
-    of_label = odds[..., 0] / odds.sum(axis=-1)
+    proba = np.exp(signal * scores)
+    of_label = proba[..., 0] / proba.sum(axis=-1)
     return -np.log2((seen * of_label + 1 / CLASSES) / (seen + 1))

@@ -1,6 +1,6 @@
 """What happens inside the blocks while a pipeline samples: captured, edited, stored, and read back as samples."""
 
-from cosprobe.activations.capture import Tape, capture
+from cosprobe.activations.capture import ActivationCache, capture
 from cosprobe.activations.collection import UNTRAINED, CaptureConfig, collect, decode_steps, settings, watch
 from cosprobe.activations.cost import Cost, flops, seconds
 from cosprobe.activations.dataset import InputFeatures, ProbeSamples, load_samples, nuisance_columns
@@ -20,7 +20,7 @@ __all__ = [
     "Pooling",
     "ProbeSamples",
     "RANDOMISED",
-    "Tape",
+    "ActivationCache",
     "UNTRAINED",
     "average_blocks",
     "average_clean",

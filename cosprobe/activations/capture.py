@@ -1,8 +1,8 @@
 """Watch every block at every denoising step while the real pipeline samples.
 
-    with capture(pipeline, sites="all", pooling=Pooling("clip")) as tape:
+    with capture(pipeline, sites="all", pooling=Pooling("clip")) as cache:
         pipeline(...)
-    tape.features()   # [sample, step, site, branch, place, region, channel]
+    cache.features()   # [sample, step, site, branch, place, region, channel]
 
 The label of every block call is read from the pipeline itself: the step from its own timestep, the branch
 from the name its `cache_context` was given, the expert from which transformer ran. Nothing is counted or
@@ -31,7 +31,7 @@ BRANCHES = {"cond": ("cond",), "uncond": ("uncond",), "cond_uncond": ("uncond", 
 
 
 @dataclass
-class Tape:
+class ActivationCache:
     """What one pipeline call left behind.
 
     sites: layer numbers as text, then sources. steps: the step indices kept. experts: per kept step, the
@@ -87,7 +87,7 @@ def capture(
     clean: Sequence[int] = (),
     record: Sequence[int] = (),
     inputs: bool = False,
-) -> Iterator[Tape]:
+) -> Iterator[ActivationCache]:
     """Captures one call of `pipeline` made inside the block; undone on exit, whatever happens.
 
     sites: a layer selection (`all`, `0:30:5`) or a list of layer numbers and sources (`embed`, `x_t`,
@@ -109,11 +109,11 @@ def capture(
             blocks = block_list(model)
             undo.callback(blocks[0].register_forward_pre_hook(watcher.on_embed, with_kwargs=True).remove)
             for layer, block in enumerate(blocks):
-                if str(layer) in watcher.tape.sites:
+                if str(layer) in watcher.cache.sites:
                     undo.callback(block.register_forward_hook(watcher.on_block(str(layer))).remove)
             undo.enter_context(wrapped(model, "cache_context", watcher.around_context))
         undo.enter_context(wrapped(pipeline.scheduler, "step", watcher.around_step))
-        yield watcher.tape
+        yield watcher.cache
     watcher.audit()
 
 
@@ -134,7 +134,7 @@ class _Watcher:
         self.pipeline, self.models, self.pooling, self.spec, self.clean = pipeline, models, pooling, steps, clean
         self.record, self.inputs = record, inputs
         self.whole: dict[int, Pooling] = {}  # by number of channels
-        self.tape = Tape(sites)
+        self.cache = ActivationCache(sites)
         self.context = ""
         self.step = -1
         self.expert = ""
@@ -146,13 +146,13 @@ class _Watcher:
             self.step = self._step_index()
             self.expert = expert
             self.size = token_grid(model, hidden_states(args, kwargs))
-            self.tape.experts[self.step] = expert
-            self.tape.calls[(self.step, expert, self._context())] += 1
+            self.cache.experts[self.step] = expert
+            self.cache.calls[(self.step, expert, self._context())] += 1
             if self._context() != "uncond":
                 if self.step == 0 and self.inputs:
                     self._keep_start(model, hidden_states(args, kwargs), kwargs.get("encoder_hidden_states"))
                 if self.step in self.record:
-                    self.tape.recorded[self.step] = (self._context(), args, kwargs)
+                    self.cache.recorded[self.step] = (self._context(), args, kwargs)
 
         return hook
 
@@ -165,7 +165,7 @@ class _Watcher:
                 self._keep_input(name, latent_tokens(model, part))
         if prompt is not None:
             mean = conditional(self._context(), prompt).float().mean(dim=1)
-            self.tape.inputs[PROMPT] = {0: {"whole": mean[:, None, None].cpu()}}
+            self.cache.inputs[PROMPT] = {0: {"whole": mean[:, None, None].cpu()}}
 
     def _keep_input(self, name: str, tokens: Tensor) -> None:
         width = tokens.shape[-1]
@@ -177,10 +177,10 @@ class _Watcher:
             pooled["region"] = self.pooling.by_frame(tokens, self.size)
         kind = next(self.models[self.expert].parameters()).dtype
         kept = {part: value.to(kind).to("cpu", non_blocking=tokens.is_cuda) for part, value in pooled.items()}
-        self.tape.inputs.setdefault(name, {})[self.step] = kept
+        self.cache.inputs.setdefault(name, {})[self.step] = kept
 
     def on_embed(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
-        if EMBED in self.tape.sites:
+        if EMBED in self.cache.sites:
             self._keep_tokens(EMBED, hidden_states(args, kwargs))
         if self.inputs and self.step in self.keep and self._context() != "uncond":
             self._keep_input(EMBED, conditional(self._context(), hidden_states(args, kwargs)))
@@ -203,7 +203,7 @@ class _Watcher:
 
     def around_step(self, original: Callable, output: Tensor, timestep: Any, noisy: Tensor, *a: Any, **k: Any) -> Any:
         step, model = self._step_index(), self.models[self.expert]
-        sites = self.tape.sites if step in self.keep else ()
+        sites = self.cache.sites if step in self.keep else ()
         inputs = self.inputs and step in self.keep
         if X_T in sites or inputs:
             self._keep_latent(X_T, latent_tokens(model, noisy), X_T in sites)
@@ -212,7 +212,7 @@ class _Watcher:
             if X0 in sites or inputs:
                 self._keep_latent(X0, latent_tokens(model, estimate), X0 in sites)
             if step in self.clean:
-                self.tape.clean[step] = estimate
+                self.cache.clean[step] = estimate
         return original(output, timestep, noisy, *a, **k)
 
     def _step_index(self) -> int:
@@ -220,7 +220,7 @@ class _Watcher:
         timesteps = self.pipeline.scheduler.timesteps
         if not self.keep:
             self.keep = parse_selection(self.spec, len(timesteps), "probe.steps")
-            self.tape.steps = self.keep
+            self.cache.steps = self.keep
         match = (timesteps == self.pipeline._current_timestep).nonzero().flatten()
         if len(match) != 1:
             raise RuntimeError(f"timestep {self.pipeline._current_timestep} names {len(match)} steps, expected one")
@@ -250,34 +250,34 @@ class _Watcher:
     def _store(self, site: str, branch: str, tokens: Tensor) -> None:
         kind = tokens.dtype if site not in (X_T, X0) else next(self.models[self.expert].parameters()).dtype
         key = (self.step, site, branch)
-        if key in self.tape.parts:
+        if key in self.cache.parts:
             raise RuntimeError(f"site {site} ran twice at step {self.step}, branch {branch or 'any'}: expected once")
         pooled = self.pooling(tokens, self.size).to(kind)
-        self.tape.parts[key] = pooled.to("cpu", non_blocking=tokens.is_cuda)
+        self.cache.parts[key] = pooled.to("cpu", non_blocking=tokens.is_cuda)
 
     def audit(self) -> None:
         """Compares the calls seen with those of a whole run: each step once per branch, by one expert."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies above are asynchronous
-        tape, seen = self.tape, self.tape.calls
+        cache, seen = self.cache, self.cache.calls
         if not seen:
             raise RuntimeError("nothing was captured: expected one pipeline call inside the block, saw none")
         total = len(self.pipeline.scheduler.timesteps)
         last = max(step for step, _, _ in seen) if getattr(self.pipeline, "_interrupt", False) else total - 1
         contexts = {name for _, _, name in seen}
-        expected = Counter((step, tape.experts.get(step, "none"), c) for step in range(last + 1) for c in contexts)
+        expected = Counter((step, cache.experts.get(step, "none"), c) for step in range(last + 1) for c in contexts)
         if seen != expected:
             extra = sorted((seen - expected).items()) + sorted((expected - seen).items())
             raise RuntimeError(
                 f"block calls differ from one per step and branch, e.g. (step, expert, branch) {extra[0]}"
             )
-        tape.steps = tuple(s for s in self.keep if s <= last)
-        tape.branches = tuple(b for b in ("cond", "uncond") if any(b in BRANCHES[name] for name in contexts))
-        tape.places = self.pooling.places(self.size[0])
-        for site in tape.sites:
-            for step in tape.steps:
-                if not any((step, site, b) in tape.parts for b in ("", *tape.branches)):
-                    raise RuntimeError(f"site {site} never ran at step {step}; sites: {', '.join(tape.sites)}")
+        cache.steps = tuple(s for s in self.keep if s <= last)
+        cache.branches = tuple(b for b in ("cond", "uncond") if any(b in BRANCHES[name] for name in contexts))
+        cache.places = self.pooling.places(self.size[0])
+        for site in cache.sites:
+            for step in cache.steps:
+                if not any((step, site, b) in cache.parts for b in ("", *cache.branches)):
+                    raise RuntimeError(f"site {site} never ran at step {step}; sites: {', '.join(cache.sites)}")
 
 
 def conditional(context: str, tensor: Tensor) -> Tensor:

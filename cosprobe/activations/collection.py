@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosprobe.activations.capture import Tape, capture
+from cosprobe.activations.capture import ActivationCache, capture
 from cosprobe.activations.pooling import POOLINGS, Pooling, whole_frame
 from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
 from cosprobe.activations.store import ActivationStore, fill
@@ -156,35 +156,35 @@ def _chunk(
     decoded = decode_steps(probe.decode, pipeline.steps)
     before_last = [step for step in decoded if step < pipeline.steps - 1]
     sites, pooling = [str(layer) for layer in layers], _pooling(probe, problems)
-    with capture(model, sites, pooling, probe.steps, before_last, record, inputs=True) as tape:
+    with capture(model, sites, pooling, probe.steps, before_last, record, inputs=True) as cache:
         video = sample(model, pipeline, images(task, problems), [p.prompt for p in problems], [s.seed for s in chunk])
     scores, answers = _readouts(task, problems, np.asarray(video))
     x0_scores = torch.full((len(chunk), pipeline.steps, task.candidates), float("nan"))
     x0_answer = torch.full((len(chunk), pipeline.steps), -2, dtype=torch.int64)  # -2: not decoded
     read = [i for i, problem in enumerate(problems) if problem.split != "train"]  # no probe is trained on a readout
     for step in before_last if read else ():
-        clips = decode(model, tape.clean[step][read])
+        clips = decode(model, cache.clean[step][read])
         x0_scores[read, step], x0_answer[read, step] = _readouts(task, [problems[i] for i in read], clips)
     if pipeline.steps - 1 in decoded:  # nothing is left to remove after the last step: x0-hat is the video
         x0_scores[:, -1], x0_answer[:, -1] = scores, answers
     tensors = {
-        "features": tape.features(),
+        "features": cache.features(),
         "x0_readout": x0_scores,
         "x0_answer": x0_answer,
         "final": scores,
         "choice": answers,
         "solved": torch.tensor([int(a) in task.solutions(p) for a, p in zip(answers, problems, strict=True)]),
     }
-    tensors |= {f"input.{name}": value for name, value in tape.input_features().items()}
+    tensors |= {f"input.{name}": value for name, value in cache.input_features().items()}
     tensors |= _labels(task, problems) | {"replica": torch.tensor([s.replica for s in chunk])}
     if asked:
-        tensors |= _untrained(model, tape, layers, _pooling(probe, [problems[row] for row in asked]), asked, seed)
+        tensors |= _untrained(model, cache, layers, _pooling(probe, [problems[row] for row in asked]), asked, seed)
         tensors[f"{UNTRAINED}sample"] = torch.tensor([places[row] for row in asked])
-    return tensors, _notes(tape) | {"untrained_steps": list(steps)}
+    return tensors, _notes(cache) | {"untrained_steps": list(steps)}
 
 
 def _untrained(
-    model: Any, tape: Tape, layers: tuple[int, ...], pooling: Pooling, rows: list[int], seed: int
+    model: Any, cache: ActivationCache, layers: tuple[int, ...], pooling: Pooling, rows: list[int], seed: int
 ) -> dict[str, Tensor]:
     """Block outputs without learned weights for these rows of a batch, from the calls its run recorded: features
     [sample, weights, step, layer, place, region, channel]; spent [sample, 2], evaluations and seconds."""
@@ -192,10 +192,10 @@ def _untrained(
     features = []
     for how in RANDOMISED:
         with randomised(model, how, seed):
-            features.append(replay(model, tape, layers, pooling, rows))
-    spent = [len(RANDOMISED) * len(tape.recorded), (time.monotonic() - begin) / len(rows)]
+            features.append(replay(model, cache, layers, pooling, rows))
+    spent = [len(RANDOMISED) * len(cache.recorded), (time.monotonic() - begin) / len(rows)]
     return {
-        f"{UNTRAINED}features": torch.stack(features, dim=1).to(next(iter(tape.parts.values())).dtype),
+        f"{UNTRAINED}features": torch.stack(features, dim=1).to(next(iter(cache.parts.values())).dtype),
         f"{UNTRAINED}spent": torch.tensor([spent] * len(rows), dtype=torch.float64),
     }
 
@@ -210,12 +210,12 @@ def watch(
 ) -> np.ndarray:
     """The decoded x0-hat of each sample at each step: float [sample, step, frame, height, width, 3] in [0, 1]."""
     problems = [s.problem for s in drawn]
-    with capture(model, [X0], Pooling("clip"), "last", clean=steps) as tape:
+    with capture(model, [X0], Pooling("clip"), "last", clean=steps) as cache:
         sample(
             model, pipeline, images(task, problems), [p.prompt for p in problems], [s.seed for s in drawn],
             output_type="latent",
         )  # fmt: skip
-    return np.stack([decode(model, tape.clean[step]) for step in steps], axis=1)
+    return np.stack([decode(model, cache.clean[step]) for step in steps], axis=1)
 
 
 def _readouts(task: Task, problems: list[Problem], video: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -241,11 +241,11 @@ def _labels(task: Task, problems: list[Problem]) -> dict[str, Tensor]:
     return tensors
 
 
-def _notes(tape: Tape) -> dict[str, Any]:
+def _notes(cache: ActivationCache) -> dict[str, Any]:
     return {
-        "steps": list(tape.steps),
-        "sites": list(tape.sites),
-        "branches": list(tape.branches),
-        "places": list(tape.places),
-        "experts": [tape.experts[step] for step in tape.steps],
+        "steps": list(cache.steps),
+        "sites": list(cache.sites),
+        "branches": list(cache.branches),
+        "places": list(cache.places),
+        "experts": [cache.experts[step] for step in cache.steps],
     }

@@ -1,6 +1,6 @@
 """Run a pipeline only as far as it takes: read its blocks while it samples, and halt behind one of them.
 
-with halting(pipeline, cells, pooling, enough) as tape:
+with halting(pipeline, cells, pooling, enough) as cache:
     video = pipeline(...)
 # halted: the later blocks and steps and the decoder have not run, and `video` was never assigned
 """
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cosprobe.activations.capture import Tape, capture
+from cosprobe.activations.capture import ActivationCache, capture
 from cosprobe.activations.pooling import Pooling
 from cosprobe.cells import Cell
 from cosprobe.errors import InputError
@@ -32,7 +32,7 @@ def halting(
     cells: Sequence[Cell],
     pooling: Pooling,
     enough: Callable[[Cell, Float[Tensor, "sample region channel"]], bool],
-) -> Iterator[Tape]:
+) -> Iterator[ActivationCache]:
     """Shows `enough` the features of every cell as soon as its block has run, in one call of `pipeline` made inside
     the block, and leaves that call, and what follows it in the block, when the answer is True.
 
@@ -48,28 +48,28 @@ def halting(
     steps = ",".join(str(step) for step in sorted({cell.step for cell in cells}))
     with ExitStack() as undo:
         undo.enter_context(_left(pipeline))
-        tape = undo.enter_context(capture(pipeline, sorted(at, key=int), pooling, steps))
+        cache = undo.enter_context(capture(pipeline, sorted(at, key=int), pooling, steps))
         for transformer in experts(pipeline).values():
             for site, here in at.items():
-                block = block_list(transformer)[int(site)]  # hooks run in the order of registration: after the tape's
-                undo.callback(block.register_forward_hook(_asks(tape, here, pooling, enough)).remove)
-        yield tape
+                block = block_list(transformer)[int(site)]  # hooks run in the order of registration: after the cache's
+                undo.callback(block.register_forward_hook(_asks(cache, here, pooling, enough)).remove)
+        yield cache
 
 
 def _asks(
-    tape: Tape, cells: Sequence[Cell], pooling: Pooling, enough: Callable[[Cell, Tensor], bool]
+    cache: ActivationCache, cells: Sequence[Cell], pooling: Pooling, enough: Callable[[Cell, Tensor], bool]
 ) -> Callable[..., None]:
     """A hook that shows `enough` each of the cells once, when its features are there."""
     left = list(cells)
 
     def hook(block: nn.Module, args: tuple, output: Any) -> None:
         for cell in list(left):
-            part = tape.parts.get((cell.step, cell.site, cell.branch))
+            part = cache.parts.get((cell.step, cell.site, cell.branch))
             if part is None:
                 continue
             left.remove(cell)
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # the tape copies to the host asynchronously
+                torch.cuda.synchronize()  # the cache copies to the host asynchronously
             places = pooling.places(part.shape[1])[: part.shape[1]]
             if enough(cell, part[:, places.index(cell.place)]):
                 raise _Halted

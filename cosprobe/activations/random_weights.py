@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cosprobe.activations.capture import BRANCHES, Tape, conditional, hidden_states
+from cosprobe.activations.capture import BRANCHES, ActivationCache, conditional, hidden_states
 from cosprobe.activations.pooling import Pooling
 from cosprobe.errors import InputError
 from cosprobe.models import architecture, block_list, experts, token_grid
@@ -67,24 +67,29 @@ def _fill(model: Any, how: str, seed: int) -> None:
 
 @torch.no_grad()
 def replay(
-    pipeline: Any, tape: Tape, layers: tuple[int, ...], pooling: Pooling, rows: Sequence[int] | None = None
+    pipeline: Any, cache: ActivationCache, layers: tuple[int, ...], pooling: Pooling, rows: Sequence[int] | None = None
 ) -> Float[Tensor, "sample step layer place region channel"]:
-    """Block outputs for the transformer calls recorded on `tape`, by the weights the pipeline has now (`cond` only).
+    """Block outputs for the transformer calls recorded on `cache`, by the weights the pipeline has now (`cond` only).
 
     rows: the samples of the batch to run, in order; None for all. pooling: of these samples.
-    Raises ValueError when nothing was recorded on the tape.
+    Raises ValueError when nothing was recorded on the cache.
     """
-    if not tape.recorded:
-        raise InputError("the tape holds no transformer calls: expected capture(..., record=steps)")
-    steps = sorted(tape.recorded)
-    return torch.stack([_replayed(pipeline, tape, step, layers, pooling, rows) for step in steps], dim=1)
+    if not cache.recorded:
+        raise InputError("the cache holds no transformer calls: expected capture(..., record=steps)")
+    steps = sorted(cache.recorded)
+    return torch.stack([_replayed(pipeline, cache, step, layers, pooling, rows) for step in steps], dim=1)
 
 
 def _replayed(
-    pipeline: Any, tape: Tape, step: int, layers: tuple[int, ...], pooling: Pooling, rows: Sequence[int] | None
+    pipeline: Any,
+    cache: ActivationCache,
+    step: int,
+    layers: tuple[int, ...],
+    pooling: Pooling,
+    rows: Sequence[int] | None,
 ) -> Tensor:
-    model = experts(pipeline)[tape.experts[step]]
-    context, args, kwargs = tape.recorded[step]
+    model = experts(pipeline)[cache.experts[step]]
+    context, args, kwargs = cache.recorded[step]
     if rows is not None:
         args, kwargs = _of_samples(context, args, kwargs, rows)
     size, index = token_grid(model, hidden_states(args, kwargs)), architecture(model).video

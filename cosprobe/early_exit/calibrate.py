@@ -154,9 +154,9 @@ def stop_early(
         labels = np.asarray(here.choice if ends else here.labels[target.name])
         cells = plan(bank, target.name, here.features, here.cells, labels)
         looked = [here.cells.index(cell) for cell in cells]
-        odds = probabilities(bank, here.features[:, looked].float(), target.name, cells).numpy()
-        confidence, wrong = odds.max(axis=-1).T, (odds.argmax(axis=-1) != labels).T
-        start = starting_point(confidence, wrong, thresholds(odds.shape[-1]), use.risk, use.against)
+        proba = probabilities(bank, here.features[:, looked].float(), target.name, cells).numpy()
+        confidence, wrong = proba.max(axis=-1).T, (proba.argmax(axis=-1) != labels).T
+        start = starting_point(confidence, wrong, thresholds(proba.shape[-1]), use.risk, use.against)
         _say_how_many(kind, use, float(wrong[:, 0].mean()))
         setting = (model, pipeline, task, bank, target.name, cells)
         drawn = with_noise(task.problems("calibration", use.calibration, kind), seed)
@@ -168,7 +168,7 @@ def stop_early(
             start, target=target.name, task=task.name, kind=kind, against=use.against, cells=cells,
         )  # fmt: skip
         found.append(Stopping(policy, calibration, record(*setting, fresh, decoded, folder), float(wrong[:, 0].mean())))
-    bank = bank.signed(policies=[stopping.policy.described() for stopping in found])
+    bank = bank.with_provenance(policies=[stopping.policy.described() for stopping in found])
     bank.save(folder / "probes")
     return found, bank
 
@@ -198,9 +198,9 @@ def plan(
     if not len(labelled):
         raise InputError(f"target {target!r}: no validation sample has a label; train with more problems")
     at = [cells.index(c) for c in able]
-    odds = probabilities(bank, features[labelled][:, at].float(), target, able)
+    proba = probabilities(bank, features[labelled][:, at].float(), target, able)
     wanted = torch.from_numpy(labels[labelled]).expand(len(able), -1)[..., None]
-    loss = -odds.gather(2, wanted)[..., 0].clamp(min=1e-12).log().mean(dim=1)
+    loss = -proba.gather(2, wanted)[..., 0].clamp(min=1e-12).log().mean(dim=1)
     best: dict[int, tuple[float, int, Cell]] = {}
     for cell, value in zip(able, loss.tolist(), strict=True):
         best[cell.step] = min(best.get(cell.step, (float("inf"), 0, cell)), (round(value, 9), int(cell.site), cell))
@@ -234,16 +234,16 @@ def record(
     size = 4 * len(drawn) * len(cells) * bank.regions * bank.mean.shape[1]
     what = f"{len(drawn)} {first.kind} problems of split {first.split}"
     tensors, _ = fill(store, size, what, partial(_chunk, model, pipeline, task, bank, cells, decoded), chunks).read()
-    odds = probabilities(bank, tensors["features"].float(), target, cells).double()
+    proba = probabilities(bank, tensors["features"].float(), target, cells).double()
     problems = tuple(s.problem for s in drawn)
-    said, choice, shown = odds.argmax(dim=-1).T.numpy(), tensors["choice"].numpy(), tensors["shown"].numpy()
-    good = np.zeros((len(drawn), max(task.candidates, odds.shape[-1]) + 1), dtype=bool)  # the last column: none
+    said, choice, shown = proba.argmax(dim=-1).T.numpy(), tensors["choice"].numpy(), tensors["shown"].numpy()
+    good = np.zeros((len(drawn), max(task.candidates, proba.shape[-1]) + 1), dtype=bool)  # the last column: none
     for row, problem in zip(good, problems, strict=True):
         row[list(task.solutions(problem))] = True
     rows = np.arange(len(drawn))
     return Records(
-        problems, said, odds.amax(dim=-1).T.numpy(), torch.special.entr(odds).sum(dim=-1).T.numpy(), choice, shown,
-        good[rows[:, None], said], good[rows[:, None], shown], good[rows, choice], decoded, odds.shape[-1],
+        problems, said, proba.amax(dim=-1).T.numpy(), torch.special.entr(proba).sum(dim=-1).T.numpy(), choice, shown,
+        good[rows[:, None], said], good[rows[:, None], shown], good[rows, choice], decoded, proba.shape[-1],
     )  # fmt: skip
 
 
@@ -260,18 +260,18 @@ def _chunk(
     problems, store = [s.problem for s in chunk], bank.provenance["store"]
     pooling = pooling_of(store["probe.pooling"], store["probe.frames"], problems)
     layers, steps = (sorted({pick(c) for c in cells}) for pick in (lambda c: int(c.site), lambda c: c.step))
-    with capture(model, list(map(str, layers)), pooling, ",".join(map(str, steps)), clean=decoded) as tape:
+    with capture(model, list(map(str, layers)), pooling, ",".join(map(str, steps)), clean=decoded) as cache:
         video = sample(model, pipeline, images(task, problems), [p.prompt for p in problems], [s.seed for s in chunk])
-    features = tape.features()
+    features = cache.features()
     looks = [
-        features[:, tape.steps.index(c.step), tape.sites.index(c.site), tape.branches.index(c.branch),
-                 tape.places.index(c.place)]
+        features[:, cache.steps.index(c.step), cache.sites.index(c.site), cache.branches.index(c.branch),
+                 cache.places.index(c.place)]
         for c in cells
     ]  # fmt: skip
     ends = [task.readout(problem, clip).answer for problem, clip in zip(problems, video, strict=True)]
     shown = torch.zeros((len(chunk), len(decoded)), dtype=torch.int64)
     for i, step in enumerate(decoded):
-        clips = zip(problems, decode(model, tape.clean[step]), strict=True)
+        clips = zip(problems, decode(model, cache.clean[step]), strict=True)
         shown[:, i] = torch.tensor([task.readout(problem, clip).forced for problem, clip in clips])
     choice = torch.tensor([-1 if end is None else end for end in ends])
     return {"features": torch.stack(looks, dim=1), "choice": choice, "shown": shown}, {"cells": list(map(str, cells))}

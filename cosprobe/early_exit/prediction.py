@@ -60,9 +60,9 @@ def early_answers(
         problems = [s.problem for s in batch]
         arguments = (images(task, problems), [p.prompt for p in problems], [s.seed for s in batch])
         features = _features_at(model, pipeline, bank, cell, problems, arguments)
-        odds = probabilities(bank, features[:, None], target, [cell])[0]
+        proba = probabilities(bank, features[:, None], target, [cell])[0]
         video = sample(model, pipeline, *arguments)
-        for problem, chances, clip in zip(problems, odds, video, strict=True):
+        for problem, chances, clip in zip(problems, proba, video, strict=True):
             end = task.readout(problem, clip).answer
             found.append(
                 EarlyAnswer(problem, int(chances.argmax()), float(chances.max()), end, task.solutions(problem))

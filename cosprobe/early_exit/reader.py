@@ -63,8 +63,8 @@ class Reader:
         """Asks the probe of `cell`; whether all problems now have an answer."""
         if not self.readings:
             check_call(self.bank, self.pipeline)
-        odds = probabilities(self.bank, features[:, None], self.policy.target, [cell])[0]
-        confidence, said = odds.max(dim=-1)
+        proba = probabilities(self.bank, features[:, None], self.policy.target, [cell])[0]
+        confidence, said = proba.max(dim=-1)
         reading = Reading(cell.step, tuple(said.tolist()), tuple(confidence.tolist()))
         self.readings.append(reading)
         for i, (sure, prediction) in enumerate(zip(reading.confidence, reading.prediction, strict=True)):

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cosprobe.activations import Cost, flops
-from cosprobe.ensembles.ensemble import Bench
+from cosprobe.ensembles.ensemble import RunContext
 from cosprobe.ensembles.strategies import METHODS, PROBES, Plan, course, windows
 from cosprobe.ensembles.trajectories import READS, Candidate, Trials
 from cosprobe.errors import InputError
@@ -139,11 +139,11 @@ def price(candidate: Candidate, steps: int, cost: Cost, begun: float | None = No
     return cost.text * path.seeds + cost.image + path.evaluations(steps) * cost.evaluation + path.finished * cost.decode
 
 
-def candidates(bench: Bench, size: Size) -> list[Candidate]:
+def candidates(context: RunContext, size: Size) -> list[Candidate]:
     """Everything that is tried on validation; of equals the first one is taken."""
-    parts, reads = windows(bench.depth), range(min(READS, bench.config.steps))
+    parts, reads = windows(context.depth), range(min(READS, context.config.steps))
     found = [Candidate(m, Plan(k)) for k in range(2, size.seeds + 1) for m in ("vote", "best_of", "retry")]
-    if bench.judge is not None:
+    if context.scorer is not None:
         found += [
             Candidate(m, Plan(k, (s,)))
             for m in ("probe_best", "probe_vote", "probe_retry")
@@ -154,31 +154,35 @@ def candidates(bench: Bench, size: Size) -> list[Candidate]:
             rounds = (k - 1).bit_length()
             starts = [tuple(range(s, s + stride * rounds, stride)) for stride in (1, 2) for s in reads]
             found += [Candidate("prune", Plan(k, steps)) for steps in starts if steps[-1] in reads]
-    shifts = [s for s in size.shifts if max(s) < bench.config.steps]
+    shifts = [s for s in size.shifts if max(s) < context.config.steps]
     for k in size.counts:
         for steps in shifts:
             found += [Candidate("hidden", Plan(k, steps, parts[w])) for w in size.windows]
             found += [Candidate(m, Plan(k, steps)) for m in ("x0", "latent")]
-            if bench.judge is not None:
+            if context.scorer is not None:
                 found.append(Candidate("probe_weighted", Plan(k, steps, parts["middle"])))
     found.append(Candidate("hidden", Plan(size.counts[0], (0,), parts["middle"], "all")))  # it spends three runs
     return list(dict.fromkeys(found))
 
 
-def compare(bench: Bench, size: Size, used: int, seed: int, folder: Path, identity: dict[str, Any]) -> Comparison:
+def compare(
+    context: RunContext, size: Size, used: int, seed: int, folder: Path, identity: dict[str, Any]
+) -> Comparison:
     """Runs what is not on disk yet, chooses on validation, compares on test.
 
     used: problems the probes' run has drawn. identity: what else shapes results (model, bank, task).
     """
-    steps = bench.config.steps
+    steps = context.config.steps
     counts = {"validation": size.validation, "test": size.test}
-    kinds = bench.task.kinds if bench.judge is None else bench.judge.kinds  # a model may never settle on a choice
-    problems = {split: fresh_problems(bench.task, split, used, count, kinds) for split, count in counts.items()}
+    kinds = (
+        context.task.kinds if context.scorer is None else context.scorer.kinds
+    )  # a model may never settle on a choice
+    problems = {split: fresh_problems(context.task, split, used, count, kinds) for split, count in counts.items()}
     one = problems["validation"][:1]
-    cost = flops(bench.model, bench.config, images(bench.task, one), [p.prompt for p in one])
-    trials = Trials(bench, problems, size.seeds, seed, folder, identity)
+    cost = flops(context.model, context.config, images(context.task, one), [p.prompt for p in one])
+    trials = Trials(context, problems, size.seeds, seed, folder, identity)
 
-    options, parts = candidates(bench, size), windows(bench.depth)
+    options, parts = candidates(context, size), windows(context.depth)
     swept = {name: Candidate("hidden", replace(PAPER, layers=parts[name])) for name in size.windows}
     paper = price(Candidate("hidden", replace(PAPER, layers=parts["middle"])), steps, cost)
     budgets = {"the paper's": paper, "three runs'": price(Candidate("vote", Plan(3)), steps, cost)}
@@ -189,12 +193,12 @@ def compare(bench: Bench, size: Size, used: int, seed: int, folder: Path, identi
     chosen = {name: choose(prices, validation, cost, budget) for name, budget in budgets.items()}
 
     curves = {m: [Candidate(m, Plan(k)) for k in range(2, size.seeds + 1)] for m in CURVES}
-    curves = {m: row for m, row in curves.items() if bench.judge is not None or m not in PROBES}
+    curves = {m: row for m, row in curves.items() if context.scorer is not None or m not in PROBES}
     used_ones = [c for row in (*chosen.values(), swept) for c in row.values()] + [c for r in curves.values() for c in r]
     test = trials.of(list(dict.fromkeys(used_ones)), "test")
     pool = trials.records("test")
     return Comparison(
-        task=bench.task.name,
+        task=context.task.name,
         steps=steps,
         keys=np.array([p.key for p in problems["test"]]),
         cost={c: value / 1e9 for c, value in prices.items()},

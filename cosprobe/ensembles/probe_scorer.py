@@ -1,4 +1,4 @@
-"""Probes that judge a run while it runs: which of them to read at a step, and what they say of a batch."""
+"""Probes that scorer a run while it runs: which of them to read at a step, and what they say of a batch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ROLES = ("answer", "choice")  # of the targets a run is judged by, in this order
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
-    """Probes that judge a run while it runs, by how sure they are of its answer.
+class ProbeScorer:
+    """Probes that scorer a run while it runs, by how sure they are of its answer.
 
     accuracy: of every layer cell of every answer or choice target on validation, which says what layer to read at a
     step. task: the family the probes were trained on.
@@ -34,12 +34,12 @@ class Judge:
     task: str
 
     @classmethod
-    def load(cls, folder: Path | str, task: str) -> Judge:
+    def load(cls, folder: Path | str, task: str) -> ProbeScorer:
         """The probes of a finished run on the family `task`."""
         return cls.of(load_probes(folder), Grid.load(folder), task)
 
     @classmethod
-    def of(cls, bank: ProbeBank, grid: Grid, task: str) -> Judge:
+    def of(cls, bank: ProbeBank, grid: Grid, task: str) -> ProbeScorer:
         """Raises ValueError when there are no probes that read answers."""
         names = [t.name for role in ROLES for t in bank.targets if t.role == role and t.name in grid.targets]
         if not names:
@@ -91,10 +91,10 @@ class Judge:
     ) -> Float[Tensor, "sample candidate"]:
         """Probabilities of the candidates for each sample. cells: per target; features: [sample, region, channel]."""
         targets = [self.target(p) for p in problems]
-        odds: dict[str, Tensor] = {}
+        proba: dict[str, Tensor] = {}
         for name in sorted(set(targets)):
             rows = features(cells[name]).float()
             check_finite(rows, cells[name].step, int(cells[name].site))
             rows = torch.nn.functional.pad(rows, (0, self.bank.mean.shape[1] - rows.shape[-1]))
-            odds[name] = self.bank.probabilities(rows[:, None], name, [cells[name]])[0]
-        return torch.stack([odds[name][i] for i, name in enumerate(targets)])
+            proba[name] = self.bank.probabilities(rows[:, None], name, [cells[name]])[0]
+        return torch.stack([proba[name][i] for i, name in enumerate(targets)])

@@ -23,8 +23,8 @@ from cosprobe.ensembles.comparison import (
     error_correlation,
     oracle,
 )
-from cosprobe.ensembles.ensemble import Bench
-from cosprobe.ensembles.probe_scorer import Judge
+from cosprobe.ensembles.ensemble import RunContext
+from cosprobe.ensembles.probe_scorer import ProbeScorer
 from cosprobe.ensembles.strategies import PROBES
 from cosprobe.ensembles.trajectories import Candidate
 from cosprobe.evaluation import Grid
@@ -59,10 +59,10 @@ def ensembles(
     """
     bank.check_model(*pipeline.parts)
     world = task.build()
-    judge = Judge.of(bank, Grid.load(folder), world.name)
-    bench = Bench(load_pipeline(pipeline), pipeline, world, judge)
-    identity = {"store": bank.provenance["store"], "accuracy": judge.fingerprint}
-    comparison = compare(bench, SIZES[use.size], task.problems, seed, folder / FOLDER, identity)
+    scorer = ProbeScorer.of(bank, Grid.load(folder), world.name)
+    context = RunContext(load_pipeline(pipeline), pipeline, world, scorer)
+    identity = {"store": bank.provenance["store"], "accuracy": scorer.fingerprint}
+    comparison = compare(context, SIZES[use.size], task.problems, seed, folder / FOLDER, identity)
     print_ensemble(comparison, write_ensemble(comparison, folder / "report" / FOLDER))
 
 

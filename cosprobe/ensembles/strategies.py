@@ -25,8 +25,8 @@ from torch.nn.functional import one_hot
 from cosprobe.activations import BACK, average_blocks, average_clean, average_latents
 from cosprobe.errors import InputError
 
-Odds = Float[Tensor, "problem seed candidate"]
-Credit = Callable[["Finished", list[Odds]], Float[Tensor, "problem seed"]]
+Probabilities = Float[Tensor, "problem seed candidate"]
+Credit = Callable[["Finished", list[Probabilities]], Float[Tensor, "problem seed"]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Cut:
     """After a step, `kept` runs of each problem go on, those `choose` names; with `reads`, by probe readings."""
 
     kept: int
-    choose: Callable[[Odds], Int[Tensor, "problem kept"]]
+    choose: Callable[[Probabilities], Int[Tensor, "problem kept"]]
     reads: bool = True
 
 
@@ -93,10 +93,10 @@ class Course:
         """Step indices at which probes are read to decide which runs go on, or whether another is made."""
         return tuple(sorted({*self.asks, *(step for step, cut in self.cuts.items() if cut.reads)}))
 
-    def enough(self, finished: Finished, odds: list[Odds]) -> Bool[Tensor, " problem"]:
+    def enough(self, finished: Finished, proba: list[Probabilities]) -> Bool[Tensor, " problem"]:
         """Where the last of the runs made so far has the credit that ends the making of runs."""
         assert self.credit is not None
-        return self.credit(finished, odds)[:, -1] >= 1
+        return self.credit(finished, proba)[:, -1] >= 1
 
     def evaluations(self, steps: int) -> int:
         """Whole steps run for one problem, those of all its seeds together, by a sampler of `steps` steps; at most
@@ -113,21 +113,21 @@ class Course:
         return min([self.seeds, *(cut.kept for cut in self.cuts.values())])
 
 
-def surest(odds: Odds, kept: int = 1) -> Int[Tensor, "problem kept"]:
+def surest(proba: Probabilities, kept: int = 1) -> Int[Tensor, "problem kept"]:
     """The runs whose probe gives its answer the highest probability."""
-    return odds.amax(dim=-1).topk(kept, dim=1).indices
+    return proba.amax(dim=-1).topk(kept, dim=1).indices
 
 
-def agreeing(odds: Odds, kept: int = 1) -> Int[Tensor, "problem kept"]:
+def agreeing(proba: Probabilities, kept: int = 1) -> Int[Tensor, "problem kept"]:
     """The runs that believe most in what all probes together, averaged over seeds, take for the answer."""
-    answer = odds.mean(dim=1).argmax(dim=-1)
-    belief = odds.gather(2, answer[:, None, None].expand(-1, odds.shape[1], 1))[..., 0]
+    answer = proba.mean(dim=1).argmax(dim=-1)
+    belief = proba.gather(2, answer[:, None, None].expand(-1, proba.shape[1], 1))[..., 0]
     return belief.topk(kept, dim=1).indices
 
 
-def foremost(odds: Odds) -> Int[Tensor, "problem 1"]:
+def foremost(proba: Probabilities) -> Int[Tensor, "problem 1"]:
     """The first seed: the run that means were written into."""
-    return torch.zeros(len(odds), 1, dtype=torch.long)
+    return torch.zeros(len(proba), 1, dtype=torch.long)
 
 
 def only(finished: Finished) -> Int[Tensor, " problem"]:
@@ -155,32 +155,32 @@ def margin(scores: Float[Tensor, "*any candidate"]) -> Float[Tensor, "*any"]:
     return two[..., 0] - two[..., 1]
 
 
-def shown(finished: Finished, odds: list[Odds]) -> Float[Tensor, "problem seed"]:
+def shown(finished: Finished, proba: list[Probabilities]) -> Float[Tensor, "problem seed"]:
     """1 for a video that shows an answer, 0 for one that settles on none."""
     return (finished.answers >= 0).float()
 
 
-def believed(finished: Finished, odds: list[Odds]) -> Float[Tensor, "problem seed"]:
+def believed(finished: Finished, proba: list[Probabilities]) -> Float[Tensor, "problem seed"]:
     """How much more than a guess the probes, averaged over the runs so far, believe in what each video shows: 1 is as
     much as a guess; 0 for a video that settles on no candidate."""
-    (read,) = odds
+    (read,) = proba
     belief = read.mean(dim=1).gather(1, finished.answers.clamp_min(0)) * read.shape[-1]
     return torch.where(finished.answers >= 0, belief, torch.zeros_like(belief))
 
 
 def in_turn(
-    path: Course, finished: Finished, odds: list[Odds]
+    path: Course, finished: Finished, proba: list[Probabilities]
 ) -> tuple[Int[Tensor, " problem"], Int[Tensor, " problem"]]:
     """Of runs made one after another how many are begun, and which of them is returned: the first with a credit of 1,
-    else the one with the highest. finished, odds (for each step of `path.asks`): of all that may be made; runs behind
+    else the one with the highest. finished, proba (for each step of `path.asks`): of all that may be made; runs behind
     the one that ended the making of runs do not count."""
     assert path.credit is not None
     count = finished.answers.shape[1]
     begun = torch.full((len(finished.answers),), count)
-    run = path.credit(finished, odds).argmax(dim=1)
+    run = path.credit(finished, proba).argmax(dim=1)
     for made in range(count, 0, -1):
         so_far = Finished(finished.answers[:, :made], finished.scores[:, :made])
-        enough = path.enough(so_far, [read[:, :made] for read in odds])
+        enough = path.enough(so_far, [read[:, :made] for read in proba])
         begun, run = torch.where(enough, made, begun), torch.where(enough, made - 1, run)
     return begun, run
 
@@ -296,21 +296,21 @@ def course(method: str, plan: Plan, steps: int) -> Course:
 
 
 def replay(
-    path: Course, finished: Finished, odds: dict[int, Odds]
+    path: Course, finished: Finished, proba: dict[int, Probabilities]
 ) -> tuple[Int[Tensor, " problem"], Int[Tensor, " problem"], Int[Tensor, " problem"]]:
     """What a course without an edit returns, from records of all runs finished: the answer of each problem, which of
-    its seeds gave it, and how many runs of it were begun. odds: probe readings of all seeds by step index.
+    its seeds gave it, and how many runs of it were begun. proba: probe readings of all seeds by step index.
 
     Raises ValueError for a course that changes its runs: what it returns is in no record.
     """
     if path.edit is not None or path.length:
         raise InputError("this course changes what its runs compute: expected one that only chooses among them")
     if path.credit is not None:
-        begun, run = in_turn(path, finished, [odds[step] for step in path.asks])
+        begun, run = in_turn(path, finished, [proba[step] for step in path.asks])
         return finished.answers.gather(1, run[:, None])[:, 0], run, begun
     alive = torch.arange(path.seeds).expand(len(finished.answers), -1)
     for step in sorted(path.cuts):
-        here = odds[step].gather(1, _along(alive, odds[step])) if path.cuts[step].reads else _blank(alive)
+        here = proba[step].gather(1, _along(alive, proba[step])) if path.cuts[step].reads else _blank(alive)
         alive = alive.gather(1, path.cuts[step].choose(here))
     left = Finished(finished.answers.gather(1, alive), finished.scores.gather(1, _along(alive, finished.scores)))
     run = alive.gather(1, path.pick(left)[:, None])
@@ -334,6 +334,6 @@ def _along(places: Int[Tensor, "problem kept"], values: Float[Tensor, "problem s
     return places[..., None].expand(-1, -1, values.shape[-1])
 
 
-def _blank(alive: Int[Tensor, "problem seed"]) -> Odds:
+def _blank(alive: Int[Tensor, "problem seed"]) -> Probabilities:
     """No readings, for a choice that needs none."""
     return torch.zeros(*alive.shape, 1)

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from cosprobe.activations import ActivationStore
-from cosprobe.ensembles.ensemble import Bench, run
+from cosprobe.ensembles.ensemble import RunContext, run
 from cosprobe.ensembles.strategies import METHODS, Course, Finished, Plan, course, replay
 from cosprobe.tasks import Problem
 
@@ -68,15 +68,21 @@ class Trials:
     """
 
     def __init__(
-        self, bench: Bench, problems: dict[str, list[Problem]], seeds: int, seed: int, folder: Path, identity: dict
+        self,
+        context: RunContext,
+        problems: dict[str, list[Problem]],
+        seeds: int,
+        seed: int,
+        folder: Path,
+        identity: dict,
     ):
-        self.bench, self.problems, self.seeds, self.seed, self.folder = bench, problems, seeds, seed, folder
-        self.reads = tuple(range(min(READS, bench.config.steps))) if bench.judge is not None else ()
-        self.identity = identity | {"seed": seed, "steps": bench.config.steps, "batch": bench.config.batch}
+        self.context, self.problems, self.seeds, self.seed, self.folder = context, problems, seeds, seed, folder
+        self.reads = tuple(range(min(READS, context.config.steps))) if context.scorer is not None else ()
+        self.identity = identity | {"seed": seed, "steps": context.config.steps, "batch": context.config.batch}
 
     def records(self, split: str) -> dict[str, Tensor]:
-        """Every problem with every seed: answers and right [problem, seed], scores [problem, seed, candidate], and odds
-        [problem, seed, step, candidate] where there are probes."""
+        """Every problem with every seed: answers and right [problem, seed], scores [problem, seed, candidate], and, where
+        there are probes, the probabilities they give, `odds` [problem, seed, step, candidate]."""
         return self._read([None], split)[0]
 
     def of(self, found: Sequence[Candidate], split: str) -> dict[Candidate, Trial]:
@@ -95,8 +101,8 @@ class Trials:
         path = self._path(candidate)
         for start in range(self.seeds):
             part = [(start + i) % self.seeds for i in range(count)]
-            odds = {step: pool["odds"][:, part, i] for i, step in enumerate(self.reads)}
-            answers, _, runs = replay(path, Finished(pool["answers"][:, part], pool["scores"][:, part]), odds)
+            proba = {step: pool["odds"][:, part, i] for i, step in enumerate(self.reads)}
+            answers, _, runs = replay(path, Finished(pool["answers"][:, part], pool["scores"][:, part]), proba)
             right.append(self._solved(answers, self.problems[split]).float())
             begun.append(runs.float())
         return Trial(*(torch.stack(each).mean(dim=0).numpy().astype(float) for each in (right, begun)))
@@ -121,11 +127,11 @@ class Trials:
 
     def _chunks(self, candidate: Candidate | None, split: str) -> list[list[Problem]]:
         seeds = self.seeds if candidate is None else self._path(candidate).seeds
-        each, problems = max(1, self.bench.config.batch // seeds), self.problems[split]
+        each, problems = max(1, self.context.config.batch // seeds), self.problems[split]
         return [problems[i : i + each] for i in range(0, len(problems), each)]
 
     def _path(self, candidate: Candidate) -> Course:
-        return course(candidate.method, candidate.plan, self.bench.config.steps)
+        return course(candidate.method, candidate.plan, self.context.config.steps)
 
     def _store(self, candidate: Candidate | None, split: str) -> ActivationStore:
         trial = {"records": self.seeds} if candidate is None else {candidate.method: asdict(candidate.plan)}
@@ -137,16 +143,16 @@ class Trials:
 
     def _batch(self, candidate: Candidate | None, problems: list[Problem]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if candidate is not None:
-            outcome = run(self.bench, candidate.method, candidate.plan, problems, self.seed)
+            outcome = run(self.context, candidate.method, candidate.plan, problems, self.seed)
             right = self._solved(outcome.answers, problems)
             return {"answers": outcome.answers, "right": right}, {}
-        outcome = run(self.bench, "vote", Plan(self.seeds), problems, self.seed, read=self.reads)
+        outcome = run(self.context, "vote", Plan(self.seeds), problems, self.seed, read=self.reads)
         tensors = {"answers": outcome.finished.answers, "scores": outcome.finished.scores}
         tensors["right"] = torch.stack([self._solved(column, problems) for column in outcome.finished.answers.T], 1)
         if self.reads:
-            tensors["odds"] = torch.stack([outcome.odds[step] for step in self.reads], dim=2)
+            tensors["odds"] = torch.stack([outcome.proba[step] for step in self.reads], dim=2)
         return tensors, {}
 
     def _solved(self, answers: Tensor, problems: Sequence[Problem]) -> Tensor:
-        solutions = [self.bench.task.solutions(p) for p in problems]
+        solutions = [self.context.task.solutions(p) for p in problems]
         return torch.tensor([int(a) in s for a, s in zip(answers, solutions, strict=True)])

@@ -68,6 +68,6 @@ def _trust(test: ProbeSamples, target: Target, bank: ProbeBank) -> dict[str, np.
         return {}
     raw = bank.decision(test.features, target.name).reshape(len(bank.cells), len(labels), -1)
     heat = bank.temperatures[target.name]
-    odds = (raw / heat[:, None, None]).softmax(dim=-1)
-    found = {"temperature": heat, "ece": ece(odds, labels), "ece_raw": ece(raw.softmax(-1), labels)}
-    return {name: value.numpy() for name, value in (found | {"brier": brier(odds, labels)}).items()}
+    proba = (raw / heat[:, None, None]).softmax(dim=-1)
+    found = {"temperature": heat, "ece": ece(proba, labels), "ece_raw": ece(raw.softmax(-1), labels)}
+    return {name: value.numpy() for name, value in (found | {"brier": brier(proba, labels)}).items()}

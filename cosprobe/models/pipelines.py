@@ -257,22 +257,22 @@ def sample(
     images: Float[Tensor, "batch 3 height width"],
     prompts: Sequence[str],
     seeds: Sequence[int],
-    thin: Callable[[int], Sequence[int] | None] | None = None,
+    filter_batch: Callable[[int], Sequence[int] | None] | None = None,
     **overrides: Any,
 ) -> np.ndarray | Tensor:
     """Samples a batch of different problems through the pipeline's `__call__`.
 
     images: first frames in [0, 1]. seeds: one per sample; a sample's noise depends on its seed alone.
-    thin: called with each step index when the step is done; says which samples of what is left of the batch go on
-    (places, in order), None for all. The others are dropped: nothing more is computed for them.
+    filter_batch: called with each step index when the step is done; says which samples of what is left of the batch
+    go on (places, in order), None for all. The others are dropped: nothing more is computed for them.
     Returns float video [batch, frame, height, width, 3] in [0, 1]; `overrides` go to the pipeline (with
     `output_type="latent"` the result is the latent tensor).
-    Raises ValueError for `thin` with a transformer whose samples must go one by one.
+    Raises ValueError for `filter_batch` with a transformer whose samples must go one by one.
     """
     check_prompts(pipeline, [*prompts, config.negative_prompt], config.prompt_tokens)
     transformer = next(iter(experts(pipeline).values()))
     if len(images) > 1 and transformer.config.get("image_dim", None) is not None:
-        if thin is not None:
+        if filter_batch is not None:
             raise InputError(
                 "this transformer is given a CLIP image embedding (Wan2.1): expected one whose samples can share a "
                 "batch, such as Wan2.2; samples cannot be dropped on the way"
@@ -294,16 +294,18 @@ def sample(
         "output_type": "np",
     }
     with batched_images(pipeline) as held:
-        if thin is not None:
+        if filter_batch is not None:
             names = [n for n in pipeline._callback_tensor_inputs if n in ("latents", *PROMPTS)]
             overrides |= {
-                "callback_on_step_end": _thinning(thin, held),
+                "callback_on_step_end": _filtering(filter_batch, held),
                 "callback_on_step_end_tensor_inputs": names,
             }
         return pipeline(**(arguments | overrides)).frames
 
 
-def _thinning(thin: Callable[[int], Sequence[int] | None], held: list[Tensor]) -> Callable[[Any, int, Any, dict], dict]:
+def _filtering(
+    filter_batch: Callable[[int], Sequence[int] | None], held: list[Tensor]
+) -> Callable[[Any, int, Any, dict], dict]:
     """A `callback_on_step_end` that drops samples from the running batch.
 
     What a pipeline takes back from a callback is replaced; the condition is a local variable of its loop, so it is
@@ -311,7 +313,7 @@ def _thinning(thin: Callable[[int], Sequence[int] | None], held: list[Tensor]) -
     """
 
     def callback(running: Any, step: int, timestep: Any, tensors: dict) -> dict:
-        keep = thin(step)
+        keep = filter_batch(step)
         if keep is None:
             return {}
         at, size = list(keep), len(tensors["latents"])

@@ -55,7 +55,7 @@ class ProbeBank:
     temperatures: dict[str, Float[Tensor, " cell"]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    def signed(self, **provenance: Any) -> ProbeBank:
+    def with_provenance(self, **provenance: Any) -> ProbeBank:
         """The same bank with more said of where it comes from."""
         return replace(self, provenance=self.provenance | provenance)
 

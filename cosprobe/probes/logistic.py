@@ -317,7 +317,7 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
             Console().print(line, markup=False, highlight=False, soft_wrap=True)
         provenance["converged"] = {name: one.tally for name, one in whole.items()}
         provenance["gap"] = {name: float(one.gap.max()) for name, one in whole.items()}
-    return ProbeBank.join(banks).calibrated(validation.features, validation.labels).signed(**provenance)
+    return ProbeBank.join(banks).calibrated(validation.features, validation.labels).with_provenance(**provenance)
 
 
 def chunks(samples: ProbeSamples, targets: Sequence[Target], config: ProbeConfig) -> list[slice]:

@@ -170,7 +170,7 @@ class Hide:
         """The one object that comes out of the marked lane."""
         return (problem.layout.inside[problem.layout.marked],)
 
-    def admissible(self, problem: Problem) -> tuple[int, ...]:
+    def plausible_answers(self, problem: Problem) -> tuple[int, ...]:
         """The objects of the first frame."""
         return tuple(sorted(identity for identity in problem.layout.objects if identity != NONE))
 

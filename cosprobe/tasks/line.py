@@ -280,7 +280,7 @@ class Line:
     def solutions(self, problem: Problem) -> tuple[int, ...]:
         return tuple(problem.layout.solutions)
 
-    def admissible(self, problem: Problem) -> tuple[int, ...]:
+    def plausible_answers(self, problem: Problem) -> tuple[int, ...]:
         return tuple(cell for cell, mark in enumerate(problem.layout.marks) if mark == EMPTY)
 
 

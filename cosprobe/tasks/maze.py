@@ -182,7 +182,7 @@ class Maze:
         """Candidates that count as right: one for one-exit problems, several for choice problems."""
         return tuple(k for k, corner in enumerate(problem.layout.corners) if corner in problem.layout.solutions)
 
-    def admissible(self, problem: Problem) -> tuple[int, ...]:
+    def plausible_answers(self, problem: Problem) -> tuple[int, ...]:
         """All four exits: which of them can be reached is the puzzle."""
         return tuple(range(self.candidates))
 

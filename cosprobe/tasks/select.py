@@ -134,7 +134,7 @@ class Select:
     def solutions(self, problem: Problem) -> tuple[int, ...]:
         return (problem.layout.corner,)
 
-    def admissible(self, problem: Problem) -> tuple[int, ...]:
+    def plausible_answers(self, problem: Problem) -> tuple[int, ...]:
         """All four corners: only the prompt tells them apart."""
         return tuple(range(self.candidates))
 

@@ -121,7 +121,7 @@ class Task(Protocol):
         """Candidates that count as right: one or several."""
         ...
 
-    def admissible(self, problem: Problem) -> tuple[int, ...]:
+    def plausible_answers(self, problem: Problem) -> tuple[int, ...]:
         """Candidates that the first frame leaves possible before it is solved."""
         ...
 

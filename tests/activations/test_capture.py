@@ -52,11 +52,11 @@ def test_features_equal_a_hand_written_hook(pipeline):
     seen = []
     handle = block_list(pipeline.transformer)[1].register_forward_hook(lambda m, a, out: seen.append(out.clone()))
     try:
-        with capture(pipeline, "all", Pooling("clip")) as tape:
+        with capture(pipeline, "all", Pooling("clip")) as cache:
             run(pipeline)
     finally:
         handle.remove()
-    features = tape.features()  # sample step site branch place region channel
+    features = cache.features()  # sample step site branch place region channel
     assert features.shape == (3, 3, 3, 1, 1, 1, 24)
     for step in range(3):
         torch.testing.assert_close(features[:, step, 1, 0, 0, 0], seen[step].mean(1), atol=1e-6, rtol=0)
@@ -74,12 +74,12 @@ def test_blocks_that_add_known_constants_are_labelled_right(pipeline):
     blocks = block_list(pipeline.transformer)
     handles = [block.register_forward_hook(constant(i)) for i, block in enumerate(blocks)]
     try:
-        with capture(pipeline, ["0", "1", "2", "embed"], Pooling("clip")) as tape:
+        with capture(pipeline, ["0", "1", "2", "embed"], Pooling("clip")) as cache:
             run(pipeline)
     finally:
         for handle in handles:
             handle.remove()
-    layers = tape.features()[:, :, :, 0, 0, 0]  # sample step site channel
+    layers = cache.features()[:, :, :, 0, 0, 0]  # sample step site channel
     for site, total in enumerate((0.01, 0.11, 1.11)):
         torch.testing.assert_close(layers[:, :, site] - layers[:, :, 3], torch.full_like(layers[:, :, 3], total))
 
@@ -95,17 +95,17 @@ def test_sources_are_the_latents_of_the_step(pipeline):
 
     pipeline.scheduler.step = spy
     try:
-        with capture(pipeline, ["x_t", "x0_latent"], Pooling("frame"), clean=[1]) as tape:
+        with capture(pipeline, ["x_t", "x0_latent"], Pooling("frame"), clean=[1]) as cache:
             run(pipeline)
     finally:
         del pipeline.scheduler.step
-    features = tape.features()
+    features = cache.features()
     for step, (output, noisy) in enumerate(latents):
         by_frame = noisy.mean(dim=(3, 4)).transpose(1, 2)
         torch.testing.assert_close(features[:, step, 0, 0, :, 0, :4], by_frame)
         clean = noisy - pipeline.scheduler.sigmas[step] * output
         torch.testing.assert_close(features[:, step, 1, 0, :, 0, :4], clean.mean(dim=(3, 4)).transpose(1, 2))
-    torch.testing.assert_close(tape.clean[1], latents[1][1] - pipeline.scheduler.sigmas[1] * latents[1][0])
+    torch.testing.assert_close(cache.clean[1], latents[1][1] - pipeline.scheduler.sigmas[1] * latents[1][0])
     assert features[..., 4:].numel() == 0 or not features[..., 4:].any()
 
 
@@ -119,13 +119,13 @@ def test_what_a_run_starts_from_is_kept_once(pipeline, guidance):
 
     handle = pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True)
     try:
-        with capture(pipeline, ["0"], Pooling("frame"), "1,2", inputs=True) as tape:
+        with capture(pipeline, ["0"], Pooling("frame"), "1,2", inputs=True) as cache:
             run(pipeline, config=config)
     finally:
         handle.remove()
     latent, prompt = seen[0]  # Wan calls the transformer with the prompt first
     tokens = latent.flatten(3).permute(0, 2, 3, 1)  # sample frame token channel: the 16 tokens are the coarse cells
-    found = tape.input_features()
+    found = cache.input_features()
     assert {name for name, values in found.items() if values.shape[1] == 1} == {
         f"{NOISE}.whole", f"{FIRST_FRAME}.whole", f"{WORDS}.whole",
     }  # fmt: skip
@@ -156,12 +156,12 @@ def test_inputs_of_every_step_are_kept_by_frame_region_and_cell(pipeline, guidan
         lambda m, args, kwargs: first.append(hidden_states(args, kwargs)), with_kwargs=True
     )
     try:
-        with capture(pipeline, ["1"], Pooling("region", boxes=boxes), "0,2", inputs=True) as tape:
+        with capture(pipeline, ["1"], Pooling("region", boxes=boxes), "0,2", inputs=True) as cache:
             run(pipeline, config=config)
     finally:
         handle.remove()
         del pipeline.scheduler.step
-    found = tape.input_features()
+    found = cache.input_features()
     assert {name.partition(".")[0] for name in found if name.endswith(".region")} == {
         NOISE, FIRST_FRAME, "embed", "x_t", "x0_latent",
     }  # fmt: skip
@@ -178,21 +178,21 @@ def test_inputs_of_every_step_are_kept_by_frame_region_and_cell(pipeline, guidan
             torch.testing.assert_close(region[0, :, 1], grid[0, :, 3, 3])
             torch.testing.assert_close(region[1, :, 1], grid[1, :, :, 2:].mean((1, 2)))
             torch.testing.assert_close(region[2, :, 0], grid[2].mean((1, 2)))
-    assert tape.sites == ("1",) and tape.features().shape[2] == 1  # no input is a site of the probes
+    assert cache.sites == ("1",) and cache.features().shape[2] == 1  # no input is a site of the probes
 
 
 def test_inputs_are_kept_only_when_asked_for_and_in_the_cells_of_a_grid_probe(pipeline):
     with capture(pipeline, ["0", "embed", "x_t"], Pooling("clip")) as bare:
         run(pipeline)
     assert bare.inputs == bare.input_features() == {}
-    with capture(pipeline, ["0"], Pooling("grid", across=2), "1", inputs=True) as tape:
+    with capture(pipeline, ["0"], Pooling("grid", across=2), "1", inputs=True) as cache:
         run(pipeline)
-    found = tape.input_features()
+    found = cache.input_features()
     for name in (NOISE, FIRST_FRAME, "embed", "x_t", "x0_latent"):
         assert found[f"{name}.whole"].shape[:4] == (3, 1, 2, 4)
         assert f"{name}.region" not in found
-    assert tape.places == ("r0c0", "r0c1", "r1c0", "r1c1")  # the cells of the probe, in the same order
-    assert tape.features().shape[4] == 4
+    assert cache.places == ("r0c0", "r0c1", "r1c0", "r1c1")  # the cells of the probe, in the same order
+    assert cache.features().shape[4] == 4
 
 
 def test_a_doubled_batch_keeps_the_inputs_of_the_half_that_saw_the_prompt():
@@ -210,12 +210,12 @@ def test_a_doubled_batch_keeps_the_inputs_of_the_half_that_saw_the_prompt():
         ),
     ]
     try:
-        with capture(pipeline, ["0"], Pooling("frame"), inputs=True) as tape:
+        with capture(pipeline, ["0"], Pooling("frame"), inputs=True) as cache:
             pipeline(PROMPT, guidance_scale=4.0, output_type="latent", **calls)
     finally:
         for handle in handles:
             handle.remove()
-    found = tape.input_features()
+    found = cache.input_features()
     assert set(found) == {f"{name}.whole" for name in (NOISE, WORDS, "embed", "x_t", "x0_latent")}  # no image beside it
     torch.testing.assert_close(found[f"{WORDS}.whole"][0, 0, 0, 0], seen[0][1].mean(0))
     assert not torch.allclose(seen[0][0], seen[0][1])
@@ -234,12 +234,12 @@ def test_recorded_calls_are_those_of_the_conditional_branch(pipeline):
 
     handle = pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True)
     try:
-        with capture(pipeline, ["0"], Pooling("clip"), "0,2", record=(0, 2)) as tape:
+        with capture(pipeline, ["0"], Pooling("clip"), "0,2", record=(0, 2)) as cache:
             run(pipeline, config=config)
     finally:
         handle.remove()
-    assert sorted(tape.recorded) == [0, 2]
-    for step, (context, args, kwargs) in tape.recorded.items():
+    assert sorted(cache.recorded) == [0, 2]
+    for step, (context, args, kwargs) in cache.recorded.items():
         assert context == "cond"
         assert args == ()
         assert torch.equal(kwargs["hidden_states"], seen[2 * step]["hidden_states"])
@@ -284,12 +284,12 @@ def test_guidance_in_two_calls_is_labelled(pipeline):
     seen = []
     handle = block_list(pipeline.transformer)[0].register_forward_hook(lambda m, a, out: seen.append(out.mean(1)))
     try:
-        with capture(pipeline, ["0", "x_t"], Pooling("clip")) as tape:
+        with capture(pipeline, ["0", "x_t"], Pooling("clip")) as cache:
             run(pipeline, config=config)
     finally:
         handle.remove()
-    assert tape.branches == ("cond", "uncond")
-    features = tape.features()[:, :, :, :, 0, 0]
+    assert cache.branches == ("cond", "uncond")
+    features = cache.features()[:, :, :, :, 0, 0]
     for step in range(3):  # Wan calls the transformer with the prompt first, then without
         torch.testing.assert_close(features[:, step, 0, 0], seen[2 * step])
         torch.testing.assert_close(features[:, step, 0, 1], seen[2 * step + 1])
@@ -303,12 +303,12 @@ def test_guidance_in_one_doubled_call_is_labelled():
     seen = []
     handle = block_list(pipeline.transformer)[1].register_forward_hook(lambda m, a, out: seen.append(out[0].mean(1)))
     try:
-        with capture(pipeline, ["1", "x0_latent"], Pooling("clip"), clean=[1]) as tape:
+        with capture(pipeline, ["1", "x0_latent"], Pooling("clip"), clean=[1]) as cache:
             pipeline(PROMPT, guidance_scale=4.0, generator=torch.Generator().manual_seed(0), **calls)
     finally:
         handle.remove()
-    assert tape.branches == ("cond", "uncond")
-    features = tape.features()[0, :, 0, :, 0, 0]
+    assert cache.branches == ("cond", "uncond")
+    features = cache.features()[0, :, 0, :, 0, 0]
     for step in range(2):
         torch.testing.assert_close(features[step, 1], seen[step][0])  # diffusers puts the empty prompt first
         torch.testing.assert_close(features[step, 0], seen[step][1])
@@ -320,11 +320,11 @@ def test_guidance_in_one_doubled_call_is_labelled():
 def test_two_experts_are_told_apart():
     pipeline = wan(experts=2)
     config = type(CONFIG)(steps=5, frames=5, prompt_tokens=32)
-    with capture(pipeline, "all", Pooling("clip")) as tape:
+    with capture(pipeline, "all", Pooling("clip")) as cache:
         run(pipeline, config=config)
     boundary = [float(t) >= 875 for t in pipeline.scheduler.timesteps]
-    assert [tape.experts[s] for s in range(5)] == ["high" if above else "low" for above in boundary]
-    assert set(tape.experts.values()) == {"high", "low"}
+    assert [cache.experts[s] for s in range(5)] == ["high" if above else "low" for above in boundary]
+    assert set(cache.experts.values()) == {"high", "low"}
 
 
 def test_region_pooling_reads_each_samples_own_boxes(pipeline):
@@ -336,12 +336,12 @@ def test_region_pooling_reads_each_samples_own_boxes(pipeline):
     seen = []
     handle = block_list(pipeline.transformer)[2].register_forward_hook(lambda m, a, out: seen.append(out.clone()))
     try:
-        with capture(pipeline, ["2"], Pooling("region", True, boxes), "1") as tape:
+        with capture(pipeline, ["2"], Pooling("region", True, boxes), "1") as cache:
             run(pipeline)
     finally:
         handle.remove()
-    features = tape.features()[:, 0, 0, 0]  # sample place region channel
-    assert tape.places == ("all", "0", "1")
+    features = cache.features()[:, 0, 0, 0]  # sample place region channel
+    assert cache.places == ("all", "0", "1")
     grid = seen[1].unflatten(1, (2, 4, 4))  # frame, row, column: 32 px, 8 px a token
     torch.testing.assert_close(features[0, 1, 0], grid[0, 0, 0, 0])
     torch.testing.assert_close(features[0, 2, 1], grid[0, 1, 3, 3])
@@ -429,9 +429,9 @@ def test_an_interrupted_run_keeps_its_prefix(pipeline):
 
 
 def test_x0_of_the_last_step_is_the_video(pipeline):
-    with capture(pipeline, ["x_t"], Pooling("clip"), clean=[2]) as tape:
+    with capture(pipeline, ["x_t"], Pooling("clip"), clean=[2]) as cache:
         video = run(pipeline)
-    np.testing.assert_allclose(decode(pipeline, tape.clean[2]), video, atol=1e-4)
+    np.testing.assert_allclose(decode(pipeline, cache.clean[2]), video, atol=1e-4)
 
 
 def test_clean_estimate_inverts_what_schedulers_mix():

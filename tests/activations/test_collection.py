@@ -138,13 +138,13 @@ def test_what_is_stored_is_what_capture_gives(model, config, store):
     assert experts == ["only"] * 3
     drawn = DRAWN[8:16]
     problems = [s.problem for s in drawn]
-    with capture(model, ["2"], Pooling("region", boxes=[p.regions for p in problems]), "1", inputs=True) as tape:
+    with capture(model, ["2"], Pooling("region", boxes=[p.regions for p in problems]), "1", inputs=True) as cache:
         video = sample(
             model, config, images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in drawn]
         )
     cell = next(i for i, c in enumerate(samples.cells) if (c.step, c.site) == (1, "2"))
-    assert torch.equal(samples.features[8:16, cell], tape.features()[:, 0, 0, 0, 0])
-    for name, values in tape.input_features().items():
+    assert torch.equal(samples.features[8:16, cell], cache.features()[:, 0, 0, 0, 0])
+    for name, values in cache.input_features().items():
         source, part = name.split(".")
         stored = getattr(inputs[source], part)[8:16]
         at = slice(1, 2) if stored.shape[1] == 3 else slice(0, 1)  # step 1, or all there is

@@ -54,10 +54,10 @@ class Calls:
 
 def halt_at(pipeline, cell, config=CONFIG, cells=CELLS):
     seen = {}
-    with halting(pipeline, cells, POOLING, lambda at, features: seen.update({at: features}) or at == cell) as tape:
+    with halting(pipeline, cells, POOLING, lambda at, features: seen.update({at: features}) or at == cell) as cache:
         run(pipeline, config)
         pytest.fail("the run was not halted")
-    return seen, tape
+    return seen, cache
 
 
 def state(pipeline):
@@ -73,11 +73,11 @@ def state(pipeline):
 def test_the_prefix_is_that_of_a_whole_run_bit_for_bit(pipeline, config):
     with capture(pipeline, ["0", "1"], POOLING) as whole:
         run(pipeline, config)
-    seen, tape = halt_at(pipeline, STOP, config)
+    seen, cache = halt_at(pipeline, STOP, config)
     assert list(seen) == list(CELLS[:4])
     for cell, features in seen.items():
         at = (cell.step, cell.site, "cond")
-        assert torch.equal(tape.parts[at], whole.parts[at])
+        assert torch.equal(cache.parts[at], whole.parts[at])
         assert torch.equal(features, whole.parts[at][:, 1])
 
 

@@ -25,11 +25,11 @@ def test_a_halted_answer_is_that_of_a_whole_run(tmp_path):
     drawn = with_noise(TASK.problems("test", 2, "one_exit"), 0)
     problems = [s.problem for s in drawn]
     answers = early_answers(model, config, TASK, bank, "answer", cell, drawn)
-    with capture(model, [cell.site], pooling_of("region", False, problems), str(cell.step)) as tape:
+    with capture(model, [cell.site], pooling_of("region", False, problems), str(cell.step)) as cache:
         video = sample(model, config, images(TASK, problems), [p.prompt for p in problems], [s.seed for s in drawn])
-    features = tape.parts[(cell.step, cell.site, "cond")][:, 0]
-    odds = bank.probabilities(features[:, None], "answer", [cell])[0]
-    assert [a.answer for a in answers] == odds.argmax(-1).tolist()
-    assert [a.probability for a in answers] == pytest.approx(odds.amax(-1).tolist())
+    features = cache.parts[(cell.step, cell.site, "cond")][:, 0]
+    proba = bank.probabilities(features[:, None], "answer", [cell])[0]
+    assert [a.answer for a in answers] == proba.argmax(-1).tolist()
+    assert [a.probability for a in answers] == pytest.approx(proba.amax(-1).tolist())
     assert [a.drawn for a in answers] == [TASK.readout(p, clip).answer for p, clip in zip(problems, video, strict=True)]
     assert [a.right for a in answers] == [TASK.solutions(p) for p in problems]

@@ -47,28 +47,28 @@ def run(pipeline, config, problems=PROBLEMS, **changes):
 
 
 @pytest.fixture(scope="module")
-def odds(pipeline, config, bank) -> torch.Tensor:
+def proba(pipeline, config, bank) -> torch.Tensor:
     """[look, sample, class] of a whole run."""
-    with capture(pipeline, ["0", "2"], pooling_of("region", False, PROBLEMS)) as tape:
+    with capture(pipeline, ["0", "2"], pooling_of("region", False, PROBLEMS)) as cache:
         run(pipeline, config)
-    features = torch.stack([tape.parts[(c.step, c.site, "cond")][:, 0] for c in CELLS], dim=1)
+    features = torch.stack([cache.parts[(c.step, c.site, "cond")][:, 0] for c in CELLS], dim=1)
     return bank.probabilities(features, "answer", CELLS)
 
 
-def test_every_look_is_told_and_the_run_is_finished_when_nothing_is_sure(pipeline, config, bank, odds):
+def test_every_look_is_told_and_the_run_is_finished_when_nothing_is_sure(pipeline, config, bank, proba):
     told = []
     with attach(bank, pipeline, PROBLEMS, policy_at(math.inf), told.append) as reader:
         video = run(pipeline, config)
     assert np.array_equal(video, run(pipeline, config))
     assert [step for step, _, _ in told] == [c.step for c in CELLS]
-    assert [list(said) for _, said, _ in told] == odds.argmax(-1).tolist()
-    assert torch.equal(torch.tensor([sure for _, _, sure in told]), odds.amax(-1))
+    assert [list(said) for _, said, _ in told] == proba.argmax(-1).tolist()
+    assert torch.equal(torch.tensor([sure for _, _, sure in told]), proba.amax(-1))
     assert reader.answers == [None] * 3 and not reader.stopped
 
 
-def test_the_run_ends_when_every_problem_of_the_batch_has_an_answer(pipeline, config, bank, odds):
+def test_the_run_ends_when_every_problem_of_the_batch_has_an_answer(pipeline, config, bank, proba):
     """The threshold is the lowest of each problem's best confidence: the last one answers at that very look."""
-    sure, threshold = odds.amax(-1), float(odds.amax(-1).amax(0).min())
+    sure, threshold = proba.amax(-1), float(proba.amax(-1).amax(0).min())
     first = [int((column >= threshold).nonzero()[0]) for column in sure.T]
     finished = False
     with attach(bank, pipeline, PROBLEMS, policy_at(threshold)) as reader:
@@ -77,12 +77,12 @@ def test_the_run_ends_when_every_problem_of_the_batch_has_an_answer(pipeline, co
     assert reader.stopped and not finished
     assert len(reader.readings) == max(first) + 1
     for i, (answer, look) in enumerate(zip(reader.answers, first, strict=True)):
-        assert answer == (int(odds[look, i].argmax()), float(sure[look, i]), CELLS[look].step, int(CELLS[look].site))
+        assert answer == (int(proba[look, i].argmax()), float(sure[look, i]), CELLS[look].step, int(CELLS[look].site))
 
 
 def test_the_bank_carries_its_policy(bank, pipeline, config, tmp_path):
     policy = policy_at(0.0)
-    bank.signed(policies=[policy.described()]).save(tmp_path)
+    bank.with_provenance(policies=[policy.described()]).save(tmp_path)
     again = ProbeBank.load(tmp_path)
     assert bank_policy(again, "one_exit") == policy
     with attach(again, pipeline, PROBLEMS) as reader:
@@ -97,7 +97,7 @@ def refused(bank: ProbeBank, pipeline, problems=PROBLEMS, policy: Policy | None 
 
 
 def test_another_model_or_scheduler_is_refused(bank, pipeline, config, tmp_path):
-    other = bank.signed(store=bank.provenance["store"] | {"model": "beef"})
+    other = bank.with_provenance(store=bank.provenance["store"] | {"model": "beef"})
     with pytest.raises(ValueError, match="this bank was made for model beef"):
         refused(other, pipeline)
     changed = load_pipeline(config)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from cosprobe.ensembles.ensemble import Bench
-from tests.examples.banks import TASK, judge
+from cosprobe.ensembles.ensemble import RunContext
+from tests.examples.banks import TASK, scorer
 from tests.examples.pipelines import CONFIG, wan
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
-    return Bench(wan(), CONFIG, TASK, judge())
+def context() -> RunContext:
+    return RunContext(wan(), CONFIG, TASK, scorer())

@@ -94,29 +94,29 @@ def test_nothing_is_chosen_beyond_the_budget_and_ties_go_to_the_cheapest():
         assert price(single, 10, COST) <= budget < price(longer, 10, COST)
 
 
-def test_every_method_is_tried(bench):
-    found = candidates(bench, TINY)
+def test_every_method_is_tried(context):
+    found = candidates(context, TINY)
     assert {c.method for c in found} == set(METHODS) - {"single"} and len(found) == len(set(found))
     for c in found:
-        assert price(c, bench.config.steps, COST) > 0 and str(c)
+        assert price(c, context.config.steps, COST) > 0 and str(c)
     assert len({str(c) for c in found}) == len(found)
 
 
 @pytest.fixture(scope="module")
-def compared(bench, tmp_path_factory):
+def compared(context, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ensemble")
-    return compare(bench, TINY, 20, 0, folder, {}), folder
+    return compare(context, TINY, 20, 0, folder, {}), folder
 
 
-def test_a_second_comparison_runs_nothing_and_says_the_same(compared, bench, monkeypatch):
+def test_a_second_comparison_runs_nothing_and_says_the_same(compared, context, monkeypatch):
     first, folder = compared
     monkeypatch.setattr(trials, "run", None)
-    again = compare(bench, TINY, 20, 0, folder, {})
+    again = compare(context, TINY, 20, 0, folder, {})
     assert again.chosen == first.chosen
     assert json.dumps(numbers(again)) == json.dumps(numbers(first))
 
 
-def test_numbers_on_disk_are_those_of_runs(compared, bench):
+def test_numbers_on_disk_are_those_of_runs(compared, context):
     """Any candidate, free or not, run by hand on the same problems gives the same answers."""
     found, _ = compared
     problems = fresh_problems(TASK, "test", 20, 4, TASK.kinds)
@@ -126,12 +126,12 @@ def test_numbers_on_disk_are_those_of_runs(compared, bench):
         right, begun = [], []
         for start in range(3 if c.free else 1):
             seeds = [(start + i) % 3 for i in range(c.plan.seeds)]
-            outcome = run(bench, c.method, c.plan, problems, which=seeds)
+            outcome = run(context, c.method, c.plan, problems, which=seeds)
             right.append([int(a) in TASK.solutions(p) for a, p in zip(outcome.answers, problems, strict=True)])
             begun.append(outcome.begun.float())
         np.testing.assert_allclose(found.test[c], np.mean(right, axis=0), atol=1e-6)
-        parts = flops(bench.model, bench.config, images(TASK, problems[:1]), [problems[0].prompt])
-        spent = price(c, bench.config.steps, parts, float(torch.stack(begun).mean()))
+        parts = flops(context.model, context.config, images(TASK, problems[:1]), [problems[0].prompt])
+        spent = price(c, context.config.steps, parts, float(torch.stack(begun).mean()))
         assert found.spent[c] * 1e9 == pytest.approx(spent, rel=1e-6)
     assert found.right.shape == (4, 3)
 
@@ -144,10 +144,10 @@ def test_every_budget_is_kept(compared):
     assert set(found.chosen["three runs'"]) == set(METHODS)
 
 
-def test_a_stopped_comparison_keeps_finished_batches(bench, tmp_path, monkeypatch):
+def test_a_stopped_comparison_keeps_finished_batches(context, tmp_path, monkeypatch):
     problems = {"test": TASK.problems("test", 4)}
-    desk = Trials(bench, problems, 3, 0, tmp_path, {})
-    monkeypatch.setattr(bench.config, "batch", 3)  # one problem at a time
+    desk = Trials(context, problems, 3, 0, tmp_path, {})
+    monkeypatch.setattr(context.config, "batch", 3)  # one problem at a time
     calls, original = [], trials.run
 
     def stops(*arguments, **more):

@@ -45,16 +45,16 @@ FREE = [m for m in METHODS if Candidate(m, Plan(3, layers=(1,))).free]
 
 
 @pytest.fixture(scope="module")
-def records(bench):
-    return run(bench, "vote", Plan(4), PROBLEMS, read=range(3))
+def records(context):
+    return run(context, "vote", Plan(4), PROBLEMS, read=range(3))
 
 
 @pytest.fixture(scope="module")
-def whole(bench):
+def whole(context):
     """Every run of both problems, finished by a plain call: [problem, seed, ...]."""
     samples = [p for p in PROBLEMS for _ in range(4)]
     seeds = [noise_seed(p, k, 0) for p in PROBLEMS for k in range(4)]
-    video = sample(bench.model, CONFIG, images(TASK, samples), [p.prompt for p in samples], seeds)
+    video = sample(context.model, CONFIG, images(TASK, samples), [p.prompt for p in samples], seeds)
     return np.asarray(video).reshape(2, 4, *video.shape[1:])
 
 
@@ -98,15 +98,15 @@ def test_the_clearest_video_is_found_and_none_comes_last(found):
 
 @given(st.integers(0, 1000), st.integers(1, 4), st.permutations(range(4)))
 def test_probes_choose_the_same_runs_in_any_order(seed, kept, order):
-    odds = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+    proba = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(seed)).softmax(-1)
     for choose in (surest, agreeing):
-        one, other = choose(odds, kept), choose(odds[:, list(order)], kept)
+        one, other = choose(proba, kept), choose(proba[:, list(order)], kept)
         assert [set(row) for row in one.tolist()] == [{order[i] for i in row} for row in other.tolist()]
     for p in range(3):
-        best = sorted(range(4), key=lambda k: -float(odds[p, k].max()))[:kept]
-        assert surest(odds, kept)[p].tolist() == best
-        answer = int(odds[p].mean(0).argmax())
-        assert agreeing(odds, kept)[p].tolist() == sorted(range(4), key=lambda k: -float(odds[p, k, answer]))[:kept]
+        best = sorted(range(4), key=lambda k: -float(proba[p, k].max()))[:kept]
+        assert surest(proba, kept)[p].tolist() == best
+        answer = int(proba[p].mean(0).argmax())
+        assert agreeing(proba, kept)[p].tolist() == sorted(range(4), key=lambda k: -float(proba[p, k, answer]))[:kept]
 
 
 def test_disagreement_is_the_share_outside_the_largest_group():
@@ -135,29 +135,29 @@ def test_windows_are_inside_the_model(depth):
         assert parts["middle"] == tuple(range(20, 30)) and parts["early"] == tuple(range(10))
 
 
-def test_probes_read_what_capture_pools(bench, records):
+def test_probes_read_what_capture_pools(context, records):
     layers = {0: 0, 1: 2, 2: 2}  # best on validation, by the table above
     for i, problem in enumerate(PROBLEMS):
         seeds = [noise_seed(problem, k, 0) for k in range(4)]
-        pooling = bench.judge.pooling([problem] * 4)
-        with capture(bench.model, "all", pooling) as tape:
-            video = sample(bench.model, CONFIG, images(TASK, [problem] * 4), [problem.prompt] * 4, seeds)
-        features, name = tape.features(), {"one_exit": "answer", "choice": "choice"}[problem.kind]
+        pooling = context.scorer.pooling([problem] * 4)
+        with capture(context.model, "all", pooling) as cache:
+            video = sample(context.model, CONFIG, images(TASK, [problem] * 4), [problem.prompt] * 4, seeds)
+        features, name = cache.features(), {"one_exit": "answer", "choice": "choice"}[problem.kind]
         for step, layer in layers.items():
             cell = Cell(step, str(layer), "cond", "all")
-            odds = bench.judge.bank.probabilities(features[:, step, layer, 0, 0][:, None], name, [cell])[0]
-            torch.testing.assert_close(records.odds[step][i], odds, atol=1e-4, rtol=0)
+            proba = context.scorer.bank.probabilities(features[:, step, layer, 0, 0][:, None], name, [cell])[0]
+            torch.testing.assert_close(records.proba[step][i], proba, atol=1e-4, rtol=0)
         read = [TASK.readout(problem, clip) for clip in video]
         assert records.finished.answers[i].tolist() == [-1 if r.answer is None else r.answer for r in read]
-    assert records.odds[0].amax(-1).std() > 0.01  # the runs can be told apart
+    assert records.proba[0].amax(-1).std() > 0.01  # the runs can be told apart
 
 
 @pytest.mark.parametrize(("method", "seeds"), [*((m, 3) for m in FREE), ("prune", 4)])
-def test_a_replay_returns_what_a_run_returns(bench, records, whole, method, seeds):
-    outcome = run(bench, method, plan(method, seeds), PROBLEMS)
+def test_a_replay_returns_what_a_run_returns(context, records, whole, method, seeds):
+    outcome = run(context, method, plan(method, seeds), PROBLEMS)
     part = Finished(records.finished.answers[:, :seeds], records.finished.scores[:, :seeds])
-    odds = {step: value[:, :seeds] for step, value in records.odds.items()}
-    answers, which, begun = replay(course(method, plan(method, seeds), CONFIG.steps), part, odds)
+    proba = {step: value[:, :seeds] for step, value in records.proba.items()}
+    answers, which, begun = replay(course(method, plan(method, seeds), CONFIG.steps), part, proba)
     assert answers.tolist() == outcome.answers.tolist() and which.tolist() == outcome.run.tolist()
     assert begun.tolist() == outcome.begun.tolist()
     np.testing.assert_allclose(outcome.video, whole[np.arange(2), which.numpy()], atol=1e-4)
@@ -168,10 +168,10 @@ def test_another_run_is_made_only_while_the_last_one_is_not_believed(name):
     """Against the loop in words, on random videos and readings."""
     draw = torch.Generator().manual_seed(3)
     answers = torch.randint(-1, 4, (200, 3), generator=draw)
-    odds = (2 * torch.randn(200, 3, 4, generator=draw)).softmax(-1)
-    found = replay(course(name, Plan(3, (1,)), 20), Finished(answers, torch.zeros(200, 3, 4)), {1: odds})
+    proba = (2 * torch.randn(200, 3, 4, generator=draw)).softmax(-1)
+    found = replay(course(name, Plan(3, (1,)), 20), Finished(answers, torch.zeros(200, 3, 4)), {1: proba})
     made = Counter()
-    for shown, read, answer, which, begun in zip(answers, odds, *found, strict=True):
+    for shown, read, answer, which, begun in zip(answers, proba, *found, strict=True):
         for count in range(1, 4):
             belief = [0.0 if a < 0 else 1.0 if name == "retry" else 4 * float(read[:count, a].mean()) for a in shown]
             if belief[count - 1] >= 1:
@@ -182,26 +182,26 @@ def test_another_run_is_made_only_while_the_last_one_is_not_believed(name):
     assert min(made[c, True] for c in (1, 2, 3)) > 3 and made[3, False] > 0  # every way to end
 
 
-def test_only_problems_that_ask_for_another_run_get_one(bench, records, whole, monkeypatch):
+def test_only_problems_that_ask_for_another_run_get_one(context, records, whole, monkeypatch):
     """By a rule on probe readings that the first problem meets with its second seed, the other one never."""
-    sure = records.odds[0].amax(dim=-1)
+    sure = records.proba[0].amax(dim=-1)
     bar = [float(sure[0, 1]), float(sure.max()) + 1]
     keys = {float(sure[p, k]): bar[p] for p in range(2) for k in range(4)}
 
-    def rule(finished, odds):
-        read = odds[0].nan_to_num().amax(-1).tolist()  # NaN: of runs that were not made
+    def rule(finished, proba):
+        read = proba[0].nan_to_num().amax(-1).tolist()  # NaN: of runs that were not made
         near = [[min(keys, key=lambda known: abs(known - value)) for value in row] for row in read]
         return torch.tensor([[float(value >= keys[value]) for value in row] for row in near])
 
     path = Course(3, only, credit=rule, asks=(0,))
     monkeypatch.setitem(METHODS, "probe_retry", lambda plan, steps: path)
-    outcome = run(bench, "probe_retry", Plan(3), PROBLEMS)
+    outcome = run(context, "probe_retry", Plan(3), PROBLEMS)
     first = 1 if float(sure[0, 0]) >= bar[0] else 2
     assert outcome.begun.tolist() == [first, 3] and outcome.run.tolist() == [first - 1, 0]
     assert outcome.disagreement.isnan().tolist() == [first == 1, False]
     np.testing.assert_allclose(outcome.video, whole[[0, 1], outcome.run.numpy()], atol=1e-4)
     part = Finished(records.finished.answers[:, :3], records.finished.scores[:, :3])
-    answers, which, begun = replay(path, part, {0: records.odds[0][:, :3]})
+    answers, which, begun = replay(path, part, {0: records.proba[0][:, :3]})
     assert (answers.tolist(), which.tolist(), begun.tolist()) == (
         outcome.answers.tolist(), outcome.run.tolist(), outcome.begun.tolist()
     )  # fmt: skip
@@ -209,44 +209,44 @@ def test_only_problems_that_ask_for_another_run_get_one(bench, records, whole, m
 
 def test_what_changes_its_runs_cannot_be_replayed(records):
     with pytest.raises(ValueError, match="this course changes what its runs compute"):
-        replay(course("hidden", plan("hidden"), 3), records.finished, records.odds)
+        replay(course("hidden", plan("hidden"), 3), records.finished, records.proba)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_price_is_what_is_counted(bench, method):
+def test_the_price_is_what_is_counted(context, method):
     """Counted operations of a whole call equal the sum of its parts: what is dropped is not computed. Where probes
     read, pooling and probes come on top, which the price leaves out."""
     candidate, problem = Candidate(method, plan(method, 4)), PROBLEMS[:1]
-    parts = costing.flops(bench.model, CONFIG, images(TASK, problem), [problem[0].prompt])
+    parts = costing.flops(context.model, CONFIG, images(TASK, problem), [problem[0].prompt])
     with FlopCounterMode(display=False, custom_mapping=costing._ATTENTION) as counter:
-        begun = float(run(bench, method, candidate.plan, problem).begun[0])
+        begun = float(run(context, method, candidate.plan, problem).begun[0])
     counted, known = counter.get_total_flops(), price(candidate, CONFIG.steps, parts, begun)
     assert known < counted < 1.005 * known if method in PROBES else counted == known
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("single", "retry", "probe_retry")])
-def test_the_order_of_seeds_changes_nothing(bench, method):
+def test_the_order_of_seeds_changes_nothing(context, method):
     """Of all seeds, or of those beside the first where the first one's run goes on."""
     first = method in ("hidden", "x0", "latent", "probe_weighted")
     orders = ([0, 1, 2], [0, 2, 1]) if first else ([0, 1, 2], [2, 0, 1])
-    one, other = (run(bench, method, plan(method), PROBLEMS, which=order) for order in orders)
+    one, other = (run(context, method, plan(method), PROBLEMS, which=order) for order in orders)
     assert one.answers.tolist() == other.answers.tolist()
     assert [orders[0][i] for i in one.run] == [orders[1][i] for i in other.run]
     np.testing.assert_allclose(one.video, other.video, atol=1e-4)
 
 
-def test_a_problem_is_answered(bench):
+def test_a_problem_is_answered(context):
     for method in ("prune", "hidden", "vote"):
-        found = ensemble(bench.model, PROBLEMS[0], method, 3, probes=bench.judge, task=TASK, config=CONFIG)
-        same = run(bench, method, plan(method, layers=(1,)), PROBLEMS[:1])
+        found = ensemble(context.model, PROBLEMS[0], method, 3, probes=context.scorer, task=TASK, config=CONFIG)
+        same = run(context, method, plan(method, layers=(1,)), PROBLEMS[:1])
         assert found.video.shape == (5, 64, 64, 3) and found.run == int(same.run[0])
         assert found.choice == TASK.readout(PROBLEMS[0], found.video).answer
         assert np.isnan(found.disagreement) if method == "hidden" else 0 <= found.disagreement < 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.choice = 3
     assert found.evaluations == 9
-    retried = ensemble(bench.model, PROBLEMS[0], "probe_retry", 3, probes=bench.judge, task=TASK, config=CONFIG)
-    assert retried.evaluations == 3 * int(run(bench, "probe_retry", plan("probe_retry"), PROBLEMS[:1]).begun[0])
+    retried = ensemble(context.model, PROBLEMS[0], "probe_retry", 3, probes=context.scorer, task=TASK, config=CONFIG)
+    assert retried.evaluations == 3 * int(run(context, "probe_retry", plan("probe_retry"), PROBLEMS[:1]).begun[0])
 
 
 @pytest.mark.parametrize(
@@ -266,19 +266,19 @@ def test_a_problem_is_answered(bench):
         ({"config": replace(CONFIG, steps=9)}, "pipeline.steps=9: these probes were trained at 3; sample as they were"),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_in_one_line(bench, arguments, message):
-    given = {"problem": PROBLEMS[0], "probes": bench.judge, "task": TASK, "config": CONFIG, "seeds": 3} | arguments
+def test_bad_input_is_refused_in_one_line(context, arguments, message):
+    given = {"problem": PROBLEMS[0], "probes": context.scorer, "task": TASK, "config": CONFIG, "seeds": 3} | arguments
     with pytest.raises(ValueError, match=message) as caught:
-        ensemble(bench.model, **given)
+        ensemble(context.model, **given)
     assert "\n" not in str(caught.value)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in bench.model.transformer.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in context.model.transformer.modules())
 
 
 @pytest.mark.parametrize("method", [*PROBES, "hidden"])
-def test_activations_that_are_not_finite_are_named(bench, method):
-    hook = bench.model.transformer.blocks[0].register_forward_hook(lambda block, args, out: out * torch.nan)
+def test_activations_that_are_not_finite_are_named(context, method):
+    hook = context.model.transformer.blocks[0].register_forward_hook(lambda block, args, out: out * torch.nan)
     try:
         with pytest.raises(ValueError, match=r"layer \d gave NaN or infinite activations at step 0"):
-            run(bench, method, plan(method), PROBLEMS)
+            run(context, method, plan(method), PROBLEMS)
     finally:
         hook.remove()

@@ -179,8 +179,8 @@ def covered_differences(interval, problems: int) -> float:
     least = 1.0
     for truth in np.linspace(0, 0.5, 11):
         for apart in sorted({truth, min(truth + 0.01, 1), 0.5 + truth / 2, 1.0} - {0.0}):
-            odds = np.array([(apart + truth) / 2, (apart - truth) / 2, 1 - apart]).clip(1e-12)
-            chance = stats.multinomial.pmf(table, problems, odds / odds.sum())
+            proba = np.array([(apart + truth) / 2, (apart - truth) / 2, 1 - apart]).clip(1e-12)
+            chance = stats.multinomial.pmf(table, problems, proba / proba.sum())
             least = min(least, float(chance[(lower <= truth + 1e-12) & (truth - 1e-12 <= upper)].sum()))
     return least
 

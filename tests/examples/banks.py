@@ -8,7 +8,7 @@ import torch
 
 from cosprobe.cells import Cell
 from cosprobe.early_exit.policy import Policy
-from cosprobe.ensembles.probe_scorer import Judge
+from cosprobe.ensembles.probe_scorer import ProbeScorer
 from cosprobe.models.pipelines import PipelineConfig, fingerprint
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.tasks import MazeConfig, Target
@@ -41,7 +41,7 @@ def policy_at(threshold: float) -> Policy:
     return Policy("answer", "maze", "one_exit", "choice", CELLS, threshold, 0.05, 0.95, 300, 250, 4, 0.01)
 
 
-def judge() -> Judge:
+def scorer() -> ProbeScorer:
     """Probes of random weights: they read something, different for every run."""
     draw = torch.Generator().manual_seed(1)
     targets = tuple(t for t in TASK.targets if t.name in ("answer", "choice"))
@@ -54,4 +54,4 @@ def judge() -> Judge:
                               "pipeline.guidance": 1.0}},
     )  # fmt: skip
     accuracy = {c: 0.5 + int(c.site) * (1 if c.step else -1) / 10 for c in cells}  # last layer, at step 0 the first
-    return Judge(bank, {t.name: accuracy for t in targets}, "maze")
+    return ProbeScorer(bank, {t.name: accuracy for t in targets}, "maze")

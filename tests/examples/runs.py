@@ -122,7 +122,7 @@ def examined(samples: ProbeSamples, inputs: dict[str, InputFeatures], weights: W
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         recipe, trainer = ProbeConfig(kind="ridge", lambdas=[0.1, 1.0]), TrainerConfig(precision="32-true")
-        bank = fit(samples, recipe, trainer, Path(folder), 0).signed(store={"model": "none"})
+        bank = fit(samples, recipe, trainer, Path(folder), 0).with_provenance(store={"model": "none"})
         readings = read_inputs(samples, inputs, recipe.kind, recipe.lambdas)
     evaluated = evaluate(samples, ("transformer",) * STEPS, bank, readings)
     grid, checks = examine(evaluated, samples, inputs, bank, weights)

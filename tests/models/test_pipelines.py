@@ -189,7 +189,9 @@ def test_samples_can_leave_a_running_batch(experts, guidance, multistep):
     four, sizes = torch.cat([IMAGES, 1 - IMAGES]), []
     models = [pipeline.transformer, pipeline.transformer_2][:experts]
     hooks = [m.register_forward_hook(lambda model, args, output: sizes.append(len(output[0]))) for m in models]
-    video = sample(pipeline, config, four, [PROMPT] * 4, [1, 2, 3, 4], thin=lambda step: {1: [1, 3], 2: [1]}.get(step))
+    video = sample(
+        pipeline, config, four, [PROMPT] * 4, [1, 2, 3, 4], filter_batch=lambda step: {1: [1, 3], 2: [1]}.get(step)
+    )
     for hook in hooks:
         hook.remove()
     alone = sample(pipeline, config, four[3:], [PROMPT], [4])
@@ -202,4 +204,4 @@ def test_samples_that_go_one_by_one_cannot_leave():
     pipeline = wan()
     pipeline.transformer.register_to_config(image_dim=8)
     with pytest.raises(ValueError, match="this transformer is given a CLIP image embedding .Wan2.1.: expected one"):
-        sample(pipeline, CONFIG, IMAGES, [PROMPT] * 2, [1, 2], thin=lambda step: None)
+        sample(pipeline, CONFIG, IMAGES, [PROMPT] * 2, [1, 2], filter_batch=lambda step: None)

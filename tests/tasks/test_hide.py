@@ -60,7 +60,7 @@ def test_labels_follow_from_the_scene(problems):
         assert (labels["first"], labels["shift"], labels["marked"]) == (scene.objects, scene.shift, scene.marked)
         present = [identity for identity in scene.objects if identity != NONE]
         assert len(set(present)) == len(present) == problem.difficulty["objects"] == labels["objects"] + 2
-        assert TASK.admissible(problem) == tuple(sorted(present))
+        assert TASK.plausible_answers(problem) == tuple(sorted(present))
         assert TASK.solutions(problem) == (problem.answer,)
         assert problem.difficulty["hidden"] == len(TASK.hidden_frames(problem))
 
@@ -250,7 +250,7 @@ def test_a_grey_video_reads_as_none_and_still_has_scores(problems, rng):
     for value in (0.0, 0.5, 1.0, rng.uniform(size=(3, 64, 64, 3))):
         read = TASK.readout(problems[0], np.full((3, 64, 64, 3), value, dtype=np.float32))
         assert read.answer is None
-        assert read.forced in TASK.admissible(problems[0])
+        assert read.forced in TASK.plausible_answers(problems[0])
         assert np.isfinite(read.scores).all()
 
 

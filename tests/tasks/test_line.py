@@ -80,8 +80,8 @@ def test_labels_agree_with_the_board(task):
         assert len(threats) <= 1
         assert problem.labels.get("threat") == next(iter(threats), None)
         assert problem.labels["pieces"] == tuple(marks)
-        assert task.admissible(problem) == tuple(cell for cell in range(n * n) if marks[cell] == 0)
-        assert set(wins) <= set(task.admissible(problem))
+        assert task.plausible_answers(problem) == tuple(cell for cell in range(n * n) if marks[cell] == 0)
+        assert set(wins) <= set(task.plausible_answers(problem))
         upper, lower = (marks[i * n + i] for i in (n // 2 - 1, n // 2))
         assert problem.labels["centre"] == 3 * upper + lower
         assert problem.layout.cell in wins
@@ -248,7 +248,7 @@ def test_readout_bears_noise_and_blur(problems, rng):
 
 def test_a_wrong_answer_reads_as_that_answer(problems):
     for problem in problems[:100]:
-        for cell in TASK.admissible(problem)[::3]:
+        for cell in TASK.plausible_answers(problem)[::3]:
             read = TASK.readout(problem, played(TASK, filling(problem, cell)))
             assert read.answer == read.forced == cell
             assert (read.path == 1.0) == (cell in TASK.solutions(problem))
@@ -283,7 +283,7 @@ def test_any_video_has_scores(problems):
         read = TASK.readout(problems[0], np.full((3, 64, 64, 3), value, dtype=np.float32))
         assert read.answer is None
         assert len(read.scores) == 36 and np.isfinite(read.scores).all()
-        assert read.forced in TASK.admissible(problems[0])
+        assert read.forced in TASK.plausible_answers(problems[0])
     for problem in problems[:60]:
         read = TASK.readout(problem, 0.15 * played(TASK, problem) + 0.85 * 0.5)
         assert read.answer is None
@@ -294,8 +294,8 @@ def test_any_video_has_scores(problems):
 
 
 def guess(problems: list[Problem]) -> float:
-    """How often a guess among the admissible cells is right."""
-    return float(np.mean([len(TASK.solutions(p)) / len(TASK.admissible(p)) for p in problems]))
+    """How often a guess among the plausible_answers cells is right."""
+    return float(np.mean([len(TASK.solutions(p)) / len(TASK.plausible_answers(p)) for p in problems]))
 
 
 @pytest.mark.slow

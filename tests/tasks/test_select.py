@@ -114,7 +114,7 @@ def test_labels_agree_with_prompt_and_picture(problems):
         assert sum(taken) == problem.difficulty["objects"] == labels["objects"] + 2
         assert len({name for _, name in problem.layout.objects}) == sum(taken)
         assert TASK.solutions(problem) == (problem.answer,)
-        assert TASK.admissible(problem) == (0, 1, 2, 3)
+        assert TASK.plausible_answers(problem) == (0, 1, 2, 3)
 
 
 def test_labels_stay_within_their_classes(problems):
@@ -384,7 +384,7 @@ def test_neither_picture_nor_prompt_alone_gives_the_answer_away(many):
     spoken = sorted({word for p in many for word in p.prompt.split()})
     words = np.array([[2.0 * (f" {word} " in f" {p.prompt} ") for word in spoken] for p in many])
     answers = np.array([p.answer for p in many])
-    guesser = np.mean([1 / len(TASK.admissible(p)) for p in many[1500:]])
+    guesser = np.mean([1 / len(TASK.plausible_answers(p)) for p in many[1500:]])
     scores = {
         name: fit(seen, answers)
         for name, seen in {"pixels": pixels, "words": words, "both": np.hstack([pixels, words])}.items()

@@ -140,7 +140,7 @@ def test_labels_stay_within_their_classes(task, problems):
 
 def test_answer_solutions_and_what_is_admissible_agree(task, problems):
     for p in problems:
-        right, possible = task.solutions(p), task.admissible(p)
+        right, possible = task.solutions(p), task.plausible_answers(p)
         assert 0 < len(right) < len(possible) and set(right) < set(possible) <= set(range(task.candidates))
         assert len(p.regions) == task.regions
         assert (p.task, p.kind in task.kinds) == (task.name, True)
@@ -262,7 +262,7 @@ def test_a_grey_video_reads_as_none_and_still_has_scores(task, problems):
         assert read.answer is None
         assert read.path < 1
         assert len(read.scores) == task.candidates and np.isfinite(read.scores).all()
-        assert read.forced in task.admissible(problems[0])
+        assert read.forced in task.plausible_answers(problems[0])
 
 
 def test_a_faint_video_keeps_the_order_of_the_scores(task, problems):
@@ -321,12 +321,12 @@ def test_a_linear_classifier_of_the_first_frame_finds_little(family, task):
     probe = LogisticRegression(C=0.3, max_iter=500).fit(pixels(learn), [p.answer for p in learn])
     for kind in task.kinds:
         unseen = task.problems("test", 1000, kind)
-        odds = np.full((1000, task.candidates), -1.0)
-        odds[:, probe.classes_] = probe.predict_proba(pixels(unseen))
-        possible = np.array([[k in task.admissible(p) for k in range(task.candidates)] for p in unseen])
+        proba = np.full((1000, task.candidates), -1.0)
+        proba[:, probe.classes_] = probe.predict_proba(pixels(unseen))
+        possible = np.array([[k in task.plausible_answers(p) for k in range(task.candidates)] for p in unseen])
         right = np.array([[k in task.solutions(p) for k in range(task.candidates)] for p in unseen])
         guess = (right.sum(1) / possible.sum(1)).mean()
-        score, among = (right[np.arange(1000), pick.argmax(1)].mean() for pick in (odds, odds * possible))
+        score, among = (right[np.arange(1000), pick.argmax(1)].mean() for pick in (proba, proba * possible))
         print(f"{family}/{kind}: pixels {score:.3f}, among the possible {among:.3f}, guess {guess:.3f}")  # noqa: T201
         assert max(score, among) < guess + 0.1
 

@@ -157,7 +157,7 @@ def code_length(
 ) -> Float[np.ndarray, "cell sample"]:
     """Bits per label that probabilities softmax(decision), mixed with one uniform pseudo-label after `seen` real
     ones, need for `labels`; the mean over regions where labels have them."""
-    odds = decision.double().softmax(dim=-1)
-    of_label = odds.gather(-1, labels.expand(odds.shape[:-1])[..., None])[..., 0]
-    bits = -((seen * of_label + 1 / odds.shape[-1]) / (seen + 1)).log2()
+    proba = decision.double().softmax(dim=-1)
+    of_label = proba.gather(-1, labels.expand(proba.shape[:-1])[..., None])[..., 0]
+    bits = -((seen * of_label + 1 / proba.shape[-1]) / (seen + 1)).log2()
     return bits.flatten(2).mean(dim=2).numpy() if bits.ndim > 2 else bits.numpy()

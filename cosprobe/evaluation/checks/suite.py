@@ -131,8 +131,8 @@ def _curves(samples: ProbeSamples, bank: ProbeBank, target: str, cell: Cell) -> 
     labels = test.labels[target].flatten()
     bins = max(1, min(BINS, int((labels >= 0).sum()) // ROWS))
     raw = bank.decision(features, target, [cell]).softmax(dim=-1)
-    odds = bank.probabilities(features, target, [cell])
-    a, b = (reliability(values.reshape(len(labels), -1), labels, bins) for values in (odds, raw))
+    proba = bank.probabilities(features, target, [cell])
+    a, b = (reliability(values.reshape(len(labels), -1), labels, bins) for values in (proba, raw))
     return a, b
 
 

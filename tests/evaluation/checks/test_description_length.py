@@ -147,10 +147,10 @@ def test_a_class_no_early_block_has_costs_a_bounded_number_of_bits():
 
 
 def test_code_length_by_hand():
-    odds = torch.tensor([[[0.9, 0.1], [0.5, 0.5]]])
-    bits = code_length(odds.log(), torch.tensor([1, 0]), 9)
+    proba = torch.tensor([[[0.9, 0.1], [0.5, 0.5]]])
+    bits = code_length(proba.log(), torch.tensor([1, 0]), 9)
     np.testing.assert_allclose(bits, -np.log2([[(9 * 0.1 + 0.5) / 10, 0.5]]), atol=1e-6)
-    by_region = code_length(odds.log()[:, None], torch.tensor([[1, 0]]), 9)
+    by_region = code_length(proba.log()[:, None], torch.tensor([[1, 0]]), 9)
     np.testing.assert_allclose(by_region, bits.mean(keepdims=True), atol=1e-12)
     whole = sum(2 ** -code_length(torch.randn(1, 1, 3, generator=torch.Generator().manual_seed(k)) * 9,
                                   torch.tensor([c]), 7)[0, 0] for k in (4,) for c in range(3))  # fmt: skip

@@ -188,8 +188,8 @@ def test_reliability_is_that_of_the_best_cell_on_test(made):
         heat = made.bank.temperatures[name][at]
         values = made.bank.decision(test.features, name)[at]
         labelled = int((test.labels[name] >= 0).sum())
-        for curve, odds in zip(made.checks.reliability[name], (values / heat, values), strict=True):
-            expected = reliability(odds.softmax(-1), test.labels[name], BINS)
+        for curve, proba in zip(made.checks.reliability[name], (values / heat, values), strict=True):
+            expected = reliability(proba.softmax(-1), test.labels[name], BINS)
             np.testing.assert_allclose(curve.confidence, expected.confidence, rtol=1e-5)
             np.testing.assert_array_equal(curve.accuracy, expected.accuracy)
             assert len(curve.count) == BINS

@@ -129,12 +129,12 @@ def test_other_weights_answer_the_very_calls_the_trained_ones_did(model, pipelin
     chunk, problems = [DRAWN[i] for i in some], [DRAWN[i].problem for i in some]
     pooling = Pooling("region", boxes=[p.regions for p in problems])
     given = (images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in chunk])
-    with capture(model, "0,2", pooling, "0:3", record=(0, 1, 2)) as tape:
+    with capture(model, "0,2", pooling, "0:3", record=(0, 1, 2)) as cache:
         sample(model, pipeline, *given, output_type="latent")
-    trained = tape.features()[:, :, :, 0]
+    trained = cache.features()[:, :, :, 0]
     for w, how in enumerate(RANDOMISED):
         with randomised(model, how, 0):
-            expected = replay(model, tape, (0, 2), pooling)
+            expected = replay(model, cache, (0, 2), pooling)
         torch.testing.assert_close(features[16:24, w], expected, atol=1e-5, rtol=1e-5)
         assert (features[16:24, w] - trained).abs().mean() > 0.1 * trained.abs().mean()
     for s, step in enumerate((0, 1, 2)):
