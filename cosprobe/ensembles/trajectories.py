@@ -81,8 +81,8 @@ class Trials:
         self.identity = identity | {"seed": seed, "steps": context.config.steps, "batch": context.config.batch}
 
     def records(self, split: str) -> dict[str, Tensor]:
-        """Every problem with every seed: answers and right [problem, seed], scores [problem, seed, candidate] and, where
-        there are probes, their probabilities `odds` [problem, seed, step, candidate]."""
+        """Every problem with every seed: answers and right [problem, seed], scores [problem, seed, candidate], and
+        where there are probes their probabilities, `odds` [problem, seed, step, candidate]."""
         return self._read([None], split)[0]
 
     def of(self, found: Sequence[Candidate], split: str) -> dict[Candidate, Trial]:
