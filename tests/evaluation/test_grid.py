@@ -10,6 +10,7 @@ import pytest
 import xarray as xr
 
 from cosprobe.cells import INPUTS, X0, Cell
+from cosprobe.errors import InputError
 from cosprobe.evaluation.checks.suite import Checks
 from cosprobe.evaluation.grid import BASELINES, Grid
 from cosprobe.evaluation.intervals import difference_interval, effective_problems, share_interval
@@ -737,7 +738,7 @@ def test_a_failed_save_leaves_nothing(grid, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(xr.Dataset, "to_netcdf", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="disk full"):
         grid.save(tmp_path / "grid.nc")
     assert list(tmp_path.iterdir()) == []
 
