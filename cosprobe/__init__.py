@@ -25,6 +25,7 @@ from cosprobe.probes import ProbeBank, ProbeConfig, fit, load_probes
 from cosprobe.runtime import TrainerConfig
 
 __all__ = [
+    "ActivationCache",
     "ActivationStore",
     "Cell",
     "Grid",
@@ -32,7 +33,6 @@ __all__ = [
     "Pooling",
     "ProbeBank",
     "ProbeConfig",
-    "ActivationCache",
     "TrainerConfig",
     "capture",
     "collect",

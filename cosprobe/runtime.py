@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -73,10 +74,10 @@ def barrier() -> None:
         dist.barrier()
 
 
+@rank_zero_only
 def say(line: str) -> None:
     """One line on the terminal, from the first process only."""
-    if place()[0] == 0:
-        Console().print(line, highlight=False, soft_wrap=True)
+    Console().print(line, highlight=False, soft_wrap=True)
 
 
 def progress() -> Progress:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -49,14 +51,19 @@ def test_a_room_is_entered_through_what_it_offers(path):
         room = room_of(module)
         if room != own:
             assert module == room, f"{module_of(path)} imports cosprobe.{module}, expected cosprobe.{room}"
-            assert name in import_module(f"cosprobe.{room}").__dict__, f"cosprobe.{room} does not offer {name}"
+            assert name in offered(room), f"cosprobe.{room} does not offer {name}"
+
+
+def offered(room: str) -> set[str]:
+    module = import_module(f"cosprobe.{room}")
+    return {*module.__dict__, *getattr(module, "__all__", ())}
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if (ROOT / "cosprobe" / room.replace(".", "/")).is_dir()])
 def test_a_room_says_what_happens_in_it_and_what_it_offers(room):
     module = import_module(f"cosprobe.{room}")
     assert module.__doc__
-    assert set(module.__all__) <= set(module.__dict__)
+    assert all(hasattr(module, name) for name in module.__all__)
     assert len(set(module.__all__)) == len(module.__all__)
 
 
@@ -74,6 +81,14 @@ def test_libraries_stay_in_their_rooms(path):
 def test_the_package_works_without_hydra():
     """`from cosprobe import ...` is for notebooks: it must not reach the settings."""
     assert "config" not in arrows()["cosprobe"]
+
+
+def test_the_package_loads_no_figures():
+    said = subprocess.run(
+        [sys.executable, "-c", "import sys, cosprobe; print('cosprobe.reporting' in sys.modules)"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert said.stdout.strip() == "False"
 
 
 def test_modules_are_named_by_what_they_hold(path):

@@ -11,17 +11,17 @@ from cosprobe.activations.random_weights import RANDOMISED
 from cosprobe.activations.store import ActivationStore, fill
 
 __all__ = [
+    "BACK",
+    "POOLINGS",
+    "RANDOMISED",
+    "UNTRAINED",
+    "ActivationCache",
     "ActivationStore",
     "CaptureConfig",
-    "BACK",
     "Cost",
     "InputFeatures",
-    "POOLINGS",
     "Pooling",
     "ProbeSamples",
-    "RANDOMISED",
-    "ActivationCache",
-    "UNTRAINED",
     "average_blocks",
     "average_clean",
     "average_latents",

@@ -110,7 +110,7 @@ class ActivationStore:
         content = {"fingerprint": self.fingerprint, "shards": self.shards, "settings": self.settings}
         with whole_file(self.folder / MANIFEST) as part:
             part.write_text(json.dumps(content, indent=1, sort_keys=True))
-        for left in self.folder.glob(".*"):  # by processes that were killed
+        for left in self.folder.glob(".shard-*"):  # by processes that were killed
             left.unlink()
 
     def read(self, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,9 +6,9 @@ from cosprobe.reporting.report import log_tensorboard, write_report
 from cosprobe.reporting.summary import WIDTH, markdown_table, open_table, print_summary
 
 __all__ = [
-    "Film",
     "STYLE",
     "WIDTH",
+    "Film",
     "film_row",
     "film_strip",
     "log_tensorboard",

@@ -106,6 +106,14 @@ def test_killed_at_any_moment_it_goes_on_from_there(tmp_path):
     assert not list(folder.glob(".*"))
 
 
+def test_files_of_others_are_left_in_the_folder(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / ".notes").write_text("mine")
+    (tmp_path / "store" / ".cache").mkdir()
+    filled(tmp_path / "store")
+    assert (tmp_path / "store" / ".notes").read_text() == "mine"
+
+
 def test_a_truncated_shard_is_named(tmp_path):
     store = filled(tmp_path / "store")
     path = tmp_path / "store" / "shard-00001.safetensors"

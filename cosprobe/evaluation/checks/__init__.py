@@ -5,10 +5,10 @@ from cosprobe.evaluation.checks.suite import Checks, examine
 from cosprobe.evaluation.checks.untrained import TRAINED, WEIGHTS, weights_table
 
 __all__ = [
-    "Checks",
-    "Matrix",
     "TRAINED",
     "WEIGHTS",
+    "Checks",
+    "Matrix",
     "examine",
     "weights_table",
 ]
