@@ -21,7 +21,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the figures of README.md and docs/, from real runs
+# the figures of README.md and docs/, and docs/results.md, from real runs
 SMALL := pipeline.path=runs/small/pipeline pipeline.frames=5 task.frames=5
 docs: $(INSTALLED)
 	$(BIN)/python -m cosprobe.reporting.gallery docs/figures/families.png
@@ -38,6 +38,8 @@ docs: $(INSTALLED)
 	$(BIN)/python train.py probe=layers task=hide $(SMALL) run_dir=runs/hide-small
 	$(BIN)/python train.py probe=layers task=hide $(SMALL) pipeline.lora=runs/adapter/adapter run_dir=runs/hide-adapted
 	$(BIN)/python -m cosprobe.reporting.compare docs/figures/lora.png base=runs/hide-small:inside adapted=runs/hide-adapted:inside
+	$(BIN)/python -m cosprobe.reporting.results_page docs/results.md maze=runs/maze-layers hide=runs/hide-layers select=runs/select-layers \
+		line=runs/line-layers "hide, weaker model"=runs/hide-small "hide, weaker model with adapter"=runs/hide-adapted
 
 # ratios: capture, fit and run against what they replace or cannot avoid
 bench: $(INSTALLED)

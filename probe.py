@@ -1,11 +1,11 @@
-"""Uses trained probes: reads a model's answers from inside, before it has drawn them.
+"""Uses trained probes to read the answer of a video model from its hidden states, before the video is finished.
 
   python probe.py use=predict|early|ensemble run=FOLDER [name=value ...]
 
 Examples:
-  python probe.py use=predict run=runs/maze-layers use.step=2  read new problems early, beside what the full run draws
-  python probe.py use=early run=runs/maze-layers               stop as soon as a probe is sure, with a stated risk
-  python probe.py use=ensemble run=runs/maze-layers            several seeds against one run, at matched compute
+  python probe.py use=predict run=runs/maze-layers use.step=2  predict the answers that finished videos show
+  python probe.py use=early run=runs/maze-layers               stop sampling early, at a stated risk of error
+  python probe.py use=ensemble run=runs/maze-layers            several noise seeds against one, at equal compute
 
 FOLDER is the run folder of a finished train.py run.
 """
@@ -25,11 +25,13 @@ USES: dict[type, Callable[..., None]] = {PredictConfig: predict, EarlyConfig: an
 
 
 def use(run: UseRun) -> None:
+    """Reads the settings and probes of a finished run and does what `run.use` selects."""
     trained = read_run(run.run)
     USES[type(run.use)](trained.pipeline, trained.task, load_probes(run.run), run.use, run.seed, Path(run.run))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code. argv: the arguments; default: the command line."""
     return command(UseRun, use, __doc__, argv)
 
 

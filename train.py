@@ -1,8 +1,8 @@
-"""Where does the answer become decodable? Trains linear probes on every block and denoising step of a frozen
-video diffusion transformer while the real pipeline samples puzzles with exact labels.
-  python train.py probe=layers                               every layer x every step of the model in the package
+"""Finds the layers and denoising steps at which the answer to a visual puzzle can be decoded. The diffusers pipeline
+of a frozen video diffusion transformer samples puzzles with exact labels, and one linear probe is trained per cell.
+  python train.py probe=layers                               all layers and steps of the model in the package
   python train.py probe=frames task.problems=1000 probe.steps=0:20:5 run_dir=runs/frames
-The same command continues its own run folder, which is what `python probe.py run=FOLDER` uses.
+The same command continues an interrupted run. `python probe.py run=FOLDER` uses the probes of a finished run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cosprobe.activations import collect, load_samples, settings
+from cosprobe.activations import Sampler, StoreSettings, collect, load_samples
 from cosprobe.config import ProbeExperiment, TrainRun, command, save_config
 from cosprobe.evaluation import evaluate, read_inputs
 from cosprobe.evaluation.checks import examine, weights_table
@@ -23,21 +23,22 @@ from cosprobe.tasks import draw_samples
 
 
 def train(run: TrainRun) -> None:
+    """Collects activations, trains the probes, evaluates them on held-out problems and writes the report."""
     task, folder = run.task.build(), Path(run.run_dir)
-    if not isinstance(run.experiment, ProbeExperiment):  # a model of its own, or adapters of one
+    if not isinstance(run.experiment, ProbeExperiment):  # train a video model, or LoRA adapters of one
         save_config(run, folder)
-        print(f"trained, and described in {train_and_describe(run.experiment, task, run.pipeline, folder, run.seed)}")
+        print(f"trained; see {train_and_describe(run.experiment, task, run.pipeline, folder, run.seed)}")
         return
 
     fabric = launch(run.trainer)  # one process per device from here on
-    model = load_pipeline(run.pipeline, str(fabric.device))
+    sampler = Sampler(load_pipeline(run.pipeline, str(fabric.device)), run.pipeline, task)
     drawn = draw_samples(task, run.task, run.seed)
-    identity = settings(run.pipeline, run.task, run.probe, run.seed)
-    store = collect(model, run.pipeline, task, run.probe, drawn, identity, folder / "store")
-    save_config(run, folder)  # after the store has agreed that these are this folder's settings
+    settings = StoreSettings.of(run.pipeline, run.task, run.probe, run.seed)
+    store = collect(sampler, run.probe, drawn, settings, folder / "store")
+    save_config(run, folder)  # only after `collect` has checked that the store in this folder has these settings
     samples, inputs, experts = load_samples(store, task)
-    bank = fit(samples, run.probe, run.trainer, folder / "tensorboard", run.seed).with_provenance(store=store.settings)
-    readings = read_inputs(samples, inputs, run.probe.kind, run.probe.lambdas, run.seed)
+    bank = fit(samples, run.probe, run.trainer, folder / "tensorboard", run.seed).with_provenance(store=settings)
+    readings = read_inputs(samples, inputs, run.probe.kind, run.probe.penalties, run.seed)
     weights = weights_table(store, samples, run.probe, run.trainer, folder / "tensorboard", run.seed)
     if not fabric.is_global_zero:
         return
@@ -45,13 +46,14 @@ def train(run: TrainRun) -> None:
     bank.save(folder / "probes")
     evaluated = evaluate(samples, experts, bank, readings)
     grid, checks = examine(evaluated, samples, inputs, bank, weights, run.seed)
-    strips = record(model, run.pipeline, task, drawn, samples, run.probe.decode)
-    write_report(grid, checks, folder, strips)
-    log_tensorboard(grid, folder / "tensorboard", bank.provenance)
+    film = record(sampler, drawn, samples, run.probe)
+    write_report(grid, checks, folder, film)
+    log_tensorboard(grid, folder / "tensorboard")
     print_summary(grid, checks, folder)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code. argv: the arguments; default: the command line."""
     return command(TrainRun, train, __doc__, argv)
 
 

@@ -1,5 +1,5 @@
-"""What cosprobe costs, measured against what it replaces or cannot avoid: `make bench`.
+"""Benchmarks: run time of parts of cosprobe, compared with alternatives or with unavoidable work. `make bench`.
 
-Every line of the table is a pair, both sides measured in turns in one process on one machine: read the ratios, not the
-seconds. Nothing here is asserted in tests, which only run each script at a tiny size.
+Every row of the table is a pair, measured alternately on one machine. The ratios are meaningful, the seconds depend on
+the machine. Tests run each benchmark at a tiny size and assert no run times.
 """

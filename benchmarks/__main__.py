@@ -1,4 +1,4 @@
-"""`python -m benchmarks [allocate] [capture] [fit] [learn] [run]`: measures pairs (or all), prints ratios."""
+"""Command line: `python -m benchmarks [allocate] [capture] [fit] [learn] [run]`. Default: all benchmarks."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ MEASURES: dict[str, Callable[..., list[Pair]]] = {
 
 
 def table(pairs: Sequence[Pair]) -> Table:
-    """One row per pair: the ratio is seconds of `measured` over seconds of `against`."""
+    """One row per pair. The ratio is the seconds of `measured` divided by those of `against`."""
     columns = ("measured", "against", "ratio", "lowest to highest", "seconds", "largest gap (median)")
     found = Table(*columns, box=box.SIMPLE_HEAD)
     for pair in pairs:
         low, high = min(pair.ratios), max(pair.ratios)
         spread = f"{low:.2f} to {high:.2f} of {len(pair.ratios)}"
         seconds = " / ".join(f"{sorted(s)[len(s) // 2]:.1f}" for s in (pair.seconds, pair.other_seconds))
-        gaps = " / ".join(f"{max(own):.0e} ({median(own):.0e})" for own in pair.gaps)
+        gaps = " / ".join(f"{max(values):.0e} ({median(values):.0e})" for values in pair.gaps)
         found.add_row(pair.measured, pair.against, f"{pair.ratio:.2f}", spread, seconds, gaps)
     return found
 
 
 def main(names: Sequence[str]) -> int:
+    """Runs the named benchmarks and prints the table. Returns the exit status."""
     if unknown := [name for name in names if name not in MEASURES]:
         Console(stderr=True).print(f"error: {unknown[0]}: expected some of {', '.join(MEASURES)}", highlight=False)
         return 2

@@ -1,7 +1,7 @@
-"""Flow matching in a process that keeps freed memory for the next tensor against one that gives it back, the default.
+"""Flow matching with freed memory kept by the process, compared with the default, which returns it to the system.
 
-Both learn from clips of the same shapes in turns, each in a process of its own, since a process cannot be told to
-forget what it was told about memory. Run all: `make bench`; this alone: `python -m benchmarks allocate`.
+Both sides train alternately on clips of the same shapes. Each runs in its own process, because the setting cannot be
+undone within a process. Only this benchmark: `python -m benchmarks allocate`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from cosprobe.runtime import keep_freed_memory
 
 
 def measure(repeats: int = 7, batches: int = 4, frames: int = 13, settings: Sequence[str] = ()) -> list[Pair]:
-    """One pair: loss and gradients of `batches` batches of clips of `frames` frames, as the recipe makes them."""
+    """One pair: loss and gradients of `batches` batches of clips with `frames` frames, with the settings of the
+    recipe."""
     context, sides = get_context("spawn"), []
     for kept in (True, False):
         ours, theirs = context.Pipe()
         arguments = (theirs, kept, batches, frames, list(settings))
         context.Process(target=_learning, args=arguments, daemon=True).start()
-        theirs.close()  # a process that dies then ends the wait for it
+        theirs.close()  # so that waiting ends if the process dies
         sides.append(ours)
-        _once(ours)  # loading and compiling are not part of it
+        _once(ours)  # loading and compiling are not measured
     run, other = (partial(_once, side) for side in sides)
     what = f"{batches} batches of clips of {frames} frames learned from, freed memory kept"
     found = [side_by_side(what, run, "the same, given back", other, repeats)]

@@ -1,7 +1,7 @@
-"""Capture against bare sampling: the same batch of problems through the model in the package, with the same noise.
+"""Sampling with capture, compared with sampling without it: the same problems and noise, with the model in the package.
 
-Captured: every block at every step, pooled by region, and all inputs, stacked at the end, which is what a run keeps
-of a batch. Bare: the pipeline's own call. Both end with the decoded video. Run all: `make bench`; this alone:
+With capture, the output of every block at every step (pooled by region) and all inputs are kept and stacked, as in a
+run. Without it, the pipeline is called directly. Both sides end with the decoded video. Only this benchmark:
 `python -m benchmarks capture`.
 """
 
@@ -17,7 +17,7 @@ from cosprobe.tasks import draw_samples, images
 
 
 def measure(repeats: int = 7, batch: int = 16, steps: int = 20) -> list[Pair]:
-    """One pair; repeats are cheap here (one batch each)."""
+    """One pair. A repeat samples one batch."""
     run = load(TrainRun, [f"pipeline.steps={steps}"])
     config, task, model = run.pipeline, run.task.build(), load_pipeline(run.pipeline)
     chunk = draw_samples(task, run.task, run.seed)[:batch]

@@ -1,8 +1,8 @@
-"""Flow matching as the recipe does it against the plain way: loss and gradients of the same number of clips.
+"""Flow matching with the settings of the recipe, compared with a plain version: loss and gradients of as many clips.
 
-Recipe: compiled, attention whose gradient is cheap on CPUs, short videos for most of the clips. Plain: neither, and
-every clip as long as the videos that are sampled later. Latents are noise of the right shapes: what they show costs
-nothing. Run all: `make bench`; this alone: `python -m benchmarks learn`.
+Recipe: compiled, attention with a fast backward pass on CPUs, and mostly short clips. Plain: not compiled, default
+attention, and only clips of the length that is sampled later. Latents are noise of the same shapes, because run time
+does not depend on their content. Only this benchmark: `python -m benchmarks learn`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cosprobe.models import load_pipeline
 
 
 def measure(repeats: int = 5, batches: int = 4, frames: int = 13, settings: Sequence[str] = ()) -> list[Pair]:
-    """The recipe at the two lengths that take most of its time, each against the plain way at `frames`."""
+    """Two pairs: the recipe at 5 and at `frames` frames, each compared with the plain version at `frames` frames."""
     run: Any = load(TrainRun, ["experiment=mini", *settings])
     config: MiniConfig = run.experiment
     vae = load_pipeline(run.pipeline).vae
@@ -30,7 +30,7 @@ def measure(repeats: int = 5, batches: int = 4, frames: int = 13, settings: Sequ
     pairs = []
     for length in (5, frames):
         short, long = noise_batch(vae, config.flow.batch, length), noise_batch(vae, config.flow.batch, frames)
-        gradients(quick, short, 1)  # compiling is not part of a step
+        gradients(quick, short, 1)  # compiling is not measured
         pairs.append(
             side_by_side(
                 f"{batches * config.flow.batch} clips of {length} frames learned from, compiled",
@@ -44,6 +44,7 @@ def measure(repeats: int = 5, batches: int = 4, frames: int = 13, settings: Sequ
 
 
 def learner(run: Any, compiled: bool) -> FlowMatching:
+    """The module that trains the model in the package."""
     model = load_pipeline(run.pipeline)
     module = FlowMatching(model.transformer.requires_grad_(True).train(), {}, run.experiment.flow)
     if compiled:
@@ -52,6 +53,7 @@ def learner(run: Any, compiled: bool) -> FlowMatching:
 
 
 def noise_batch(vae: Any, size: int, frames: int) -> Batch:
+    """A batch of `size` clips of `frames` frames whose latents are noise."""
     config = vae.config
     latent = (size, config.z_dim, 1 + (frames - 1) // 4, 8, 8)
     condition = (size, config.z_dim + config.scale_factor_temporal, *latent[2:])
@@ -66,6 +68,7 @@ def noise_batch(vae: Any, size: int, frames: int) -> Batch:
 
 
 def gradients(module: FlowMatching, batch: Batch, times: int) -> None:
+    """Computes loss and gradients of the same batch `times` times."""
     for _ in range(times):
         with torch.autocast("cpu", torch.bfloat16):
             loss = module.loss(batch)

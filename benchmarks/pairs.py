@@ -1,4 +1,4 @@
-"""Two things measured side by side: in turns, in one process, so that what else the machine does hits both."""
+"""Times two functions alternately, so that other load on the machine affects both."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Pair:
-    """What was measured, against what, and the seconds of every repeat of each.
+    """Names of the two sides, and the seconds of every repeat of each.
 
-    gaps: where both stop short of an optimum, by which share of it, fit by fit, for each of the two.
+    gaps: for each side, the relative gaps of its fits to the optimum; empty for exact methods.
     """
 
     measured: str
@@ -24,12 +24,12 @@ class Pair:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Of each repeat: seconds of what was measured over those of the other."""
+        """Seconds of `measured` divided by those of `against`, for each repeat."""
         return tuple(a / b for a, b in zip(self.seconds, self.other_seconds, strict=True))
 
     @property
     def ratio(self) -> float:
-        """The median over repeats, so that one cold start does not count."""
+        """Median ratio over repeats, which a single slow start does not change."""
         return median(self.ratios)
 
 
@@ -41,9 +41,9 @@ def side_by_side(
     repeats: int,
     scale: float = 1.0,
 ) -> Pair:
-    """Times `run` and `other` in turns, first one first, then the other first, and so on.
+    """Times `run` and `other` alternately. Their order changes with every repeat.
 
-    scale: how much larger the whole is than the part of it that `run` does; its seconds are multiplied by that.
+    scale: factor for the seconds of `run`, if it does only a part of the work.
     Raises ValueError for no repeats.
     """
     if repeats < 1:

@@ -1,12 +1,12 @@
-"""The whole run against what it cannot avoid: network evaluations and decodes.
+"""A whole run, compared with its unavoidable part: network evaluations and decodes.
 
-Measured: `train.py probe=layers` in this process, from loading the model to the report, at a small `task.problems`,
-once without the transformers of random weights (`probe.randomised=0`) and once with them, in the share of problems
-the demo has. Against: the same batches of the same problems sampled bare (text, first frames, every step), the
-finished video decoded, and x0-hat decoded as often as the run decodes it; the model is loaded before the clock starts.
+Measured: `train.py probe=layers` in this process, from loading the model to the report, with a small `task.problems`.
+It runs once without random weights (`probe.random_weights=0`) and once with them, on the same share of problems as in
+the demo. Compared with: sampling the same batches without capture (text, first frames, every step), decoding the
+finished videos, and decoding x0-hat as often as the run does. The model is loaded before timing.
 
-Statistics, figures and the fit depend on the number of cells as well as on that of problems, so they weigh more here
-than in the demo. Run all: `make bench`; this alone: `python -m benchmarks run`.
+The time of fits, statistics and figures also depends on the number of cells, so their share is larger here than in the
+demo. Only this benchmark: `python -m benchmarks run`.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from cosprobe.config import TrainRun, load
 from cosprobe.models import decode, load_pipeline, sample
 from cosprobe.tasks import draw_samples, images
 
-DEMO = 600  # problems of the demo
+DEMO = 600  # number of problems of the demo
 
 
 def measure(repeats: int = 3, problems: int = 120, settings: Sequence[str] = ()) -> list[Pair]:
-    """Two pairs, without and with random weights; only the first with `probe.randomised=0` among `settings`."""
-    asked = ["probe=layers", f"task.problems={problems}", *settings]
-    run = load(TrainRun, asked)
+    """Two pairs, without and with random weights. Only the first one if `settings` has `probe.random_weights=0`."""
+    arguments = ["probe=layers", f"task.problems={problems}", *settings]
+    run = load(TrainRun, arguments)
     model = load_pipeline(run.pipeline)
     other, pairs = partial(needed, model, run), []
-    for randomised in sorted({0, run.probe.randomised * problems // DEMO}):
-        name = f"random weights on {randomised} samples" if randomised else "no random weights"
-        ours = partial(whole_run, [*asked, f"probe.randomised={randomised}"])
+    for random_weights in sorted({0, run.probe.random_weights * problems // DEMO}):
+        name = f"random weights on {random_weights} samples" if random_weights else "no random weights"
+        ours = partial(whole_run, [*arguments, f"probe.random_weights={random_weights}"])
         what = f"train.py probe=layers, {problems} problems, {name}"
         pairs.append(side_by_side(what, ours, "its evaluations and decodes", other, repeats))
     return pairs
 
 
-def whole_run(asked: list[str]) -> None:
-    """Raises RuntimeError when the run fails."""
-    with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()) as said:
-        code = train.main([*asked, f"run_dir={Path(folder) / 'run'}"])
+def whole_run(arguments: list[str]) -> None:
+    """Runs train.py with these arguments in a temporary folder. Raises RuntimeError when it fails."""
+    with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()) as output:
+        code = train.main([*arguments, f"run_dir={Path(folder) / 'run'}"])
     if code:
-        raise RuntimeError(f"train.py {' '.join(asked)} ended with {code}: {said.getvalue()[-300:]}")
+        raise RuntimeError(f"train.py {' '.join(arguments)} ended with {code}: {output.getvalue()[-300:]}")
 
 
 def needed(model: Any, run: TrainRun) -> int:
-    """Samples and decodes as often as `run` must, random weights aside; returns how many clips it decoded."""
+    """Samples and decodes as often as `run` does without random weights. Returns the number of decoded clips."""
     task, clips = run.task.build(), 0
     drawn = draw_samples(task, run.task, run.seed)
     early = sum(step < run.pipeline.steps - 1 for step in decode_steps(run.probe.decode, run.pipeline.steps))
@@ -65,7 +65,7 @@ def needed(model: Any, run: TrainRun) -> int:
             model, run.pipeline, images(task, problems), [p.prompt for p in problems], [s.seed for s in chunk],
             output_type="latent",
         )  # fmt: skip
-        assert isinstance(latents, Tensor)  # as asked
+        assert isinstance(latents, Tensor)  # output_type="latent"
         read = [i for i, problem in enumerate(problems) if problem.split != "train"]
         for part in [latents, *([latents[read]] * early if read else [])]:
             clips += len(decode(model, part))

@@ -1,9 +1,17 @@
-"""Words shared by every module: axes, cells, and the grammar of selections.
+"""Names shared by every module: axes, cells, and the syntax of selections.
 
-Axes, in the order tensors carry them: `sample` (a problem and a noise seed), `step` (index of the sampler
-step, 0 = noisiest; never a timestep), `site`, `branch` (`cond`/`uncond`), `place`, `region`, `channel`.
-A site is where features come from: a layer (`"0"`, `"1"`, ... = output of that transformer block), or one of SOURCES.
-Probes are fitted to layers. INPUTS and X0 are what they are compared with.
+Axes of tensors, in this order:
+`sample`: a problem and a noise seed.
+`step`: index of the sampler step, 0 = noisiest. It is never a timestep.
+`hook_point`: where features come from. A layer (`"0"`, `"1"`, ...: the output of that transformer block) or one of
+SOURCES.
+`branch`: `cond` or `uncond`, the two evaluations of classifier-free guidance.
+`position`: what features are averaged over. `all` latent frames, one latent frame (`"0"`, `"1"`, ...), or a coarse
+cell of the frame (`r0c1`: row 0, column 1).
+`region`: one of the boxes of the image that the problem defines.
+`channel`: channel of the hidden states or of the latent.
+
+Probes are fitted to layers and compared with INPUTS and X0.
 """
 
 from __future__ import annotations
@@ -13,41 +21,42 @@ from dataclasses import dataclass
 from cosprobe.errors import InputError
 
 EMBED = "embed"  # input of block 0
-X_T = "x_t"  # the noisy latent the step starts from
-X0 = "x0_latent"  # the clean latent estimated at that step
+X_T = "x_t"  # the noisy latent at the start of the step
+X0 = "x0_latent"  # x0-hat, the model's estimate of the clean latent at that step
 SOURCES = (EMBED, X_T, X0)
 
-NOISE = "noise"  # the latent the first step starts from
-FIRST_FRAME = "first_frame"  # the image condition given beside the noisy latent
+NOISE = "noise"  # the noisy latent at the start of the first step
+FIRST_FRAME = "first_frame"  # the image condition, given to the transformer with the noisy latent
 PROMPT = "prompt"  # mean of the prompt's token embeddings
-NUISANCE = "nuisance"  # the problem's difficulty (size, path length, ...), nothing of the model
-INPUTS = (NOISE, FIRST_FRAME, PROMPT, NUISANCE, EMBED, X_T)  # all that can be known before the first block has run
+DIFFICULTY = "difficulty"  # of the problem: size, path length, ...; it does not depend on the model
+INPUTS = (NOISE, FIRST_FRAME, PROMPT, DIFFICULTY, EMBED, X_T)  # all of them exist before the first block has run
 
 SPLIT_ORDER = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """The unit a probe is trained on. `step` is a sampler step index, `site` a layer number or a source."""
+    """What one probe is trained on.
+
+    step: index of the sampler step. layer: index of the transformer block. branch: `cond` or `uncond`. position: see
+    the module.
+    """
 
     step: int
-    site: str
+    layer: int
     branch: str
-    place: str
-
-    @property
-    def is_layer(self) -> bool:
-        return self.site.isdigit()
+    position: str
 
     def __str__(self) -> str:
-        return f"step {self.step}, {self.site}, {self.branch}, {self.place}"
+        return f"step {self.step}, layer {self.layer}, {self.branch}, {self.position}"
 
 
 def parse_selection(spec: str, size: int, axis: str) -> tuple[int, ...]:
-    """Indices named by `all`, `last`, `3`, `0,10,20` or `start:stop[:stride]` (stop excluded).
+    """Indices selected by `all`, `last`, `3`, `0,10,20` or `start:stop[:stride]` (stop excluded).
 
+    spec: the text. size: number of indices of the axis. axis: name of the setting, for error messages.
     Negative numbers count from the end. Returns sorted indices without repeats.
-    Raises ValueError naming `axis`, the text and the valid range.
+    Raises InputError, with `axis`, the text and the valid range, for a selection that is invalid or empty.
     """
     text = str(spec).strip().strip("[]").replace(" ", "")
     chosen: set[int] = set()
@@ -65,7 +74,7 @@ def parse_selection(spec: str, size: int, axis: str) -> tuple[int, ...]:
             else:
                 chosen.add(range(size)[int(part)])
     except IndexError:
-        raise InputError(f"{axis}={spec!r}: expected indices from 0 to {size - 1}; there are {size}") from None
+        raise InputError(f"{axis}={spec!r}: expected indices from 0 to {size - 1} (there are {size})") from None
     except ValueError:
         raise InputError(
             f"{axis}={spec!r}: expected all, last, 3, 0,10,20 or start:stop:stride, with indices from 0 to {size - 1}"

@@ -1,8 +1,9 @@
-"""Settings of `train.py` and `probe.py`: the root dataclasses, and the only module that knows Hydra.
+"""Settings of `train.py` and `probe.py`: the root dataclasses. Only this module imports Hydra.
 
-Hydra composes the groups of `configs/` onto typed dataclasses. Overrides are set here, one by one, because
-Hydra's own grammar takes any name behind a `+`, reads `probe.steps=0,10,20` as a sweep and ends in tracebacks.
-Nothing is written unless `save_config` is called: no output folders, no change of directory, no logging set-up.
+Hydra composes the groups of `configs/` into typed dataclasses. Overrides (`name=value`) are applied here and not by
+Hydra: Hydra's own syntax accepts any name after a `+`, reads `probe.steps=0,10,20` as a sweep, and reports mistakes
+with tracebacks. Only `save_config` writes to disk. No output folder is created, the working directory is not changed,
+and no logging is set up.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from cosprobe.runtime import TrainerConfig, keep_freed_memory, make_folder, whol
 from cosprobe.tasks import FAMILIES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-FLAGS = {"--help": "this text, for the groups chosen", "--cfg": "print every setting and stop"}
+FLAGS = {"--help": "print this text, for the chosen groups", "--cfg": "print every setting and exit"}
 RUN_FILE = "config.yaml"
 
 
 @dataclass
 class ProbeExperiment:
-    """Train probes on a frozen pipeline; everything it needs stands in the other groups."""
+    """Trains probes on a frozen pipeline. It has no settings of its own: the other groups hold them."""
 
 
-# Groups whose options are different classes. The other groups only choose values of one class.
+# Groups whose options are different classes. Options of the other groups are different values of one class.
 SCHEMAS: dict[str, dict[str, type]] = {
     "task": dict(FAMILIES),
     "experiment": {"probes": ProbeExperiment, "mini": MiniConfig, "mini_small": MiniConfig, "lora": AdapterConfig},
@@ -53,10 +54,14 @@ SCHEMAS: dict[str, dict[str, type]] = {
 
 @dataclass
 class TrainRun:
-    """What `train.py` does. run_dir: empty = `runs/<task>-<probe>`; the same command continues its own run."""
+    """Settings of `train.py`.
+
+    run_dir: the run folder; empty = `runs/<task>-<probe>`, or `runs/<task>-<experiment>` when the experiment is not
+    `probes`. The same command continues its own run. seed: 0 or more.
+    """
 
     entry: ClassVar[str] = "train"
-    task: Any = MISSING  # a TaskConfig; OmegaConf knows no protocols
+    task: Any = MISSING  # a TaskConfig; OmegaConf does not support protocols as types
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -70,7 +75,7 @@ class TrainRun:
 
 @dataclass
 class UseRun:
-    """What `probe.py` does with the finished run in folder `run`."""
+    """Settings of `probe.py`. use: what to do. run: folder of a finished `train.py` run. seed: 0 or more."""
 
     entry: ClassVar[str] = "probe"
     use: Any = MISSING
@@ -85,12 +90,13 @@ Run = TypeVar("Run", TrainRun, UseRun)
 
 
 def command(root: type[Run], body: Callable[[Run], None], about: str, argv: Sequence[str] | None = None) -> int:
-    """Runs `body` on the settings `argv` asks for (default: the command line); returns the exit code.
+    """Runs `body` on the settings in `argv` (default: the command line) and returns the exit code.
 
-    0: done. 2: a setting or an input was wrong, told in one line on stderr. 130: stopped by ctrl-C.
-    Any other error is a defect, and keeps its traceback.
+    root: class of the settings. about: first part of the help text.
+    Exit codes: 0 success; 2 InputError, printed in one line on stderr; 130 stopped by ctrl-C.
+    Any other exception is a bug and is raised with its traceback.
     """
-    for module in ("lightning", "torch", "diffusers"):  # their deprecations are for us to mend, not to read in a run
+    for module in ("lightning", "torch", "diffusers"):  # their warnings are for developers of cosprobe, not for users
         warnings.filterwarnings("ignore", module=rf"{module}\b")
     keep_freed_memory()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -113,7 +119,7 @@ def command(root: type[Run], body: Callable[[Run], None], about: str, argv: Sequ
 
 
 def load(root: type[Run], argv: Sequence[str]) -> Run:
-    """The settings `argv` asks for, as dataclasses. Raises ValueError with one line per mistake."""
+    """Reads the settings in `argv` into dataclasses. Raises InputError, in one line, for the first mistake."""
     choices, cfg = _composed(root, argv)
     missing = OmegaConf.missing_keys(cfg)
     if missing:
@@ -126,7 +132,7 @@ def load(root: type[Run], argv: Sequence[str]) -> Run:
 
 
 def describe(root: type[Run], argv: Sequence[str], about: str) -> str:
-    """The help text: purpose and examples (`about`), groups with their options, every setting and its value."""
+    """The help text: `about` (purpose and examples), the groups and their options, every setting with its value."""
     choices, cfg = _composed(root, argv)
     lines: list[str] = [about.strip(), "", "Groups (group=option; * = chosen):"]
     for group, chosen in choices.items():
@@ -141,7 +147,10 @@ def describe(root: type[Run], argv: Sequence[str], about: str) -> str:
 
 
 def save_config(run: TrainRun, folder: Path) -> Path:
-    """Writes every setting of `run` to `folder/config.yaml`, whole or not at all; `read_run` reads it back."""
+    """Writes every setting of `run` to `folder/config.yaml`, atomically, and returns the file. See also `read_run`.
+
+    Raises InputError when `folder` is a file or cannot be written.
+    """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run_dir={str(folder)!r}: is a file; expected a folder, or a name that is free")
     make_folder(folder)
@@ -151,7 +160,7 @@ def save_config(run: TrainRun, folder: Path) -> Path:
 
 
 def read_run(folder: str | Path) -> TrainRun:
-    """The settings of a run. Raises ValueError when the folder holds no run, or one that cannot be read."""
+    """Reads the settings of a run. Raises InputError when `config.yaml` is missing or cannot be read."""
     path = Path(folder) / RUN_FILE
     if not path.is_file():
         raise InputError(f"run={str(folder)!r}: expected the folder of a train.py run, found no {RUN_FILE}")
@@ -166,11 +175,13 @@ def read_run(folder: str | Path) -> TrainRun:
         return _instantiate(cfg)
     except (yaml.YAMLError, OmegaConfBaseException, AttributeError, KeyError, TypeError) as error:
         reason = str(error).strip("'").splitlines()[0]
-        raise InputError(f"run={str(folder)!r}: {RUN_FILE} is damaged or of another version ({reason})") from error
+        raise InputError(
+            f"run={str(folder)!r}: {RUN_FILE} is damaged or of another version ({reason}); run train.py again"
+        ) from error
 
 
 def _composed(root: type[Run], argv: Sequence[str]) -> tuple[dict[str, str], DictConfig]:
-    """Option chosen in each group, and the settings with every override of `argv` in them."""
+    """The option chosen in each group, and the settings with all overrides in `argv` applied."""
     defaults = OmegaConf.load(CONFIGS / f"{root.entry}.yaml").defaults
     pairs = [pair for entry in defaults if isinstance(entry, DictConfig) for pair in entry.items()]
     choices = {str(group): str(option) for group, option in pairs if not str(group).startswith("/")}
@@ -208,7 +219,7 @@ def _compose(root: type[Run], choices: dict[str, str]) -> DictConfig:
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return compose(root.entry, overrides)
-    except (HydraException, OmegaConfBaseException) as error:  # a mistake in a file of configs/
+    except (HydraException, OmegaConfBaseException) as error:  # a mistake in a file in configs/
         reason = " ".join(str(error.__cause__ or error).split())
         raise InputError(f"configs/ ({', '.join(overrides)}): {reason}") from error
 
@@ -218,7 +229,7 @@ def _options(group: str) -> list[str]:
 
 
 def _assign(cfg: DictConfig, argument: str, name: str, text: str) -> None:
-    """Sets one option. Text stays as typed; any other type is read as YAML and checked by OmegaConf."""
+    """Sets one option. Options of type str keep the text as typed; others are read as YAML, checked by OmegaConf."""
     plain = name.lstrip("+")
     try:
         parent, leaf = _locate(cfg, plain)
@@ -235,7 +246,7 @@ def _assign(cfg: DictConfig, argument: str, name: str, text: str) -> None:
         several = ", ".join(_names(inside, f"{plain}."))
         raise InputError(f"{argument}: {plain} holds several options, set one of {several}")
     if "${" in text or "???" in text:
-        raise InputError(f"{argument}: expected a value; interpolations belong into configs/")
+        raise InputError(f"{argument}: expected a value; interpolations belong in configs/")
     hint = get_type_hints(OmegaConf.get_type(parent))[leaf]
     try:
         parent[leaf] = text if hint is str else yaml.safe_load(text)
@@ -244,7 +255,10 @@ def _assign(cfg: DictConfig, argument: str, name: str, text: str) -> None:
 
 
 def _locate(cfg: DictConfig, name: str) -> tuple[DictConfig, str]:
-    """The dict that holds the option `name`, and its last word. Raises KeyError(deepest dict, its options)."""
+    """The dict that holds the option `name`, and the last part of the name.
+
+    Raises KeyError(name of the deepest existing dict, its options) when there is no such option.
+    """
     *path, leaf = name.split(".")
     here = ""
     for part in path:
@@ -252,7 +266,7 @@ def _locate(cfg: DictConfig, name: str) -> tuple[DictConfig, str]:
         if not isinstance(inner, DictConfig):
             raise KeyError(here, sorted(map(str, cfg.keys())))
         cfg, here = inner, f"{here}.{part}".strip(".")
-    if leaf not in list(cfg.keys()):  # `in cfg` denies options that have no value yet
+    if leaf not in list(cfg.keys()):  # `leaf in cfg` is False for options without a value
         raise KeyError(here, sorted(map(str, cfg.keys())))
     return cfg, leaf
 
@@ -267,14 +281,14 @@ def _names(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _shown(cfg: DictConfig, name: str) -> str:
-    """The value of an option as it would be typed."""
+    """The value of an option as it would be typed on the command line."""
     value = OmegaConf.select(cfg, name)
     value = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _guess(word: str, options: Sequence[str], prefix: str = "") -> str:
-    """` Did you mean X?` for the option nearest by its full name or by its last word."""
+    """` Did you mean X?` for the option most similar in its full name or in its last part; empty if none is similar."""
 
     def likeness(option: str) -> tuple[float, float]:
         whole = difflib.SequenceMatcher(None, word, option).ratio()
@@ -286,7 +300,7 @@ def _guess(word: str, options: Sequence[str], prefix: str = "") -> str:
 
 
 def _words(hint: Any, many: bool = False) -> str:
-    """A type in words: `a whole number`, `a list of numbers`."""
+    """A description of a type: `a whole number`, `a list of numbers`."""
     known = {int: "whole number", float: "number", str: "text"}
     if hint in known:
         return f"{known[hint]}s" if many else f"a {known[hint]}"
@@ -303,12 +317,12 @@ def _words(hint: Any, many: bool = False) -> str:
 def _instantiate(cfg: DictConfig) -> Any:
     try:
         return OmegaConf.to_object(cfg)
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+    except OmegaConfBaseException as error:  # an interpolation of an unknown option
         raise InputError(" ".join(str(error).split())) from error
 
 
 def _text(run: TrainRun | UseRun) -> str:
-    """YAML of every setting, headed by the options of the groups whose options are different classes."""
+    """YAML of every setting. `groups` at the top has the chosen option of each group in SCHEMAS."""
     groups = {
         group: next(name for name, schema in SCHEMAS[group].items() if schema is type(getattr(run, group)))
         for group in SCHEMAS

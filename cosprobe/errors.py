@@ -1,7 +1,10 @@
-"""The error that a person can mend: told in one line by the commands, without a traceback."""
+"""The error for wrong input. `train.py` and `probe.py` print it in one line, without a traceback."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """A setting, a file or a machine does not fit. The message names the value, what was expected and what to do."""
+    """A setting, an argument, a file or the machine does not meet a requirement.
+
+    The message names the value, what was expected and what to do.
+    """

@@ -1,4 +1,7 @@
-"""What the program runs on: its processes, one per device and each running the same script; memory, files, terminal."""
+"""Processes, memory, files and the terminal.
+
+There is one process per device. Every process runs the same script.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cosprobe.errors import InputError
 
-# What `mallopt` calls them, and what it is told. Source: malloc.h of the GNU C library.
+# Parameters of `mallopt` and the values set by `keep_freed_memory`. Source: malloc.h of the GNU C library.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26}
 
 
 @dataclass
 class TrainerConfig:
-    """Where fitting runs, in Lightning's words: accelerator, number of devices (processes), precision."""
+    """Where probes are fitted.
+
+    accelerator, precision: as in Lightning's `Trainer`. devices: number of devices, with one process each.
+    """
 
     accelerator: str = "cpu"
     devices: int = 1
@@ -40,9 +46,10 @@ class TrainerConfig:
 
 
 def launch(config: TrainerConfig) -> Fabric:
-    """Starts one process per device, each of which runs the script from its top and returns from here.
+    """Starts one process per device.
 
-    The trainer that fits the probes later finds the processes running and joins them.
+    Each process runs the script from the beginning and returns from this function. The Lightning trainer that fits the
+    probes later uses the same processes.
     """
     strategy: Any = DDPStrategy(process_group_backend=backend(config)) if config.devices > 1 else "auto"
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=strategy)
@@ -51,32 +58,35 @@ def launch(config: TrainerConfig) -> Fabric:
 
 
 def backend(config: TrainerConfig) -> str | None:
+    """The process group backend of DDP: `gloo` on the CPU, else None (the default of Lightning)."""
     return "gloo" if config.accelerator == "cpu" else None
 
 
 def keep_freed_memory() -> None:
-    """Has this process give up to 2 GiB of freed memory to the next tensor. By default the GNU C library hands it back
-    to the kernel, so that every tensor of some megabytes is new and cleared page by page. Other libraries are left as
-    they are."""
+    """Lets this process reuse up to 2 GiB of freed memory for later tensors.
+
+    By default the GNU C library returns such memory to the kernel. Every tensor of several megabytes then gets new
+    pages, and the kernel has to zero each of them. Does nothing with other C libraries.
+    """
     if platform.libc_ver()[0] == "glibc":
         for name, value in KEPT.items():
             ctypes.CDLL(None).mallopt(name, value)
 
 
-def place() -> tuple[int, int]:
-    """Index of this process, and how many there are."""
+def rank_and_world() -> tuple[int, int]:
+    """Index of this process, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def barrier() -> None:
     """Waits for all processes."""
-    if place()[1] > 1:
+    if rank_and_world()[1] > 1:
         dist.barrier()
 
 
 @rank_zero_only
 def say(line: str) -> None:
-    """One line on the terminal, from the first process only."""
+    """Prints one line on the terminal, from the first process only."""
     Console().print(line, highlight=False, soft_wrap=True)
 
 
@@ -89,13 +99,16 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, disable=place()[0] != 0)
+    return Progress(*columns, disable=rank_and_world()[0] != 0)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """The name under which to write `path`, which then is whole or absent: renamed when the block ends, deleted when it
-    fails. Every process has a name of its own. Raises InputError where it cannot be written (a full or read-only disk).
+    """Writes a file atomically: afterwards `path` is either complete or unchanged.
+
+    Yields a temporary name in the same folder, different in every process. The temporary file is renamed to `path` when
+    the block ends, and deleted when the block fails.
+    Raises InputError when it cannot be written (a full or read-only disk).
     """
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -109,7 +122,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writable(path: Path) -> Iterator[None]:
-    """Turns what a disk refuses while `path` is written into an InputError."""
+    """Raises InputError in place of an OSError in the block that writes `path`."""
     try:
         yield
     except OSError as error:
@@ -120,7 +133,7 @@ def writable(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> Path:
-    """The folder, made with those above it where they are missing. Raises InputError where that is refused."""
+    """Creates the folder and its missing parents, and returns it. Raises InputError when it cannot be created."""
     with writable(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
@@ -128,12 +141,12 @@ def make_folder(path: Path) -> Path:
 
 @contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
-    """Turns running out of memory, of the machine or of a device, into an InputError that says what to do."""
+    """Raises InputError with `advice` when the block runs out of memory, on the CPU or on a device."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise InputError(f"not enough memory: {advice}") from error
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # of the CPU's allocator, which has no class for it
+        if "can't allocate memory" not in str(error):  # torch's CPU allocator raises a plain RuntimeError
             raise
         raise InputError(f"not enough memory: {advice}") from error

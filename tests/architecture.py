@@ -11,7 +11,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (  # in the order of the method; a room may import any room that stands before it
-    *("errors", "cells", "runtime", "tasks", "models", "activations", "probes", "evaluation", "evaluation.checks"),
+    *(
+        "errors",
+        "cells",
+        "runtime",
+        "tasks",
+        "models.architectures",
+        "models",
+        "activations",
+        "probes",
+        "evaluation",
+        "evaluation.checks",
+    ),
     *("reporting", "early_exit", "ensembles", "minimodel", "config"),
 )
 ENTRIES = ("cosprobe", "train", "probe")  # the package itself and the commands import rooms, and no room imports them

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from rich.console import Console
@@ -34,19 +36,19 @@ def test_sides_take_turns_and_the_middle_ratio_counts(monkeypatch):
 
 
 def test_no_repeats_are_refused():
-    with pytest.raises(ValueError, match="repeats=0: expected at least 1"):
+    with pytest.raises(ValueError, match="repeats=0.*1"):
         pairs.side_by_side("a", lambda: None, "b", lambda: None, 0)
 
 
 def test_an_unknown_name_is_refused(capsys):
     assert main(["captur"]) == 2
-    assert "captur: expected some of allocate, capture, fit, learn, run" in capsys.readouterr().err
+    assert re.search(r"\bcaptur\b.*allocate, capture, fit, learn, run", capsys.readouterr().err)
 
 
 def test_keeping_memory_is_measured():
     small = ["experiment.flow.batch=2", "experiment.flow.compile=false"]
     (pair,) = allocating.measure(repeats=1, batches=1, frames=5, settings=small)
-    assert pair.measured == "1 batches of clips of 5 frames learned from, freed memory kept" and pair.ratio > 0
+    assert re.search("1 batches.*5 frames.*kept", pair.measured) and pair.ratio > 0
 
 
 def test_capture_is_measured():
@@ -68,11 +70,11 @@ RIVALS = [("newton", fitting.logistic), ("ridge", fitting.ridge_by_folds), ("rid
 @pytest.mark.parametrize(("kind", "rival"), RIVALS)
 def test_the_loop_finds_the_probes_of_the_fit(kind, rival):
     samples = fitting.synthetic(SMALL, steps=1, layers=2, channels=12)
-    config = ProbeConfig(kind=kind, lambdas=[0.1])
+    config = ProbeConfig(kind=kind, penalties=[0.1])
     bank = fitting.whole_fit(samples, config)
     cells = np.array([0, 1])
     x, held = fitting.standardised(samples, cells)
-    loop = fitting.sklearn_loop(x, held, samples, config.lambdas, rival)
+    loop = fitting.sklearn_loop(x, held, samples, config.penalties, rival)
     assert set(loop) == {(cell, target.name) for cell in range(2) for target in samples.targets}
     validation = samples.subset("validation")
     for target in (t for t in samples.targets if t.form != "candidate"):  # scikit-learn has no shared scorer
@@ -104,7 +106,7 @@ def test_what_a_run_needs_is_sampled_and_decoded_once():
 
 
 def test_a_run_that_fails_is_not_timed():
-    with pytest.raises(RuntimeError, match="ended with 2"):
+    with pytest.raises(RuntimeError, match=r"task\.problems=1.*\b2\b"):
         running.whole_run(["task.problems=1"])
 
 
@@ -129,7 +131,7 @@ def test_the_gap_of_sklearn_falls_with_its_tolerance_and_the_loosest_that_keeps_
     found = [fitting.sklearn_gap(part, *fitting.each_penalty(part, [0.01], tol), 0.01) for tol in (1e-1, taken, 1e-8)]
     assert found[0] > found[1] > found[2]
     assert found[2] < 1e-5
-    weight = fitting.whole_fit(samples, ProbeConfig(kind="newton", lambdas=[0.01])).weights["corridors"][1]
+    weight = fitting.whole_fit(samples, ProbeConfig(kind="newton", penalties=[0.01])).weights["corridors"][1]
     one = fitting.each_penalty(part, [0.01], 1e-8)[0]
     assert np.allclose((weight[:, 1] - weight[:, 0]).numpy(), one.coef_[0], atol=1e-3)
 
@@ -143,7 +145,7 @@ def test_gaps_stand_beside_the_ratio():
 
 @pytest.mark.slow
 def test_the_whole_run_is_measured():
-    small = ["pipeline.steps=3", "pipeline.batch=8", "probe.layers=6:8", "probe.epochs=3", "probe.randomised=0"]
+    small = ["pipeline.steps=3", "pipeline.batch=8", "probe.layers=6:8", "probe.epochs=3", "probe.random_weights=0"]
     found = running.measure(1, 24, small)
     with (console := Console(width=200)).capture() as printed:
         console.print(table(found))

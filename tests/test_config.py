@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from itertools import product
 
@@ -41,7 +42,7 @@ def test_top_level_names_are_frozen():
     ]  # fmt: skip
     assert [f.name for f in fields(UseRun)] == ["use", "run", "seed"]
     assert GROUPS == ["experiment", "pipeline", "probe", "task", "trainer", "use"]
-    for name in ("layers", "steps", "pooling", "frames", "decode", "kind", "lambdas", "randomised"):
+    for name in ("layers", "steps", "pooling", "frames", "decode", "kind", "penalties", "random_weights"):
         assert hasattr(load(TrainRun, []).probe, name)
 
 
@@ -73,9 +74,9 @@ def test_every_file_composes(path):
             assert {key: getattr(found, key) for key in inside} == inside if inside else found == value
 
 
-@pytest.mark.parametrize("choice", list(product(*map(options, ("probe", "trainer", "experiment")))), ids=str)
-def test_every_combination_composes(choice):
-    probe, trainer, experiment = choice
+@pytest.mark.parametrize("combination", list(product(*map(options, ("probe", "trainer", "experiment")))), ids=str)
+def test_every_combination_composes(combination):
+    probe, trainer, experiment = combination
     run = load(TrainRun, [f"probe={probe}", f"trainer={trainer}", f"experiment={experiment}"])
     assert run.probe.frames == (probe == "frames")
     assert run.trainer.accelerator == trainer
@@ -116,7 +117,7 @@ def test_the_recipe_of_the_model_has_one_home():
         ("probe.layers=3", "probe", "layers", "3"),
         ("probe.layers=last", "probe", "layers", "last"),
         ("probe.frames=true", "probe", "frames", True),
-        ("probe.lambdas=[1e-3,2]", "probe", "lambdas", [1e-3, 2.0]),
+        ("probe.penalties=[1e-3,2]", "probe", "penalties", [1e-3, 2.0]),
         ("trainer.devices=2", "trainer", "devices", 2),
         ("trainer.precision=bf16-mixed", "trainer", "precision", "bf16-mixed"),
     ],
@@ -193,7 +194,7 @@ def test_settings_are_read_back_as_they_were(tmp_path, experiment):
 
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(ValueError, match=r"^run_dir='.*taken': is a file; expected a folder, or a name that is free$"):
+    with pytest.raises(ValueError, match=r"^run_dir='.*/taken'.*file.*folder"):
         save_config(load(TrainRun, []), tmp_path / "taken")
     assert (tmp_path / "taken").read_text() == "mine"
 
@@ -211,12 +212,11 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
 )
 def test_damaged_settings_are_named(tmp_path, content, reason):
     (tmp_path / "config.yaml").write_text(content)
-    with pytest.raises(ValueError, match=r"^run='.*': config.yaml is damaged or of another version \(") as caught:
+    named = re.escape(f"run={str(tmp_path)!r}")
+    with pytest.raises(ValueError, match=rf"\A{named}.*config\.yaml.*\(.*{re.escape(reason)}.*\Z"):  # one line
         read_run(tmp_path)
-    assert reason in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"expected the folder of a train.py run, found no config.yaml$"):
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'run={str(tmp_path)!r}')}.*train\.py.*config\.yaml"):
         read_run(tmp_path)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "maze"
     settings = ["task.problems=120", "pipeline.steps=3", "probe.steps=0,2", "probe.decode=0", "probe.layers=2,6"]
-    command = [sys.executable, str(ROOT / "train.py"), "probe=layers", *settings, "probe.randomised=0"]
+    command = [sys.executable, str(ROOT / "train.py"), "probe=layers", *settings, "probe.random_weights=0"]
     done = subprocess.run([*command, f"run_dir={folder}"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder
@@ -29,7 +29,7 @@ def test_the_grid_is_what_its_files_say(run):
     solver: on test every answer is the same, in cross-validation one sample of 42 that lies on a border may differ. The
     p are within five standard errors of the draws on both sides."""
     distances = compare(run, "answer")
-    assert {"reference", "skill", "p_inputs", "p_evidence", "p_excess", "accuracy of x_t"} <= set(distances)
+    assert {"reference", "skill", "p_inputs", "p_evidence", "p_x0", "accuracy of x_t"} <= set(distances)
     for name, distance in distances.items():
         limit = 5 if name.startswith("p_") else 1 / 42 if name.startswith("cross-validation") else 0
         assert distance <= limit + 1e-9, f"{name} differs by {distance}"

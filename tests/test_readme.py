@@ -11,9 +11,9 @@ import pytest
 import probe
 import train
 from cosprobe.ensembles import comparison as seeds
-from cosprobe.evaluation import scoring
+from cosprobe.evaluation import variables
 from cosprobe.evaluation.checks import suite as checks
-from cosprobe.evaluation.grid import BASELINES
+from cosprobe.evaluation.variables import BASELINES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,7 +48,7 @@ def test_every_link_and_figure_exists():
 def test_every_safeguard_names_what_the_grid_holds():
     rows = [line for line in (ROOT / "docs" / "claims.md").read_text().splitlines() if line.startswith("| ")]
     table = rows[: next(i for i, row in enumerate(rows) if row.startswith("| claim"))]
-    known = {*scoring.MEANING, *checks.MEANING, *BASELINES, "control", "transfer_step", "transfer_layer"}
+    known = {*variables.MEANING, *checks.MEANING, *BASELINES, "control", "transfer_step", "transfer_layer"}
     known |= {f"weights_{end}" for end in ("accuracy", "lower", "upper")} | {"_lower", "_upper"}
     names = {name for row in table for name in re.findall(r"`([a-z0-9_]+)`", row.split("|")[3])}
     assert len(names) > 40 and names <= known, names - known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_the_page_lists_every_row_and_counts_what_is_kept():
         alarms("old", "x", hits, False),
     ]
     text = page(rows)
-    assert "2 of 3 are kept" in text and "## Shares" in text and "## Maps" in text
+    assert re.search(r"\b2 of 3\b", text) and "## Shares" in text and "## Maps" in text
     assert "| at least 0.94 | n 60 | 0.9750 ± 0.0082 | 400 | 0.250 | yes |" in text
     assert "| at least 0.94 | n 12 | 0.5000 ± 0.0250 | 400 | 0.250 | **no** |" in text
     assert text.index("## Not used") < text.index("| old | x |")
@@ -129,7 +130,7 @@ def test_the_command_writes_the_page_and_says_how_far_it_is(monkeypatch, tmp_pat
         __main__, "SIMULATIONS", {"lengths": (lambda runs, seed: [alarms("a", "b", np.zeros(9) > 0)], 9)}
     )
     assert __main__.main([str(tmp_path / "page.md")]) == 0
-    assert "lengths: 1 rows of 9 runs, 0 not kept" in capsys.readouterr().out
-    assert "1 of 1 are kept" in (tmp_path / "page.md").read_text()
+    assert re.search(r"lengths.*\b1 rows.*\b9 runs.*\b0\b", capsys.readouterr().out)
+    assert re.search(r"\b1 of 1\b", (tmp_path / "page.md").read_text())
     assert __main__.main([]) == 2
-    assert "0 arguments: expected one, the page to write" in capsys.readouterr().err
+    assert re.search(r"\b0 arguments\b.*\bpage\b", capsys.readouterr().err)

@@ -1,1 +1,1 @@
-"""Simulations with a known truth: does every interval cover and every p reject as often as it promises?"""
+"""Simulations with known true values: coverage of every interval, and false positive rate of every test."""

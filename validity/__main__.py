@@ -1,4 +1,4 @@
-"""`python -m validity FILE`: simulates every promise and writes the page."""
+"""Command line: `python -m validity FILE` runs all simulations and writes the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from validity import differences, ensembles, guessing, inputs, lengths, maps, on
 from validity.rows import Row, page
 
 SEED = 20
-SIMULATIONS: dict[str, tuple[Callable[[int, int], list[Row]], int]] = {  # what simulates, in how many runs
+SIMULATIONS: dict[str, tuple[Callable[[int, int], list[Row]], int]] = {  # function and number of runs
     "shares": (shares.simulate, 5000),
     "differences": (differences.simulate, 5000),
     "guessing": (guessing.simulate, 2000),
@@ -27,6 +27,7 @@ SIMULATIONS: dict[str, tuple[Callable[[int, int], list[Row]], int]] = {  # what 
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Runs all simulations and writes the page. Returns the exit status."""
     if len(arguments) != 1:
         Console(stderr=True).print(f"error: {len(arguments)} arguments: expected one, the page to write")
         return 2

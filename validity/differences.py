@@ -1,4 +1,4 @@
-"""Paired differences: `difference_interval` over truths, shares of ties, numbers of problems, seeds, correlation."""
+"""Coverage of `difference_interval` by true difference, share of ties, number of problems, seeds and correlation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRUTHS = (-0.5, -0.2, 0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
 def tables() -> list[tuple[float, float]]:
-    """(difference, share of samples that differ at all): one side never wins, rarely, often; no ties."""
+    """Pairs (true difference, share of samples without a tie): one side wins never, rarely, or often; or no ties."""
     found = []
     for truth in TRUTHS:
         apart = {abs(truth), abs(truth) + 0.05, (1 + abs(truth)) / 2, 1.0} - {0.0}
@@ -24,7 +24,7 @@ def tables() -> list[tuple[float, float]]:
 
 
 def simulate(runs: int, seed: int) -> list[Row]:
-    """One row per number of problems and layout: the worst of all truths and shares of ties."""
+    """One row per number of problems and layout: the lowest coverage over true differences and shares of ties."""
     rng = np.random.default_rng(seed)
     return worst_by_layout(_covered, runs, rng) + _others(runs, rng)
 
@@ -49,7 +49,8 @@ def _covered(runs: int, problems: int, layout: str, correlation: float, rng: np.
 
 
 def _others(runs: int, rng: np.random.Generator) -> list[Row]:
-    """The interval of Agresti and Min and the percentiles of problems drawn anew, one sample of each of 60 problems."""
+    """Coverage of the interval of Agresti and Min and of bootstrap percentiles, for 60 problems with one sample
+    each."""
     draws = problem_draws(np.arange(60), 500, 0)
     agresti, percentile = [], []
     for truth, apart in tables():

@@ -1,4 +1,4 @@
-"""Seed ensembles: shares that are means over six seeds, gains, and p of a method being better than the reference."""
+"""Seed ensembles: intervals of means over six seeds and of gains, and the test of methods against a reference."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from cosprobe.evaluation import difference_interval, max_t_bootstrap, share_inte
 from validity.rows import LEVEL, Row, alarms, coverage
 
 SEEDS, METHODS, DRAWS = 6, 8, 199
-PROBLEMS = (32, 60, 240)  # of use.size=quick, in between, of full
-SPREADS = (0.2, 2.0)  # of chances over problems: nearly always the same answer for all seeds, and rather independent
+PROBLEMS = (32, 60, 240)  # as with use.size=quick, in between, as with use.size=full
+SPREADS = (0.2, 2.0)  # concentration of Beta: seeds of a problem nearly always agree; seeds are nearly independent
 
 
 def simulate(runs: int, seed: int) -> list[Row]:
-    """A run is one comparison of methods that are all equally good; the gain is over one run, by half a chance."""
+    """In each run all methods are equally accurate. The gain is that of one method with half of the errors, by
+    problem."""
     found = []
     for problems in PROBLEMS:
         for spread in SPREADS:
@@ -27,7 +28,7 @@ def _rows(runs: int, rng: np.random.Generator, problems: int, spread: float) -> 
     keys, truth = np.arange(problems), 0.75
     chance = rng.beta(truth * spread, (1 - truth) * spread, (runs, problems))
     one = _mean_of_seeds(chance, rng)
-    # of the chance to be wrong, half is made good where a coin of the problem says so
+    # in half of the problems, the probability of an error is halved
     better = np.where(rng.random(chance.shape) < 0.5, (1 + chance) / 2, chance)
     voted = (rng.random(chance.shape) < better).astype(float)
     gain = (1 - truth) / 4

@@ -1,4 +1,4 @@
-"""Does a cell beat guessing? `max_t_permutation` on grids that know nothing."""
+"""False positive rate of `max_t_permutation` on grids whose predictions are independent of the labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from validity.rows import LEVEL, Row, alarms, seeds_of
 SUBJECT = "a cell above guessing (permutation of problems)"
 CELLS, DRAWS = 40, 199
 BALANCED, RARE = (0.25, 0.25, 0.25, 0.25), (0.9, 0.06, 0.04)
-SETTINGS = [  # problems, layout, how often each class is the label, correlation of cells
+SETTINGS = [  # problems, layout, frequency of each class, correlation of cells
     (60, "one each", BALANCED, 0.0),
     (60, "one each", BALANCED, 0.8),
     (90, "one each", BALANCED, 0.5),
@@ -25,7 +25,7 @@ SETTINGS = [  # problems, layout, how often each class is the label, correlation
 
 
 def simulate(runs: int, seed: int) -> list[Row]:
-    """Share of grids in which any cell is called, labels and predictions being independent."""
+    """Share of grids with any significant cell. Labels and predictions are independent."""
     return [_alarms(runs, np.random.default_rng([seed, i]), *setting) for i, setting in enumerate(SETTINGS)]
 
 
@@ -38,10 +38,10 @@ def _alarms(
     found = np.empty(runs, dtype=bool)
     for run in range(runs):
         labels = np.searchsorted(bounds, rng.random(problems))[np.repeat(np.arange(problems), seeds)]
-        # cells take one shared guess of the problem with probability root of the correlation, as frequent as labels
+        # a cell takes the shared guess of the problem with probability sqrt(correlation), otherwise its own guess
         shared = np.searchsorted(bounds, rng.random(problems))
-        own = np.searchsorted(bounds, rng.random((CELLS, problems)))
-        guess = np.where(rng.random((CELLS, problems)) < math.sqrt(correlation), shared, own)
+        separate = np.searchsorted(bounds, rng.random((CELLS, problems)))
+        guess = np.where(rng.random((CELLS, problems)) < math.sqrt(correlation), shared, separate)
         p = max_t_permutation(np.repeat(guess, seeds, axis=1), labels, keys, DRAWS, run).p
         found[run] = (p <= LEVEL).any()
     classes = " ".join(f"{share:g}" for share in frequency)

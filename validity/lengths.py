@@ -1,4 +1,4 @@
-"""Description lengths: `mean_interval` of the bits that probes of growing size need for labels."""
+"""Coverage of `mean_interval` for description lengths, and for other skewed values."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from validity.rows import Row, coverage
 
 SUBJECT = "code lengths"
 CLASSES = 4
-STRENGTHS = {"weak": 1.0, "medium": 2.0, "strong": 3.0}  # of the signal a probe of all problems reads
+STRENGTHS = {"weak": 1.0, "medium": 2.0, "strong": 3.0}  # signal of a probe that is fitted to all problems
 PROBLEMS = (60, 90, 180, 360)
-LABELS = 400_000  # from which the true mean is taken
+LABELS = 400_000  # number of labels that the true mean is computed from
 
 
 def simulate(runs: int, seed: int) -> list[Row]:
-    """Coverage of the mean number of bits, order of problems and fitted probes taken as given; and of the mean of
-    values that are as skewed but alike, which is harder: a code's blocks differ, and how many fall in each is fixed."""
+    """Coverage of the mean number of bits, given the order of problems and the probes; and of means of skewed values.
+
+    Means of identically distributed skewed values are the harder case: the blocks of a code have different means, but
+    fixed sizes.
+    """
     found = []
     for problems in PROBLEMS:
         seen = _seen(problems)
-        for place, (name, strength) in enumerate(STRENGTHS.items()):
-            rng = np.random.default_rng([seed, problems, place])
+        for number, (name, strength) in enumerate(STRENGTHS.items()):
+            rng = np.random.default_rng([seed, problems, number])
             truth = float(_bits(np.tile(seen, (LABELS // problems, 1)), strength, problems, rng).mean())
             bits = _bits(np.tile(seen, (runs, 1)), strength, problems, rng)
             found += _rows(SUBJECT, f"{problems} training problems, {name} signal", bits, truth)
@@ -49,7 +52,7 @@ def _rows(subject: str, setting: str, values: Float[np.ndarray, "run problem"], 
 
 
 def _seen(problems: int) -> Int[np.ndarray, " problem"]:
-    """How many problems the probe that says a problem's label was fitted to; 0 in the first block."""
+    """For each problem, the number of problems that the probe of its block is fitted to; 0 in the first block."""
     sizes = (0, *doubling(problems, "answer"))
     return np.repeat(sizes[:-1], np.diff(sizes))
 
@@ -57,8 +60,10 @@ def _seen(problems: int) -> Int[np.ndarray, " problem"]:
 def _bits(
     seen: Int[np.ndarray, "*problem"], strength: float, problems: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "*problem"]:
-    """Bits of a label under a softmax over noisy scores, the label's own higher by a signal that grows with the number
-    of problems seen; mixed with one uniform pseudo-label as the code is."""
+    """Bits of a label under a softmax over noisy scores, with one uniform pseudo-label as in the code.
+
+    The score of the label is increased by a signal that grows with the number of problems seen.
+    """
     signal = strength * np.sqrt(seen / problems)[..., None]
     scores = rng.normal(size=(*np.shape(seen), CLASSES))
     scores[..., :1] += signal

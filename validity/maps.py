@@ -1,8 +1,9 @@
-"""Whole maps of probes that were really fitted: what their intervals cover, and how often they show a wrong cell.
+"""Whole maps with fitted probes: coverage of all intervals, and rates of false positive cells.
 
-A world has features of known distribution. Probes and inputs are fitted to 100 training problems, chosen on 40, read on
-60 by the code that a run uses. The truth of every printed number is then the number that the same frozen probes give on
-FRESH problems more. So the error of a training set is no error of an interval: intervals speak of test problems.
+Features have a known distribution. Probes on layers and inputs are fitted to 100 training problems, chosen on 40
+validation problems and tested on 60 test problems, by the code that a run uses. The true value of every reported number
+is its value for the same probes on FRESH further problems. Differences between training sets therefore do not count as
+errors of an interval: intervals cover the choice of test problems only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import xarray as xr
 
 from cosprobe.activations import InputFeatures, ProbeSamples
 from cosprobe.activations.dataset import relabelled
-from cosprobe.cells import EMBED, FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, X0, X_T, Cell
+from cosprobe.cells import DIFFICULTY, EMBED, FIRST_FRAME, INPUTS, NOISE, PROMPT, X0, X_T, Cell
 from cosprobe.evaluation import ALPHA, evaluate, read_inputs
 from cosprobe.evaluation.checks import examine
 from cosprobe.probes import ProbeConfig, fit
@@ -31,24 +32,29 @@ from validity.rows import Row, alarms, shares_covered
 
 REGIONS, CHANNELS, STEPS, LAYERS, FRAMES = 4, 6, 4, 3, 2
 SIZES = {"train": 100, "validation": 40, "test": 60}  # problems
-FRESH = 1000  # problems more, by which the truth is known up to 0.015
-ROUNDING = 1e-9  # a guess of one class in six is known exactly, but for the last bits of a mean
+FRESH = 1000  # further problems, which give true values up to 0.015
+ROUNDING = 1e-9  # the accuracy of chance is exact up to rounding
 BEFORE, AFTER = [0, 0, 2, 3], [0, 2, 2, 3]  # decoded steps around each step: step 1 is not decoded
 WORLDS = {
     "planted": "answer in some cells, less in inputs and x0-hat",
     "null": "no answer anywhere",
     "as good": "every cell as good as the best input, which changes from step to step",
 }
-# what has an interval: the variable and what its lower and upper ends are called
+# variables with an interval, and the names of its lower and upper ends
 SHARES = {"accuracy": ("lower", "upper"), "baseline_accuracy": ("baseline_lower", "baseline_upper")}
-SHARES |= {n: (f"{n}_lower", f"{n}_upper") for n in ("knew", "transfer_step", "transfer_layer", "transfer_hard")}
-DIFFERENCES = {name: (f"{name}_lower", f"{name}_upper") for name in ("excess", "selectivity")}
-ONSETS = {name: (f"{name}_lower", f"{name}_upper") for name in ("latency", "visible_latency", "lag", "depth")}
+SHARES |= {
+    n: (f"{n}_lower", f"{n}_upper")
+    for n in ("correct_when_model_wrong", "transfer_step", "transfer_layer", "transfer_hard")
+}
+DIFFERENCES = {name: (f"{name}_lower", f"{name}_upper") for name in ("above_x0", "selectivity")}
+ONSETS = {name: (f"{name}_lower", f"{name}_upper") for name in ("latency", "x0_latency", "lag", "depth")}
 
 
 def world(kind: str, rng: np.random.Generator) -> tuple[ProbeSamples, dict[str, InputFeatures]]:
-    """Samples of a run, with FRESH test problems behind its own; one to three noise seeds a problem, one of four labels
-    rarer than the others."""
+    """Samples and inputs of a run, with FRESH further test problems after its own.
+
+    Problems have one to three noise seeds. One of the four labels is less frequent than the others.
+    """
     problems = [*SIZES.values(), FRESH]
     seeds = rng.integers(1, 4, sum(problems))
     keys = np.repeat(np.arange(len(seeds)), seeds)
@@ -57,12 +63,12 @@ def world(kind: str, rng: np.random.Generator) -> tuple[ProbeSamples, dict[str, 
     seen, hard, count = rng.integers(0, 6, len(seeds))[keys], rng.integers(0, 2, len(seeds))[keys], len(keys)
 
     def features(*axes: int, width: int, strength: np.ndarray | float) -> np.ndarray:
-        """Noise, half of it shared by the seeds of a problem, with the answer's region moved along one direction."""
+        """Noise, partly shared by the seeds of a problem. The region of the answer is shifted along one direction."""
         shape = (count, *axes, REGIONS, width)
         x = rng.normal(size=shape, scale=0.8) + rng.normal(size=(len(seeds), *shape[1:]), scale=0.6)[keys]
-        way = rng.normal(size=(*axes, width))
-        way *= np.expand_dims(np.asarray(strength), -1) / np.linalg.norm(way, axis=-1, keepdims=True)
-        x[np.arange(count), ..., answer, :] += way
+        direction = rng.normal(size=(*axes, width))
+        direction *= np.expand_dims(np.asarray(strength), -1) / np.linalg.norm(direction, axis=-1, keepdims=True)
+        x[np.arange(count), ..., answer, :] += direction
         return x
 
     best = np.zeros((len(INPUTS), STEPS))
@@ -77,12 +83,12 @@ def world(kind: str, rng: np.random.Generator) -> tuple[ProbeSamples, dict[str, 
     inputs = {}
     for name in (NOISE, FIRST_FRAME, EMBED, X_T, X0):
         steps = STEPS if name in (EMBED, X_T, X0) else 1
-        picture = np.array([0.4, 0.8, 1.6, 1.6]) * (kind == "planted")
-        strength = best[INPUTS.index(name), :steps] if name in INPUTS else picture
+        of_x0 = np.array([0.4, 0.8, 1.6, 1.6]) * (kind == "planted")
+        strength = best[INPUTS.index(name), :steps] if name in INPUTS else of_x0
         parts = features(steps, FRAMES, width=3, strength=np.repeat(strength[:, None] / FRAMES**0.5, FRAMES, axis=1))
         region = torch.from_numpy(parts).float()
         inputs[name] = InputFeatures(region.mean(dim=3, keepdim=True), region)
-    for name in (PROMPT, NUISANCE):
+    for name in (PROMPT, DIFFICULTY):
         inputs[name] = InputFeatures(torch.from_numpy(rng.normal(size=(count, 1, 1, 1, 3))).float())
     labels = {"answer": torch.from_numpy(answer), "seen": torch.from_numpy(seen)}
     labels["control"] = torch.from_numpy(rng.integers(0, REGIONS, len(seeds))[keys])
@@ -92,27 +98,27 @@ def world(kind: str, rng: np.random.Generator) -> tuple[ProbeSamples, dict[str, 
         Target("control", REGIONS, "candidate", "control", ("one",)),
     )
     controls, relabels = relabelled(targets, labels)
-    readout = rng.random((count, STEPS, REGIONS))
-    readout[np.arange(count), :, answer] += (kind == "planted") * np.array([0.1, 0.2, 0.4, 0.4])
-    readout[:, [step for step in range(STEPS) if step not in BEFORE]] = np.nan
+    scores = rng.random((count, STEPS, REGIONS))
+    scores[np.arange(count), :, answer] += (kind == "planted") * np.array([0.1, 0.2, 0.4, 0.4])
+    scores[:, [step for step in range(STEPS) if step not in BEFORE]] = np.nan
     drawn = np.where(rng.random(count) < 0.7, answer, rng.integers(-1, REGIONS, count))
     samples = ProbeSamples(
         features=torch.from_numpy(features(STEPS, LAYERS, width=CHANNELS, strength=layers)).float().flatten(1, 2),
-        cells=tuple(Cell(step, str(layer), "cond", "all") for step in range(STEPS) for layer in range(LAYERS)),
+        cells=tuple(Cell(step, layer, "cond", "all") for step in range(STEPS) for layer in range(LAYERS)),
         targets=(*targets, *controls),
         labels=labels | relabels,
         split=split,
         keys=np.array([f"{key:06d}" for key in keys]),
         kinds=np.full(count, "one"),
-        scores={"x0_readout": readout},
-        choice=drawn,
+        scores={"x0_scores": scores},
+        model_answer=drawn,
         difficulty={"hard": hard},
     )
     return samples, inputs
 
 
 def simulate(runs: int, seed: int = 0) -> list[Row]:
-    """runs: worlds of each kind."""
+    """Rows of all simulated maps. runs: number of maps of each kind of world."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     covered: dict[str, list[tuple[float, float]]] = defaultdict(list)
     rows: list[Row] = []
@@ -133,53 +139,53 @@ def simulate(runs: int, seed: int = 0) -> list[Row]:
 
 
 def maps_of(kind: str, rng: np.random.Generator) -> tuple[xr.Dataset, xr.Dataset]:
-    """The map of a run, and that of the same frozen probes on fresh problems."""
+    """The map of a run, and the map of the same probes on fresh problems."""
     samples, inputs = world(kind, rng)
     test = np.flatnonzero(samples.split == "test")
-    own = np.isin(samples.keys[test], np.unique(samples.keys[test])[: SIZES["test"]])
+    of_run = np.isin(samples.keys[test], np.unique(samples.keys[test])[: SIZES["test"]])
     learned = np.flatnonzero(samples.split != "test")
     grids = []
     bank = None
-    for part, draws in ((test[own], 199), (test[~own], 99)):
+    for part, draws in ((test[of_run], 199), (test[~of_run], 99)):
         at = np.concatenate([learned, part])
         these = samples.rows(at)
         of_these = {name: replace(one, whole=one.whole[at], region=None if one.region is None else one.region[at])
                     for name, one in inputs.items()}  # fmt: skip
         if bank is None:
-            recipe = ProbeConfig(kind="ridge", lambdas=[0.1, 1.0])
+            recipe = ProbeConfig(kind="ridge", penalties=[0.1, 1.0])
             with warnings.catch_warnings(), TemporaryDirectory() as folder:
                 warnings.simplefilter("ignore")
                 bank = fit(these, recipe, TrainerConfig(precision="32-true"), Path(folder), 0)
         readings = read_inputs(these, of_these, "ridge", [0.1, 1.0])
         grid, _ = examine(evaluate(these, ("transformer",) * STEPS, bank, readings), these, of_these, bank, draws=draws)
-        grids.append(grid.dataset.isel(place=0))
+        grids.append(grid.dataset.isel(position=0))
     return grids[0], grids[1]
 
 
 def false_cells(run: xr.Dataset, truth: xr.Dataset) -> dict[str, bool]:
-    """Whether a map shows a cell that is, in truth, no better than what it has to beat."""
+    """Whether a map has a significant cell whose true accuracy is not above that of its baselines, by test."""
     here, there = run.sel(target="answer"), truth.sel(target="answer")
     rivals = there.baseline_accuracy.sel(baseline=list(INPUTS)).max("baseline")
-    readout = there.baseline_accuracy.sel(baseline="x0_readout").values
-    shown = np.fmax(np.fmax(readout[BEFORE], readout[AFTER]), there.baseline_accuracy.sel(baseline=X0).values)
+    parsed = there.baseline_accuracy.sel(baseline="x0_parsed").values
+    shown = np.fmax(np.fmax(parsed[BEFORE], parsed[AFTER]), there.baseline_accuracy.sel(baseline=X0).values)
     no_better = there.accuracy.transpose("step", "layer") <= np.maximum(rivals, there.chance)
     behind = there.accuracy.transpose("step", "layer").values <= shown[:, None]
-    p, excess = (here[name].transpose("step", "layer").values for name in ("p_evidence", "p_excess"))
+    p, above_x0 = (here[name].transpose("step", "layer").values for name in ("p_evidence", "p_x0"))
     return {
         "a cell with evidence that beats no more than chance and inputs": bool(((p <= ALPHA) & no_better.values).any()),
-        "a cell above x0-hat that is not": bool(((excess <= ALPHA) & behind).any()),
+        "a cell above x0-hat that is not": bool(((above_x0 <= ALPHA) & behind).any()),
         "random labels decodable": bool((run.p_permutation.sel(target="control") <= ALPHA).any()),
     }
 
 
 def coverage(run: xr.Dataset, truth: xr.Dataset) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Share of the intervals of each variable that hold the truth, and their mean width."""
+    """For each variable, the share of intervals that contain the true value, and their mean width."""
     for name, (low, high) in (SHARES | DIFFERENCES | ONSETS).items():
         if name in run:
             yield from _held(name, truth[name].values, run[low].values, run[high].values)
     yield from _held("learning", truth.learning.values, run.learning_lower.values, run.learning_upper.values)
     change = (truth.residual_after - truth.residual_before).values
-    yield from _held("nuisances removed", change, run.residual_lower.values, run.residual_upper.values)
+    yield from _held("confounds removed", change, run.residual_lower.values, run.residual_upper.values)
 
 
 def _held(name: str, value: np.ndarray, low: np.ndarray, high: np.ndarray) -> Iterator[tuple[str, tuple[float, float]]]:

@@ -1,4 +1,4 @@
-"""Latencies and lags: `latency` and `lag` on noisy curves whose half-maximum is known."""
+"""Coverage of `latency` and `lag` on noisy curves with known half-maximum."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from validity.rows import Row, coverage
 
 STEPS = np.arange(20.0)
 CHANCE, DRAWS = 0.25, 300
-ONSET, LATER = 5.3, 9.3  # of the probes, and of the picture
+ONSET, LATER = 5.3, 9.3  # midpoint of the curves of probes, and of x0-hat
 CEILINGS = (0.5, 0.7, 0.9)
-SHARED = 0.5  # of what decides right or wrong: the problem's, the same at all steps and for all lines
+SHARED = 0.5  # probability that a sample uses the random number of its problem, shared by all steps and lines
 
 
 def curve(onset: float, ceiling: float) -> Float[np.ndarray, " step"]:
-    """A rise from a guess to the ceiling, a step wide."""
+    """A logistic curve from CHANCE to `ceiling`, with a scale of one step."""
     return CHANCE + (ceiling - CHANCE) / (1 + np.exp(onset - STEPS))
 
 
 def simulate(runs: int, seed: int, problems: Sequence[int] = (60, 90, 300)) -> list[Row]:
-    """Coverage of the latency at each ceiling, and of the lag behind a picture that reaches 0.9."""
+    """Coverage of the latency at each ceiling, and of the lag of x0-hat, whose ceiling is 0.9."""
     curves = np.stack([*(curve(ONSET, ceiling) for ceiling in CEILINGS), curve(LATER, 0.9)])
     lines, shown = len(CEILINGS), len(CEILINGS)
     found = []
@@ -45,7 +45,7 @@ def simulate(runs: int, seed: int, problems: Sequence[int] = (60, 90, 300)) -> l
         names = [("latencies", f"ceiling {c:g}") for c in CEILINGS]
         names += [("lags", f"ceiling {c:g}, of the picture 0.9") for c in CEILINGS]
         for (subject, name), hits, width in zip(names, held, widths, strict=True):
-            given = np.isfinite(width)  # a latency without an interval states nothing
+            given = np.isfinite(width)  # latencies without an interval do not count
             found.append(coverage(subject, f"{count} problems, {name}", hits[given] > 0, width[given]))
     return found
 
@@ -53,7 +53,7 @@ def simulate(runs: int, seed: int, problems: Sequence[int] = (60, 90, 300)) -> l
 def _right(
     curves: Float[np.ndarray, "line step"], problems: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "line step sample"]:
-    """Right or wrong at every step: a problem's number, or with probability 1 - SHARED one of this line and step."""
-    own = rng.random((*curves.shape, problems))
-    mine: Bool[np.ndarray, "line step sample"] = rng.random(own.shape) < SHARED
-    return (np.where(mine, rng.random(problems), own) < curves[..., None]).astype(float)
+    """Right (1) or wrong (0) at every step. With probability SHARED, the random number of the problem decides."""
+    separate = rng.random((*curves.shape, problems))
+    shared: Bool[np.ndarray, "line step sample"] = rng.random(separate.shape) < SHARED
+    return (np.where(shared, rng.random(problems), separate) < curves[..., None]).astype(float)

@@ -1,4 +1,4 @@
-"""What a simulation observed of one promise, and the page that lists it."""
+"""Results of simulations as rows, and the page that lists them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-COVERAGE = 0.94  # the least share of intervals that must hold the truth; they are built for 0.95
-LEVEL = 0.05  # the largest share of runs without any effect in which a test may find one
-ERRORS = 3  # Monte-Carlo standard errors by which an observed share may miss what is promised
+COVERAGE = 0.94  # least share of intervals that must contain the true value; their nominal level is 0.95
+LEVEL = 0.05  # largest false positive rate of a test
+ERRORS = 3  # an observed share may miss its bound by this many Monte-Carlo standard errors
 
 
 @dataclass(frozen=True)
 class Row:
-    """One promise in one setting.
+    """Result of one simulation.
 
-    promised: empty for a method that is not used and stands beside for comparison. observed: share of runs, with its
-    Monte-Carlo standard error. width: mean width of intervals, NaN for tests. holds: whether the observed share is
-    within three errors of the promise.
+    subject, setting: names of what is simulated. promised: the bound on the share, empty for a method that is listed
+    for comparison only. observed, error: share of runs, with its Monte-Carlo standard error. runs: number of runs.
+    width: mean width of intervals, NaN for tests. holds: whether the share meets the bound within ERRORS standard
+    errors.
     """
 
     subject: str
@@ -41,7 +42,7 @@ def coverage(
     used: bool = True,
     least: float = COVERAGE,
 ) -> Row:
-    """How often intervals held the truth; at least 0.94 is promised."""
+    """Row of a coverage: share of runs in which the interval contains the true value, at least 0.94 by default."""
     observed, error = _share(covered)
     promised = f"at least {least:g}" if used else ""
     holds = observed + ERRORS * error >= least
@@ -51,7 +52,7 @@ def coverage(
 def shares_covered(
     subject: str, setting: str, held: Float[np.ndarray, " run"], widths: Float[np.ndarray, " run"]
 ) -> Row:
-    """Of several intervals in each run, the share that held the truth; at least 0.94 is promised."""
+    """Row of a coverage over several intervals per run. held: share of the intervals of each run that cover."""
     error = float((held.std(ddof=1) if len(held) > 1 else 0.0) / math.sqrt(len(held)))
     observed = float(held.mean())
     holds = observed + ERRORS * error >= COVERAGE
@@ -59,25 +60,25 @@ def shares_covered(
 
 
 def alarms(subject: str, setting: str, alarm: Bool[np.ndarray, " run"], used: bool = True, most: float = LEVEL) -> Row:
-    """How often something was found where there is nothing; at most 0.05 is promised."""
+    """Row of a false positive rate: share of runs with a false positive, at most 0.05 by default."""
     observed, error = _share(alarm)
     promised = f"at most {most:g}" if used else ""
     return Row(subject, promised, setting, observed, error, len(alarm), math.nan, observed - ERRORS * error <= most)
 
 
 def worst(rows: Sequence[Row], setting: str) -> Row:
-    """The row of least coverage, named after `setting` and its own, with the mean width of all of them.
+    """The row with the lowest coverage, with the mean width of all rows. Its setting is appended to `setting`.
 
-    The lowest of several observed shares lies below the lowest true one: the choice errs on the strict side.
+    The lowest observed share is on average below the lowest true share, so this choice is strict.
     """
     lowest = min(rows, key=lambda row: row.observed)
     width = float(np.mean([row.width for row in rows]))
-    place = f"{setting}; worst of {len(rows)}: {lowest.setting}"
-    return Row(lowest.subject, lowest.promised, place, lowest.observed, lowest.error, lowest.runs, width, lowest.holds)
+    named = f"{setting}; worst of {len(rows)}: {lowest.setting}"
+    return Row(lowest.subject, lowest.promised, named, lowest.observed, lowest.error, lowest.runs, width, lowest.holds)
 
 
 def seeds_of(problems: int, layout: str, rng: np.random.Generator) -> Int[np.ndarray, " problem"]:
-    """Samples of each problem: `one each`, `1 to 5`, or `a quarter hold 5` where the others have one."""
+    """Number of samples of each problem: `one each`, `1 to 5` (random), or `a quarter hold 5` (the others one)."""
     if layout == "one each":
         return np.ones(problems, dtype=int)
     if layout == "1 to 5":
@@ -88,35 +89,38 @@ def seeds_of(problems: int, layout: str, rng: np.random.Generator) -> Int[np.nda
 def luck(
     runs: int, seeds: Int[np.ndarray, " problem"], correlation: float, rng: np.random.Generator
 ) -> Float[np.ndarray, "run sample"]:
-    """Uniform numbers whose outcomes agree within a problem: each sample takes its problem's number with probability
-    root of `correlation`, else one of its own, so that any two samples of a problem are correlated by just that."""
+    """Uniform random numbers with a given correlation between the samples of a problem.
+
+    A sample takes the number of its problem with probability sqrt(correlation), otherwise an independent number.
+    """
     shared = np.repeat(rng.random((runs, len(seeds))), seeds, axis=1)
-    own = rng.random(shared.shape)
-    return np.where(rng.random(shared.shape) < math.sqrt(correlation), shared, own)
+    separate = rng.random(shared.shape)
+    return np.where(rng.random(shared.shape) < math.sqrt(correlation), shared, separate)
 
 
 def page(rows: Sequence[Row]) -> str:
-    """Markdown: promises by subject, then what stands beside for comparison."""
+    """The page in Markdown: rows with a bound by subject, then rows for comparison."""
     promises, others = [r for r in rows if r.promised], [r for r in rows if not r.promised]
     broken = [row for row in promises if not row.holds]
     lines = [
-        "# Do intervals and tests keep what they promise?",
+        "# Coverage of intervals and false positive rates of tests",
         "",
-        "Written by `make validity`: data are simulated with a known truth, and every number below is a share of runs. "
-        f"Intervals are built for 0.95 and must hold the truth in at least {COVERAGE:g} of runs; tests at level "
-        f"{LEVEL:g} may find something where there is nothing in at most {LEVEL:g}. A promise counts as kept when the "
+        "Written by `make validity`. Data are simulated with known true values; every number in column `observed` is a "
+        f"share of runs. 95 % intervals have to contain the true value in at least {COVERAGE:g} of runs. Tests at "
+        f"level {LEVEL:g} may have false positives in at most {LEVEL:g} of runs. Such a bound counts as kept if the "
         f"observed share misses it by no more than {ERRORS} Monte-Carlo standard errors. "
-        f"{len(promises) - len(broken)} of {len(promises)} are kept.",
+        f"{len(promises) - len(broken)} of {len(promises)} bounds are kept.",
         "",
-        "Every share that is printed (accuracies of probes and baselines, random weights, generalisation matrices, "
-        "what the probe knew of wrong videos, risks of early answers, ensembles) has the interval of *shares*. Every "
-        "paired difference (excess over x0-hat, selectivity, nuisances removed, gains) has that of *differences*. Both "
-        "are checked on really fitted probes too, as are latencies, lags and depths (*intervals of a whole map*).",
+        "Intervals of *shares* are used for accuracies of probes and baselines, random weights, generalisation "
+        "matrices, accuracy where the video is wrong, risks of early answers, and ensembles. Intervals of "
+        "*differences* are used for paired differences: accuracy above x0-hat, selectivity, confounds removed, and "
+        "gains. Both are also simulated with fitted probes, as are latencies, lags and depths (*intervals of a whole "
+        "map*).",
         "",
     ]
     for subject in dict.fromkeys(row.subject for row in promises):
-        mine = [row for row in promises if row.subject == subject]
-        lines += [f"## {subject[0].upper()}{subject[1:]}", "", *_table(mine), ""]
+        of_subject = [row for row in promises if row.subject == subject]
+        lines += [f"## {subject[0].upper()}{subject[1:]}", "", *_table(of_subject), ""]
     if others:
         lines += ["## Not used, for comparison", "", *_table(others, named=True), ""]
     return "\n".join(lines)
@@ -139,6 +143,6 @@ def _table(rows: Sequence[Row], named: bool = False) -> list[str]:
 
 
 def _share(happened: Bool[np.ndarray, " run"]) -> tuple[float, float]:
-    """Share and its standard error, which is above 0 even if it always happened."""
+    """Share and its standard error, which is above 0 even for a share of 0 or 1."""
     likely = (happened.sum() + 1) / (len(happened) + 2)
     return float(happened.mean()), math.sqrt(likely * (1 - likely) / len(happened))

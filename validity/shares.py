@@ -1,4 +1,4 @@
-"""Shares of right answers: `share_interval` over truths, numbers of problems, seeds and their correlation."""
+"""Coverage of `share_interval` by true share, number of problems, seeds and their correlation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SUBJECT = "shares of right answers"
 TRUTHS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99)
 PROBLEMS = (12, 20, 30, 60, 90, 180, 300, 600)
 LAYOUTS = (("one each", 0.0), ("1 to 5", 0.0), ("1 to 5", 0.3), ("1 to 5", 1.0), ("a quarter hold 5", 1.0))
-AT_ONCE = 500  # runs; bounds memory
+AT_ONCE = 500  # runs processed at a time; bounds memory
 
 
 def simulate(runs: int, seed: int) -> list[Row]:
-    """One row per number of problems and layout: the worst of all truths."""
+    """One row per number of problems and layout: the lowest coverage over true shares."""
     rng = np.random.default_rng(seed)
     return worst_by_layout(_covered, runs, rng) + _others(runs, rng)
 
@@ -26,7 +26,7 @@ def simulate(runs: int, seed: int) -> list[Row]:
 def worst_by_layout(
     covered: Callable[[int, int, str, float, np.random.Generator], list[Row]], runs: int, rng: np.random.Generator
 ) -> list[Row]:
-    """Per number of problems and layout the worst row of `covered(runs, problems, layout, correlation, rng)`."""
+    """For each number of problems and layout, the row of lowest coverage among those that `covered` returns."""
     found = []
     for problems in PROBLEMS:
         for layout, correlation in LAYOUTS:
@@ -49,7 +49,7 @@ def _covered(runs: int, problems: int, layout: str, correlation: float, rng: np.
 
 
 def _others(runs: int, rng: np.random.Generator) -> list[Row]:
-    """Wald's interval and the percentiles of problems drawn anew, one sample of each of 60 problems."""
+    """Coverage of Wald's interval and of bootstrap percentiles, for 60 problems with one sample each."""
     draws = problem_draws(np.arange(60), 500, 0)
     wald, percentile = [], []
     for truth in TRUTHS:

@@ -1,13 +1,13 @@
-"""Early answers: the promise of a calibrated policy, and the intervals printed of it on fresh problems."""
+"""Early answers: how often a calibrated policy exceeds its risk, and coverage of its intervals on fresh problems."""
 
 from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from cosprobe.early_exit.policy import (
-    AGAINST,
-    first_look,
+from cosprobe.early_exit.threshold import (
+    ERROR_REFERENCES,
+    first_exit,
     fixed_sequence,
     outcomes,
     p_values,
@@ -18,44 +18,50 @@ from cosprobe.evaluation import difference_interval, share_interval
 from validity.rows import Row, alarms, coverage
 
 RISK, CONFIDENCE, CALIBRATION, FRESH, MANY = 0.1, 0.95, 150, 60, 60_000
-HONESTY = (0.5, 1.0, 2.0)  # probes too sure, honest, too modest
-TRIED = thresholds(4)[3::4]  # still ends where every run stops
-AT_ONCE = 500  # runs; bounds memory
+HONESTY = (0.5, 1.0, 2.0)  # exponent of confidence: underconfident, calibrated, overconfident probes
+TRIED = thresholds(4)[3::4]  # includes the last threshold, at which every run stops
+AT_ONCE = 500  # runs processed at a time; bounds memory
+
+
+STREAM = {"model_answer": 6, "truth": 5}  # seeds of independent random streams
 
 
 class Runs:
-    """Synthetic runs of three looks; confidence rises from look to look.
+    """Synthetic runs with three exit points. Confidence increases from one exit point to the next.
 
-    A look says what the finished run ends on with probability confidence ** honesty. The finished run is right on
-    97 of 100; a look that says something else is right on half of those where it is not.
+    The early answer equals that of the finished video with probability confidence ** honesty. The finished video is
+    right with probability 0.97. An early answer that differs from it is right with probability 0.5 if the video is
+    wrong.
     """
 
     def __init__(self, rng: np.random.Generator, shape: tuple[int, ...], honesty: float) -> None:
-        self.confidence: Float[np.ndarray, "*shape look"] = np.sort(1 - 0.75 * rng.random((*shape, 3)) ** 3, axis=-1)
+        self.confidence: Float[np.ndarray, "*shape exit_point"] = np.sort(
+            1 - 0.75 * rng.random((*shape, 3)) ** 3, axis=-1
+        )
         agrees = rng.random((*shape, 3)) < self.confidence**honesty
         self.solved: Bool[np.ndarray, "*shape"] = rng.random(shape) < 0.97
         solved = self.solved[..., None]
         self.right = np.where(agrees, solved, ~solved & (rng.random((*shape, 3)) < 0.5))
-        self.wrong = {"choice": ~agrees, "truth": ~self.right}
+        self.wrong = {"model_answer": ~agrees, "truth": ~self.right}
 
     def stopped(self, threshold: float) -> tuple[Int[np.ndarray, "*shape"], Bool[np.ndarray, "*shape"]]:
-        """The look each run stops at, and whether its answer is right."""
-        look = first_look(self.confidence, threshold)
+        """The exit point at which each run stops, and whether its answer is right."""
+        exit_point = first_exit(self.confidence, threshold)
         ends = np.concatenate([self.right, self.solved[..., None]], axis=-1)
-        return look, np.take_along_axis(ends, look[..., None], axis=-1)[..., 0]
+        return exit_point, np.take_along_axis(ends, exit_point[..., None], axis=-1)[..., 0]
 
 
 def simulate(runs: int, seed: int) -> list[Row]:
-    """How often the true risk exceeds the one asked for, and coverage of the risk and the gain on fresh problems."""
+    """How often the true risk exceeds the allowed risk, and coverage of risk and gain on fresh problems."""
     found = []
-    for place, honesty in enumerate(HONESTY):
-        crowd = Runs(np.random.default_rng([seed, place]), (MANY,), honesty)
+    for number, honesty in enumerate(HONESTY):
+        crowd = Runs(np.random.default_rng([seed, number]), (MANY,), honesty)
         gains = np.array([crowd.stopped(t)[1].mean() for t in TRIED]) - crowd.solved.mean()
-        for against in AGAINST:
-            answered, errors = outcomes(crowd.confidence, crowd.wrong[against], TRIED)
-            truth = errors / (np.maximum(answered, 1) if against == "truth" else MANY)
-            rng = np.random.default_rng([seed, place, len(against)])
-            found += _rows(runs, rng, honesty, against, truth, gains)
+        for reference in ERROR_REFERENCES:
+            answered, errors = outcomes(crowd.confidence, crowd.wrong[reference], TRIED)
+            truth = errors / (np.maximum(answered, 1) if reference == "truth" else MANY)
+            rng = np.random.default_rng([seed, number, STREAM[reference]])
+            found += _rows(runs, rng, honesty, reference, truth, gains)
     return found
 
 
@@ -63,27 +69,27 @@ def _rows(
     runs: int,
     rng: np.random.Generator,
     honesty: float,
-    against: str,
+    reference: str,
     truth: Float[np.ndarray, " threshold"],
     gains: Float[np.ndarray, " threshold"],
 ) -> list[Row]:
-    trial = Runs(rng, (100,), honesty)
-    start = starting_point(trial.confidence, trial.wrong[against], TRIED, RISK, against)
+    validation = Runs(rng, (100,), honesty)
+    start = starting_point(validation.confidence, validation.wrong[reference], TRIED, RISK, reference)
     exceeded, risk_held, gain_held, widths = [], [], [], []
     for begin in range(0, runs, AT_ONCE):
         many = Runs(rng, (min(AT_ONCE, runs - begin), CALIBRATION), honesty)
-        p = p_values(*outcomes(many.confidence, many.wrong[against], TRIED), CALIBRATION, RISK, against)
+        p = p_values(*outcomes(many.confidence, many.wrong[reference], TRIED), CALIBRATION, RISK, reference)
         for last in fixed_sequence(p, 1 - CONFIDENCE, start):
             stops = last >= start
-            # the truth is that of 60,000 runs: within two of its standard errors the risk counts as kept
+            # true risks are those of 60,000 runs, so they may exceed RISK by two standard errors
             exceeded.append(stops and truth[last] > RISK + 2 * np.sqrt(RISK / MANY))
             if not stops:
                 continue
             fresh = Runs(rng, (FRESH,), honesty)
-            look, right = fresh.stopped(TRIED[last])
-            early = look < 3
-            wrong = early & np.take_along_axis(fresh.wrong[against], np.minimum(look, 2)[:, None], axis=1)[:, 0]
-            among = early if against == "truth" else np.ones(FRESH, dtype=bool)
+            exit_point, right = fresh.stopped(TRIED[last])
+            early = exit_point < 3
+            wrong = early & np.take_along_axis(fresh.wrong[reference], np.minimum(exit_point, 2)[:, None], axis=1)[:, 0]
+            among = early if reference == "truth" else np.ones(FRESH, dtype=bool)
             if not among.any():
                 continue
             keys = np.arange(FRESH)
@@ -92,7 +98,7 @@ def _rows(
             risk_held.append(low[0] <= truth[last] <= high[0])
             gain_held.append(less[0] <= gains[last] <= more[0])
             widths.append((high[0] - low[0], more[0] - less[0]))
-    setting = f"against {against}, confidence ** {honesty:g} agree, risk {RISK:g}, {CALIBRATION} problems calibrate"
+    setting = f"reference {reference}, confidence ** {honesty:g} agree, risk {RISK:g}, {CALIBRATION} problems calibrate"
     of_risk, of_gain = np.array(widths).T
     fresh_setting = f"{setting}, {FRESH} fresh"
     return [

@@ -1,19 +1,20 @@
-"""What happens inside the blocks while a pipeline samples: captured, edited, stored, and read back as samples."""
+"""Captures, pools, edits and stores activations while a pipeline samples, and loads them as samples for probes."""
 
 from cosprobe.activations.capture import ActivationCache, capture
-from cosprobe.activations.collection import UNTRAINED, CaptureConfig, collect, decode_steps, settings, watch
+from cosprobe.activations.collection import UNTRAINED, CaptureConfig, StoreSettings, collect, decode_steps, watch
 from cosprobe.activations.cost import Cost, flops, seconds
-from cosprobe.activations.dataset import InputFeatures, ProbeSamples, load_samples, nuisance_columns
+from cosprobe.activations.dataset import InputFeatures, ProbeSamples, difficulty_columns, load_samples
 from cosprobe.activations.edits import BACK, average_blocks, average_clean, average_latents, check_finite
 from cosprobe.activations.halt import halting
 from cosprobe.activations.pooling import POOLINGS, Pooling
-from cosprobe.activations.random_weights import RANDOMISED
-from cosprobe.activations.store import ActivationStore, fill
+from cosprobe.activations.random_weights import RANDOM_WEIGHTS
+from cosprobe.activations.sampler import Sampler
+from cosprobe.activations.store import ActivationStore, fill, flattened
 
 __all__ = [
     "BACK",
     "POOLINGS",
-    "RANDOMISED",
+    "RANDOM_WEIGHTS",
     "UNTRAINED",
     "ActivationCache",
     "ActivationStore",
@@ -22,6 +23,8 @@ __all__ = [
     "InputFeatures",
     "Pooling",
     "ProbeSamples",
+    "Sampler",
+    "StoreSettings",
     "average_blocks",
     "average_clean",
     "average_latents",
@@ -30,11 +33,11 @@ __all__ = [
     "collect",
     "decode_steps",
     "fill",
+    "flattened",
     "flops",
     "halting",
     "load_samples",
-    "nuisance_columns",
+    "difficulty_columns",
     "seconds",
-    "settings",
     "watch",
 ]

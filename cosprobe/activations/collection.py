@@ -1,41 +1,44 @@
-"""Problems through the pipeline under capture, into an activation store."""
+"""Samples problems with a pipeline, captures the activations and writes them to an activation store."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cosprobe.activations.capture import ActivationCache, capture
 from cosprobe.activations.pooling import POOLINGS, Pooling, whole_frame
-from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
+from cosprobe.activations.random_weights import RANDOM_WEIGHTS, replay, with_random_weights
+from cosprobe.activations.sampler import Parsed, Sampler
 from cosprobe.activations.store import ActivationStore, fill
 from cosprobe.cells import SPLIT_ORDER, X0, parse_selection
 from cosprobe.errors import InputError
-from cosprobe.models import PipelineConfig, block_list, decode, experts, fingerprint, patch_columns, sample
+from cosprobe.models import PipelineConfig, architecture, block_list, experts, fingerprint
 from cosprobe.runtime import say
-from cosprobe.tasks import Problem, Sample, Task, TaskConfig, images
+from cosprobe.tasks import Problem, Sample, Task, TaskConfig
 
-FORMAT = 4  # of what a shard holds
-UNTRAINED = "untrained."  # begins the names of what networks without learned weights gave
+FORMAT = 5  # version of the content of a shard
+UNTRAINED = "untrained."  # prefix of the names of tensors from transformers with random weights
+NOT_DECODED = -2  # value in `x0_answer` where x0-hat was not decoded
 
 
 @dataclass
 class CaptureConfig:
     """What is captured.
 
-    layers, steps: selections (`all`, `last`, `0:30:5`, `0,10,20`). pooling: `clip`, `frame`, `grid` or `region`;
-    frames: with `region`, every latent frame by itself too. decode: steps whose x0-hat is decoded and read;
-    `auto` is at most five. randomised: on how many samples at most permuted and fresh transformer weights are tried;
-    0 = none.
+    layers, steps: selections (`all`, `last`, `0:30:5`, `0,10,20`). pooling: `clip`, `frame`, `grid` or `region`.
+    frames: with `region`, also keep every latent frame separately. decode: selection of the steps whose x0-hat is
+    decoded and parsed; `auto` selects at most five. random_weights: largest number of samples for which transformers
+    with permuted and fresh weights are run; 0 = none.
+    Raises InputError for an unknown pooling or a negative number of samples.
     """
 
     layers: str = "all"
@@ -43,17 +46,67 @@ class CaptureConfig:
     pooling: str = "region"
     frames: bool = False
     decode: str = "auto"
-    randomised: int = 128
+    random_weights: int = 128
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
             raise InputError(f"probe.pooling={self.pooling!r}: expected one of {', '.join(POOLINGS)}")
-        if self.randomised < 0:
-            raise InputError(f"probe.randomised={self.randomised}: expected 0 or more samples")
+        if self.random_weights < 0:
+            raise InputError(f"probe.random_weights={self.random_weights}: expected 0 or more samples")
+
+    def steps_kept(self, total: int) -> tuple[int, ...]:
+        """The captured step indices, for a sampler with `total` steps."""
+        return parse_selection(self.steps, total, "probe.steps")
+
+    def steps_decoded(self, total: int) -> tuple[int, ...]:
+        """The step indices at which x0-hat is decoded, for a sampler with `total` steps."""
+        return decode_steps(self.decode, total)
+
+    def pool(self, problems: Sequence[Problem]) -> Pooling:
+        """The pooling for a batch of problems."""
+        return Pooling(self.pooling, self.frames, [p.regions for p in problems])
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """All settings that determine the content of a store, and with it the features and probes made from it.
+
+    model: fingerprint of the model's files. seed: base of the noise seeds. pipeline: without name and paths, which the
+    fingerprint replaces. task: settings of the task. probe: what is captured. versions: of torch and diffusers.
+    format: version of the content of a shard.
+    The batch size is included, because the batch a sample is in changes its activations by rounding errors.
+    """
+
+    model: str
+    seed: int
+    pipeline: PipelineConfig
+    task: dict[str, Any]
+    probe: CaptureConfig
+    versions: dict[str, str]
+    format: int = FORMAT
+
+    @classmethod
+    def of(cls, pipeline: PipelineConfig, task: TaskConfig, probe: CaptureConfig, seed: int) -> StoreSettings:
+        """The settings of a run. Reads the files of the model for the fingerprint."""
+        bare = replace(pipeline, name="", path="", lora="")
+        captured = CaptureConfig(**{name: getattr(probe, name) for name in asdict(CaptureConfig())})
+        versions = {name: version(name) for name in ("torch", "diffusers")}
+        return cls(fingerprint(*pipeline.parts), seed, bare, dict(vars(task)), captured, versions)
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> StoreSettings:
+        """The settings from the output of `asdict`. Raises InputError for settings of another format."""
+        if saved.get("format") != FORMAT:
+            raise InputError(
+                f"activations of format {saved.get('format')}: expected format {FORMAT}; run train.py again "
+                "in another run_dir"
+            )
+        pipeline, probe = PipelineConfig(**saved["pipeline"]), CaptureConfig(**saved["probe"])
+        return cls(**{**saved, "pipeline": pipeline, "probe": probe})
 
 
 def decode_steps(spec: str, total: int) -> tuple[int, ...]:
-    """Steps whose x0-hat is decoded and read: `auto` is at most 5, dense where things happen, early."""
+    """Step indices at which x0-hat is decoded and parsed. `auto`: at most 5, denser among the early steps."""
     if spec == "auto":
         return tuple(
             sorted({0, round(0.1 * total), round(0.25 * total), round(0.5 * total), total - 1} & set(range(total)))
@@ -61,174 +114,178 @@ def decode_steps(spec: str, total: int) -> tuple[int, ...]:
     return parse_selection(spec, total, "probe.decode")
 
 
-def few_samples(drawn: Sequence[Sample], most: int) -> list[int]:
-    """Places of the first samples of every split, in the proportions of `drawn`, at most `most` in all; none when a
-    split would be empty. Of these, and at `few_steps` alone, transformers without learned weights are asked."""
-    share = min(1.0, most / len(drawn))
-    splits = np.array([s.problem.split for s in drawn])
+def few_samples(samples: Sequence[Sample], most: int) -> list[int]:
+    """Indices of the samples on which transformers with random weights run: the first ones of every split.
+
+    At most `most` in total, in the proportions of the splits in `samples`. Empty when a split would have none.
+    See `few_steps` for the steps.
+    """
+    share = min(1.0, most / len(samples))
+    splits = np.array([s.problem.split for s in samples])
     each = [np.flatnonzero(splits == split) for split in SPLIT_ORDER]
-    few = [places[: int(share * len(places))] for places in each]
-    return [int(i) for places in few for i in places] if all(map(len, few)) else []
+    few = [indices[: int(share * len(indices))] for indices in each]
+    return [int(i) for indices in few for i in indices] if all(map(len, few)) else []
 
 
 def few_steps(probe: CaptureConfig, total: int) -> tuple[int, ...]:
-    """Steps of the first half at which x0-hat is decoded too; the first kept step when there is none."""
-    kept = parse_selection(probe.steps, total, "probe.steps")
-    shown = decode_steps(probe.decode, total)
-    return tuple(step for step in kept if step in shown and step < total / 2) or kept[:1]
+    """Step indices at which transformers with random weights run.
 
-
-def settings(pipeline: PipelineConfig, task: TaskConfig, probe: CaptureConfig, seed: int) -> dict[str, Any]:
-    """Everything that shapes a store, flat, so that a difference can be named. The order of samples and the
-    batch they ran in are part of it: a batch's shape changes the last bits."""
-    flat = {f"task.{name}": value for name, value in vars(task).items()}
-    flat |= {
-        f"pipeline.{f.name}": getattr(pipeline, f.name)
-        for f in fields(pipeline)
-        if f.name not in ("name", "path", "lora")
-    }
-    flat |= {f"probe.{f.name}": getattr(probe, f.name) for f in fields(CaptureConfig)}
-    flat |= {f"version.{name}": version(name) for name in ("torch", "diffusers")}
-    return flat | {"model": fingerprint(*pipeline.parts), "seed": seed, "format": FORMAT}
+    These are the captured steps of the first half at which x0-hat is decoded, or else the first captured step.
+    """
+    kept, decoded = probe.steps_kept(total), probe.steps_decoded(total)
+    return tuple(step for step in kept if step in decoded and step < total / 2) or kept[:1]
 
 
 def collect(
-    model: Any,
-    pipeline: PipelineConfig,
-    task: Task,
-    probe: CaptureConfig,
-    drawn: list[Sample],
-    identity: dict,
-    folder: Path,
+    sampler: Sampler, probe: CaptureConfig, samples: Sequence[Sample], settings: StoreSettings, folder: Path
 ) -> ActivationStore:
-    """Collects what is not on disk yet. drawn, identity: what `draw_samples` and `settings` give. Chunks are cut by
-    global index: one process and many write the same shards."""
-    few = few_samples(drawn, probe.randomised)
-    if probe.randomised and not few:
-        say(f"random weights are left out: probe.randomised={probe.randomised} of {len(drawn)} samples is too few")
-    chunks = [range(i, min(i + pipeline.batch, len(drawn))) for i in range(0, len(drawn), pipeline.batch)]
-    store = ActivationStore(folder, identity, len(chunks))
-    size = store_bytes(model, pipeline, task, probe, len(drawn), len(few))
-    what = f"{len(drawn)} samples" + (f", permuted and fresh weights on {len(few)} of them" if few else "")
-    write = partial(_chunk, model, pipeline, task, probe, drawn, frozenset(few), identity["seed"])
-    return fill(store, size, what, write, chunks)
+    """Collects the activations of all samples, one shard per batch. Shards that are on disk already are kept.
+
+    samples: as returned by `draw_samples`. Batches do not depend on the number of processes, so one process and several
+    write the same shards.
+    Raises InputError when the folder holds a store with other settings, or the disk has too little space.
+    """
+    few = frozenset(few_samples(samples, probe.random_weights))
+    if probe.random_weights and not few:
+        say(
+            f"random weights are left out: probe.random_weights={probe.random_weights} of {len(samples)} samples "
+            "leaves a split without samples; raise it"
+        )
+    batches = sampler.batches(list(samples))
+    numbered = [(i * sampler.config.batch, batch) for i, batch in enumerate(batches)]
+    store = ActivationStore(folder, asdict(settings), len(batches))
+    size = store_bytes(sampler, probe, len(samples), len(few))
+    what = f"{len(samples)} samples" + (f", permuted and fresh weights on {len(few)} of them" if few else "")
+
+    def write(part: tuple[int, list[Sample]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        first, batch = part
+        rows = [row for row in range(len(batch)) if first + row in few]
+        return _collect_batch(sampler, probe, batch, rows, first, settings.seed)
+
+    return fill(store, size, what, write, numbered)
 
 
-def store_bytes(
-    model: Any, pipeline: PipelineConfig, task: Task, probe: CaptureConfig, samples: int, few: int = 0
-) -> int:
-    """Bytes the features will take, from the model's shape alone. few: samples random weights are asked about."""
-    transformer = next(iter(experts(model).values()))
+def store_bytes(sampler: Sampler, probe: CaptureConfig, samples: int, few: int = 0) -> int:
+    """Size of the store in bytes, computed from the shapes alone. few: number of samples for random weights."""
+    pipeline, regions = sampler.config, sampler.task.regions
+    transformer = next(iter(experts(sampler.model).values()))
     layers = parse_selection(probe.layers, len(block_list(transformer)), "probe.layers")
-    steps = parse_selection(probe.steps, pipeline.steps, "probe.steps")
-    config = transformer.config
+    steps, config = probe.steps_kept(pipeline.steps), transformer.config
     width = config.num_attention_heads * config.attention_head_dim
-    latent_frames = (pipeline.frames - 1) // model.vae_scale_factor_temporal + 1
-    boxes = [[(0.0, 0.0, 1.0, 1.0)] * task.regions]
-    pooling = Pooling(probe.pooling, probe.frames, boxes if probe.pooling == "region" else ())
+    pooling = Pooling(probe.pooling, probe.frames, [[(0.0, 0.0, 1.0, 1.0)] * regions])
     cells = samples * len(steps) * len(layers) * (2 if pipeline.guidance > 1 else 1)
-    cells += few * len(RANDOMISED) * len(few_steps(probe, pipeline.steps)) * len(layers)
-    features = cells * len(pooling.places(latent_frames)) * pooling.regions * width
-    noise, beside = patch_columns(transformer)
+    cells += few * len(RANDOM_WEIGHTS) * len(few_steps(probe, pipeline.steps)) * len(layers)
+    features = cells * len(pooling.positions(sampler.latent_frames)) * pooling.regions * width
+    noise, condition = architecture(transformer).patch_columns(transformer)
     each_step = [width, noise, noise]  # embed, x_t, x0-hat
     inputs = sum(n * input_parts(pooling, n) for n in each_step) * len(steps)
-    inputs += sum(n * input_parts(pooling, n) for n in (noise, beside))
+    inputs += sum(n * input_parts(pooling, n) for n in (noise, condition))
     size = next(transformer.parameters()).element_size()
-    return (features + samples * latent_frames * inputs) * size
+    return (features + samples * sampler.latent_frames * inputs) * size
 
 
 def input_parts(pooling: Pooling, channels: int) -> int:
-    """Spatial parts in which an input of so many channels is kept: the regions, and the cells of the whole frame."""
+    """Number of spatial parts kept of an input with `channels` channels: regions, and cells of the whole frame."""
     cells = pooling if pooling.kind == "grid" else whole_frame(channels)
     return cells.across**2 + (pooling.regions if pooling.kind == "region" else 0)
 
 
 @torch.no_grad()
-def _chunk(
-    model: Any, pipeline: PipelineConfig, task: Task, probe: CaptureConfig,
-    drawn: Sequence[Sample], few: frozenset[int], seed: int, places: range,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
-    chunk = [drawn[i] for i in places]
-    problems = [s.problem for s in chunk]
-    asked, steps = [row for row, i in enumerate(places) if i in few], few_steps(probe, pipeline.steps)
-    record = steps if asked else ()
-    layers = parse_selection(probe.layers, len(block_list(next(iter(experts(model).values())))), "probe.layers")
-    decoded = decode_steps(probe.decode, pipeline.steps)
-    before_last = [step for step in decoded if step < pipeline.steps - 1]
-    sites, pooling = [str(layer) for layer in layers], _pooling(probe, problems)
-    with capture(model, sites, pooling, probe.steps, before_last, record, inputs=True) as cache:
-        video = sample(model, pipeline, images(task, problems), [p.prompt for p in problems], [s.seed for s in chunk])
-    scores, answers = _readouts(task, problems, np.asarray(video))
-    x0_scores = torch.full((len(chunk), pipeline.steps, task.candidates), float("nan"))
-    x0_answer = torch.full((len(chunk), pipeline.steps), -2, dtype=torch.int64)  # -2: not decoded
-    read = [i for i, problem in enumerate(problems) if problem.split != "train"]  # no probe is trained on a readout
-    for step in before_last if read else ():
-        clips = decode(model, cache.clean[step][read])
-        x0_scores[read, step], x0_answer[read, step] = _readouts(task, [problems[i] for i in read], clips)
-    if pipeline.steps - 1 in decoded:  # nothing is left to remove after the last step: x0-hat is the video
-        x0_scores[:, -1], x0_answer[:, -1] = scores, answers
-    tensors = {
-        "features": cache.features(),
-        "x0_readout": x0_scores,
-        "x0_answer": x0_answer,
-        "final": scores,
-        "choice": answers,
-        "solved": torch.tensor([int(a) in task.solutions(p) for a, p in zip(answers, problems, strict=True)]),
-    }
+def _collect_batch(
+    sampler: Sampler, probe: CaptureConfig, batch: list[Sample], rows: list[int], first: int, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the shard of one batch, and the names along its axes.
+
+    rows: indices in the batch of the samples for random weights. first: index in the run of the first sample.
+    """
+    problems, total = [s.problem for s in batch], sampler.config.steps
+    decoded, few = probe.steps_decoded(total), few_steps(probe, total)
+    before_last = [step for step in decoded if step < total - 1]
+    depth = len(block_list(next(iter(experts(sampler.model).values()))))
+    layers = parse_selection(probe.layers, depth, "probe.layers")
+    with capture(
+        sampler.model, list(map(str, layers)), probe.pool(problems), probe.steps, before_last, few if rows else (),
+        inputs=True,
+    ) as cache:  # fmt: skip
+        video = sampler(batch)
+    final = sampler.parse(problems, video)
+    parsed = _parse_estimates(sampler, problems, cache, before_last)
+    if total - 1 in decoded:  # at the last step, x0-hat is the finished video
+        parsed.scores[:, -1], parsed.answers[:, -1] = final.scores, final.answers
+    tensors = {"features": cache.features(), "x0_scores": parsed.scores, "x0_answer": parsed.answers}
+    tensors |= _final(sampler.task, problems, final) | _labels(sampler.task, problems)
     tensors |= {f"input.{name}": value for name, value in cache.input_features().items()}
-    tensors |= _labels(task, problems) | {"replica": torch.tensor([s.replica for s in chunk])}
-    if asked:
-        tensors |= _untrained(model, cache, layers, _pooling(probe, [problems[row] for row in asked]), asked, seed)
-        tensors[f"{UNTRAINED}sample"] = torch.tensor([places[row] for row in asked])
-    return tensors, _notes(cache) | {"untrained_steps": list(steps)}
+    tensors["replica"] = torch.tensor([s.replica for s in batch])
+    if rows:
+        pooling = probe.pool([problems[row] for row in rows])
+        tensors |= _untrained(sampler.model, cache, layers, pooling, rows, seed)
+        tensors[f"{UNTRAINED}sample"] = torch.tensor([first + row for row in rows])
+    return tensors, _notes(cache) | {"untrained_steps": list(few)}
+
+
+@dataclass(frozen=True, eq=False)
+class _ParsedEstimates:
+    """Parsed answers of x0-hat. Where x0-hat was not decoded, scores are NaN and answers are NOT_DECODED."""
+
+    scores: Float[Tensor, "sample step candidate"]
+    answers: Int[Tensor, "sample step"]
+
+
+def _parse_estimates(
+    sampler: Sampler, problems: list[Problem], cache: ActivationCache, steps: Sequence[int]
+) -> _ParsedEstimates:
+    """Decodes and parses x0-hat at some steps. Training samples are skipped: nothing is fitted to these answers."""
+    shape = (len(problems), sampler.config.steps)
+    scores = torch.full((*shape, sampler.task.candidates), float("nan"))
+    answers = torch.full(shape, NOT_DECODED, dtype=torch.int64)
+    rows = [i for i, problem in enumerate(problems) if problem.split != "train"]
+    for step in steps if rows else ():
+        read = sampler.parse([problems[i] for i in rows], sampler.decode(cache.clean[step][rows]))
+        scores[rows, step], answers[rows, step] = read.scores, read.answers
+    return _ParsedEstimates(scores, answers)
+
+
+def _final(task: Task, problems: list[Problem], final: Parsed) -> dict[str, Tensor]:
+    """Parsed answers of the finished videos: scores, model_answer, and whether it is a right answer."""
+    solved = [int(answer) in task.solutions(p) for answer, p in zip(final.answers, problems, strict=True)]
+    return {"final": final.scores, "model_answer": final.answers, "solved": torch.tensor(solved)}
 
 
 def _untrained(
     model: Any, cache: ActivationCache, layers: tuple[int, ...], pooling: Pooling, rows: list[int], seed: int
 ) -> dict[str, Tensor]:
-    """Block outputs without learned weights for these rows of a batch, from the calls its run recorded: features
-    [sample, weights, step, layer, place, region, channel]; spent [sample, 2], evaluations and seconds."""
+    """Block outputs of transformers with random weights, for some rows of a batch, computed from the recorded calls.
+
+    Returns features [sample, weights, step, layer, position, region, channel] and spent [sample, 2]: the number of
+    transformer evaluations and the seconds per sample.
+    """
     begin = time.monotonic()
     features = []
-    for how in RANDOMISED:
-        with randomised(model, how, seed):
+    for how in RANDOM_WEIGHTS:
+        with with_random_weights(model, how, seed):
             features.append(replay(model, cache, layers, pooling, rows))
-    spent = [len(RANDOMISED) * len(cache.recorded), (time.monotonic() - begin) / len(rows)]
+    spent = [len(RANDOM_WEIGHTS) * len(cache.recorded), (time.monotonic() - begin) / len(rows)]
     return {
         f"{UNTRAINED}features": torch.stack(features, dim=1).to(next(iter(cache.parts.values())).dtype),
         f"{UNTRAINED}spent": torch.tensor([spent] * len(rows), dtype=torch.float64),
     }
 
 
-def _pooling(probe: CaptureConfig, problems: Sequence[Problem]) -> Pooling:
-    return Pooling(probe.pooling, probe.frames, [p.regions for p in problems] if probe.pooling == "region" else ())
-
-
 @torch.no_grad()
 def watch(
-    model: Any, pipeline: PipelineConfig, task: Task, drawn: Sequence[Sample], steps: Sequence[int]
-) -> np.ndarray:
-    """The decoded x0-hat of each sample at each step: float [sample, step, frame, height, width, 3] in [0, 1]."""
-    problems = [s.problem for s in drawn]
-    with capture(model, [X0], Pooling("clip"), "last", clean=steps) as cache:
-        sample(
-            model, pipeline, images(task, problems), [p.prompt for p in problems], [s.seed for s in drawn],
-            output_type="latent",
-        )  # fmt: skip
-    return np.stack([decode(model, cache.clean[step]) for step in steps], axis=1)
-
-
-def _readouts(task: Task, problems: list[Problem], video: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Forced-choice scores [sample, candidate] and answers [sample], -1 for none."""
-    read = [task.readout(problem, clip) for problem, clip in zip(problems, video, strict=True)]
-    answers = [-1 if r.answer is None else r.answer for r in read]
-    return torch.tensor([r.scores for r in read]), torch.tensor(answers)
+    sampler: Sampler, samples: Sequence[Sample], steps: Sequence[int]
+) -> Float[np.ndarray, "sample step frame height width 3"]:
+    """The decoded x0-hat of each sample at each step (a step index), with values in [0, 1]."""
+    with capture(sampler.model, [X0], Pooling("clip"), "last", clean=steps) as cache:
+        sampler(samples, output_type="latent")
+    return np.stack([sampler.decode(cache.clean[step]) for step in steps], axis=1)
 
 
 def _labels(task: Task, problems: list[Problem]) -> dict[str, Tensor]:
+    """Labels of every target but model_answer (-1 where a problem has none), difficulty, key, split and kind."""
     tensors = {}
     for target in task.targets:
-        if target.role == "choice":
+        if target.role == "model_answer":
             continue
         missing = (-1,) * task.regions if target.form == "region" else -1
         rows = [p.labels.get(target.name, missing) if p.kind in target.kinds else missing for p in problems]
@@ -242,10 +299,11 @@ def _labels(task: Task, problems: list[Problem]) -> dict[str, Tensor]:
 
 
 def _notes(cache: ActivationCache) -> dict[str, Any]:
+    """The names along the axes of the features."""
     return {
         "steps": list(cache.steps),
-        "sites": list(cache.sites),
+        "hook_points": list(cache.hook_points),
         "branches": list(cache.branches),
-        "places": list(cache.places),
+        "positions": list(cache.positions),
         "experts": [cache.experts[step] for step in cache.steps],
     }

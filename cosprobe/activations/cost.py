@@ -1,10 +1,9 @@
-"""What a run costs, part by part: floating point operations that are counted, seconds that are measured.
+"""The compute of a run, part by part: counted floating point operations or measured seconds.
 
     cost = flops(pipeline, config, images, prompts)
-    cost.until(step=0, layer=5) / cost.run(20)   # what halting there saves of a finished, decoded run
+    cost.until(step=0, layer=5) / cost.run(20)   # compute of a run that halts there, relative to a finished run
 
-A short run of the real pipeline is metered where its parts begin and end, so nothing is assumed of its
-architecture.
+Hooks measure a short run of the pipeline where its parts begin and end, so nothing is assumed about the architecture.
 """
 
 from __future__ import annotations
@@ -26,12 +25,14 @@ from cosprobe.models import PipelineConfig, block_list, decode, experts, sample,
 
 @dataclass(frozen=True)
 class Cost:
-    """Parts of a run, per sample, in one unit (`flops`: a multiplication and an addition are two; or seconds).
+    """The compute of the parts of a run, per sample, in operations or seconds.
 
-    text: prompt encoding. image: everything else before the first evaluation, the encoding of the first frame.
-    layers: one evaluation that ends behind each block, from the patch embedding on; with guidance by two calls it is
-    the first of them. evaluation: all network evaluations of one step (two with guidance). decode: of one clip.
-    Probes are not counted: they take thousands of operations where a block takes millions.
+    A multiplication and an addition count as two operations.
+    text: encoding of the prompt. image: everything else before the first transformer evaluation, mainly encoding of
+    the first frame. layers: for each block, a transformer evaluation that ends after this block. If guidance makes two
+    calls, this is the first call. evaluation: all transformer evaluations of one step (two with guidance).
+    decode: decoding of one clip.
+    Probes are not counted. They take thousands of operations, a block takes millions.
     """
 
     text: float
@@ -41,17 +42,17 @@ class Cost:
     decode: float
 
     def run(self, steps: int, decodes: int = 1) -> float:
-        """A run of `steps` whole steps (a number of steps), decoded `decodes` times."""
+        """Compute of a run of `steps` complete steps (a number, not an index), decoded `decodes` times."""
         return self.text + self.image + steps * self.evaluation + decodes * self.decode
 
     def until(self, step: int, layer: int) -> float:
-        """A run that halts behind block `layer` of step `step` (a step index): no later block, no decoding.
+        """Compute of a run that halts after block `layer` of step `step` (a step index), without decoding.
 
-        Raises ValueError for a step below 0 or a layer that is not there.
+        Raises InputError for a step below 0 or a layer that the transformer does not have.
         """
         if step < 0 or not 0 <= layer < len(self.layers):
             raise InputError(
-                f"step={step}, layer={layer}: expected a step from 0 on, and a layer from 0 to {len(self.layers) - 1}"
+                f"step={step}, layer={layer}: expected a step from 0, and a layer from 0 to {len(self.layers) - 1}"
             )
         return self.run(step, decodes=0) + self.layers[layer]
 
@@ -59,10 +60,11 @@ class Cost:
 def flops(
     pipeline: Any, config: PipelineConfig, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
 ) -> Cost:
-    """Counted operations per sample, of matrix products, convolutions and attention (FlopCounterMode).
+    """Counts the operations per sample of matrix products, convolutions and attention, with torch's FlopCounterMode.
 
-    It counts what runs, one step and one decode; element-wise operations are not counted. Where a pipeline has two
-    experts, the first is taken for both. Raises ValueError for images and prompts that are not of one number.
+    It runs one step and one decoding. Element-wise operations are not counted. If a pipeline has two experts, the first
+    is measured and the second is assumed to be equal.
+    Raises InputError unless there are as many images as prompts, at least one.
     """
     with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter, torch.no_grad():
         return _metered(pipeline, config, images, prompts, counter.get_total_flops)
@@ -71,7 +73,7 @@ def flops(
 def seconds(
     pipeline: Any, config: PipelineConfig, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
 ) -> Cost:
-    """Wall time per sample, of one batch, after one to warm up. Raises ValueError as `flops` does."""
+    """Measures the wall time in seconds per sample, on one batch, after a warm-up batch. Errors: see `flops`."""
 
     def now() -> float:
         if torch.cuda.is_available():
@@ -87,16 +89,16 @@ def _count_attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: An
     return sdpa_flop_count(query, key, value)
 
 
-# torch counts the attention kernels of GPUs, not the one that `scaled_dot_product_attention` takes on a CPU
+# torch counts the attention kernels of GPUs, but not the one that `scaled_dot_product_attention` uses on a CPU
 _ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
 
 
 def _metered(
     pipeline: Any, config: PipelineConfig, images: Tensor, prompts: Sequence[str], read: Callable[[], float]
 ) -> Cost:
-    """One step and one decode, with the meter read at the borders of the parts."""
+    """Runs one step and one decoding, and calls `read` where their parts begin and end."""
     if len(images) != len(prompts) or not len(images):
-        raise InputError(f"{len(images)} images and {len(prompts)} prompts: expected as many of one as of the other")
+        raise InputError(f"{len(images)} images and {len(prompts)} prompts: expected equal numbers, at least 1")
     transformer = next(iter(experts(pipeline).values()))
     encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
     marks: dict[str, list[float]] = {"text": [], "evaluation": [], **{str(i): [] for i in range(_depth(transformer))}}

@@ -1,7 +1,8 @@
-"""From a store to what probes are trained on: features of every cell, labels of every target.
+"""Loads the data for probes from a store: features of every cell and labels of every target.
 
-Two things are added to what was stored. Every answer or choice gets a control of the same shape: a random relabelling
-of an attribute that can be seen. And the nuisances become an input, beside those that were captured.
+Two things are added to the content of the store. Every answer and model_answer target gets a selectivity control of the
+same shape: a random relabelling of an attribute that is visible in the first frame. The confounds (difficulty) become
+one more input.
 """
 
 from __future__ import annotations
@@ -17,26 +18,28 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cosprobe.activations.store import ActivationStore
-from cosprobe.cells import NUISANCE, SPLIT_ORDER, Cell
+from cosprobe.cells import DIFFICULTY, SPLIT_ORDER, Cell
 from cosprobe.errors import InputError
 from cosprobe.runtime import enough_memory
-from cosprobe.tasks import HEADLINE, RELABELLED, Target, Task, readable_targets
+from cosprobe.tasks import ANSWER_ROLES, RELABELLED, Target, Task, readable_targets
 
-OPTIONAL = ("choice", "replica")  # columns that samples may lack
+OPTIONAL = ("model_answer", "replica")  # columns that may be None
 
 
 @dataclass(frozen=True)
 class ProbeSamples:
     """Pooled features of every sample with the labels of every target.
 
-    features: fp32 or bf16. labels: per target [sample], for form `region` [sample, region]; -1 where the sample
-    does not carry the target. split: `train`, `validation` or `test`. keys: canonical problem of each sample,
-    which is the unit splits and intervals respect. choice: what the model itself finally answered, -1 for none.
-    scores: more arrays per sample, `x0_readout` [sample, step, candidate] (NaN at steps not decoded) and
-    `final` [sample, candidate]. replica: which of its problem's noise seeds a sample has, from 0. difficulty:
-    what makes a problem hard, by name, a whole number per sample; also the nuisances that are partialled out.
-    left_out: why a target that the task has is not among `targets`, a sentence each.
-    Raises ValueError when shapes disagree, a split is unknown, a label is out of range or a problem is in two splits.
+    features: fp32 or bf16. labels: for each target [sample], for targets of form `region` [sample, region]; -1 where
+    the sample does not have the label. split: `train`, `validation` or `test`. keys: canonical problem of each sample;
+    splits and confidence intervals treat the samples of a problem as one unit. kinds: kind of each problem.
+    scores: further arrays, `x0_scores` [sample, step, candidate] (NaN at steps that were not decoded), `final`
+    [sample, candidate] and `solved` [sample]. model_answer: what the finished video shows, -1 for none.
+    replica: index of the noise seed among those of the problem, from 0.
+    difficulty: named whole numbers per sample; they are the confounds that are partialled out.
+    left_out: for every target of the task that is not in `targets`, a sentence with the reason.
+    Raises InputError when shapes do not agree, a split is unknown, a label is out of range, or a problem is in two
+    splits.
     """
 
     features: Float[Tensor, "sample cell region channel"]
@@ -47,7 +50,7 @@ class ProbeSamples:
     keys: np.ndarray
     kinds: np.ndarray
     scores: dict[str, np.ndarray] = field(default_factory=dict)
-    choice: np.ndarray | None = None
+    model_answer: np.ndarray | None = None
     replica: np.ndarray | None = None
     difficulty: dict[str, np.ndarray] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
@@ -73,23 +76,25 @@ class ProbeSamples:
             if tuple(label.shape) != shape:
                 raise InputError(f"target {target.name!r}: labels{list(label.shape)}, expected {list(shape)}")
             if count and not -1 <= int(label.min()) <= int(label.max()) < limit:
-                raise InputError(f"target {target.name!r}: label {int(label.max())}, expected -1 to {limit - 1}")
+                wrong = int(label.min()) if int(label.min()) < -1 else int(label.max())
+                raise InputError(f"target {target.name!r}: label {wrong}, expected -1 to {limit - 1}")
 
     def __len__(self) -> int:
         return len(self.features)
 
     @property
     def regions(self) -> int:
+        """Number of regions of the features."""
         return self.features.shape[2]
 
     def subset(self, split: str) -> ProbeSamples:
-        """The samples of one split. Raises ValueError for an unknown split."""
+        """The samples of one split. Raises InputError for an unknown split."""
         if split not in SPLIT_ORDER:
             raise InputError(f"split={split!r}: expected one of {', '.join(SPLIT_ORDER)}")
         return self.rows(np.flatnonzero(np.asarray(self.split) == split))
 
     def rows(self, keep: Int[np.ndarray, " kept"]) -> ProbeSamples:
-        """The samples at these places."""
+        """The samples at these indices."""
         at = torch.from_numpy(keep)
         given = {name: getattr(self, name) for name in OPTIONAL}
         optional: dict[str, Any] = {name: None if column is None else column[keep] for name, column in given.items()}
@@ -106,55 +111,58 @@ class ProbeSamples:
         )
 
     def at(self, part: slice) -> ProbeSamples:
-        """The same samples, some of the cells."""
+        """All samples, with some of the cells."""
         return replace(self, features=self.features[:, part], cells=self.cells[part])
 
 
 def check_apart(keys: np.ndarray, split: np.ndarray) -> None:
-    """Raises ValueError naming the problems that stand in more than one split."""
+    """Raises InputError, with the names of the problems, when problems are in more than one split."""
     pairs = np.unique(np.stack([np.asarray(keys, str), np.asarray(split, str)]), axis=1)
     names, times = np.unique(pairs[0], return_counts=True)
     if twice := names[times > 1].tolist():
         where = " and ".join(pairs[1][pairs[0] == twice[0]])
         more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""
         raise InputError(
-            f"problems {', '.join(twice[:3])}{more} stand in more than one split ({where}): expected each canonical "
-            "problem in one; split by key"
+            f"problems {', '.join(twice[:3])}{more} are in more than one split ({where}): expected each canonical "
+            "problem in one split; split by key"
         )
 
 
 @dataclass(frozen=True)
 class InputFeatures:
-    """One input of every sample, latent frames apart. step has one entry for an input that is the same at every step.
+    """One input of every sample, with separate latent frames.
 
-    whole: the coarse cells of the frame; a single one for `prompt` and `nuisance`. region: the regions of the probes;
-    None without a pooling by region.
+    whole: means over the coarse cells of the frame; a single cell for `prompt` and `difficulty`. region: means over the
+    regions; None without region pooling. The axis step has one entry for an input that is the same at every step.
     """
 
     whole: Float[Tensor, "sample step frame cell channel"]
     region: Float[Tensor, "sample step frame region channel"] | None = None
 
 
-@enough_memory("take fewer task.problems, probe.layers or probe.steps")
+@enough_memory("lower task.problems, or select fewer probe.layers or probe.steps")
 def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, dict[str, InputFeatures], list[str]]:
-    """What probes are trained on, the inputs they are compared with, and the expert that ran at each step kept.
+    """Loads the samples, the inputs that probes are compared with, and the expert that ran at each captured step.
 
-    Targets that no probe can be trained on are left out, and the samples say why.
+    Targets for which no probe can be trained are left out; `left_out` of the samples has the reasons.
+    Raises InputError for a damaged or incomplete store, and when the memory is too small.
     """
     tensors, notes = store.read()
     cells = tuple(
-        Cell(step, site, branch, place)
+        Cell(step, int(layer), branch, position)
         for step in notes["steps"]
-        for site in notes["sites"]
+        for layer in notes["hook_points"]
         for branch in notes["branches"]
-        for place in notes["places"]
+        for position in notes["positions"]
     )
     kinds = np.array(task.kinds)[tensors["kind"].numpy()]
     split = np.array(SPLIT_ORDER)[tensors["split"].numpy()]
     labels = {}
     for target in task.targets:
-        if target.role == "choice":
-            labels[target.name] = torch.where(torch.from_numpy(np.isin(kinds, target.kinds)), tensors["choice"], -1)
+        if target.role == "model_answer":
+            labels[target.name] = torch.where(
+                torch.from_numpy(np.isin(kinds, target.kinds)), tensors["model_answer"], -1
+            )
         else:
             labels[target.name] = tensors[f"label.{target.name}"]
     reasons = {t.name: _unfit(t, labels[t.name].numpy(), split) for t in task.targets}
@@ -168,9 +176,9 @@ def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, dict
         split=split,
         keys=np.array([f"{key:015x}" for key in tensors["key"].tolist()]),
         kinds=kinds,
-        choice=tensors["choice"].numpy(),
+        model_answer=tensors["model_answer"].numpy(),
         replica=tensors["replica"].numpy(),
-        scores={name: tensors[name].numpy() for name in ("x0_readout", "final", "solved")},
+        scores={name: tensors[name].numpy() for name in ("x0_scores", "final", "solved")},
         difficulty={name: value.numpy() for name, value in _under("difficulty.", tensors).items()},
         left_out=tuple(reason for reason in reasons.values() if reason),
     )
@@ -178,42 +186,44 @@ def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, dict
     names = dict.fromkeys(name.rpartition(".")[0] for name in captured)
     inputs = {name: InputFeatures(captured[f"{name}.whole"], captured.get(f"{name}.region")) for name in names}
     if samples.difficulty:
-        inputs[NUISANCE] = InputFeatures(nuisance_columns(samples)[:, None, None, None])
+        inputs[DIFFICULTY] = InputFeatures(difficulty_columns(samples)[:, None, None, None])
     return samples, inputs, notes["experts"]
 
 
 def relabelled(
     targets: Sequence[Target], labels: Mapping[str, Tensor]
 ) -> tuple[tuple[Target, ...], dict[str, Int[Tensor, " sample"]]]:
-    """A control for every answer or choice: same form, same classes, same samples, another label.
+    """A selectivity control for every answer and model_answer target: same form, classes and samples, other labels.
 
-    Each value of a visible attribute (the first perception target with one label per problem) gets one random class,
-    the same in every split, so a probe can learn it by remembering values (Hewitt and Liang 2019, arXiv 1909.03368,
-    section 2). Nothing when there is no such attribute.
+    Every value of a visible attribute gets one random class, the same in all splits. A probe can learn this only by
+    memorising the class of each value (Hewitt and Liang 2019, arXiv 1909.03368, section 2). The attribute is the first
+    perception target with one label per problem. Without such a target there are no controls.
     """
     attributes = [labels[t.name].long() for t in targets if t.role == "perception" and t.form == "problem"]
     if not attributes:
         return (), {}
     shown, controls, found = attributes[0], [], {}
     for target in targets:
-        if target.role in HEADLINE:
+        if target.role in ANSWER_ROLES:
             control = replace(target, name=f"{target.name}_{RELABELLED}", role=RELABELLED)
-            seed = int(hashlib.sha256(control.name.encode()).hexdigest()[:12], 16)
+            # `model_answer` was named `choice` when the published numbers were computed; this keeps its random table
+            word = {"model_answer": "choice"}.get(target.name, target.name)
+            seed = int(hashlib.sha256(f"{word}_{RELABELLED}".encode()).hexdigest()[:12], 16)
             table = torch.from_numpy(np.random.default_rng(seed).integers(control.classes, size=int(shown.max()) + 1))
             found[control.name] = torch.where((labels[target.name] >= 0) & (shown >= 0), table[shown.clamp(min=0)], -1)
             controls.append(control)
     return tuple(controls), found
 
 
-def nuisance_columns(samples: ProbeSamples, names: Sequence[str] | None = None) -> Float[Tensor, "sample column"]:
-    """The nuisances of every sample, as features of a probe that sees nothing else.
+def difficulty_columns(samples: ProbeSamples, names: Sequence[str] | None = None) -> Float[Tensor, "sample column"]:
+    """The confounds of every sample as features.
 
-    Per nuisance (all of `samples.difficulty`, or those of `names`) its value, standardised by the training samples,
-    and the square of that. Raises ValueError when there are no nuisances.
+    Two columns for each confound: its value, standardised with the training samples, and the square of that.
+    names: the confounds; default all of `samples.difficulty`. Raises InputError when there are none.
     """
     names = tuple(samples.difficulty) if names is None else tuple(names)
     if not names:
-        raise InputError("difficulty: no nuisance is known of these samples; expected at least one column")
+        raise InputError("difficulty: these samples have no confounds; expected at least one")
     train = np.asarray(samples.split) == "train"
     columns = []
     for name in names:
@@ -225,13 +235,13 @@ def nuisance_columns(samples: ProbeSamples, names: Sequence[str] | None = None) 
 
 
 def _unfit(target: Target, labels: np.ndarray, split: np.ndarray) -> str:
-    """Why no probe of a target can be trained and read on these samples; empty when one can."""
+    """The reason why no probe of a target can be trained and tested on these samples; empty if one can."""
     carried = labels.reshape(len(labels), -1)[:, 0] >= 0
     classes = len(np.unique(labels[(split == "train") & carried]))
     empty = [part for part in SPLIT_ORDER if not carried[split == part].any()]
-    whose = "the model settles on" if target.role == "choice" else "it has"
+    whose = "the model's answers have" if target.role == "model_answer" else "it has"
     if empty:
-        return f"target {target.name!r} is left out: no sample of {' and '.join(empty)} carries it"
+        return f"target {target.name!r} is left out: no sample of {' and '.join(empty)} has a label of it"
     if classes < 2:
         which = "1 class" if classes == 1 else f"{classes} classes"
         return f"target {target.name!r} is left out: {whose} {which} in the training samples, expected at least 2"
@@ -239,5 +249,5 @@ def _unfit(target: Target, labels: np.ndarray, split: np.ndarray) -> str:
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose name begins with `prefix`, under the rest of their name."""
+    """The tensors whose names begin with `prefix`, by the rest of the name."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,8 +1,8 @@
-"""Edits of a run of the real pipeline, as context managers that always undo.
+"""Context managers that change activations while a pipeline samples. They undo the change on exit, also after errors.
 
-A batch holds groups of `group` consecutive samples, the noise seeds of one problem. Inside the block, what the seeds
-of a group have in common is averaged: block outputs, latents or clean estimates. The mean is written back into the
-first sample of each group (`back="first"`: one run goes on, the others are only asked) or into all (`back="all"`).
+A batch consists of groups of `group` consecutive samples, the noise seeds of one problem. Inside the context, block
+outputs, noisy latents or x0-hat are averaged over each group. The mean replaces the value of the first sample of the
+group (`back="first"`: the other samples of the group do not change) or of all its samples (`back="all"`).
 """
 
 from __future__ import annotations
@@ -15,32 +15,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cosprobe.activations.capture import wrapped
+from cosprobe.activations.capture import hidden_states, wrapped
 from cosprobe.errors import InputError
-from cosprobe.models import architecture, block_list, clean_estimate, experts, token_grid
+from cosprobe.models import Architecture, architecture, block_list, clean_estimate, experts, step_now
 
 BACK = ("first", "all")
 Weigh = Callable[[int, int, Tensor, tuple[int, int, int]], Float[Tensor, " batch"]]
 
 
-def step_now(pipeline: Any) -> int:
-    """The step index a running pipeline is at, from its own timestep."""
-    match = (pipeline.scheduler.timesteps == pipeline._current_timestep).nonzero().flatten()
-    if len(match) != 1:
-        raise RuntimeError(f"timestep {pipeline._current_timestep} names {len(match)} steps, expected one")
-    return int(match)
-
-
 def group_mean(
     values: Float[Tensor, "batch *rest"], group: int, back: str, weights: Float[Tensor, " batch"] | None = None
 ) -> Float[Tensor, "batch *rest"]:
-    """The mean of each group of consecutive samples, written back into its first sample or into all of them.
+    """`values` with the mean of each group of consecutive samples in its first sample, or in all its samples.
 
-    weights: of every sample, not negative, by which its group's mean is weighed; equal where all of a group are 0.
-    Raises ValueError for a batch that is not whole groups.
+    back: `first` or `all`. weights: weight of every sample in the mean, 0 or more; equal weights where all weights of a
+    group are 0. Raises InputError for a batch whose size is not a multiple of `group`.
     """
     if len(values) % group:
-        raise InputError(f"a batch of {len(values)} samples is not whole groups of {group} seeds")
+        raise InputError(f"a batch of {len(values)} samples: expected whole problems, with {group} seeds each")
     parts = values.unflatten(0, (-1, group))
     if weights is None:
         mean = parts.mean(dim=1, keepdim=True)
@@ -62,15 +54,17 @@ def average_blocks(
     back: str = "first",
     weigh: Weigh | None = None,
 ) -> Iterator[None]:
-    """Averages the hidden states of the seeds of each problem: the output of the blocks `layers` at `steps`.
+    """Averages the outputs of the blocks `layers` at `steps` over the noise seeds of each problem.
 
-    layers: block indices; steps: step indices. Video tokens only, position by position, in every guidance branch; a
-    block gets what the block before it gave after averaging. weigh(step, layer, tokens, size): a weight per sample,
-    from the block's own output before it is averaged (size: latent frames, token rows, token columns); asked at the
-    first call of a step, which is that of the `cond` branch, and used for the other branch too.
-    Raises ValueError for a layer the transformer does not have, and for an output that is not finite.
-    Source: the training-free ensemble of arXiv 2603.16870, which averages three seeds at the first step in the middle
-    layers (10 of 40); which runs go on it leaves open.
+    layers: block indices. steps: step indices. Only video tokens are averaged, each token position separately, in every
+    guidance branch. The next block receives the averaged output. group: seeds of each problem, consecutive samples of
+    the batch. back: `first` writes the mean into the first sample of each group, `all` into all of them.
+    weigh(step, layer, tokens, size): returns a weight per sample. tokens: output of the block before averaging. size:
+    latent frames, token rows, token columns. It is called once per step and layer, in the first transformer call of the
+    step (the `cond` branch). The weights are used for the other branch too.
+    Raises InputError for a layer that the transformer does not have, and for an output that is not finite.
+    Source: the training-free ensemble of arXiv 2603.16870. It averages three seeds at the first step in the middle
+    layers (10 of 40). The paper does not say which of the runs continue after that.
     """
     if back not in BACK:
         raise InputError(f"back={back!r}: expected one of {', '.join(BACK)}")
@@ -79,37 +73,38 @@ def average_blocks(
 
     def on_model(model: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal size
-        size = token_grid(model, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        size = architecture(model).token_grid(model, hidden_states(args, kwargs))
 
-    def on_block(layer: int, index: int | None) -> Callable:
+    def on_block(layer: int, family: Architecture) -> Callable:
         def hook(block: nn.Module, args: tuple, output: Any) -> Any:
             step = step_now(pipeline)
             if step not in steps:
                 return None
-            tokens = output if index is None else output[index]
+            tokens = family.video_tokens(output)
             check_finite(tokens, step, layer)
             if weigh is not None and (step, layer) not in weights:
                 weights[step, layer] = weigh(step, layer, tokens, size)
             mean = group_mean(tokens, group, back, weights.get((step, layer)))
-            return mean if index is None else (*output[:index], mean, *output[index + 1 :])
+            return family.with_video_tokens(output, mean)
 
         return hook
 
     with ExitStack() as undo:
         for model in experts(pipeline).values():
-            index, blocks = architecture(model).video, block_list(model)
+            blocks = block_list(model)
             check_layers(layers, len(blocks))
             undo.callback(model.register_forward_pre_hook(on_model, with_kwargs=True).remove)
             for layer in layers:
-                undo.callback(blocks[layer].register_forward_hook(on_block(layer, index)).remove)
+                undo.callback(blocks[layer].register_forward_hook(on_block(layer, architecture(model))).remove)
         yield
 
 
 @contextmanager
 def average_clean(pipeline: Any, group: int, steps: Sequence[int], back: str = "first") -> Iterator[None]:
-    """Averages x0-hat, the clean latents the seeds of each problem expect at `steps` (step indices).
+    """Averages x0-hat over the noise seeds of each problem at `steps` (step indices).
 
-    A sample keeps its own noisy latent; the model's output is changed so that the scheduler steps towards the mean.
+    Each sample keeps its own noisy latent. The model output is replaced by the output whose x0-hat is the mean, and the
+    scheduler continues from there.
     """
 
     def around(original: Callable, output: Tensor, timestep: Any, noisy: Tensor, *a: Any, **k: Any) -> Any:
@@ -117,7 +112,7 @@ def average_clean(pipeline: Any, group: int, steps: Sequence[int], back: str = "
         if step in steps:
             mean = group_mean(clean_estimate(pipeline.scheduler, step, output, noisy), group, back)
             changed = output_for(pipeline.scheduler, step, mean, noisy).to(output.dtype)
-            if back == "first":  # the other runs stay exactly as they are: no rounding there and back
+            if back == "first":  # the other samples keep their exact output, without rounding errors
                 changed = torch.where(_is_first(output, group), changed, output)
             output = changed
         return original(output, timestep, noisy, *a, **k)
@@ -128,8 +123,10 @@ def average_clean(pipeline: Any, group: int, steps: Sequence[int], back: str = "
 
 @contextmanager
 def average_latents(pipeline: Any, group: int, steps: Sequence[int], back: str = "first") -> Iterator[None]:
-    """Averages the noisy latents themselves after `steps` (step indices). Independent noise is averaged away with
-    them: the mean of K seeds has 1 / sqrt(K) of the noise the model expects at the next step."""
+    """Averages the noisy latents over the noise seeds of each problem after `steps` (step indices).
+
+    This reduces the noise too: the mean of K seeds has 1 / sqrt(K) of the noise the model expects at the next step.
+    """
 
     def around(original: Callable, *args: Any, **kwargs: Any) -> Any:
         step = step_now(pipeline)
@@ -159,14 +156,14 @@ def output_for(scheduler: Any, step: int, clean: Tensor, noisy: Tensor) -> Tenso
 
 
 def check_layers(layers: Sequence[int], depth: int) -> None:
-    """Raises ValueError for a window of layers that a transformer with `depth` blocks does not have."""
+    """Raises InputError for layers that a transformer with `depth` blocks does not have."""
     outside = [layer for layer in layers if not 0 <= layer < depth]
     if outside:
         raise InputError(f"layers={list(layers)}: layer {outside[0]} is outside the model, expected 0 to {depth - 1}")
 
 
 def check_finite(values: Float[Tensor, "batch *rest"], step: int, layer: int) -> None:
-    """Raises ValueError naming the first sample of the batch whose activations are NaN or infinite."""
+    """Raises InputError, with the first bad sample of the batch, for activations that are NaN or infinite."""
     whole = values.isfinite().flatten(1).all(dim=1)
     if not whole.all():
         bad = int((~whole).nonzero()[0])

@@ -1,8 +1,8 @@
-"""Run a pipeline only as far as it takes: read its blocks while it samples, and halt behind one of them.
+"""Ends a pipeline call early, after the block of a given step and layer.
 
 with halting(pipeline, cells, pooling, enough) as cache:
     video = pipeline(...)
-# halted: the later blocks and steps and the decoder have not run, and `video` was never assigned
+# when halted: later blocks, later steps and the decoder did not run, and `video` is not assigned
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cosprobe.models import block_list, experts
 
 
 class _Halted(Exception):
-    """Leaves a pipeline call from inside a block."""
+    """Raised in a forward hook to leave a pipeline call."""
 
 
 @contextmanager
@@ -33,45 +33,46 @@ def halting(
     pooling: Pooling,
     enough: Callable[[Cell, Float[Tensor, "sample region channel"]], bool],
 ) -> Iterator[ActivationCache]:
-    """Shows `enough` the features of every cell as soon as its block has run, in one call of `pipeline` made inside
-    the block, and leaves that call, and what follows it in the block, when the answer is True.
+    """Calls `enough(cell, features)` as soon as the features of a cell exist, during one call of `pipeline`.
 
-    What was computed until then is what a whole run computes, bit for bit. Nothing is left behind: hooks are removed,
-    offloaded parts are freed, and the pipeline is ready for its next call.
-    Raises ValueError for cells that are no layers, and what `capture` raises.
+    cells: the cells to read. pooling: of their features. enough: returns True to halt. The pipeline call is then left,
+    and so is the rest of the context.
+    Until then, the values are bit-identical to those of a complete run. Afterwards hooks are removed, offloaded parts
+    are freed, and the pipeline can be called again.
+    Raises InputError when `cells` is empty, and the errors of `capture`.
     """
-    if not cells or not all(cell.is_layer for cell in cells):
-        raise InputError(f"cells {[str(c) for c in cells][:3]}: expected at least one, all of them layers")
-    at: dict[str, list[Cell]] = {}
+    if not cells:
+        raise InputError("cells: none, expected at least one cell")
+    at: dict[int, list[Cell]] = {}
     for cell in cells:
-        at.setdefault(cell.site, []).append(cell)
+        at.setdefault(cell.layer, []).append(cell)
     steps = ",".join(str(step) for step in sorted({cell.step for cell in cells}))
     with ExitStack() as undo:
         undo.enter_context(_left(pipeline))
-        cache = undo.enter_context(capture(pipeline, sorted(at, key=int), pooling, steps))
+        cache = undo.enter_context(capture(pipeline, list(map(str, sorted(at))), pooling, steps))
         for transformer in experts(pipeline).values():
-            for site, here in at.items():
-                block = block_list(transformer)[int(site)]  # hooks run in the order of registration: after the cache's
-                undo.callback(block.register_forward_hook(_asks(cache, here, pooling, enough)).remove)
+            for layer, here in at.items():
+                block = block_list(transformer)[layer]  # its hook runs after that of `capture`
+                undo.callback(block.register_forward_hook(_halting_hook(cache, here, pooling, enough)).remove)
         yield cache
 
 
-def _asks(
+def _halting_hook(
     cache: ActivationCache, cells: Sequence[Cell], pooling: Pooling, enough: Callable[[Cell, Tensor], bool]
 ) -> Callable[..., None]:
-    """A hook that shows `enough` each of the cells once, when its features are there."""
+    """A forward hook that calls `enough` once for each of the cells, as soon as its features exist."""
     left = list(cells)
 
     def hook(block: nn.Module, args: tuple, output: Any) -> None:
         for cell in list(left):
-            part = cache.parts.get((cell.step, cell.site, cell.branch))
+            part = cache.parts.get((cell.step, str(cell.layer), cell.branch))
             if part is None:
                 continue
             left.remove(cell)
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # the cache copies to the host asynchronously
-            places = pooling.places(part.shape[1])[: part.shape[1]]
-            if enough(cell, part[:, places.index(cell.place)]):
+                torch.cuda.synchronize()  # copies to the CPU are asynchronous
+            positions = pooling.positions(part.shape[1])[: part.shape[1]]
+            if enough(cell, part[:, positions.index(cell.position)]):
                 raise _Halted
 
     return hook
@@ -79,7 +80,7 @@ def _asks(
 
 @contextmanager
 def _left(pipeline: Any) -> Iterator[None]:
-    """Ends a call that was left from inside as the pipeline itself would have ended it."""
+    """Catches `_Halted` and does what the pipeline does at the end of a call."""
     try:
         yield
     except _Halted:

@@ -1,8 +1,8 @@
-"""From tokens to features: means over space and time, computed where the tokens are.
+"""Pools video tokens into features: means over space and time, computed on the device of the tokens.
 
-Every pooling factors into a spatial part (which tokens of a frame belong together, possibly different for
-every sample) and a temporal part (each latent frame, or all of them). Sums run in fp32 frame by frame, so
-the full token tensor is never copied.
+Every pooling has a spatial part (sets of tokens of a frame, possibly different for every sample) and a temporal part
+(each latent frame, or all of them). Means are computed in fp32, one frame at a time, so no fp32 copy of all tokens is
+made.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from torch import Tensor
 from cosprobe.errors import InputError
 
 POOLINGS = ("clip", "frame", "grid", "region")
-GRID = 4  # `grid` pooling is GRID x GRID coarse cells
-COLUMNS = 1024  # numbers that one frame of an input may take when the whole frame is kept
+GRID = 4  # `grid` pooling has GRID x GRID coarse cells
+COLUMNS = 1024  # most values that `whole_frame` keeps of one frame of an input
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the image
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """kind: `clip` (one mean), `frame` (a mean per latent frame), `grid` (coarse cells over the clip) or
-    `region` (a mean per candidate box). frames: with `region`, also keep every latent frame.
-    boxes: for `region`, the boxes of each sample of the batch. across: coarse cells a side, for `grid`."""
+    """Which tokens are averaged.
+
+    kind: `clip` (one mean), `frame` (a mean per latent frame), `grid` (a mean per coarse cell, over all frames) or
+    `region` (a mean per region, over all frames). frames: with `region`, also keep a mean per latent frame.
+    boxes: for `region`, the regions of each sample of the batch. across: for `grid`, coarse cells per side.
+    Raises InputError for an unknown kind, and for samples with different numbers of regions.
+    """
 
     kind: str
     frames: bool = False
@@ -44,10 +48,11 @@ class Pooling:
 
     @property
     def regions(self) -> int:
+        """Length of the axis `region`: the number of regions, 1 for other kinds of pooling."""
         return len(self.boxes[0]) if self.kind == "region" and self.boxes else 1
 
-    def places(self, latent_frames: int) -> tuple[str, ...]:
-        """Names along the `place` axis."""
+    def positions(self, latent_frames: int) -> tuple[str, ...]:
+        """The names along the axis `position`."""
         each = tuple(str(f) for f in range(latent_frames))
         if self.kind == "frame":
             return each
@@ -56,10 +61,13 @@ class Pooling:
         return ("all", *each) if self.kind == "region" and self.frames else ("all",)
 
     def masks(self, batch: int, height: int, width: int) -> Float[Tensor, "batch part token"]:
-        """0/1 masks over the tokens of one frame: the spatial part."""
+        """The spatial part: 0/1 masks over the tokens of one frame.
+
+        Raises InputError when there are not as many lists of boxes as samples in the batch.
+        """
         if self.kind == "region":
             if len(self.boxes) != batch:
-                raise InputError(f"region pooling got boxes for {len(self.boxes)} samples in a batch of {batch}")
+                raise InputError(f"boxes: regions for {len(self.boxes)} samples, expected {batch} (batch size)")
             return torch.stack([box_masks(boxes, height, width) for boxes in self.boxes])
         if self.kind == "grid":
             step, sides = 1 / self.across, range(self.across)
@@ -70,26 +78,26 @@ class Pooling:
     def by_frame(
         self, tokens: Float[Tensor, "batch token channel"], size: tuple[int, int, int]
     ) -> Float[Tensor, "batch frame part channel"]:
-        """A mean for every latent frame and spatial part: region, coarse cell, or the whole frame.
+        """The mean for every latent frame and spatial part (region, coarse cell or whole frame).
 
-        tokens in the order (frame, height, width); `size` = latent frames, token rows, token columns.
-        Raises ValueError when the token count is not frame x height x width.
+        tokens: in the order frame, row, column. size: latent frames, token rows, token columns.
+        Raises InputError when the number of tokens is not the product of `size`.
         """
         frames, height, width = size
         if tokens.shape[1] != frames * height * width:
             raise InputError(f"a block gave {tokens.shape[1]} tokens, expected {frames} x {height} x {width}")
-        place = (tokens.shape[0], height, width, tokens.device)
-        if place not in self._weights:  # the same for every site and step of a run
-            masks = self.masks(*place[:3]).to(tokens.device)
-            self._weights[place] = masks / masks.sum(-1, keepdim=True)
-        weights = self._weights[place]
+        position = (tokens.shape[0], height, width, tokens.device)
+        if position not in self._weights:  # the weights are the same for all hook points and steps of a run
+            masks = self.masks(*position[:3]).to(tokens.device)
+            self._weights[position] = masks / masks.sum(-1, keepdim=True)
+        weights = self._weights[position]
         by_frame = rearrange(tokens, "b (f s) d -> f b s d", f=frames)
         return torch.stack([weights @ frame.float() for frame in by_frame], dim=1)
 
     def __call__(
         self, tokens: Float[Tensor, "batch token channel"], size: tuple[int, int, int]
-    ) -> Float[Tensor, "batch place region channel"]:
-        """The features of a probe. Arguments and errors as in `by_frame`."""
+    ) -> Float[Tensor, "batch position region channel"]:
+        """Pools tokens into the features of a probe. Arguments and errors: see `by_frame`."""
         parts = self.by_frame(tokens, size)
         whole = parts.mean(dim=1, keepdim=True)
         if self.kind == "frame":
@@ -100,13 +108,15 @@ class Pooling:
 
 
 def whole_frame(channels: int) -> Pooling:
-    """The pooling that keeps an input of so many channels over the whole frame: a grid of at most GRID coarse cells a
-    side, as fine as keeps one frame within COLUMNS numbers; at least the mean of the frame."""
+    """The pooling of an input over the whole frame: the finest grid with at most COLUMNS values per frame.
+
+    The grid has 1 to GRID coarse cells per side. channels: number of channels of the input.
+    """
     return Pooling("grid", across=max(g for g in range(1, GRID + 1) if g == 1 or g * g * channels <= COLUMNS))
 
 
 def box_masks(boxes: Sequence[Box], height: int, width: int) -> Float[Tensor, "box token"]:
-    """Tokens whose centre lies in each box; a box smaller than a token gets the token nearest its centre."""
+    """0/1 masks of the tokens whose centre is in each box. A smaller box gets the token nearest to its centre."""
     y = (torch.arange(height) + 0.5) / height
     x = (torch.arange(width) + 0.5) / width
     masks = []

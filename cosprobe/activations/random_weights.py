@@ -1,8 +1,8 @@
-"""The same architecture without what it has learned: transformer weights shuffled or drawn anew.
+"""Transformers with random weights, as a control: permuted trained weights or a fresh initialisation.
 
-A probe that reads as much from such a network tells about the architecture and the inputs, not about learning.
-Randomised transformers are asked about the very inputs the trained one saw (recorded by `capture`): left to
-sample by themselves they would only ever see their own noise, a weaker control.
+If a probe of such a transformer is as accurate, the accuracy comes from the architecture and the inputs, not from
+training. The random transformers get the same inputs as the trained one, as recorded by `capture`. If they sampled
+videos themselves, their inputs would be noise at every step, which is a weaker control.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from torch import Tensor, nn
 from cosprobe.activations.capture import BRANCHES, ActivationCache, conditional, hidden_states
 from cosprobe.activations.pooling import Pooling
 from cosprobe.errors import InputError
-from cosprobe.models import architecture, block_list, experts, token_grid
+from cosprobe.models import architecture, block_list, experts
 
 PERMUTED, FRESH = "permuted", "fresh"
-RANDOMISED = (PERMUTED, FRESH)
+RANDOM_WEIGHTS = (PERMUTED, FRESH)
 
 
 @contextmanager
-def randomised(pipeline: Any, how: str, seed: int) -> Iterator[None]:
-    """Replaces the weights of every transformer of `pipeline`; puts the trained ones back on exit.
+def with_random_weights(pipeline: Any, how: str, seed: int) -> Iterator[None]:
+    """Replaces the weights of every transformer of `pipeline`, and restores the trained weights on exit.
 
-    how: `permuted`, the entries of each parameter shuffled within it, so that its distribution stays (Chen,
-    Viegas and Wattenberg 2023, arXiv 2306.05720); `fresh`, drawn as the class itself initialises.
-    Raises ValueError for another word.
+    how: `permuted`: the entries of each parameter are shuffled, which keeps their distribution (Chen, Viegas and
+    Wattenberg 2023, arXiv 2306.05720). `fresh`: the default initialisation of the transformer class.
+    Raises InputError for any other value.
     """
-    if how not in RANDOMISED:
-        raise InputError(f"weights={how!r}: expected one of {', '.join(RANDOMISED)}")
+    if how not in RANDOM_WEIGHTS:
+        raise InputError(f"weights={how!r}: expected one of {', '.join(RANDOM_WEIGHTS)}")
     trained = {name: [p.detach().clone() for p in model.parameters()] for name, model in experts(pipeline).items()}
     try:
-        for place, model in enumerate(experts(pipeline).values()):
-            _fill(model, how, seed + place)
+        for number, model in enumerate(experts(pipeline).values()):
+            _fill(model, how, seed + number)
         yield
     finally:
         with torch.no_grad():
@@ -48,6 +48,7 @@ def randomised(pipeline: Any, how: str, seed: int) -> Iterator[None]:
 
 @torch.no_grad()
 def _fill(model: Any, how: str, seed: int) -> None:
+    """Replaces the weights of one transformer in place."""
     generator = torch.Generator().manual_seed(seed)
     if how == PERMUTED:
         for parameter in model.parameters():
@@ -59,7 +60,7 @@ def _fill(model: Any, how: str, seed: int) -> None:
         other = type(model).from_config(model.config)
     drawn = dict(other.named_parameters())
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:  # what a loaded adapter adds was learned too
+        if ".lora_" in name:  # weights of LoRA adapters are learned too
             parameter.zero_()
         else:
             parameter.copy_(drawn[name.replace(".base_layer.", ".")])
@@ -68,14 +69,14 @@ def _fill(model: Any, how: str, seed: int) -> None:
 @torch.no_grad()
 def replay(
     pipeline: Any, cache: ActivationCache, layers: tuple[int, ...], pooling: Pooling, rows: Sequence[int] | None = None
-) -> Float[Tensor, "sample step layer place region channel"]:
-    """Block outputs for the transformer calls recorded on `cache`, by the weights the pipeline has now (`cond` only).
+) -> Float[Tensor, "sample step layer position region channel"]:
+    """Repeats the transformer calls recorded in `cache`, with the current weights, and returns pooled block outputs.
 
-    rows: the samples of the batch to run, in order; None for all. pooling: of these samples.
-    Raises ValueError when nothing was recorded on the cache.
+    Only the `cond` branch is returned. rows: indices of the samples of the batch to run; None for all. pooling: the
+    pooling for these samples. Raises InputError when the cache has no recorded calls.
     """
     if not cache.recorded:
-        raise InputError("the cache holds no transformer calls: expected capture(..., record=steps)")
+        raise InputError("cache: it has no recorded transformer calls; expected a cache of capture(..., record=steps)")
     steps = sorted(cache.recorded)
     return torch.stack([_replayed(pipeline, cache, step, layers, pooling, rows) for step in steps], dim=1)
 
@@ -92,13 +93,13 @@ def _replayed(
     context, args, kwargs = cache.recorded[step]
     if rows is not None:
         args, kwargs = _of_samples(context, args, kwargs, rows)
-    size, index = token_grid(model, hidden_states(args, kwargs)), architecture(model).video
+    family = architecture(model)
+    size = family.token_grid(model, hidden_states(args, kwargs))
     found: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
         def hook(block: nn.Module, inputs: tuple, output: Any) -> None:
-            tokens = output if index is None else output[index]
-            found[layer] = pooling(conditional(context, tokens), size).cpu()
+            found[layer] = pooling(conditional(context, family.video_tokens(output)), size).cpu()
 
         return hook
 
@@ -111,12 +112,12 @@ def _replayed(
 
 
 def _of_samples(context: str, args: tuple, kwargs: dict, rows: Sequence[int]) -> tuple[tuple, dict[str, Any]]:
-    """A transformer call with these samples of its batch alone: of every tensor that has a row for each."""
+    """The arguments of a transformer call for some samples of its batch. Tensors with a row per sample are indexed."""
     size = len(hidden_states(args, kwargs))
     halves = len(BRANCHES[context])
-    places = [half * (size // halves) + row for half in range(halves) for row in rows]
+    rows_of_all = [half * (size // halves) + row for half in range(halves) for row in rows]
 
     def cut(value: Any) -> Any:
-        return value[places] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+        return value[rows_of_all] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
 
     return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}

@@ -1,9 +1,8 @@
-"""Activations on disk: sharded safetensors, each shard complete or absent, a manifest written last.
+"""Activation stores: safetensors shards on disk, with a manifest that is written last.
 
-A store belongs to one fingerprint, the settings that shaped its contents. It can be killed at any moment: a
-shard is written under another name and renamed, so the next run finds whole shards and goes on from there.
-Every shard carries the store's fingerprint and a checksum; one that is damaged or comes from elsewhere is
-named in the error and never used.
+A store has a fingerprint, a hash of the settings that determine its content. Shards are written atomically, so a run
+can be killed at any time, and the next run continues from the complete shards. Every shard has the fingerprint of the
+store and a checksum. A shard that is damaged or belongs to another store raises an error with its name.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosprobe.errors import InputError
-from cosprobe.runtime import barrier, make_folder, place, progress, say, whole_file
+from cosprobe.runtime import barrier, make_folder, progress, rank_and_world, say, whole_file
 
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class ActivationStore:
-    """A folder of shards. settings: everything that shaped the contents; shards: how many there will be."""
+    """A folder of shards. settings: all settings that determine the content. shards: number of shards when complete."""
 
     folder: Path
     settings: dict[str, Any]
@@ -37,11 +36,12 @@ class ActivationStore:
 
     @property
     def fingerprint(self) -> str:
+        """A hash of the settings."""
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
     def open(cls, folder: Path) -> ActivationStore:
-        """A finished store. Raises ValueError when there is none or it is half-written."""
+        """Opens a complete store. Raises InputError when it is missing, half-written or damaged."""
         manifest = folder / MANIFEST
         if not manifest.is_file():
             state = "half-written" if folder.is_dir() and any(folder.glob("shard-*")) else "missing"
@@ -52,10 +52,16 @@ class ActivationStore:
             content = json.loads(manifest.read_text())
             return cls(folder, content["settings"], content["shards"])
         except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-            raise InputError(f"{str(manifest)!r} is damaged: expected json with settings and shards") from error
+            raise InputError(
+                f"{str(manifest)!r} is damaged: expected JSON with settings and shards; delete it, run train.py again"
+            ) from error
 
     def begin(self, size: int) -> None:
-        """Makes the folder; refuses one that holds other settings, or a disk with less than `size` bytes free."""
+        """Creates the folder. size: bytes of the complete store.
+
+        Raises InputError when the folder has a store with other settings, or when the disk is too small for the shards
+        that are missing.
+        """
         for name in (MANIFEST, "settings.json"):
             path = self.folder / name
             if path.is_file():
@@ -75,10 +81,11 @@ class ActivationStore:
 
     @property
     def complete(self) -> bool:
+        """Whether the manifest and all shards exist."""
         return (self.folder / MANIFEST).is_file() and not self.missing()
 
     def missing(self) -> list[int]:
-        """Shards still to be written. Raises ValueError for one that is there and can't be trusted."""
+        """Indices of the missing shards. Raises InputError for a shard that is damaged or belongs to another store."""
         absent = []
         for index in range(self.shards):
             if not self._path(index).is_file():
@@ -88,7 +95,7 @@ class ActivationStore:
         return absent
 
     def write(self, index: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Writes one shard; dtypes are kept (bf16 stays bf16). notes: what the axes mean, the same in every shard."""
+        """Writes one shard without changing dtypes. notes: names along the axes, equal for all shards."""
         tensors = {name: value.contiguous() for name, value in tensors.items()}
         metadata = {
             "fingerprint": self.fingerprint,
@@ -99,23 +106,27 @@ class ActivationStore:
         with whole_file(self._path(index)) as part:
             try:
                 save_file(tensors, part, metadata)
-            except SafetensorError as error:  # its own name for a full disk
+            except SafetensorError as error:  # safetensors raises this for a full disk
                 raise OSError(str(error)) from error
 
     def finish(self) -> None:
-        """Writes the manifest. Raises ValueError while shards are missing."""
+        """Writes the manifest. Raises InputError when shards are missing."""
         missing = self.missing()
         if missing:
-            raise InputError(f"store {str(self.folder)!r} lacks shards {missing[:5]}: expected all {self.shards}")
+            raise InputError(
+                f"store {str(self.folder)!r} lacks shards {missing[:5]}: expected all {self.shards}; run train.py again"
+            )
         content = {"fingerprint": self.fingerprint, "shards": self.shards, "settings": self.settings}
         with whole_file(self.folder / MANIFEST) as part:
             part.write_text(json.dumps(content, indent=1, sort_keys=True))
-        for left in self.folder.glob(".shard-*"):  # by processes that were killed
+        for left in self.folder.glob(".shard-*"):  # temporary files of processes that were killed
             left.unlink()
 
     def read(self, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors whose name begins with `prefix`, joined along the sample axis over the shards that hold them, each
-        checked against its checksum; and their notes."""
+        """Reads the tensors whose names begin with `prefix`, concatenated over shards (axis sample), and the notes.
+
+        Raises InputError for a shard that is missing, damaged or of another store.
+        """
         parts: dict[str, list[Tensor]] = {}
         notes = set()
         for index in range(self.shards):
@@ -131,15 +142,15 @@ class ActivationStore:
                 if name.startswith(prefix):
                     parts.setdefault(name, []).append(tensors[name])
         if len(notes) != 1:
-            raise InputError(f"store {str(self.folder)!r}: its shards disagree on what their axes mean; delete it")
-        # popped one by one: the shards of one name are freed before those of the next are joined
+            raise InputError(f"store {str(self.folder)!r}: its shards differ in axes; delete it and run train.py again")
+        # `pop` frees the parts of one tensor before those of the next are concatenated
         return {name: torch.cat(parts.pop(name)) for name in list(parts)}, json.loads(notes.pop())
 
     def _path(self, index: int) -> Path:
         return self.folder / f"shard-{index:05d}.safetensors"
 
     def _open(self, index: int, prefix: str | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:
-        """A shard's metadata, and its tensors when a name among them begins with `prefix`."""
+        """The metadata of a shard, and all its tensors if the name of one begins with `prefix` (None: no tensors)."""
         try:
             with safe_open(self._path(index), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -150,8 +161,9 @@ class ActivationStore:
             raise self._damaged(index, str(error).splitlines()[0]) from error
         if metadata.get("fingerprint") != self.fingerprint or metadata.get("index") != str(index):
             raise InputError(
-                f"shard {str(self._path(index))!r} belongs to another store: expected fingerprint {self.fingerprint}, "
-                f"found {metadata.get('fingerprint', 'none')}; delete it and run train.py again"
+                f"shard {str(self._path(index))!r} belongs to another store or index: expected fingerprint "
+                f"{self.fingerprint}, index {index}; found {metadata.get('fingerprint', 'none')}, index "
+                f"{metadata.get('index', 'none')}; delete it and run train.py again"
             )
         return metadata, tensors
 
@@ -159,7 +171,8 @@ class ActivationStore:
         return InputError(f"shard {str(self._path(index))!r} is damaged ({reason}): delete it and run train.py again")
 
     def _same(self, other: dict[str, Any]) -> None:
-        wanted = json.loads(json.dumps(self.settings))
+        """Raises InputError, with the first setting that differs, unless `other` equals the settings of the store."""
+        wanted, other = flattened(json.loads(json.dumps(self.settings))), flattened(other)
         for name in sorted({*wanted, *other}):
             if wanted.get(name) != other.get(name):
                 raise InputError(
@@ -171,11 +184,12 @@ class ActivationStore:
 def fill(
     store: ActivationStore, size: int, what: str, write: Callable[[Any], tuple[dict, dict]], chunks: Sequence[Any]
 ) -> ActivationStore:
-    """Writes the shards that are not on disk yet, one per chunk, saying first how large the whole will be.
+    """Writes the missing shards of a store, one per chunk, after printing the size of the complete store.
 
-    With several processes, chunk i belongs to process i modulo their number.
+    size: bytes of the complete store. what: description of the content, for the printed line. write: computes the
+    tensors and notes of a chunk. With several processes, process r of n writes the chunks i with i % n == r.
     """
-    rank, world = place()
+    rank, world = rank_and_world()
     if rank == 0:
         store.begin(size)
     barrier()
@@ -185,17 +199,25 @@ def fill(
         say(f"{name}: {what} are already in {store.folder}; re-using them")
     else:
         there = len(chunks) - len(missing)
-        done = f"; {there} of {len(chunks)} shards are there" if there else ""
+        done = f"; {there} of {len(chunks)} shards exist already" if there else ""
         say(f"{name}: {what}, {size / 1e6:.0f} MB in {store.folder}{done}")
         with progress() as bar:
-            mine = [i for i in missing if i % world == rank]
-            for index in bar.track(mine, description=f"{name}: sampling under capture"):
+            assigned = [i for i in missing if i % world == rank]
+            for index in bar.track(assigned, description=f"{name}: sampling and capturing"):
                 store.write(index, *write(chunks[index]))
         barrier()
     if rank == 0 and not store.complete:
         store.finish()
     barrier()
     return store
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as a flat dict with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

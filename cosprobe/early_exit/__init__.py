@@ -1,10 +1,10 @@
-"""Answers before the video is finished, and when to stop, at a stated risk."""
+"""Early answers: reads answers with probes before sampling ends, and stops sampling at a bounded risk of error."""
 
 from cosprobe.early_exit.calibrate import EarlyConfig
-from cosprobe.early_exit.policy import Policy
 from cosprobe.early_exit.prediction import PredictConfig, predict
 from cosprobe.early_exit.reader import Reader, attach
 from cosprobe.early_exit.report import answer_early
+from cosprobe.early_exit.threshold import Policy
 
 __all__ = [
     "EarlyConfig",

@@ -1,31 +1,34 @@
-"""Trained probes at work: the answer read from inside a run that is stopped early."""
+"""Reads answers of new problems from runs halted at one cell, and compares them with the answers of full runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
-from cosprobe.activations import halting
+from cosprobe.activations import Sampler, halting
 from cosprobe.cells import Cell
-from cosprobe.early_exit.reader import pooling_of, probabilities
+from cosprobe.early_exit.reader import probabilities
 from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
-from cosprobe.models import PipelineConfig, load_pipeline, sample
+from cosprobe.models import PipelineConfig, load_pipeline
 from cosprobe.probes import ProbeBank
-from cosprobe.tasks import Problem, Sample, Task, TaskConfig, fresh_problems, images, with_noise
+from cosprobe.tasks import Problem, Sample, TaskConfig, fresh_problems, with_noise
 
 
 @dataclass
 class PredictConfig:
-    """Read answers of `problems` new problems after sampler step `step` (a step index), at block `layer`;
-    no layer: the one that was best on validation."""
+    """Read the answers of new problems at one step, before the video is finished.
+
+    step: sampler step index. problems: number of new problems. layer: block that the probe reads; null: the layer with
+    the best validation accuracy.
+    """
 
     step: int = 0
     problems: int = 16
@@ -39,49 +42,47 @@ class PredictConfig:
 
 @dataclass(frozen=True)
 class EarlyAnswer:
-    """What a probe said of one problem. probability: of the probe, by the temperature of its cell.
-    drawn: what the finished run ends on, None for none; right: the candidates that count as right."""
+    """The early answer to one problem.
+
+    probability: probability of this answer, calibrated by the temperature of the cell. model_answer: what the finished
+    video shows, None for no answer. solutions: candidates that count as right.
+    """
 
     problem: Problem
     answer: int
     probability: float
-    drawn: int | None
-    right: tuple[int, ...]
+    model_answer: int | None
+    solutions: tuple[int, ...]
 
 
 @torch.no_grad()
 def early_answers(
-    model: Any, pipeline: PipelineConfig, task: Task, bank: ProbeBank, target: str, cell: Cell, drawn: Sequence[Sample]
+    sampler: Sampler, bank: ProbeBank, target: str, cell: Cell, samples: Sequence[Sample]
 ) -> list[EarlyAnswer]:
-    """Runs every sample up to `cell` and asks its probe; then lets a full run of the same seed draw."""
+    """Reads the probe of `cell` in runs that are halted there, then samples full runs with the same seeds."""
     found = []
-    for first in range(0, len(drawn), pipeline.batch):
-        batch = drawn[first : first + pipeline.batch]
+    for batch in sampler.batches(samples):
         problems = [s.problem for s in batch]
-        arguments = (images(task, problems), [p.prompt for p in problems], [s.seed for s in batch])
-        features = _features_at(model, pipeline, bank, cell, problems, arguments)
-        proba = probabilities(bank, features[:, None], target, [cell])[0]
-        video = sample(model, pipeline, *arguments)
-        for problem, chances, clip in zip(problems, proba, video, strict=True):
-            end = task.readout(problem, clip).answer
-            found.append(
-                EarlyAnswer(problem, int(chances.argmax()), float(chances.max()), end, task.solutions(problem))
-            )
+        proba = probabilities(bank, _features_at(sampler, bank, cell, batch)[:, None], target, [cell])[0]
+        ends = sampler.parse(problems, sampler(batch)).answers.tolist()
+        for problem, chances, end in zip(problems, proba, ends, strict=True):
+            solutions, model_answer = sampler.task.solutions(problem), None if end < 0 else end
+            found.append(EarlyAnswer(problem, int(chances.argmax()), float(chances.max()), model_answer, solutions))
     return found
 
 
 def _features_at(
-    model: Any, pipeline: PipelineConfig, bank: ProbeBank, cell: Cell, problems: list[Problem], arguments: tuple
-) -> torch.Tensor:
-    """[sample, region, channel] at one cell, of runs that are halted there."""
-    store, found = bank.provenance["store"], []
+    sampler: Sampler, bank: ProbeBank, cell: Cell, batch: list[Sample]
+) -> Float[torch.Tensor, "sample region channel"]:
+    """Features at one cell, from runs that are halted there."""
+    found = []
 
     def enough(at: Cell, features: torch.Tensor) -> bool:
         found.append(features)
         return True
 
-    with halting(model, [cell], pooling_of(store["probe.pooling"], store["probe.frames"], problems), enough):
-        sample(model, pipeline, *arguments)
+    with halting(sampler.model, [cell], bank.store.probe.pool([s.problem for s in batch]), enough):
+        sampler(batch)
     return found[0]
 
 
@@ -94,51 +95,47 @@ def predict(
     folder: Path,
     console: Console | None = None,
 ) -> None:
-    """Prints early answers to problems no probe has seen, beside what the full run draws.
+    """Prints early answers to new problems together with the answers of full runs.
 
-    pipeline, task: settings of the run in `folder`. Raises ValueError when the bank was made for another model, or the
-    step or layer is not in it.
+    pipeline, task: settings of the run in `folder`. Raises InputError when the bank was made for another model, or does
+    not hold the step or layer.
     """
     bank.check_model(*pipeline.parts)
-    grid, world = Grid.load(folder), task.build()
-    model = load_pipeline(pipeline)
+    grid, sampler = Grid.load(folder), Sampler(load_pipeline(pipeline), pipeline, task.build())
     console = console or Console()
-    for name in grid.with_role("answer", "choice"):
+    for name in grid.with_role("answer", "model_answer"):
         cell = _best_at(grid, bank, name, use.step, use.layer)
         kind = bank.target(name).kinds[0]
-        drawn = with_noise(fresh_problems(world, "test", task.problems, use.problems, [kind]), seed)
-        answers = early_answers(model, pipeline, world, bank, name, cell, drawn)
-        table = Table("problem", "probe says", "probability", "full run draws", "right", box=None, padding=(0, 3, 0, 0))
-        table.title = f"{name}: read after step {use.step} of {pipeline.steps} (0 = noisiest), layer {cell.site}"
+        samples = with_noise(fresh_problems(sampler.task, "test", task.problems, use.problems, [kind]), seed)
+        answers = early_answers(sampler, bank, name, cell, samples)
+        table = Table("problem", "probe", "probability", "full run", "right", box=None, padding=(0, 3, 0, 0))
+        table.title = f"{name}: read after step {use.step} of {pipeline.steps} (0 = noisiest), layer {cell.layer}"
         for a in answers:
-            end = "none" if a.drawn is None else str(a.drawn)
-            right = " or ".join(map(str, a.right))
+            end = "none" if a.model_answer is None else str(a.model_answer)
+            right = " or ".join(map(str, a.solutions))
             table.add_row(f"{kind} {a.problem.index}", str(a.answer), f"{a.probability:.2f}", end, right)
         console.print(table)
-        same = np.mean([a.answer == a.drawn for a in answers])
-        solved = [np.mean([said in a.right for a, said in zip(answers, says, strict=True)]) for says in _both(answers)]
+        same = np.mean([a.answer == a.model_answer for a in answers])
+        of_probe = np.mean([a.answer in a.solutions for a in answers])
+        of_run = np.mean([a.model_answer in a.solutions for a in answers])
         console.print(
-            f"probe and full run agree on {same:.2f} of {len(answers)} problems; right: probe {solved[0]:.2f}, "
-            f"full run {solved[1]:.2f}\n",
+            f"probe and full run agree on {same:.2f} of {len(answers)} problems; right: probe {of_probe:.2f}, "
+            f"full run {of_run:.2f}\n",
             highlight=False,
             soft_wrap=True,
         )
 
 
-def _both(answers: list[EarlyAnswer]) -> tuple[list[int], list[int | None]]:
-    """What the probe said, and what the full run drew."""
-    return [a.answer for a in answers], [a.drawn for a in answers]
-
-
 def _best_at(grid: Grid, bank: ProbeBank, target: str, step: int, layer: int | None) -> Cell:
-    """The cell of a target at a step: at `layer`, or at the layer that was best on validation there."""
-    cells = [cell for cell in bank.cells if cell.is_layer]
-    steps, layers = sorted({c.step for c in cells}), sorted({int(c.site) for c in cells})
+    """The cell of a target at a step and layer; without a layer, the one with the best validation accuracy at the
+    step."""
+    cells = bank.cells
+    steps, layers = sorted({c.step for c in cells}), sorted({c.layer for c in cells})
     if step not in steps:
-        raise InputError(f"use.step={step}: expected a step these probes were trained at: {_ranges(steps)}")
+        raise InputError(f"use.step={step}: expected a step at which probes were trained: {_ranges(steps)}")
     if layer is not None and layer not in layers:
-        raise InputError(f"use.layer={layer}: expected a layer these probes were trained at: {_ranges(layers)}")
-    here = [c for c in cells if c.step == step and (layer is None or int(c.site) == layer)]
+        raise InputError(f"use.layer={layer}: expected a layer at which probes were trained: {_ranges(layers)}")
+    here = [c for c in cells if c.step == step and (layer is None or c.layer == layer)]
     return max(here, key=lambda cell: float(grid.at(target, cell).validation_accuracy))
 
 

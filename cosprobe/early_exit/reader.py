@@ -1,10 +1,10 @@
-"""A bank at work on a pipeline: answers that stream out of a run, which ends itself when one is sure enough.
+"""Reads answers with a bank while a pipeline samples, and stops the run when the policy allows it.
 
     with attach(load_probes("runs/maze-layers"), pipeline, problems, tell=print) as reader:
-        video = pipeline(...)          # each look is told as (step, prediction, confidence)
-    reader.answers                     # one per problem, None where the run was finished instead
+        video = pipeline(...)          # `tell` is called with a Reading at every exit point
+    reader.answers                     # one per problem, None if the run was finished
 
-A stopped call is left, so that what follows it in the block does not run either.
+Stopping leaves the `with` block: code after the pipeline call in the block does not run.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cosprobe.activations import Pooling, halting
+from cosprobe.activations import halting
 from cosprobe.cells import Cell
-from cosprobe.early_exit.policy import Policy, read_policy
+from cosprobe.early_exit.threshold import Policy, read_policy
 from cosprobe.errors import InputError
 from cosprobe.probes import ProbeBank
 from cosprobe.tasks import Problem
 
 
 class Reading(NamedTuple):
-    """One look. step: a step index. prediction, confidence: of every problem of the batch, the class the probe finds
-    most probable and its calibrated probability."""
+    """Predictions at one exit point, for every problem of the batch.
+
+    step: step index. prediction: the class with the highest probability. confidence: its calibrated probability.
+    """
 
     step: int
     prediction: tuple[int, ...]
@@ -38,7 +40,7 @@ class Reading(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What was said of one problem, behind block `layer` of step `step` (a step index)."""
+    """The early answer to one problem, read after block `layer` at step index `step`."""
 
     prediction: int
     confidence: float
@@ -48,8 +50,11 @@ class Answer(NamedTuple):
 
 @dataclass
 class Reader:
-    """What has been read so far in the run it is attached to. answers: per problem, None while nothing is sure enough.
-    stopped: the run was left because every problem has an answer."""
+    """Predictions so far in the run that the reader is attached to.
+
+    answers: per problem, None until the threshold is reached. readings: one per exit point passed so far. stopped:
+    whether the run was stopped because every problem has an answer.
+    """
 
     bank: ProbeBank
     pipeline: Any
@@ -60,16 +65,16 @@ class Reader:
     stopped: bool = False
 
     def see(self, cell: Cell, features: Float[Tensor, "sample region channel"]) -> bool:
-        """Asks the probe of `cell`; whether all problems now have an answer."""
+        """Reads the probe of `cell`. Returns whether all problems have an answer."""
         if not self.readings:
             check_call(self.bank, self.pipeline)
         proba = probabilities(self.bank, features[:, None], self.policy.target, [cell])[0]
-        confidence, said = proba.max(dim=-1)
-        reading = Reading(cell.step, tuple(said.tolist()), tuple(confidence.tolist()))
+        confidence, prediction = proba.max(dim=-1)
+        reading = Reading(cell.step, tuple(prediction.tolist()), tuple(confidence.tolist()))
         self.readings.append(reading)
-        for i, (sure, prediction) in enumerate(zip(reading.confidence, reading.prediction, strict=True)):
-            if self.answers[i] is None and sure >= self.policy.threshold:
-                self.answers[i] = Answer(prediction, sure, cell.step, int(cell.site))
+        for i, (probability, label) in enumerate(zip(reading.confidence, reading.prediction, strict=True)):
+            if self.answers[i] is None and probability >= self.policy.threshold:
+                self.answers[i] = Answer(label, probability, cell.step, cell.layer)
         if self.tell is not None:
             self.tell(reading)
         self.stopped = all(answer is not None for answer in self.answers)
@@ -84,21 +89,20 @@ def attach(
     policy: Policy | None = None,
     tell: Callable[[Reading], None] | None = None,
 ) -> Iterator[Reader]:
-    """Lets the probes of a bank answer from inside one call of `pipeline`, made in the block this opens.
+    """Reads the probes of a bank during one call of `pipeline`, which is made inside the `with` block.
 
-    problems: of the images of that call, in order. policy: when to stop; without one, the policy that
-    `python probe.py use=early` has left in the bank. tell: gets (step, prediction, confidence) at every look.
-    The call is left, with what follows it in the block, as soon as every problem has an answer.
-    Raises ValueError naming the difference for a pipeline with another model, scheduler, number of steps or
-    guidance, and for problems of another task, kind or number of regions than the bank was made for.
+    problems: the problems of the images of that call, in order. policy: the stopping policy; by default the one that
+    `python probe.py use=early` saved in the bank. tell: called with a `Reading` at every exit point.
+    As soon as every problem has an answer, the call is stopped, and the rest of the block is skipped.
+    Raises InputError that names the difference: for a pipeline with another model, scheduler, number of steps or
+    guidance than the bank was made for, and for problems of another task, kind or number of regions.
     """
     check_pipeline(bank, pipeline)
     if not problems:
         raise InputError("problems: none, expected one for every image of the call")
     policy = policy or bank_policy(bank, problems[0].kind)
     check_problems(bank, policy, problems)
-    store = bank.provenance["store"]
-    pooling = pooling_of(store["probe.pooling"], store["probe.frames"], problems)
+    pooling = bank.store.probe.pool(problems)
     reader = Reader(bank, pipeline, policy, tell, [None] * len(problems))
     with halting(pipeline, policy.cells, pooling, reader.see):
         yield reader
@@ -107,24 +111,20 @@ def attach(
 def probabilities(
     bank: ProbeBank, features: Float[Tensor, "sample cell region channel"], target: str, cells: Sequence[Cell]
 ) -> Float[Tensor, "cell sample out"]:
-    """Calibrated probabilities at some cells. Raises ValueError when an activation is not finite."""
+    """Calibrated probabilities at some cells. Raises InputError when an activation is not finite."""
     if not torch.isfinite(features).all():
         bad = (~torch.isfinite(features)).flatten(2).any(dim=2).any(dim=0)
         where = cells[int(bad.nonzero()[0])]
         raise InputError(
-            f"activations at ({where}) are not finite, expected finite ones; run in float32 or look at the model"
+            f"activations at ({where}) are not finite, expected finite values; run in float32 or check the model"
         )
     wider = bank.mean.shape[1] - features.shape[-1]
     return bank.probabilities(torch.nn.functional.pad(features, (0, wider)), target, cells)
 
 
-def pooling_of(kind: str, frames: bool, problems: Sequence[Problem]) -> Pooling:
-    return Pooling(kind, frames, [p.regions for p in problems] if kind == "region" else ())
-
-
 def bank_policy(bank: ProbeBank, kind: str) -> Policy:
-    """The stopping policy the bank carries for problems of a kind. Raises ValueError when there is none."""
-    found = [read_policy(entry) for entry in bank.provenance.get("policies", ())]
+    """The stopping policy in the bank for problems of a kind. Raises InputError when there is none."""
+    found = [read_policy(entry) for entry in bank.provenance.policies]
     for policy in found:
         if policy.kind == kind:
             return policy
@@ -136,16 +136,16 @@ def bank_policy(bank: ProbeBank, kind: str) -> Policy:
 
 
 def check_problems(bank: ProbeBank, policy: Policy, problems: Sequence[Problem]) -> None:
-    """Raises ValueError for problems of a task, kind or number of regions that bank and policy were not made for."""
+    """Raises InputError for problems whose task, kind or number of regions differs from that of the bank or policy."""
     for problem in problems:
         for name in ("task", "kind"):
             known, given = getattr(policy, name), getattr(problem, name)
             if known != given:
                 raise InputError(
                     f"problem {problem.name}: its {name} is {given!r}, the stopping policy was calibrated for "
-                    f"{known!r}; take problems of that {name}, or run use=early for this one"
+                    f"{known!r}; use problems of that {name}, or run use=early for {given!r}"
                 )
-        regions = len(problem.regions) if bank.provenance["store"]["probe.pooling"] == "region" else bank.regions
+        regions = len(problem.regions) if bank.store.probe.pooling == "region" else bank.regions
         if regions != bank.regions:
             raise InputError(
                 f"problem {problem.name}: {regions} regions, this bank was made for pooling over {bank.regions}; "
@@ -154,10 +154,12 @@ def check_problems(bank: ProbeBank, policy: Policy, problems: Sequence[Problem])
 
 
 def check_pipeline(bank: ProbeBank, pipeline: Any) -> None:
-    """Raises ValueError naming the difference when the bank was made for another model or scheduler."""
+    """Raises InputError that names the difference when the bank was made for another model or scheduler."""
     folder = Path(str(getattr(pipeline, "name_or_path", "") or ""))
     if not (folder / "model_index.json").is_file():
-        raise InputError("the pipeline comes from no folder, so its weights can't be compared: save and load it first")
+        raise InputError(
+            "the pipeline has no folder, so its weights cannot be compared; save it and load it from there"
+        )
     bank.check_model(folder)
     saved = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     now = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
@@ -170,14 +172,14 @@ def check_pipeline(bank: ProbeBank, pipeline: Any) -> None:
 
 
 def check_call(bank: ProbeBank, pipeline: Any) -> None:
-    """Raises ValueError when the call that is running has other steps or guidance than the bank was made for."""
-    store = bank.provenance["store"]
+    """Raises InputError when the running call has other steps or guidance than the bank was made for."""
+    made_for = bank.store.pipeline
     running = {
         "steps": (len(pipeline.scheduler.timesteps), "num_inference_steps"),
         "guidance": (float(getattr(pipeline, "guidance_scale", 1.0)), "guidance_scale"),
     }
     for name, (value, argument) in running.items():
-        expected = store[f"pipeline.{name}"]
+        expected = getattr(made_for, name)
         if value != expected:
             raise InputError(
                 f"this bank was made for {name}={expected:g}, this run has {name}={value:g}; "

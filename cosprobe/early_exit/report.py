@@ -1,4 +1,4 @@
-"""What a person gets from calibrated stopping: tables, early.json, early.md and figures in report/early/ of the run."""
+"""Report of the stopping policies: printed tables, and early.json, early.md and figures in report/early/ of the run."""
 
 from __future__ import annotations
 
@@ -15,38 +15,49 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 
-from cosprobe.activations import Cost, decode_steps, flops, seconds, watch
-from cosprobe.early_exit.calibrate import EarlyConfig, Live, Stopping, run_live, stop_early
-from cosprobe.early_exit.frontier import Realised, Way, outcome, policy_looks, realised, ways
+from cosprobe.activations import Sampler, decode_steps, flops, seconds, watch
+from cosprobe.early_exit.calibrate import Calibrated, EarlyConfig, LiveRun, calibrate_policies, run_live
+from cosprobe.early_exit.frontier import (
+    PolicyResult,
+    Prices,
+    StoppingRule,
+    evaluate_policy,
+    outcome,
+    policy_exits,
+    stopping_rules,
+)
 from cosprobe.models import PipelineConfig, load_pipeline
 from cosprobe.probes import ProbeBank
 from cosprobe.reporting import STYLE, WIDTH, Film, film_row, film_strip, markdown_table, new_figure, open_table
 from cosprobe.runtime import make_folder, whole_file
-from cosprobe.tasks import Task, TaskConfig, images, with_noise
+from cosprobe.tasks import Problem, TaskConfig, images, with_noise
 
-LOOKS = {
+LINES = {
     "fixed step": {"color": "#444444", "marker": "s", "markersize": 3.5, "linestyle": ":"},
-    "readout of x0-hat": {"color": "#e6550d", "marker": "o", "markersize": 4, "linestyle": "--"},
+    "parsed x0-hat": {"color": "#e6550d", "marker": "o", "markersize": 4, "linestyle": "--"},
     "entropy rule": {"color": "#009e73", "linestyle": "-", "linewidth": 1.3},
     "policy": {"color": "#0072b2", "linestyle": "-", "linewidth": 1.3},
 }
 HINDSIGHT = (
-    "Fixed step, readout and entropy rule stand at the cheapest setting that was good enough on these very problems, "
-    "found in hindsight and without a promise; the calibrated policy was fixed before."
+    "For fixed step, parsed x0-hat and entropy rule, the table shows the cheapest threshold that is good enough on "
+    "these test problems. It was chosen on them, so it has no guarantee. The calibrated policy was fixed before."
 )
-LIVE = 6  # problems of each kind that are run again, free to stop themselves
-STRIP = 7  # steps a film strip has room for
+LIVE = 6  # problems of each kind that are sampled again and stopped by the policy
+STRIP = 7  # largest number of steps in a film strip
 
 
 @dataclass(frozen=True)
-class Saved:
-    """One kind of problems, judged. film: None without a fresh problem to show; stops: per row of it the step that
-    answered and what was said, None for a run that was finished."""
+class KindReport:
+    """A calibrated policy and its results on fresh problems.
 
-    stopping: Stopping
-    ways: list[Way]
-    realised: Realised
-    live: list[Live]
+    film: None if there is no fresh problem to show. stops: for each row of the film, the step of the early answer and
+    the answer, None for a run that was finished.
+    """
+
+    calibrated: Calibrated
+    rules: list[StoppingRule]
+    result: PolicyResult
+    live: list[LiveRun]
     film: Film | None
     stops: list[tuple[int, str] | None]
 
@@ -54,55 +65,55 @@ class Saved:
 def answer_early(
     pipeline: PipelineConfig, task: TaskConfig, bank: ProbeBank, use: EarlyConfig, seed: int, folder: Path
 ) -> None:
-    """`python probe.py use=early`: calibrates on the run in `folder`, leaves the policies in its bank, and reports.
+    """Calibrates stopping policies for the run in `folder`, saves them in its bank, and writes the report.
 
-    pipeline, task: settings of that run. Raises ValueError as `stop_early` does.
+    This is `python probe.py use=early`. pipeline, task: settings of that run. Raises InputError as
+    `calibrate_policies` does.
     """
-    model = load_pipeline(pipeline)
-    found, bank = stop_early(pipeline, task, bank, use, seed, folder, model)
-    saved, cost, clock = judge(model, pipeline, task.build(), bank, found, seed)
-    write_savings(saved, cost, clock, pipeline.steps, folder)
+    sampler = Sampler(load_pipeline(pipeline), pipeline, task.build())
+    found, bank = calibrate_policies(sampler, task, bank, use, seed, folder)
+    prices = measure_prices(sampler, found[0].fresh.problems[0])
+    write_early_report([report_on_fresh(sampler, bank, one, prices, seed) for one in found], prices, folder)
 
 
-def judge(
-    model: Any, pipeline: PipelineConfig, task: Task, bank: ProbeBank, found: Sequence[Stopping], seed: int
-) -> tuple[list[Saved], Cost, Cost]:
-    """Every kind on its fresh problems, with the costs in operations and in seconds that this is measured by."""
-    first = found[0].fresh.problems[0]
-    one = (images(task, [first]), [first.prompt])
-    cost, clock = flops(model, pipeline, *one), seconds(model, pipeline, *one)
-    saved = []
-    for stopping in found:
-        live = run_live(model, pipeline, task, bank, stopping, LIVE, seed)
-        film, stops = _film(model, pipeline, task, stopping, seed)
-        done = realised(stopping, cost, clock, pipeline.steps)
-        saved.append(Saved(stopping, ways(stopping, cost, clock, pipeline.steps), done, live, film, stops))
-    return saved, cost, clock
+def measure_prices(sampler: Sampler, problem: Problem) -> Prices:
+    """Measures the cost of the parts of a run on one problem."""
+    one = (images(sampler.task, [problem]), [problem.prompt])
+    model, config = sampler.model, sampler.config
+    return Prices(flops(model, config, *one), seconds(model, config, *one), config.steps)
 
 
-def write_savings(
-    saved: Sequence[Saved], cost: Cost, clock: Cost, total: int, run_dir: Path, console: Console | None = None
+def report_on_fresh(sampler: Sampler, bank: ProbeBank, calibrated: Calibrated, prices: Prices, seed: int) -> KindReport:
+    """Evaluates a policy on its fresh problems."""
+    live = run_live(sampler, bank, calibrated, LIVE, seed)
+    film, stops = _film(sampler, calibrated, seed)
+    rules, result = stopping_rules(calibrated, prices), evaluate_policy(calibrated, prices)
+    return KindReport(calibrated, rules, result, live, film, stops)
+
+
+def write_early_report(
+    tested: Sequence[KindReport], prices: Prices, run_dir: Path, console: Console | None = None
 ) -> Path:
-    """Prints the tables and writes run_dir/report/early, early.md last. total: steps of a finished run."""
+    """Prints the tables and writes the files in run_dir/report/early, early.md last. Returns that folder."""
     folder = Path(run_dir) / "report" / "early"
     console = console or (Console() if Console().is_terminal else Console(width=max(WIDTH, Console().width)))
     make_folder(folder)
-    figures = {"frontier.png": partial(frontier_figure, saved)}
-    for one in saved:
+    figures = {"frontier.png": partial(frontier_figure, tested)}
+    for one in tested:
         if one.film is not None:
-            figures[f"film_{one.stopping.policy.kind}.png"] = partial(strip_figure, one)
+            figures[f"film_{one.calibrated.policy.kind}.png"] = partial(strip_figure, one)
     for name, draw in figures.items():
         with whole_file(folder / name) as part:
             draw().savefig(part)
-    described = json.dumps(_described(saved, cost, clock, total), indent=1)
+    described = json.dumps(_described(tested, prices), indent=1)
     with whole_file(folder / "early.json") as part:
         part.write_text(described)
     page = ["# Early answers", ""]
-    for one in saved:
-        kind, task = one.stopping.policy.kind, one.stopping.policy.task
+    for one in tested:
+        kind, task = one.calibrated.policy.kind, one.calibrated.policy.task
         console.print(f"\n[bold]{task}, {kind}[/bold]")
         page += [f"## {task}, {kind}", ""]
-        for rows in (_ways_table(one, cost, total), _live_table(one)):
+        for rows in (_rules_table(one, prices), _live_table(one)):
             table = open_table()
             for name in rows[0]:
                 table.add_column(name)
@@ -121,64 +132,76 @@ def write_savings(
     return folder
 
 
-def remarks(one: Saved) -> list[str]:
-    """The promise and whether fresh problems keep it, what it saves, and whether stopping early is even better."""
-    policy, done = one.stopping.policy, one.realised
-    error = "is not what the finished video ends on" if policy.against == "choice" else "is wrong, among those given"
-    sure = f"{policy.risk:g} at confidence {policy.confidence:g}"
+def remarks(one: KindReport) -> list[str]:
+    """Sentences on the guarantee of the policy, its risk and savings on fresh problems, and its accuracy."""
+    policy, result = one.calibrated.policy, one.result
+    answers_all = policy.error_reference == "model_answer"
+    error = "differs from the answer of the finished video" if answers_all else "is wrong"
+    share = "of all problems" if answers_all else "of the early answers"
+    risk = f"at most {policy.risk:g} {share} (confidence {policy.confidence:g})"
     if not policy.stops:
         return [
-            f"No threshold keeps the share of early answers that {error.split(',')[0]} below {sure} "
-            f"(p = {policy.p:.3f} on {policy.problems} calibration problems): every run is finished. "
-            "Allow more risk or calibrate on more problems."
+            f"No threshold is shown to have errors on {risk}: p = {policy.p:.3f} on {policy.problems} calibration "
+            "problems. Every run is finished. Allow more risk or calibrate on more problems."
         ]
     lines = [
-        f"Promise: an early answer {error} with a risk of at most {sure}. It stops at the first look that is "
-        f"{policy.threshold:.4f} sure (calibration: {policy.errors} errors in {policy.answered} early answers to "
+        f"An error is an early answer that {error}.",
+        f"Guarantee: errors are {risk}. A run stops at the first exit point with a confidence of at least "
+        f"{policy.threshold:.4f} (calibration: {policy.errors} errors in {policy.answered} early answers, "
         f"{policy.problems} problems, p = {policy.p:.3f}).",
-        f"Kept on fresh problems: {done.errors} errors, risk {done.risk:.3f} [{done.interval[0]:.3f}, "
-        f"{done.interval[1]:.3f}]; {done.answered} of {done.samples} runs stopped early.",
-        f"Mean compute {done.compute:.3f} of a finished, decoded run; {done.evaluations:.2f} network evaluations; "
-        f"{done.seconds:.3f} s per problem instead of {done.finished_seconds:.3f}.",
+        f"On fresh problems: {result.errors} errors, risk {result.risk:.3f} [{result.interval[0]:.3f}, "
+        f"{result.interval[1]:.3f}]; {result.answered} of {result.samples} runs stopped early.",
+        f"Mean compute: {result.compute:.3f} of a finished, decoded run; {result.evaluations:.2f} network evaluations; "
+        f"{result.seconds:.3f} s per problem instead of {result.finished_seconds:.3f}.",
     ]
-    for name, (mean, lower, upper) in (("the policy", done.gain), ("stopping at the first look", done.first_gain)):
-        verdict = "more often" if lower > 0 else "less often" if upper < 0 else "neither more nor less often"
+    gains = (("The policy", result.gain), ("Stopping at the first exit point", result.first_exit_gain))
+    for name, (mean, lower, upper) in gains:
+        verdict = (
+            "right more often than"
+            if lower > 0
+            else "right less often than"
+            if upper < 0
+            else "not shown to differ from"
+        )
         lines.append(
-            f"Right by {name} {verdict} than by the finished video ({done.finished_accuracy:.3f}): "
+            f"{name} is {verdict} the finished video, which is right on {result.finished_accuracy:.3f}: "
             f"{mean:+.3f} [{lower:+.3f}, {upper:+.3f}]."
         )
     same = sum(live.same for live in one.live)
     lines.append(
-        f"{same} of {len(one.live)} runs that stopped themselves did so where the records say, and said the same."
+        f"Sampled again and stopped by the policy: {same} of {len(one.live)} runs stopped at the exit point computed "
+        "from the trajectories, with the same answer."
     )
     return lines
 
 
-def frontier_figure(saved: Sequence[Saved]) -> Figure:
-    """Agreement with the finished run (or accuracy, where the promise is about the truth) over compute, per kind."""
+def frontier_figure(tested: Sequence[KindReport]) -> Figure:
+    """Agreement with the finished run (accuracy for the reference `truth`) against compute, one panel per kind."""
     with rc_context(STYLE):
-        figure = new_figure(4.8 if len(saved) == 1 else 8.0, 3.9)
-        for axes, one in zip(figure.subplots(1, len(saved), squeeze=False).ravel(), saved, strict=True):
-            policy, done = one.stopping.policy, one.realised
-            truth = policy.against == "truth"
-            for way in one.ways:
-                order = np.argsort(way.compute, kind="stable")
-                values = (way.accuracy if truth else way.agreement)[order]
-                axes.plot(way.compute[order], values, label=way.name, **LOOKS[way.name])
+        figure = new_figure(4.8 if len(tested) == 1 else 8.0, 3.9)
+        for axes, one in zip(figure.subplots(1, len(tested), squeeze=False).ravel(), tested, strict=True):
+            policy, result = one.calibrated.policy, one.result
+            truth = policy.error_reference == "truth"
+            for rule in one.rules:
+                order = np.argsort(rule.compute, kind="stable")
+                values = (rule.accuracy if truth else rule.agreement)[order]
+                axes.plot(rule.compute[order], values, label=rule.name, **LINES[rule.name])
             if policy.stops:
-                _, right = outcome(one.stopping.fresh, policy_looks(one.stopping.fresh, policy))
-                at = float(right.mean()) if truth else 1 - done.risk
-                spread = None if truth else [[done.interval[1] - done.risk], [done.risk - done.interval[0]]]
-                axes.errorbar(done.compute, at, yerr=spread, color="#0072b2", capsize=3, linestyle="", zorder=5)
+                fresh = one.calibrated.fresh
+                at = float(outcome(fresh, policy_exits(fresh, policy)).correct.mean()) if truth else 1 - result.risk
+                spread = None if truth else [[result.interval[1] - result.risk], [result.risk - result.interval[0]]]
+                axes.errorbar(result.compute, at, yerr=spread, color="#0072b2", capsize=3, linestyle="", zorder=5)
                 star = {"marker": "*", "markersize": 12, "color": "#0072b2", "markeredgecolor": "white"}
-                axes.plot(done.compute, at, linestyle="", zorder=6, label="calibrated policy", **star)
+                axes.plot(result.compute, at, linestyle="", zorder=6, label="calibrated policy", **star)
             if truth:
-                axes.axhline(done.finished_accuracy, color="#cc79a7", linestyle="-.", label="finished video")
+                axes.axhline(result.finished_accuracy, color="#cc79a7", linestyle="-.", label="finished video")
             else:
                 axes.axhline(
                     1 - policy.risk, color="#999999", linewidth=0.8, label=f"1 - risk asked for ({policy.risk:g})"
                 )
-            axes.set_title(f"{policy.task}, {policy.kind.replace('_', '-')}: {done.samples} fresh problems", loc="left")
+            axes.set_title(
+                f"{policy.task}, {policy.kind.replace('_', '-')}: {result.samples} fresh problems", loc="left"
+            )
             axes.set(
                 xlabel="mean compute, share of a finished run with decoding",
                 ylabel="right" if truth else "agrees with the finished run",
@@ -191,8 +214,8 @@ def frontier_figure(saved: Sequence[Saved]) -> Figure:
     return figure
 
 
-def strip_figure(one: Saved) -> Figure:
-    """What the picture showed when the probe answered: the film strip, with the step that answered framed."""
+def strip_figure(one: KindReport) -> Figure:
+    """A film strip of x0-hat in which a frame marks the step of the early answer."""
     assert one.film is not None
     figure = film_strip(one.film.rows, one.film.steps)
     for row, stop in enumerate(one.stops):
@@ -204,92 +227,100 @@ def strip_figure(one: Saved) -> Figure:
     return figure
 
 
-def _film(
-    model: Any, pipeline: PipelineConfig, task: Task, stopping: Stopping, seed: int
-) -> tuple[Film | None, list[tuple[int, str] | None]]:
-    """The first fresh problem that was answered early as the video ends, the first answered otherwise, the first that
-    was finished; those that exist."""
-    records, policy = stopping.fresh, stopping.policy
-    looks = policy_looks(records, policy)
-    early, (agreed, _) = looks < len(policy.cells), outcome(records, looks)
-    sorts = {"as drawn": early & agreed, "otherwise": early & ~agreed, "finished": ~early}
+def _film(sampler: Sampler, calibrated: Calibrated, seed: int) -> tuple[Film | None, list[tuple[int, str] | None]]:
+    """Film of up to three fresh problems, and their early answers.
+
+    They are the first problem whose early answer equals that of the video, the first whose early answer differs, and
+    the first that was finished.
+    """
+    fresh, policy = calibrated.fresh, calibrated.policy
+    exits, last = policy_exits(fresh, policy), len(policy.cells) - 1
+    early, agrees = exits <= last, outcome(fresh, exits).agrees
+    sorts = {"as the video": early & agrees, "otherwise": early & ~agrees, "finished": ~early}
     chosen = {title: int(np.flatnonzero(sort)[0]) for title, sort in sorts.items() if sort.any()}
-    stops: list[tuple[int, str] | None] = []
-    for i in chosen.values():
-        answered = None if looks[i] == len(policy.cells) else policy.cells[looks[i]].step
-        said = f"probe: {records.said[i, min(looks[i], len(policy.cells) - 1)]}"
-        stops.append(None if answered is None else (answered, said))
-    first = {stop[0] for stop in stops if stop is not None}
-    usual = [s for s in decode_steps("auto", pipeline.steps) if s not in first]
-    steps = tuple(sorted({*first, *usual[: STRIP - len(first)]}))
-    drawn = with_noise([records.problems[i] for i in chosen.values()], seed)
-    if not drawn:
+    if not chosen:
         return None, []
-    watched = zip(chosen.items(), watch(model, pipeline, task, drawn, steps), strict=True)
+    stops: list[tuple[int, str] | None] = [
+        (policy.cells[exits[i]].step, f"probe: {fresh.predictions[i, exits[i]]}") if early[i] else None
+        for i in chosen.values()
+    ]
+    answered = {stop[0] for stop in stops if stop is not None}
+    usual = [s for s in decode_steps("auto", sampler.config.steps) if s not in answered]
+    steps = tuple(sorted({*answered, *usual[: STRIP - len(answered)]}))
+    watched = watch(sampler, with_noise([fresh.problems[i] for i in chosen.values()], seed), steps)
+    ends = {i: None if fresh.model_answer[i] < 0 else int(fresh.model_answer[i]) for i in chosen.values()}
     rows = [
-        film_row(task, title, records.problems[i], clips, None if records.drawn[i] < 0 else int(records.drawn[i]))
-        for (title, i), clips in watched
+        film_row(sampler.task, title, fresh.problems[i], clips, ends[i])
+        for (title, i), clips in zip(chosen.items(), watched, strict=True)
     ]
     return Film(tuple(rows), steps), stops
 
 
-def _ways_table(one: Saved, cost: Cost, total: int) -> list[list[str]]:
-    """Heading and rows. Ways without a promise are shown at their cheapest setting that agrees often enough, chosen in
-    hindsight on these very problems."""
-    policy, done = one.stopping.policy, one.realised
-    whole, truth = cost.run(total), policy.against == "truth"
-    wanted = done.finished_accuracy if truth else 1 - policy.risk
-    rows = [["way", "setting", "compute", "GFLOP", "evaluations", "seconds", "agrees", "right"]]
-    rows.append(["finished video", f"{total} steps", "1.000", f"{whole / 1e9:.2f}", f"{total}",
-                 f"{done.finished_seconds:.3f}", "1.000",
-                 f"{done.finished_accuracy:.3f}"])  # fmt: skip
-    for way in one.ways[:3]:
-        able = np.flatnonzero((way.accuracy if truth else way.agreement) >= wanted)
+def _rules_table(one: KindReport, prices: Prices) -> list[list[str]]:
+    """Heading and rows of the table of stopping rules.
+
+    Rules without a guarantee are shown at the cheapest threshold that is good enough, chosen on these problems.
+    """
+    policy, result, fresh = one.calibrated.policy, one.result, one.calibrated.fresh
+    whole, truth = prices.flops.run(prices.steps), policy.error_reference == "truth"
+    wanted = result.finished_accuracy if truth else 1 - policy.risk
+
+    def row(name: str, threshold: str, compute: float, *numbers: float) -> list[str]:
+        evaluations, seconds, agreement, accuracy = numbers
+        return [name, threshold, f"{compute:.3f}", f"{compute * whole / 1e9:.2f}", f"{evaluations:.2f}",
+                f"{seconds:.3f}", f"{agreement:.3f}", f"{accuracy:.3f}"]  # fmt: skip
+
+    rows = [
+        ["rule", "threshold", "compute", "GFLOP", "evaluations", "seconds", "agrees", "right"],
+        row("finished video", f"{prices.steps} steps", 1.0, float(prices.steps), result.finished_seconds, 1.0,
+            result.finished_accuracy),
+    ]  # fmt: skip
+    for rule in one.rules[:3]:
+        able = np.flatnonzero((rule.accuracy if truth else rule.agreement) >= wanted)
         if not len(able):
-            rows.append([way.name, "never good enough", *["-"] * 6])
+            rows.append([rule.name, "never good enough", *["-"] * 6])
             continue
-        i = able[np.argmin(way.compute[able])]
-        rows.append([way.name, way.settings[i], f"{way.compute[i]:.3f}", f"{way.compute[i] * whole / 1e9:.2f}",
-                     f"{way.evaluations[i]:.2f}", f"{way.seconds[i]:.3f}", f"{way.agreement[i]:.3f}",
-                     f"{way.accuracy[i]:.3f}"])  # fmt: skip
-    agreed, right = outcome(one.stopping.fresh, policy_looks(one.stopping.fresh, policy))
-    rows.append(["calibrated policy", f"{policy.threshold:.4f} sure" if policy.stops else "never stops",
-                 f"{done.compute:.3f}", f"{done.compute * whole / 1e9:.2f}", f"{done.evaluations:.2f}",
-                 f"{done.seconds:.3f}", f"{agreed.mean():.3f}", f"{right.mean():.3f}"])  # fmt: skip
+        i = able[np.argmin(rule.compute[able])]
+        numbers = (values[i] for values in (rule.evaluations, rule.seconds, rule.agreement, rule.accuracy))
+        rows.append(row(rule.name, rule.thresholds[i], rule.compute[i], *numbers))
+    ends = outcome(fresh, policy_exits(fresh, policy))
+    threshold = f"confidence {policy.threshold:.4f}" if policy.stops else "never stops"
+    rows.append(row("calibrated policy", threshold, result.compute, result.evaluations, result.seconds,
+                    float(ends.agrees.mean()), float(ends.correct.mean())))  # fmt: skip
     return rows
 
 
-def _live_table(one: Saved) -> list[list[str]]:
-    rows = [["problem", "read at", "probe says", "sure", "video ends on", "right", "seconds"]]
+def _live_table(one: KindReport) -> list[list[str]]:
+    """Heading and rows of the table of runs that the policy stops."""
+    rows = [["problem", "stopped at", "answer", "confidence", "video ends on", "right", "seconds"]]
     for live in one.live:
-        end = "none" if live.drawn < 0 else str(live.drawn)
-        said = live.answer
-        where = "finished" if said is None else f"step {said.step}, layer {said.layer}"
-        rows.append([
-            f"{live.problem.kind} {live.problem.index}", where, "-" if said is None else str(said.prediction),
-            "-" if said is None else f"{said.confidence:.2f}", end, " or ".join(map(str, live.right)),
-            f"{live.seconds:.2f}",
-        ])  # fmt: skip
+        end, early = "none" if live.model_answer < 0 else str(live.model_answer), live.answer
+        at = "finished" if early is None else f"step {early.step}, layer {early.layer}"
+        answer, confidence = ("-", "-") if early is None else (str(early.prediction), f"{early.confidence:.2f}")
+        right = " or ".join(map(str, live.solutions))
+        rows.append(
+            [f"{live.problem.kind} {live.problem.index}", at, answer, confidence, end, right, f"{live.seconds:.2f}"]
+        )
     return rows
 
 
-def _described(saved: Sequence[Saved], cost: Cost, clock: Cost, total: int) -> dict[str, Any]:
-    """Everything the tables and figures show, as JSON can hold it."""
+def _described(tested: Sequence[KindReport], prices: Prices) -> dict[str, Any]:
+    """The numbers of the tables and figures, for JSON."""
     kinds = {
-        one.stopping.policy.kind: {
-            "policy": one.stopping.policy.described(),
-            "first_look_errors_on_validation": one.stopping.first_errors,
-            "realised": asdict(one.realised),
-            "ways": {
-                way.name: {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(way).items()}
-                for way in one.ways
+        one.calibrated.policy.kind: {
+            "policy": one.calibrated.policy.described(),
+            "first_exit_errors_on_validation": one.calibrated.first_errors,
+            "result": asdict(one.result),
+            "rules": {
+                rule.name: {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(rule).items()}
+                for rule in one.rules
             },
             "live": [
-                {"problem": live.problem.name, "answer": live.answer, "drawn": live.drawn, "right": live.right,
-                 "seconds": live.seconds, "same": live.same}
+                {"problem": live.problem.name, "answer": live.answer, "model_answer": live.model_answer,
+                 "solutions": live.solutions, "seconds": live.seconds, "same": live.same}
                 for live in one.live
             ],
         }
-        for one in saved
+        for one in tested
     }  # fmt: skip
-    return {"steps": total, "flops": asdict(cost), "seconds": asdict(clock), "kinds": kinds}
+    return {"steps": prices.steps, "flops": asdict(prices.flops), "seconds": asdict(prices.seconds), "kinds": kinds}

@@ -1,4 +1,5 @@
-"""Several noise seeds, one answer: the ensemble of the paper beside plain and probe-guided ones, at equal compute."""
+"""Seed ensembles: one answer from several noise seeds. The ensemble of arXiv 2603.16870, plain and probe-guided
+ones."""
 
 from typing import Any
 
@@ -9,7 +10,7 @@ __all__ = ["EnsembleConfig", "ensemble", "ensembles"]
 
 
 def __getattr__(name: str) -> Any:
-    """`ensembles` draws figures: it is loaded when asked for, so that `import cosprobe` loads no reporting."""
+    """Imports `ensembles` on first access, because it imports matplotlib, which `import cosprobe` should not load."""
     if name == "ensembles":
         from cosprobe.ensembles.report import ensembles
 

@@ -1,7 +1,7 @@
-"""Seed ensembles compared at matched compute: hyperparameters chosen on validation, one comparison on test.
+"""Compares seed ensembles at equal compute: hyperparameters are chosen on validation, accuracies measured on test.
 
-Compute is counted operations, not seeds. Two budgets: that of the paper's method (three seeds at the first step, then
-one run), and that of three whole runs.
+Compute is counted in operations, not in seeds. There are two budgets: that of the method of arXiv 2603.16870 (three
+seeds at the first step, then one run), and that of three whole runs.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ from torch import Tensor
 
 from cosprobe.activations import Cost, flops
 from cosprobe.ensembles.ensemble import RunContext
-from cosprobe.ensembles.strategies import METHODS, PROBES, Plan, course, windows
-from cosprobe.ensembles.trajectories import READS, Candidate, Trials
+from cosprobe.ensembles.strategies import PROBES, STRATEGIES, Hyperparameters, build_strategy, windows
+from cosprobe.ensembles.trajectories import READS, Candidate, Trajectories
 from cosprobe.errors import InputError
 from cosprobe.evaluation import difference_interval, max_t_bootstrap, share_interval
 from cosprobe.tasks import Problem, fresh_problems, images
 
-PAPER = Plan(seeds=3, steps=(0,))  # of `hidden` in arXiv 2603.16870, in the middle layers
+PAPER = Hyperparameters(seeds=3, steps=(0,))  # of `hidden` in arXiv 2603.16870, with the middle layers
 CURVES = ("vote", "best_of", "retry", "probe_best", "prune", "probe_vote", "probe_retry")
-SLACK = 1e-9  # relative; two budgets closer than this are equal
+SLACK = 1e-9  # budgets with a smaller relative difference count as equal
 
 
 @dataclass(frozen=True)
 class Size:
-    """seeds: of each problem in the records. validation, test: problems. windows: of layers, the paper's first, which
-    is taken when others are no better. shifts: steps at which means are tried. counts: K that are tried for methods
-    that change their runs."""
+    """Size of a comparison.
+
+    seeds: noise seeds of each problem. validation, test: number of problems. windows: windows of layers, in order of
+    preference on ties; that of the paper is the first. shifts: steps at which averages are tried. counts: numbers of
+    seeds K that are tried for strategies that change their runs.
+    """
 
     seeds: int
     validation: int
@@ -69,24 +72,32 @@ class Estimate:
 
     @classmethod
     def of(cls, values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray]) -> Estimate:
+        """From values per problem, and bounds as the interval functions of `cosprobe.evaluation` return them."""
         return cls(float(values.mean()), float(bounds[0][0]), float(bounds[1][0]))
 
     @property
     def clear(self) -> bool:
-        """Above zero, and the interval with it."""
+        """Whether the whole interval is above zero."""
         return self.lower > 0
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Everything measured on the problems of one task.
+    """Results of all strategies on the problems of one task.
 
-    keys: of the test problems. cost: GFLOP of a candidate for one problem, the mean over those of validation; spent:
-    on test, which differs where the course decides how many runs are made. validation, test: share of right answers
-    per problem, [problem], by candidate. budgets: GFLOP by name. chosen: by budget and method. windows: the paper's
-    method by window of layers. curves: by method, default settings with more and more seeds. groups: masks of test
-    problems. plain_cost: GFLOP of one whole run. right: [problem, seed] of the records on test. order: how often the
-    probe is surer of the right one of a right and a wrong run of one test problem, by step; NaN without such pairs.
+    task, steps: task, and sampler steps of a run.
+    keys: keys of the test problems.
+    cost: GFLOP of a candidate for one problem, the mean over validation problems. spent: the same over test problems;
+    it differs if the strategy decides how many runs it makes.
+    validation, test: share of right answers [problem], by candidate.
+    budgets: GFLOP by name. chosen: the chosen candidate by budget and strategy.
+    windows: the method of the paper by window of layers.
+    curves: by strategy, candidates with default hyperparameters and 2, 3, ... seeds.
+    groups: masks of test problems by name.
+    plain_cost: GFLOP of one whole run.
+    right: whether whole runs on test are right, [problem, seed].
+    ranking: by step, the share of pairs of a right and a wrong run of one test problem in which the probe gives the
+    right run the higher probability; NaN without such pairs.
     """
 
     task: str
@@ -103,11 +114,11 @@ class Comparison:
     groups: dict[str, np.ndarray]
     plain_cost: float
     right: np.ndarray
-    order: dict[int, float] = field(default_factory=dict)
+    ranking: dict[int, float] = field(default_factory=dict)
 
     @property
     def plain(self) -> np.ndarray:
-        """One run, the mean over its seeds, per test problem."""
+        """Accuracy of one run per test problem, as the mean over all seeds."""
         return self.right.mean(axis=1)
 
     def estimate(self, right: np.ndarray, group: str = "all") -> Estimate:
@@ -116,13 +127,14 @@ class Comparison:
         return Estimate.of(right[mask], share_interval(right[None, mask], self.keys[mask]))
 
     def gain(self, one: Candidate, other: Candidate | None = None, group: str = "all") -> Estimate:
-        """How much more often `one` is right than `other`, or than one run, on the same problems."""
+        """Accuracy of `one` minus that of `other` (default: one run) on the same problems, with a paired interval."""
         mask = self.groups[group]
         more = (self.test[one] - (self.test[other] if other else self.plain))[mask]
         return Estimate.of(more, difference_interval(more[None], self.keys[mask]))
 
     def p_better(self, budget: str, reference: str = "hidden") -> dict[str, float]:
-        """p of every other method being more often right than `reference` at a budget, corrected for all of them."""
+        """For every other strategy, p of the test that its accuracy is above that of `reference`, corrected for all of
+        them."""
         chosen = self.chosen[budget]
         others = [m for m in chosen if m != reference]
         differences = np.stack([self.test[chosen[m]] - self.test[chosen[reference]] for m in others])
@@ -130,22 +142,29 @@ class Comparison:
 
 
 def price(candidate: Candidate, steps: int, cost: Cost, begun: float | None = None) -> float:
-    """Operations for one problem: prompts of all seeds, its first frame once, every step of every run, decodes. Where
-    runs are made one after another, whole runs: `begun` of them, all when not given.
-    Probes, thousands of operations where a block takes millions, are left out."""
-    path = course(candidate.method, candidate.plan, steps)
-    if path.credit is not None:
-        return cost.run(steps) * (path.seeds if begun is None else begun)
-    return cost.text * path.seeds + cost.image + path.evaluations(steps) * cost.evaluation + path.finished * cost.decode
+    """Operations for one problem: prompts of all seeds, the first frame once, every step of every run, and decodes.
+
+    A strategy that makes runs one after another costs `begun` whole runs (default: all seeds). Probes are not counted:
+    they take thousands of operations, a block takes millions.
+    """
+    strategy = build_strategy(candidate.name, candidate.params, steps)
+    if strategy.acceptance is not None:
+        return cost.run(steps) * (strategy.seeds if begun is None else begun)
+    return (
+        cost.text * strategy.seeds
+        + cost.image
+        + strategy.evaluations(steps) * cost.evaluation
+        + strategy.finished * cost.decode
+    )
 
 
 def candidates(context: RunContext, size: Size) -> list[Candidate]:
-    """Everything that is tried on validation; of equals the first one is taken."""
-    parts, reads = windows(context.depth), range(min(READS, context.config.steps))
-    found = [Candidate(m, Plan(k)) for k in range(2, size.seeds + 1) for m in ("vote", "best_of", "retry")]
+    """All candidates that are tried on validation, in order of preference on ties."""
+    parts, reads = windows(context.depth), range(min(READS, context.sampler.config.steps))
+    found = [Candidate(m, Hyperparameters(k)) for k in range(2, size.seeds + 1) for m in ("vote", "best_of", "retry")]
     if context.scorer is not None:
         found += [
-            Candidate(m, Plan(k, (s,)))
+            Candidate(m, Hyperparameters(k, (s,)))
             for m in ("probe_best", "probe_vote", "probe_retry")
             for k in range(2, size.seeds + 1)
             for s in reads
@@ -153,58 +172,59 @@ def candidates(context: RunContext, size: Size) -> list[Candidate]:
         for k in range(3, size.seeds + 1):
             rounds = (k - 1).bit_length()
             starts = [tuple(range(s, s + stride * rounds, stride)) for stride in (1, 2) for s in reads]
-            found += [Candidate("prune", Plan(k, steps)) for steps in starts if steps[-1] in reads]
-    shifts = [s for s in size.shifts if max(s) < context.config.steps]
+            found += [Candidate("prune", Hyperparameters(k, steps)) for steps in starts if steps[-1] in reads]
+    shifts = [s for s in size.shifts if max(s) < context.sampler.config.steps]
     for k in size.counts:
         for steps in shifts:
-            found += [Candidate("hidden", Plan(k, steps, parts[w])) for w in size.windows]
-            found += [Candidate(m, Plan(k, steps)) for m in ("x0", "latent")]
+            found += [Candidate("hidden", Hyperparameters(k, steps, parts[w])) for w in size.windows]
+            found += [Candidate(m, Hyperparameters(k, steps)) for m in ("x0", "latent")]
             if context.scorer is not None:
-                found.append(Candidate("probe_weighted", Plan(k, steps, parts["middle"])))
-    found.append(Candidate("hidden", Plan(size.counts[0], (0,), parts["middle"], "all")))  # it spends three runs
+                found.append(Candidate("probe_weighted", Hyperparameters(k, steps, parts["middle"])))
+    found.append(Candidate("hidden", Hyperparameters(size.counts[0], (0,), parts["middle"], "all")))  # costs three runs
     return list(dict.fromkeys(found))
 
 
 def compare(
     context: RunContext, size: Size, used: int, seed: int, folder: Path, identity: dict[str, Any]
 ) -> Comparison:
-    """Runs what is not on disk yet, chooses on validation, compares on test.
+    """Samples the runs that are not on disk yet, chooses candidates on validation, and compares them on test.
 
-    used: problems the probes' run has drawn. identity: what else shapes results (model, bank, task).
+    used: number of problems that the run of the probes has drawn; fresh problems are drawn after them. folder: where
+    runs are kept. identity: everything else that results depend on (model, bank, task).
     """
-    steps = context.config.steps
+    sampler, steps = context.sampler, context.sampler.config.steps
     counts = {"validation": size.validation, "test": size.test}
-    kinds = (
-        context.task.kinds if context.scorer is None else context.scorer.kinds
-    )  # a model may never settle on a choice
-    problems = {split: fresh_problems(context.task, split, used, count, kinds) for split, count in counts.items()}
-    one = problems["validation"][:1]
-    cost = flops(context.model, context.config, images(context.task, one), [p.prompt for p in one])
-    trials = Trials(context, problems, size.seeds, seed, folder, identity)
+    kinds = sampler.task.kinds if context.scorer is None else context.scorer.kinds  # some kinds may have no probes
+    problems = {split: fresh_problems(sampler.task, split, used, count, kinds) for split, count in counts.items()}
+    first = problems["validation"][:1]
+    cost = flops(sampler.model, sampler.config, images(sampler.task, first), [p.prompt for p in first])
+    trajectories = Trajectories(context, problems, size.seeds, seed, folder, identity)
 
     options, parts = candidates(context, size), windows(context.depth)
     swept = {name: Candidate("hidden", replace(PAPER, layers=parts[name])) for name in size.windows}
     paper = price(Candidate("hidden", replace(PAPER, layers=parts["middle"])), steps, cost)
-    budgets = {"the paper's": paper, "three runs'": price(Candidate("vote", Plan(3)), steps, cost)}
-    rivals = [c for c in options if c.free or sum(o.method == c.method for o in options) > 1]  # else nothing to choose
-    tried = trials.of(rivals, "validation")
-    validation = {c: trial.right for c, trial in tried.items()}
+    budgets = {"the paper's": paper, "three runs'": price(Candidate("vote", Hyperparameters(3)), steps, cost)}
+    rivals = [
+        c for c in options if c.free or sum(o.name == c.name for o in options) > 1
+    ]  # otherwise there is nothing to choose
+    tried = trajectories.of(rivals, "validation")
+    validation = {c: one.right for c, one in tried.items()}
     prices = {c: price(c, steps, cost, float(tried[c].begun.mean()) if c in tried else None) for c in options}
     chosen = {name: choose(prices, validation, cost, budget) for name, budget in budgets.items()}
 
-    curves = {m: [Candidate(m, Plan(k)) for k in range(2, size.seeds + 1)] for m in CURVES}
+    curves = {m: [Candidate(m, Hyperparameters(k)) for k in range(2, size.seeds + 1)] for m in CURVES}
     curves = {m: row for m, row in curves.items() if context.scorer is not None or m not in PROBES}
     used_ones = [c for row in (*chosen.values(), swept) for c in row.values()] + [c for r in curves.values() for c in r]
-    test = trials.of(list(dict.fromkeys(used_ones)), "test")
-    pool = trials.records("test")
+    test = trajectories.of(list(dict.fromkeys(used_ones)), "test")
+    pool = trajectories.whole_runs("test")
     return Comparison(
-        task=context.task.name,
+        task=sampler.task.name,
         steps=steps,
         keys=np.array([p.key for p in problems["test"]]),
         cost={c: value / 1e9 for c, value in prices.items()},
-        spent={c: price(c, steps, cost, float(trial.begun.mean())) / 1e9 for c, trial in test.items()},
+        spent={c: price(c, steps, cost, float(one.begun.mean())) / 1e9 for c, one in test.items()},
         validation=validation,
-        test={c: trial.right for c, trial in test.items()},
+        test={c: one.right for c, one in test.items()},
         budgets={name: budget / 1e9 for name, budget in budgets.items()},
         chosen=chosen,
         windows=swept,
@@ -212,27 +232,31 @@ def compare(
         groups=groups(problems["test"]),
         plain_cost=cost.run(steps) / 1e9,
         right=pool["right"].numpy().astype(float),
-        order=_order(pool, trials.reads) if trials.reads else {},
+        ranking=_ranking(pool, trajectories.reads) if trajectories.reads else {},
     )
 
 
 def choose(
     prices: dict[Candidate, float], right: dict[Candidate, np.ndarray], cost: Cost, budget: float
 ) -> dict[str, Candidate]:
-    """Of every method what is most often right on validation and costs no more than `budget`; of equals the cheapest,
-    then the first. `single` takes as many steps as the budget pays for. prices: operations for one problem."""
+    """For every strategy the candidate with the highest validation accuracy that costs no more than `budget`.
+
+    On a tie it is the cheapest, then the first. `single` takes as many steps as the budget allows. prices: operations
+    of each candidate for one problem. right: share of right answers [problem], by candidate.
+    """
     affordable = [c for c, value in prices.items() if value <= budget * (1 + SLACK)]
     chosen = {}
-    for method in METHODS:
-        mine = [c for c in affordable if c.method == method]
-        if mine:
-            chosen[method] = max(mine, key=lambda c: (_score(right, c), -prices[c])) if len(mine) > 1 else mine[0]
+    for name in STRATEGIES:
+        of_name = [c for c in affordable if c.name == name]
+        if of_name:
+            best = max(of_name, key=lambda c: (_score(right, c), -prices[c])) if len(of_name) > 1 else of_name[0]
+            chosen[name] = best
     length = 1 + int((budget * (1 + SLACK) - cost.run(1)) / cost.evaluation)
-    return {"single": Candidate("single", Plan(length=length))} | chosen
+    return {"single": Candidate("single", Hyperparameters(length=length))} | chosen
 
 
 def groups(problems: Sequence[Problem]) -> dict[str, np.ndarray]:
-    """Masks of problems: all, each kind, and the lower and the upper half of everything that makes them hard."""
+    """Masks of problems: all, each kind, and the lower and upper half of each difficulty."""
     kinds = np.array([p.kind for p in problems])
     found = {"all": np.ones(len(problems), bool)}
     if len(set(kinds)) > 1:
@@ -240,36 +264,39 @@ def groups(problems: Sequence[Problem]) -> dict[str, np.ndarray]:
     for name in problems[0].difficulty:
         values = np.array([p.difficulty[name] for p in problems])
         cuts = np.unique(values)[:-1].tolist()
-        if cuts:  # the cut that comes nearest to halves
+        if cuts:  # the cut nearest to the median
             cut = min(cuts, key=lambda c: abs((values <= c).mean() - 0.5))
             found |= {f"{name} <= {cut}": values <= cut, f"{name} > {cut}": values > cut}
     return found
 
 
 def oracle(right: Float[np.ndarray, "problem seed"], seeds: int) -> Float[np.ndarray, " problem"]:
-    """Chance that at least one of `seeds` runs drawn from a problem's records is right: what no choice can exceed."""
+    """Per problem, the probability that at least one of `seeds` runs is right. No choice among the runs can exceed
+    it."""
     total, wrong = right.shape[1], (right.shape[1] - right.sum(axis=1)).astype(int)
     none = np.ones(len(right))
-    for i in range(seeds):  # drawn without replacement
+    for i in range(seeds):  # runs are drawn without replacement
         none *= np.clip(wrong - i, 0, None) / (total - i)
     return 1 - none
 
 
 def error_correlation(right: Float[np.ndarray, "problem seed"]) -> float:
-    """Correlation of being wrong between two seeds of one problem: 0 independent errors, 1 the same errors. NaN when
-    all runs are right, or all wrong."""
+    """Correlation of errors between two seeds of one problem: 0 for independent errors, 1 for the same errors.
+
+    NaN if all runs are right, or all are wrong.
+    """
     count, wrong = right.shape[1], right.shape[1] - right.sum(axis=1)
     rate, both = float(wrong.mean() / count), float((wrong * (wrong - 1)).mean() / (count * (count - 1)))
     return (both - rate**2) / (rate * (1 - rate)) if 0 < rate < 1 else float("nan")
 
 
 def _score(right: dict[Candidate, np.ndarray], candidate: Candidate) -> float:
-    return round(float(right[candidate].mean()), 9)  # sums of equal parts may differ in rounding
+    return round(float(right[candidate].mean()), 9)  # rounded, so that ties are ties
 
 
-def _order(pool: dict[str, Tensor], reads: Sequence[int]) -> dict[int, float]:
-    """How often the probe is surer of the right run, over all pairs of a right and a wrong run of one problem."""
-    sure, right = pool["odds"].amax(dim=-1), pool["right"].bool()  # [problem, seed, step], [problem, seed]
+def _ranking(pool: dict[str, Tensor], reads: Sequence[int]) -> dict[int, float]:
+    """See `Comparison.ranking`."""
+    sure, right = pool["proba"].amax(dim=-1), pool["right"].bool()  # [problem, seed, step], [problem, seed]
     pairs = right[:, :, None] & ~right[:, None, :]
     above = (sure[:, :, None] > sure[:, None, :]).float() + 0.5 * (sure[:, :, None] == sure[:, None, :]).float()
     return {step: float(above[..., i][pairs].mean()) for i, step in enumerate(reads)}

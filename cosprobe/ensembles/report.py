@@ -1,9 +1,10 @@
-"""What a comparison of seed ensembles says: tables, a page, numbers as JSON and one figure."""
+"""Report of a comparison of seed ensembles: printed tables, a page in Markdown, a JSON file and a figure."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from cosprobe.activations import Sampler
 from cosprobe.ensembles.comparison import (
     SIZES,
     Comparison,
@@ -35,8 +37,8 @@ from cosprobe.runtime import make_folder, whole_file
 from cosprobe.tasks import TaskConfig
 
 FOLDER = "ensemble"
-REFERENCES = ("hidden", "single")  # what every method is compared with, at the same budget
-CLOSE = 0.03  # up to so many runs beyond the first the axis of compute is linear, then logarithmic
+REFERENCES = ("hidden", "single")  # what every strategy is compared with, at the same budget
+CLOSE = 0.03  # the axis of compute is linear up to 1 + CLOSE runs, then logarithmic
 TICKS = (1, 1.05, 1.1, 1.2, 1.5, 2, 3, 6)
 OURS, PAPERS, PLAIN, NONE = "#0072b2", "#d55e00", "#666666", "#b0b0b0"
 MARKS = {
@@ -53,21 +55,22 @@ MARKS = {
 def ensembles(
     pipeline: PipelineConfig, task: TaskConfig, bank: ProbeBank, use: EnsembleConfig, seed: int, folder: Path
 ) -> None:
-    """Compares seed ensembles on the problems of a finished run: report/ensemble/ in its folder, trials in ensemble/.
+    """Compares seed ensembles on fresh problems, with the probes of a finished run.
 
-    pipeline, task: settings of the run in `folder`. Raises ValueError when the bank was made for another model.
+    Writes report/ensemble/ and ensemble/ (trajectories) in `folder`. pipeline, task: settings of the run in `folder`.
+    Raises InputError when the bank was made for another model.
     """
     bank.check_model(*pipeline.parts)
-    world = task.build()
-    scorer = ProbeScorer.of(bank, Grid.load(folder), world.name)
-    context = RunContext(load_pipeline(pipeline), pipeline, world, scorer)
-    identity = {"store": bank.provenance["store"], "accuracy": scorer.fingerprint}
+    sampler = Sampler(load_pipeline(pipeline), pipeline, task.build())
+    scorer = ProbeScorer.of(bank, Grid.load(folder), sampler.task.name)
+    context = RunContext(sampler, scorer)
+    identity = {"store": asdict(bank.store), "accuracy": scorer.fingerprint}
     comparison = compare(context, SIZES[use.size], task.problems, seed, folder / FOLDER, identity)
     print_ensemble(comparison, write_ensemble(comparison, folder / "report" / FOLDER))
 
 
 def write_ensemble(comparison: Comparison, folder: Path) -> Path:
-    """Writes ensemble.json, ensemble.md and ensemble.png to `folder`; returns the page."""
+    """Writes ensemble.json, ensemble.md and ensemble.png to `folder`. Returns the path of ensemble.md."""
     make_folder(folder)
     with whole_file(folder / "ensemble.json") as part:
         part.write_text(json.dumps(numbers(comparison), indent=1))
@@ -80,7 +83,7 @@ def write_ensemble(comparison: Comparison, folder: Path) -> Path:
 
 
 def print_ensemble(comparison: Comparison, page: Path, console: Console | None = None) -> None:
-    """The comparison at each budget and what follows from it, on the terminal."""
+    """Prints the table of each budget, the remarks, and the path of the page."""
     console = console or Console()
     for budget in comparison.chosen:
         head, *body = (row[:-1] for row in rows(comparison, budget, digits=2))  # 80 columns
@@ -97,8 +100,8 @@ def print_ensemble(comparison: Comparison, page: Path, console: Console | None =
 
 
 def rows(comparison: Comparison, budget: str, digits: int = 3) -> list[list[str]]:
-    """A header and a row per method: what was chosen, what it costs, how often it is right, and both differences."""
-    head = ["method", "runs", "right", "minus hidden", "minus single"]
+    """Table of a budget, heading first: by strategy its candidate, cost, accuracy, and differences from REFERENCES."""
+    head = ["strategy", "runs", "right", "minus hidden", "minus single"]
     chosen = comparison.chosen[budget]
     body = [["one run", "1.00", _interval(comparison.estimate(comparison.plain), digits), "", ""]]
     for candidate in chosen.values():
@@ -115,36 +118,37 @@ def rows(comparison: Comparison, budget: str, digits: int = 3) -> list[list[str]
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """What the numbers say, in words: who beats the paper's method, the window, the headroom."""
-    said = []
+    """Sentences on strategies above that of the paper, windows of layers, and the best possible accuracy."""
+    found = []
     for budget, chosen in comparison.chosen.items():
         hidden, p = chosen["hidden"], comparison.p_better(budget)
         better = [
-            f"{m} ({_signed(comparison.gain(c, hidden))}, p {p[m]:.3f} corrected for all methods, "
+            f"{m} ({_signed(comparison.gain(c, hidden))}, p {p[m]:.3f} corrected for all strategies, "
             f"{comparison.spent[c] / comparison.plain_cost:.2f} runs)"
             for m, c in chosen.items()
             if m != "hidden" and comparison.gain(c, hidden).clear
         ]
-        said.append(
-            f"At {budget} compute, more often right than {hidden} (which spends "
-            f"{comparison.spent[hidden] / comparison.plain_cost:.2f} runs) with an interval clear of zero: "
-            f"{', '.join(better) or 'nothing'}."
+        found.append(
+            f"At {budget} compute, these strategies are more accurate than {hidden} (compute of "
+            f"{comparison.spent[hidden] / comparison.plain_cost:.2f} runs), with the interval of the difference above "
+            f"zero: {', '.join(better) or 'none'}."
         )
-    said.append(f"Window: {'; '.join(_window_gains(comparison))}.")
+    found.append(f"Window of layers: {'; '.join(_window_gains(comparison))}.")
     right, count = comparison.right, comparison.right.shape[1]
     some = float(((right.mean(axis=1) > 0) & (right.mean(axis=1) < 1)).mean())
-    said.append(
-        f"Headroom: one run is right on {comparison.plain.mean():.3f}, the best of {count} seeds could be on "
-        f"{oracle(right, count).mean():.3f}; seeds differ in being right on {some:.3f} of problems; correlation of "
-        f"errors between seeds {error_correlation(right):.2f}."
+    found.append(
+        f"One run is right on {comparison.plain.mean():.3f} of problems; at least one of {count} runs is right on "
+        f"{oracle(right, count).mean():.3f}. Some, but not all, runs are right on {some:.3f} of problems. Correlation "
+        f"of errors between the runs of a problem: {error_correlation(right):.2f}."
     )
-    known = {step: value for step, value in comparison.order.items() if np.isfinite(value)}
+    known = {step: value for step, value in comparison.ranking.items() if np.isfinite(value)}
     if known:
         each = ", ".join(f"{value:.2f} at step {step}" for step, value in known.items())
-        said.append(
-            f"Of a right and a wrong run of one problem the probe is surer of the right one: {each} (0.5 = blind)."
+        found.append(
+            "Among pairs of a right and a wrong run of the same problem, the share in which the probe gives the right "
+            f"run the higher probability (0.5: chance): {each}."
         )
-    return said
+    return found
 
 
 def lines(comparison: Comparison) -> list[str]:
@@ -154,11 +158,12 @@ def lines(comparison: Comparison) -> list[str]:
         f"# Seed ensembles: {comparison.task}",
         "",
         f"{len(comparison.keys)} test problems ({keys} distinct), {comparison.right.shape[1]} noise seeds each, "
-        f"{steps} sampler steps; one run costs {comparison.plain_cost:.2f} GFLOP. Settings were chosen on "
-        f"{len(next(iter(comparison.validation.values())))} validation problems; test was read once. Intervals: 95 %; "
-        "exact binomial bounds over problems, for differences the adjusted interval of matched pairs. Settings: K "
-        "noise seeds, s steps (indices), L layers, `all`: means written back into all runs. Runs: compute in whole "
-        "runs, operations counted.",
+        f"{steps} sampler steps. One run costs {comparison.plain_cost:.2f} GFLOP. Hyperparameters are chosen on "
+        f"{len(next(iter(comparison.validation.values())))} validation problems; test problems are used once, for the "
+        "numbers below. Intervals are 95 % intervals: exact binomial bounds over problems for accuracies, the adjusted "
+        "interval of matched pairs for differences. Hyperparameters: K is the number of noise seeds, s the steps "
+        "(indices), L the layers; `all` means that averages are written into all runs. Column `runs`: counted "
+        "operations, divided by those of one whole run.",
         "",
         *(f"* {line}" for line in remarks(comparison)),
         "",
@@ -167,7 +172,12 @@ def lines(comparison: Comparison) -> list[str]:
     ]
     for budget in comparison.chosen:
         out += [f"## {_caption(comparison, budget)}", "", *markdown_table(*rows(comparison, budget)), ""]
-    out += ["## By kind and difficulty", "", "Right, and minus `hidden` of the same budget in brackets.", ""]
+    out += [
+        "## By kind and difficulty",
+        "",
+        "Accuracy; in brackets the difference from `hidden` at the same budget.",
+        "",
+    ]
     for budget, chosen in comparison.chosen.items():
         table = [["problems", "n", "one run", *chosen]]
         for group, mask in comparison.groups.items():
@@ -179,7 +189,7 @@ def lines(comparison: Comparison) -> list[str]:
             table.append([group, str(int(mask.sum())), f"{comparison.plain[mask].mean():.2f}", *cells])
         out += [f"### {_caption(comparison, budget)}", "", *markdown_table(*table), ""]
     out += ["## The paper's window", "", *markdown_table(*_windows(comparison)), ""]
-    sweep = [["settings", "runs", "right on validation"]]
+    sweep = [["strategy", "runs", "right on validation"]]
     order = sorted(comparison.validation, key=lambda c: -float(comparison.validation[c].mean()))
     for c in order[:40]:
         sweep.append(
@@ -189,14 +199,14 @@ def lines(comparison: Comparison) -> list[str]:
 
 
 def numbers(comparison: Comparison) -> dict[str, Any]:
-    """Everything as JSON can hold it."""
+    """All numbers of the comparison, for JSON."""
 
     def entry(candidate: Candidate, chosen: dict[str, Candidate]) -> dict[str, Any]:
-        found: dict[str, Any] = {"settings": str(candidate), "gflop": comparison.spent[candidate]}
+        found: dict[str, Any] = {"strategy": str(candidate), "gflop": comparison.spent[candidate]}
         for group in comparison.groups:
             found[group] = {"right": vars(comparison.estimate(comparison.test[candidate], group))}
             for m in REFERENCES:
-                if chosen[m] != candidate:  # nothing is measured by a method minus itself
+                if chosen[m] != candidate:  # no difference of a strategy from itself
                     found[group][f"minus_{m}"] = vars(comparison.gain(candidate, chosen[m], group))
         return found
 
@@ -212,7 +222,7 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
         "windows": {w: vars(comparison.estimate(comparison.test[c])) for w, c in comparison.windows.items()},
         "oracle": {k: float(oracle(comparison.right, k).mean()) for k in range(1, count + 1)},
         "error_correlation": _finite(error_correlation(comparison.right)),
-        "surer_of_the_right_run": {step: _finite(value) for step, value in comparison.order.items()},
+        "ranking": {step: _finite(value) for step, value in comparison.ranking.items()},
         "validation": {
             str(c): {"gflop": comparison.cost[c], "right": float(v.mean())} for c, v in comparison.validation.items()
         },
@@ -227,7 +237,7 @@ def figure(comparison: Comparison) -> Figure:
         _curves(grid[0, 0], comparison)
         _forest(
             grid[0, 1],
-            [(f"{name} ({c.plan.layers[0]}-{c.plan.layers[-1]})", comparison.estimate(comparison.test[c]), PAPERS)
+            [(f"{name} ({c.params.layers[0]}-{c.params.layers[-1]})", comparison.estimate(comparison.test[c]), PAPERS)
              for name, c in comparison.windows.items()],
             comparison,
             "the paper's average, by window of layers",
@@ -242,10 +252,11 @@ def figure(comparison: Comparison) -> Figure:
 
 
 def _curves(axes: Axes, comparison: Comparison) -> None:
-    """Methods that choose among runs at their default settings, from two seeds on, against compute."""
+    """Accuracy against compute of strategies that choose among runs, with default hyperparameters and 2, 3, ...
+    seeds."""
     for name, row in comparison.curves.items():
         found = [comparison.estimate(comparison.test[c]) for c in row]
-        # no intervals: most points stand close to one run, where they would hide each other
+        # without intervals, which would overlap
         style = {"color": _colour(name), "marker": MARKS[name], "markersize": 4, "linewidth": 1.2, "alpha": 0.8}
         axes.plot([_beyond(comparison, c) for c in row], [e.mean for e in found], label=name, **style)
     longer = [c for row in comparison.chosen.values() for m, c in row.items() if m == "single"]
@@ -269,7 +280,7 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
     ends = [_beyond(comparison, c) for row in comparison.curves.values() for c in row]
     axes.set_xlim(-CLOSE / 3, 1.25 * max(ends, default=1.0))
     axes.set(xlabel="compute (one run = 1)", ylabel="right answers, test")
-    axes.set_title("default settings, 2 seeds and more", loc="left")
+    axes.set_title("default hyperparameters, 2 seeds and more", loc="left")
     low, high = axes.get_ylim()
     axes.set_ylim(low - 0.5 * (high - low), high)  # room for the legend
     axes.legend(frameon=False, fontsize=7.5, loc="lower left", ncols=2, columnspacing=1.0)
@@ -280,9 +291,9 @@ def _forest(axes: Axes, entries: Sequence[tuple[str, Estimate, str]], comparison
     plain = comparison.estimate(comparison.plain)
     axes.axvspan(plain.lower, plain.upper, color=NONE, alpha=0.25, linewidth=0)
     axes.axvline(plain.mean, color=PLAIN, linewidth=0.8)
-    for place, (_, e, colour) in enumerate(entries):
-        axes.plot([e.lower, e.upper], [place, place], color=colour, linewidth=1.5)
-        axes.plot(e.mean, place, color=colour, marker="o", markersize=5)
+    for position, (_, e, colour) in enumerate(entries):
+        axes.plot([e.lower, e.upper], [position, position], color=colour, linewidth=1.5)
+        axes.plot(e.mean, position, color=colour, marker="o", markersize=5)
     axes.set_yticks(range(len(entries)), [name for name, *_ in entries])
     axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.set_xlabel("right answers, test (grey: one run)")
@@ -293,23 +304,23 @@ def _windows(comparison: Comparison) -> list[list[str]]:
     body = [["window", "layers", "right", "minus one run"]]
     for name, c in comparison.windows.items():
         gain = comparison.gain(c)
-        span = f"{c.plan.layers[0]}-{c.plan.layers[-1]}"
+        span = f"{c.params.layers[0]}-{c.params.layers[-1]}"
         body.append([name, span, _interval(_of(comparison, c)), _signed(gain)])
     return body
 
 
 def _window_gains(comparison: Comparison) -> list[str]:
-    """Middle against every other window, as the paper claims, and against doing nothing."""
+    """Accuracy of the middle window minus that of every other window (as in the paper), and minus that of one run."""
     middle = comparison.windows.get("middle")
     if middle is None:
-        return ["the middle window was not tried"]
+        return ["the middle window was not among the candidates"]
     others = {name: c for name, c in comparison.windows.items() if name != "middle"}
-    said = [f"middle minus {name} {_signed(comparison.gain(middle, c))}" for name, c in others.items()]
-    return [*said, f"middle minus one run {_signed(comparison.gain(middle))}"]
+    gains = [f"middle minus {name} {_signed(comparison.gain(middle, c))}" for name, c in others.items()]
+    return [*gains, f"middle minus one run {_signed(comparison.gain(middle))}"]
 
 
 def _beyond(comparison: Comparison, candidate: Candidate) -> float:
-    """Compute beyond one run, in runs."""
+    """Compute minus that of one run, in units of one run."""
     return comparison.spent[candidate] / comparison.plain_cost - 1
 
 
@@ -321,8 +332,8 @@ def _caption(comparison: Comparison, budget: str) -> str:
     return f"At {budget} compute, {comparison.budgets[budget] / comparison.plain_cost:.2f} times one run"
 
 
-def _colour(method: str) -> str:
-    return OURS if method in PROBES else PAPERS if method == "hidden" else PLAIN
+def _colour(name: str) -> str:
+    return OURS if name in PROBES else PAPERS if name == "hidden" else PLAIN
 
 
 def _interval(e: Estimate, digits: int = 3) -> str:

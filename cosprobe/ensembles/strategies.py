@@ -1,11 +1,12 @@
-"""Ways to get one answer from several noise seeds: each a small function from a plan to a course.
+"""Strategies that get one answer from several noise seeds.
 
-A course says what is averaged while the runs of a problem share a batch, which of them go on after which step, and
-which finished video is returned. Everything that decides is a function of probe readings and readouts alone, so a
-course without an edit can be run (`ensemble.run`) or replayed on records of whole runs (`replay`), with the
-same result. Seeds are exchangeable: the order they are given in decides nothing, but for `hidden`, `x0`, `latent`
-and `probe_weighted`, where the first seed is the run that goes on, and for `retry` and `probe_retry`, which run them
-one after another.
+A strategy defines what is averaged over the runs of a problem, which runs go on after which step, and which finished
+video is returned. These decisions depend on probabilities of probes and on parsed answers only. A strategy that
+averages nothing therefore gives the same result when it is run (`ensemble.run`) and when it is replayed on whole runs
+(`replay`).
+
+The order of the seeds does not matter, with two exceptions: `hidden`, `x0`, `latent` and `probe_weighted` continue the
+run of the first seed, and `retry` and `probe_retry` make runs one after another.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,18 +26,21 @@ from torch.nn.functional import one_hot
 from cosprobe.activations import BACK, average_blocks, average_clean, average_latents
 from cosprobe.errors import InputError
 
-Probabilities = Float[Tensor, "problem seed candidate"]
-Credit = Callable[["Finished", list[Probabilities]], Float[Tensor, "problem seed"]]
+Probabilities = Float[Tensor, "problem seed candidate"]  # at one step
+AcceptanceScore = Callable[["Finished", list[Probabilities]], Float[Tensor, "problem seed"]]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a method goes about it.
+class Hyperparameters:
+    """Hyperparameters of a strategy.
 
-    seeds: noise seeds of each problem, K. steps: step indices at which it averages, reads probes or drops runs; None:
-    the method's own. layers: the window of `hidden` and `probe_weighted` (block indices). back: whether a mean is
-    written back into the `first` seed's run, which goes on alone, or into `all`, which then vote. length: sampler
-    steps of `single`, 0 for as many network evaluations as K whole runs. Raises ValueError for what cannot be.
+    seeds: number of noise seeds of each problem, K.
+    steps: step indices at which the strategy averages, reads probes or drops runs; None: its default.
+    layers: block indices that `hidden` and `probe_weighted` average.
+    back: which runs an average is written into: `first` (the run of the first seed, which alone goes on) or `all` (all
+    runs, which then vote).
+    length: number of sampler steps of `single`; 0: as many network evaluations as K whole runs.
+    Raises InputError for fewer than two seeds, an unknown `back`, and negative or repeated steps.
     """
 
     seeds: int = 3
@@ -47,7 +51,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.seeds < 2:
-            raise InputError(f"seeds={self.seeds}: expected at least 2; one seed is no ensemble, use method='single'")
+            raise InputError(f"seeds={self.seeds}: expected at least 2; for one seed use strategy='single'")
         if self.back not in BACK:
             raise InputError(f"back={self.back!r}: expected one of {', '.join(BACK)}")
         if self.steps is not None and (not self.steps or min(self.steps) < 0 or len(set(self.steps)) < len(self.steps)):
@@ -56,7 +60,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Finished:
-    """What the runs of each problem that were finished show: the answer read, -1 for none, and forced-choice scores."""
+    """Answers parsed from the finished videos (-1 for no answer), and the parser's score of every candidate."""
 
     answers: Int[Tensor, "problem seed"]
     scores: Float[Tensor, "problem seed candidate"]
@@ -64,7 +68,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Cut:
-    """After a step, `kept` runs of each problem go on, those `choose` names; with `reads`, by probe readings."""
+    """After a step, only the `kept` runs that `choose` returns go on. reads: whether `choose` needs probabilities."""
 
     kept: int
     choose: Callable[[Probabilities], Int[Tensor, "problem kept"]]
@@ -72,11 +76,17 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Course:
-    """seeds: runs of each problem at the start. cuts: by step index. edit: called with the pipeline and, for a
-    weighted mean, what weighs the samples. pick: which of the runs left is returned. length: sampler steps where
-    they are not the pipeline's own. credit: with it the runs of a problem are made one after another, `seeds` at most,
-    until a video has a credit of 1; called with the videos so far and, for each step of `asks`, the readings so far.
+class Strategy:
+    """Defines how the runs of a problem are sampled and which video is returned.
+
+    seeds: number of runs at the start.
+    pick: returns the run whose video is returned.
+    cuts: by step index, which runs go on.
+    edit: context manager that averages. It is called with the pipeline and, for a weighted mean (`weighs`), with a
+    function that returns the weights of samples.
+    length: number of sampler steps, 0 for that of the pipeline.
+    acceptance: if given, runs of a problem are made one after another, at most `seeds`, until the acceptance score of a
+    video is at least 1. It is called with the videos so far and their probabilities at each of `acceptance_steps`.
     """
 
     seeds: int
@@ -85,22 +95,24 @@ class Course:
     edit: Callable[..., AbstractContextManager] | None = None
     weighs: bool = False
     length: int = 0
-    credit: Credit | None = None
-    asks: tuple[int, ...] = ()
+    acceptance: AcceptanceScore | None = None
+    acceptance_steps: tuple[int, ...] = ()
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """Step indices at which probes are read to decide which runs go on, or whether another is made."""
-        return tuple(sorted({*self.asks, *(step for step, cut in self.cuts.items() if cut.reads)}))
+        """Step indices at which probes are read."""
+        return tuple(sorted({*self.acceptance_steps, *(step for step, cut in self.cuts.items() if cut.reads)}))
 
-    def enough(self, finished: Finished, proba: list[Probabilities]) -> Bool[Tensor, " problem"]:
-        """Where the last of the runs made so far has the credit that ends the making of runs."""
-        assert self.credit is not None
-        return self.credit(finished, proba)[:, -1] >= 1
+    def accepted(self, finished: Finished, proba: list[Probabilities]) -> Bool[Tensor, " problem"]:
+        """Whether the last run so far is accepted, so that no further run is made."""
+        assert self.acceptance is not None
+        return self.acceptance(finished, proba)[:, -1] >= 1
 
     def evaluations(self, steps: int) -> int:
-        """Whole steps run for one problem, those of all its seeds together, by a sampler of `steps` steps; at most
-        so many where runs are made one after another."""
+        """Network evaluations of all runs of one problem, for a sampler of `steps` steps.
+
+        The maximum, for a strategy that makes runs one after another.
+        """
         alive, total = self.seeds, 0
         for step in range(self.length or steps):
             total += alive
@@ -109,80 +121,95 @@ class Course:
 
     @property
     def finished(self) -> int:
-        """Runs of each problem that are decoded."""
+        """Number of runs of each problem that are finished and decoded."""
         return min([self.seeds, *(cut.kept for cut in self.cuts.values())])
 
 
 def surest(proba: Probabilities, kept: int = 1) -> Int[Tensor, "problem kept"]:
-    """The runs whose probe gives its answer the highest probability."""
+    """The `kept` runs whose most probable answer has the highest probability."""
     return proba.amax(dim=-1).topk(kept, dim=1).indices
 
 
 def agreeing(proba: Probabilities, kept: int = 1) -> Int[Tensor, "problem kept"]:
-    """The runs that believe most in what all probes together, averaged over seeds, take for the answer."""
+    """The `kept` runs with the highest probability of the answer that is most probable on average over seeds."""
     answer = proba.mean(dim=1).argmax(dim=-1)
-    belief = proba.gather(2, answer[:, None, None].expand(-1, proba.shape[1], 1))[..., 0]
-    return belief.topk(kept, dim=1).indices
+    of_answer = proba.gather(2, answer[:, None, None].expand(-1, proba.shape[1], 1))[..., 0]
+    return of_answer.topk(kept, dim=1).indices
 
 
-def foremost(proba: Probabilities) -> Int[Tensor, "problem 1"]:
-    """The first seed: the run that means were written into."""
+def first_run(proba: Probabilities) -> Int[Tensor, "problem 1"]:
+    """The run of the first seed, which averages are written into."""
     return torch.zeros(len(proba), 1, dtype=torch.long)
 
 
 def only(finished: Finished) -> Int[Tensor, " problem"]:
-    """The run that is left."""
+    """The only run that is left."""
     return torch.zeros(len(finished.answers), dtype=torch.long)
 
 
 def most_confident(finished: Finished) -> Int[Tensor, " problem"]:
-    """The video whose best candidate is furthest ahead of the second by forced-choice score; one that settles on no
-    candidate only where all are such."""
+    """The video with the largest margin between its two highest scores.
+
+    A video without an answer is returned only if no video has an answer.
+    """
     return _rank(finished.answers >= 0, margin(finished.scores)).argmax(dim=1)
 
 
 def majority(finished: Finished) -> Int[Tensor, " problem"]:
-    """The most confident of the videos that show the answer most of them show. Between answers with as many videos
-    the scores of all videos decide; videos that settle on none have no vote unless all are such."""
+    """The video with the largest margin among those that show the most frequent answer.
+
+    If answers are equally frequent, the one with the larger sum of scores over all videos wins. Videos without an
+    answer do not vote. If no video has an answer, the sums of scores decide.
+    """
     counts = one_hot(finished.answers + 1, finished.scores.shape[-1] + 1).sum(dim=1)[:, 1:]
     winner = _rank(counts, finished.scores.sum(dim=1)).argmax(dim=1)
     return _rank(finished.answers == winner[:, None], margin(finished.scores)).argmax(dim=1)
 
 
 def margin(scores: Float[Tensor, "*any candidate"]) -> Float[Tensor, "*any"]:
-    """How far the best forced-choice score is above the second."""
+    """The highest score minus the second highest."""
     two = scores.topk(2, dim=-1).values
     return two[..., 0] - two[..., 1]
 
 
-def shown(finished: Finished, proba: list[Probabilities]) -> Float[Tensor, "problem seed"]:
-    """1 for a video that shows an answer, 0 for one that settles on none."""
+def answered(finished: Finished, proba: list[Probabilities]) -> Float[Tensor, "problem seed"]:
+    """Acceptance score: 1 for a video with an answer, 0 for a video without one."""
     return (finished.answers >= 0).float()
 
 
-def believed(finished: Finished, proba: list[Probabilities]) -> Float[Tensor, "problem seed"]:
-    """How much more than a guess the probes, averaged over the runs so far, believe in what each video shows: 1 is as
-    much as a guess; 0 for a video that settles on no candidate."""
+def supported(finished: Finished, proba: list[Probabilities]) -> Float[Tensor, "problem seed"]:
+    """Acceptance score: the probability of the video's answer, averaged over the runs so far, relative to a guess.
+
+    It is the mean probability times the number of candidates; 0 for a video without an answer.
+    """
     (read,) = proba
-    belief = read.mean(dim=1).gather(1, finished.answers.clamp_min(0)) * read.shape[-1]
-    return torch.where(finished.answers >= 0, belief, torch.zeros_like(belief))
+    support = read.mean(dim=1).gather(1, finished.answers.clamp_min(0)) * read.shape[-1]
+    return torch.where(finished.answers >= 0, support, torch.zeros_like(support))
 
 
-def in_turn(
-    path: Course, finished: Finished, proba: list[Probabilities]
-) -> tuple[Int[Tensor, " problem"], Int[Tensor, " problem"]]:
-    """Of runs made one after another how many are begun, and which of them is returned: the first with a credit of 1,
-    else the one with the highest. finished, proba (for each step of `path.asks`): of all that may be made; runs behind
-    the one that ended the making of runs do not count."""
-    assert path.credit is not None
+class Turns(NamedTuple):
+    """Runs of each problem made one after another. begun: their number. run: index of the one that is returned."""
+
+    begun: Int[Tensor, " problem"]
+    run: Int[Tensor, " problem"]
+
+
+def sequential(strategy: Strategy, finished: Finished, proba: list[Probabilities]) -> Turns:
+    """Which runs a strategy makes one after another.
+
+    The first run with an acceptance score of at least 1 is returned; if there is none, the run with the highest score.
+    finished, proba: of all runs that can be made, proba for each step of `strategy.acceptance_steps`. Runs after the
+    accepted one are not used.
+    """
+    assert strategy.acceptance is not None
     count = finished.answers.shape[1]
     begun = torch.full((len(finished.answers),), count)
-    run = path.credit(finished, proba).argmax(dim=1)
+    run = strategy.acceptance(finished, proba).argmax(dim=1)
     for made in range(count, 0, -1):
         so_far = Finished(finished.answers[:, :made], finished.scores[:, :made])
-        enough = path.enough(so_far, [read[:, :made] for read in proba])
+        enough = strategy.accepted(so_far, [read[:, :made] for read in proba])
         begun, run = torch.where(enough, made, begun), torch.where(enough, made - 1, run)
-    return begun, run
+    return Turns(begun, run)
 
 
 def disagreement(answers: Int[Tensor, "problem seed"]) -> Float[Tensor, " problem"]:
@@ -195,72 +222,75 @@ def _rank(first: Tensor, then: Tensor) -> Tensor:
     return first.long() * then.shape[-1] + then.argsort(dim=-1).argsort(dim=-1)
 
 
-def single(plan: Plan, steps: int) -> Course:
-    """One run with more sampler steps: what the same evaluations give without an ensemble."""
-    return Course(1, only, length=plan.length or plan.seeds * steps)
+def single(params: Hyperparameters, steps: int) -> Strategy:
+    """One run with more sampler steps: as many network evaluations as an ensemble of whole runs."""
+    return Strategy(1, only, length=params.length or params.seeds * steps)
 
 
-def hidden(plan: Plan, steps: int) -> Course:
-    """Averages the hidden states of a window of layers at some steps (arXiv 2603.16870; first step, middle layers)."""
-    return _averaged(plan, partial(average_blocks, layers=plan.layers))
+def hidden(params: Hyperparameters, steps: int) -> Strategy:
+    """Averages hidden states over seeds, in a window of layers at some steps (arXiv 2603.16870: first step, middle)."""
+    return _averaged(params, partial(average_blocks, layers=params.layers))
 
 
-def x0(plan: Plan, steps: int) -> Course:
-    """Averages the clean estimates at some steps."""
-    return _averaged(plan, average_clean)
+def x0(params: Hyperparameters, steps: int) -> Strategy:
+    """Averages x0-hat over seeds at some steps."""
+    return _averaged(params, average_clean)
 
 
-def latent(plan: Plan, steps: int) -> Course:
-    """Averages the noisy latents after some steps."""
-    return _averaged(plan, average_latents)
+def latent(params: Hyperparameters, steps: int) -> Strategy:
+    """Averages the noisy latents over seeds after some steps."""
+    return _averaged(params, average_latents)
 
 
-def probe_weighted(plan: Plan, steps: int) -> Course:
-    """`hidden`, each seed weighing as much as its probe at that layer is surer than a guess."""
-    return _averaged(plan, partial(average_blocks, layers=plan.layers), weighs=True)
+def probe_weighted(params: Hyperparameters, steps: int) -> Strategy:
+    """`hidden` with weights: highest probability of the probe for each seed minus the probability of a guess."""
+    return _averaged(params, partial(average_blocks, layers=params.layers), weighs=True)
 
 
-def vote(plan: Plan, steps: int) -> Course:
-    """Finishes all runs; the answer most of them draw."""
-    return Course(plan.seeds, majority)
+def vote(params: Hyperparameters, steps: int) -> Strategy:
+    """Finishes all runs and returns a video with the most frequent answer."""
+    return Strategy(params.seeds, majority)
 
 
-def best_of(plan: Plan, steps: int) -> Course:
-    """Finishes all runs; the video that shows its answer most clearly."""
-    return Course(plan.seeds, most_confident)
+def best_of(params: Hyperparameters, steps: int) -> Strategy:
+    """Finishes all runs and returns the video with the largest margin."""
+    return Strategy(params.seeds, most_confident)
 
 
-def probe_best(plan: Plan, steps: int) -> Course:
-    """Runs all seeds to an early step and goes on with the one whose probe is surest."""
-    return Course(plan.seeds, only, {_last(plan): Cut(1, surest)})
+def probe_best(params: Hyperparameters, steps: int) -> Strategy:
+    """Runs all seeds up to an early step; only the run with the highest probability goes on."""
+    return Strategy(params.seeds, only, {_last(params): Cut(1, surest)})
 
 
-def probe_vote(plan: Plan, steps: int) -> Course:
-    """Averages the early probes of all seeds and goes on with the run that agrees most with what they say."""
-    return Course(plan.seeds, only, {_last(plan): Cut(1, agreeing)})
+def probe_vote(params: Hyperparameters, steps: int) -> Strategy:
+    """Runs all seeds up to an early step; only the run that agrees most with the mean probabilities goes on."""
+    return Strategy(params.seeds, only, {_last(params): Cut(1, agreeing)})
 
 
-def prune(plan: Plan, steps: int) -> Course:
-    """Successive halving: after each of some steps the surer half of the runs goes on, after the last of them one."""
-    cuts, alive = {}, plan.seeds
-    at = sorted(plan.steps or range(min(steps, (plan.seeds - 1).bit_length())))
+def prune(params: Hyperparameters, steps: int) -> Strategy:
+    """Successive halving: after each of `steps`, half of the runs go on, and after the last of them one run.
+
+    Runs with the highest probability are kept.
+    """
+    cuts, alive = {}, params.seeds
+    at = sorted(params.steps or range(min(steps, (params.seeds - 1).bit_length())))
     for step in at:
         alive = 1 if step == at[-1] else -(-alive // 2)
         cuts[step] = Cut(alive, partial(surest, kept=alive))
-    return Course(plan.seeds, only, cuts)
+    return Strategy(params.seeds, only, cuts)
 
 
-def retry(plan: Plan, steps: int) -> Course:
-    """One run after another until a video shows an answer."""
-    return Course(plan.seeds, only, credit=shown)
+def retry(params: Hyperparameters, steps: int) -> Strategy:
+    """Makes one run after another until a video shows an answer."""
+    return Strategy(params.seeds, only, acceptance=answered)
 
 
-def probe_retry(plan: Plan, steps: int) -> Course:
-    """One run after another until a video shows what the early probes believe in more than a guess."""
-    return Course(plan.seeds, only, credit=believed, asks=(_last(plan),))
+def probe_retry(params: Hyperparameters, steps: int) -> Strategy:
+    """Makes one run after another until probes at an early step support the video's answer more than a guess."""
+    return Strategy(params.seeds, only, acceptance=supported, acceptance_steps=(_last(params),))
 
 
-METHODS: dict[str, Callable[[Plan, int], Course]] = {
+STRATEGIES: dict[str, Callable[[Hyperparameters, int], Strategy]] = {
     f.__name__: f
     for f in (
         single, hidden, x0, latent, vote, best_of, retry, probe_best, probe_weighted, prune, probe_vote, probe_retry
@@ -274,66 +304,74 @@ WINDOWED = ("hidden", "probe_weighted")
 def windows(depth: int) -> dict[str, tuple[int, ...]]:
     """Windows of layers of a model with `depth` blocks: `early`, `second`, `middle`, `late` quarter, and `all`.
 
-    The third quarter is called `middle` as the paper does (20 to 29 of 40). Every quarter has at least one block.
+    The third quarter is called `middle`, as in arXiv 2603.16870 (20 to 29 of 40). Every quarter has at least one block.
     """
     edges = [depth * i // 4 for i in range(5)]
     parts = {n: tuple(range(a, max(a + 1, b))) for n, (a, b) in zip(QUARTERS, pairwise(edges), strict=True)}
     return parts | {"all": tuple(range(depth))}
 
 
-def course(method: str, plan: Plan, steps: int) -> Course:
-    """The course of a method for a sampler of `steps` steps.
+def build_strategy(name: str, params: Hyperparameters, steps: int) -> Strategy:
+    """The strategy of this name, for a sampler of `steps` steps.
 
-    Raises ValueError for an unknown method, and for steps that the sampler does not reach.
+    Raises InputError for an unknown name, steps beyond the last one, or an average without layers.
     """
-    if method not in METHODS:
-        raise InputError(f"method={method!r}: expected one of {', '.join(METHODS)}")
-    if plan.steps and max(plan.steps) >= steps:
-        raise InputError(f"steps={list(plan.steps)}: expected step indices from 0 to {steps - 1}")
-    if method in WINDOWED and not plan.layers:
-        raise InputError(f"method={method!r}: expected a window of layers to average, such as layers=(2, 3)")
-    return METHODS[method](plan, steps)
+    if name not in STRATEGIES:
+        raise InputError(f"strategy={name!r}: expected one of {', '.join(STRATEGIES)}")
+    if params.steps and max(params.steps) >= steps:
+        raise InputError(f"steps={list(params.steps)}: expected step indices from 0 to {steps - 1}")
+    if name in WINDOWED and not params.layers:
+        raise InputError(f"strategy={name!r}: expected a window of layers to average, such as layers=(2, 3)")
+    return STRATEGIES[name](params, steps)
 
 
-def replay(
-    path: Course, finished: Finished, proba: dict[int, Probabilities]
-) -> tuple[Int[Tensor, " problem"], Int[Tensor, " problem"], Int[Tensor, " problem"]]:
-    """What a course without an edit returns, from records of all runs finished: the answer of each problem, which of
-    its seeds gave it, and how many runs of it were begun. proba: probe readings of all seeds by step index.
+class Replayed(NamedTuple):
+    """Result of a strategy. run: index of the seed the answer comes from. begun: number of runs that were begun."""
 
-    Raises ValueError for a course that changes its runs: what it returns is in no record.
+    answers: Int[Tensor, " problem"]
+    run: Int[Tensor, " problem"]
+    begun: Int[Tensor, " problem"]
+
+
+def replay(strategy: Strategy, finished: Finished, proba: dict[int, Probabilities]) -> Replayed:
+    """Computes the result of a strategy from whole runs of all seeds. proba: of all seeds, by step index.
+
+    Raises InputError for a strategy that averages or has another number of steps, because its runs differ from these.
     """
-    if path.edit is not None or path.length:
-        raise InputError("this course changes what its runs compute: expected one that only chooses among them")
-    if path.credit is not None:
-        begun, run = in_turn(path, finished, [proba[step] for step in path.asks])
-        return finished.answers.gather(1, run[:, None])[:, 0], run, begun
-    alive = torch.arange(path.seeds).expand(len(finished.answers), -1)
-    for step in sorted(path.cuts):
-        here = proba[step].gather(1, _along(alive, proba[step])) if path.cuts[step].reads else _blank(alive)
-        alive = alive.gather(1, path.cuts[step].choose(here))
+    if strategy.edit is not None or strategy.length:
+        raise InputError(
+            "this strategy changes what its runs compute: expected one that only selects among finished runs"
+        )
+    if strategy.acceptance is not None:
+        begun, run = sequential(strategy, finished, [proba[step] for step in strategy.acceptance_steps])
+        return Replayed(finished.answers.gather(1, run[:, None])[:, 0], run, begun)
+    alive = torch.arange(strategy.seeds).expand(len(finished.answers), -1)
+    for step in sorted(strategy.cuts):
+        here = proba[step].gather(1, _along(alive, proba[step])) if strategy.cuts[step].reads else _blank(alive)
+        alive = alive.gather(1, strategy.cuts[step].choose(here))
     left = Finished(finished.answers.gather(1, alive), finished.scores.gather(1, _along(alive, finished.scores)))
-    run = alive.gather(1, path.pick(left)[:, None])
-    return finished.answers.gather(1, run)[:, 0], run[:, 0], torch.full((len(run),), path.seeds)
+    run = alive.gather(1, strategy.pick(left)[:, None])
+    begun = torch.full((len(run),), strategy.seeds)
+    return Replayed(finished.answers.gather(1, run)[:, 0], run[:, 0], begun)
 
 
-def _averaged(plan: Plan, average: Callable[..., Any], weighs: bool = False) -> Course:
-    steps = plan.steps or (0,)
-    edit = partial(average, group=plan.seeds, steps=steps, back=plan.back)
-    if plan.back == "all":
-        return Course(plan.seeds, majority, edit=edit, weighs=weighs)
-    # once the last mean is in the first run, nothing of the others is needed
-    return Course(plan.seeds, only, {max(steps): Cut(1, foremost, reads=False)}, edit, weighs)
+def _averaged(params: Hyperparameters, average: Callable[..., Any], weighs: bool = False) -> Strategy:
+    steps = params.steps or (0,)
+    edit = partial(average, group=params.seeds, steps=steps, back=params.back)
+    if params.back == "all":
+        return Strategy(params.seeds, majority, edit=edit, weighs=weighs)
+    # after the last average only the first run is needed
+    return Strategy(params.seeds, only, {max(steps): Cut(1, first_run, reads=False)}, edit, weighs)
 
 
-def _last(plan: Plan) -> int:
-    return max(plan.steps or (0,))
+def _last(params: Hyperparameters) -> int:
+    return max(params.steps or (0,))
 
 
-def _along(places: Int[Tensor, "problem kept"], values: Float[Tensor, "problem seed candidate"]) -> Tensor:
-    return places[..., None].expand(-1, -1, values.shape[-1])
+def _along(positions: Int[Tensor, "problem kept"], values: Float[Tensor, "problem seed candidate"]) -> Tensor:
+    return positions[..., None].expand(-1, -1, values.shape[-1])
 
 
 def _blank(alive: Int[Tensor, "problem seed"]) -> Probabilities:
-    """No readings, for a choice that needs none."""
+    """Placeholder for probabilities at steps where probes are not read."""
     return torch.zeros(*alive.shape, 1)

@@ -1,8 +1,9 @@
-"""Trials of seed ensembles on many problems, kept on disk.
+"""Trajectories for ensembles: runs of many problems with several noise seeds each, kept on disk.
 
-Every problem is sampled once with several noise seeds while probes read its first steps: the records. Whatever only
-chooses among runs is replayed on them, which gives exactly what it would return; whatever changes its runs is run.
-Finished batches are kept, a second run continues.
+Every problem is sampled once with every seed, and probes are read at the first steps. A strategy that only chooses
+among runs is replayed on these whole runs, with the same result as when it is run. A strategy that changes its runs
+(averages, other numbers of steps) is run separately. Finished batches are kept, and a second call continues with the
+missing ones.
 """
 
 from __future__ import annotations
@@ -16,55 +17,55 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from cosprobe.activations import ActivationStore
 from cosprobe.ensembles.ensemble import RunContext, run
-from cosprobe.ensembles.strategies import METHODS, Course, Finished, Plan, course, replay
+from cosprobe.ensembles.strategies import STRATEGIES, Finished, Hyperparameters, Strategy, build_strategy, replay
+from cosprobe.runtime import progress
 from cosprobe.tasks import Problem
 
-READS = 6  # probes are read at so many first steps
+READS = 6  # probes are read at the first 6 steps
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method with its settings."""
+    """A strategy with its hyperparameters."""
 
-    method: str
-    plan: Plan
+    name: str
+    params: Hyperparameters
 
     @property
     def free(self) -> bool:
-        """Whether records of whole runs tell what it returns."""
-        path = METHODS[self.method](self.plan, 10**6)
-        return path.edit is None and not path.length
+        """Whether it can be replayed on whole runs, so that it needs no runs of its own."""
+        strategy = STRATEGIES[self.name](self.params, 10**6)
+        return strategy.edit is None and not strategy.length
 
     def __str__(self) -> str:
-        """Method, K seeds, step indices s, layers L: `hidden K=3 s0 L4-5`."""
-        if self.method == "single":
-            return f"single, {self.plan.length} steps"
-        parts = [self.method, f"K={self.plan.seeds}"]
-        if self.plan.steps is not None:
-            parts.append("s" + ",".join(map(str, self.plan.steps)))
-        if self.plan.layers:
-            parts.append(f"L{self.plan.layers[0]}-{self.plan.layers[-1]}")
-        return " ".join([*parts, *(["all"] if self.plan.back == "all" else [])])
+        """Name, number of seeds K, step indices s and layers L, such as `hidden K=3 s0 L4-5`."""
+        if self.name == "single":
+            return f"single, {self.params.length} steps"
+        parts = [self.name, f"K={self.params.seeds}"]
+        if self.params.steps is not None:
+            parts.append("s" + ",".join(map(str, self.params.steps)))
+        if self.params.layers:
+            parts.append(f"L{self.params.layers[0]}-{self.params.layers[-1]}")
+        return " ".join([*parts, *(["all"] if self.params.back == "all" else [])])
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
-    """What came of a candidate, per problem: share of right answers, and how many of its runs were begun."""
+class CandidateResult:
+    """Per problem: share of right answers, and number of runs that were begun."""
 
     right: np.ndarray
     begun: np.ndarray
 
 
-class Trials:
-    """What is on disk is read, the rest is run and kept.
+class Trajectories:
+    """Runs of problems, kept in a folder. Missing runs are sampled on access.
 
-    problems: by split. seeds: noise seeds of each problem in the records. seed: what they are drawn from. identity:
-    what else shapes results (model, bank, task).
+    problems: by split. seeds: number of noise seeds of each problem. seed: noise seeds are derived from it. identity:
+    everything else that results depend on (model, bank, task).
     """
 
     def __init__(
@@ -77,43 +78,52 @@ class Trials:
         identity: dict,
     ):
         self.context, self.problems, self.seeds, self.seed, self.folder = context, problems, seeds, seed, folder
-        self.reads = tuple(range(min(READS, context.config.steps))) if context.scorer is not None else ()
-        self.identity = identity | {"seed": seed, "steps": context.config.steps, "batch": context.config.batch}
+        self.reads = tuple(range(min(READS, context.sampler.config.steps))) if context.scorer is not None else ()
+        self.identity = identity | {
+            "seed": seed,
+            "steps": context.sampler.config.steps,
+            "batch": context.sampler.config.batch,
+        }
 
-    def records(self, split: str) -> dict[str, Tensor]:
-        """Every problem with every seed: answers and right [problem, seed], scores [problem, seed, candidate], and
-        where there are probes their probabilities, `odds` [problem, seed, step, candidate]."""
+    def whole_runs(self, split: str) -> dict[str, Tensor]:
+        """Whole runs of every problem with every seed.
+
+        Holds answers and right [problem, seed], scores [problem, seed, candidate] and, with probes, their probabilities
+        proba [problem, seed, step, candidate].
+        """
         return self._read([None], split)[0]
 
-    def of(self, found: Sequence[Candidate], split: str) -> dict[Candidate, Trial]:
-        """Free candidates are replayed on the records, each of whose seeds is once the first of K consecutive ones
-        (the first follows the last); the others are run with the first seeds."""
-        run_for_real = [c for c in found if not c.free]
-        pool, *trials = self._read([None, *run_for_real], split)
+    def of(self, found: Sequence[Candidate], split: str) -> dict[Candidate, CandidateResult]:
+        """Results of candidates.
+
+        Candidates that can be replayed are replayed once for every seed, with K consecutive seeds from this one on (the
+        first seed follows the last), and the results are averaged. Other candidates are run with the first K seeds.
+        """
+        to_run = [c for c in found if not c.free]
+        pool, *ran = self._read([None, *to_run], split)
         given = {
-            c: Trial(trial["right"].numpy().astype(float), np.full(len(trial["right"]), float(c.plan.seeds)))
-            for c, trial in zip(run_for_real, trials, strict=True)
+            c: CandidateResult(one["right"].numpy().astype(float), np.full(len(one["right"]), float(c.params.seeds)))
+            for c, one in zip(to_run, ran, strict=True)
         }
         return {c: given[c] if c in given else self._replayed(c, pool, split) for c in found}
 
-    def _replayed(self, candidate: Candidate, pool: dict[str, Tensor], split: str) -> Trial:
-        count, right, begun = candidate.plan.seeds, [], []
-        path = self._path(candidate)
+    def _replayed(self, candidate: Candidate, pool: dict[str, Tensor], split: str) -> CandidateResult:
+        count, right, begun = candidate.params.seeds, [], []
+        strategy = self._strategy(candidate)
         for start in range(self.seeds):
             part = [(start + i) % self.seeds for i in range(count)]
-            proba = {step: pool["odds"][:, part, i] for i, step in enumerate(self.reads)}
-            answers, _, runs = replay(path, Finished(pool["answers"][:, part], pool["scores"][:, part]), proba)
-            right.append(self._solved(answers, self.problems[split]).float())
-            begun.append(runs.float())
-        return Trial(*(torch.stack(each).mean(dim=0).numpy().astype(float) for each in (right, begun)))
+            proba = {step: pool["proba"][:, part, i] for i, step in enumerate(self.reads)}
+            found = replay(strategy, Finished(pool["answers"][:, part], pool["scores"][:, part]), proba)
+            right.append(self._solved(found.answers, self.problems[split]).float())
+            begun.append(found.begun.float())
+        return CandidateResult(*(torch.stack(each).mean(dim=0).numpy().astype(float) for each in (right, begun)))
 
     def _read(self, found: Sequence[Candidate | None], split: str) -> list[dict[str, Tensor]]:
-        """Runs what is missing of several trials (None: the records), in one progress bar, and reads all of them."""
+        """Samples the missing batches of several candidates (None: whole runs) and reads all results."""
         stores = [self._store(c, split) for c in found]
         todo = [(c, store, i) for c, store in zip(found, stores, strict=True) for i in self._missing(store)]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         if todo:
-            with Progress(*columns, TimeRemainingColumn()) as bar:
+            with progress() as bar:
                 for candidate, store, index in bar.track(todo, description=f"ensemble: batches of {split}"):
                     store.write(index, *self._batch(candidate, self._chunks(candidate, split)[index]))
         for store in stores:
@@ -126,33 +136,33 @@ class Trials:
         return store.missing()
 
     def _chunks(self, candidate: Candidate | None, split: str) -> list[list[Problem]]:
-        seeds = self.seeds if candidate is None else self._path(candidate).seeds
-        each, problems = max(1, self.context.config.batch // seeds), self.problems[split]
+        seeds = self.seeds if candidate is None else self._strategy(candidate).seeds
+        each, problems = max(1, self.context.sampler.config.batch // seeds), self.problems[split]
         return [problems[i : i + each] for i in range(0, len(problems), each)]
 
-    def _path(self, candidate: Candidate) -> Course:
-        return course(candidate.method, candidate.plan, self.context.config.steps)
+    def _strategy(self, candidate: Candidate) -> Strategy:
+        return build_strategy(candidate.name, candidate.params, self.context.sampler.config.steps)
 
     def _store(self, candidate: Candidate | None, split: str) -> ActivationStore:
-        trial = {"records": self.seeds} if candidate is None else {candidate.method: asdict(candidate.plan)}
-        settings = self.identity | {"split": split, "problems": len(self.problems[split]), "trial": trial}
+        identity = {"runs": self.seeds} if candidate is None else {candidate.name: asdict(candidate.params)}
+        settings = self.identity | {"split": split, "problems": len(self.problems[split]), "strategy": identity}
         settings["first"] = self.problems[split][0].name
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-        kind = "records" if candidate is None else candidate.method
+        kind = "runs" if candidate is None else candidate.name
         return ActivationStore(self.folder / f"{kind}-{split}-{name}", settings, len(self._chunks(candidate, split)))
 
     def _batch(self, candidate: Candidate | None, problems: list[Problem]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if candidate is not None:
-            outcome = run(self.context, candidate.method, candidate.plan, problems, self.seed)
+            outcome = run(self.context, candidate.name, candidate.params, problems, self.seed)
             right = self._solved(outcome.answers, problems)
             return {"answers": outcome.answers, "right": right}, {}
-        outcome = run(self.context, "vote", Plan(self.seeds), problems, self.seed, read=self.reads)
+        outcome = run(self.context, "vote", Hyperparameters(self.seeds), problems, self.seed, read=self.reads)
         tensors = {"answers": outcome.finished.answers, "scores": outcome.finished.scores}
         tensors["right"] = torch.stack([self._solved(column, problems) for column in outcome.finished.answers.T], 1)
         if self.reads:
-            tensors["odds"] = torch.stack([outcome.proba[step] for step in self.reads], dim=2)
+            tensors["proba"] = torch.stack([outcome.proba[step] for step in self.reads], dim=2)
         return tensors, {}
 
     def _solved(self, answers: Tensor, problems: Sequence[Problem]) -> Tensor:
-        solutions = [self.context.task.solutions(p) for p in problems]
+        solutions = [self.context.sampler.task.solutions(p) for p in problems]
         return torch.tensor([int(a) in s for a, s in zip(answers, solutions, strict=True)])

@@ -1,8 +1,7 @@
-"""Reads a bank on held-out problems, beside what the inputs tell, and scores it: intervals, significance, the grid."""
+"""Evaluates the probes of a bank on test problems: accuracy, baselines, intervals, significance, latency."""
 
 from cosprobe.evaluation.baselines import input_samples, read_inputs
-from cosprobe.evaluation.grid import ALPHA, FILE, GUESSES, READOUT, Best, Grid
-from cosprobe.evaluation.held_out import evaluate
+from cosprobe.evaluation.grid import FILE, Best, Grid
 from cosprobe.evaluation.intervals import (
     LEAST_EFFECTIVE,
     LEAST_PROBLEMS,
@@ -11,9 +10,10 @@ from cosprobe.evaluation.intervals import (
     mean_interval,
     share_interval,
 )
-from cosprobe.evaluation.predictions import Evaluated, InputReading
+from cosprobe.evaluation.predictions import Evaluated, InputReading, evaluate
 from cosprobe.evaluation.scoring import build_grid
 from cosprobe.evaluation.significance import max_t_bootstrap
+from cosprobe.evaluation.variables import ALPHA, GUESSES, X0_PARSED
 
 __all__ = [
     "ALPHA",
@@ -21,7 +21,7 @@ __all__ = [
     "GUESSES",
     "LEAST_EFFECTIVE",
     "LEAST_PROBLEMS",
-    "READOUT",
+    "X0_PARSED",
     "Best",
     "Evaluated",
     "Grid",

@@ -1,17 +1,17 @@
-"""Input baselines: what a linear probe reads of a target before the first block of the transformer has run.
+"""Input baselines: linear probes on what the model is given, before the first block of the transformer runs.
 
-An answer that can be read from a layer is a finding only if it cannot be read from what the model was given. So each
-input gets the same samples, penalties and solver as the probes, and is read in the form that serves it best:
+A layer that decodes the answer is a finding only if the inputs do not decode it as well. Probes on inputs therefore get
+the same samples, penalties and solver as probes on layers. Each input is tried in several forms:
 
-* `region` or `whole`: from the regions that a probe of layers reads, or from coarse cells of the whole frame side by
-  side (`pooling.whole_frame`), which every candidate weighs in its own way;
-* `mean` or `frames`: the mean over latent frames, or all latent frames side by side.
+* `region` or `whole`: the regions that probes on layers read, or all coarse cells of the frame (`pooling.whole_frame`)
+  concatenated. With `whole`, every candidate has weights of its own for all coarse cells.
+* `mean` or `frames`: the mean over latent frames, or all latent frames concatenated.
 
-One form is kept per target, input and step: the one with the highest accuracy in cross-validation over whole problems
-of train and validation. Test is not looked at. The kept form is then fitted like a probe: on train, its penalty chosen
-on validation (`ridge`: by folds inside train).
+One form is kept for each target, input and step: the one with the highest accuracy in cross-validation over the
+problems of train and validation. Test samples are not used for this choice. The kept form is then fitted as a probe is:
+on train, with the penalty chosen on validation (`ridge`: by folds inside train).
 
-The latents of x0-hat are read in the same way. They are no input, and have a comparison of their own.
+The latents of x0-hat are read in the same way. They are not an input and are compared separately (`p_x0`).
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ from cosprobe.probes import (
 from cosprobe.tasks import Target, readable_targets
 
 LOCAL = (NOISE, FIRST_FRAME, EMBED, X_T)  # inputs that have frames and regions
-# What a target has to be compared with, by its role. Perception targets lie in the input by definition, nuisance and
-# control targets are no findings: all of these are compared with chance alone.
-MUST_BEAT = {"answer": INPUTS, "choice": INPUTS, "memory": LOCAL}
-GAP = 1e-4  # relative gap of the objective at which a fit ends
-NUMBERS = 2**25  # features worked on at once: 128 MB in fp32
+# The inputs that a target is compared with, by role of the target. Perception targets are visible in the input by
+# definition, and nuisance and control targets are not findings: these roles are compared with chance only.
+MUST_BEAT = {"answer": INPUTS, "model_answer": INPUTS, "memory": LOCAL}
+GAP = 1e-4  # a fit ends at this relative gap of the objective
+NUMBERS = 2**25  # feature values processed at a time: 128 MB in fp32
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How inputs are fitted. kind, lambdas: solver and penalties of the probes. seed: of the folds."""
+    """How probes on inputs are fitted. kind, penalties: as for probes on layers. seed: seed of the folds."""
 
     kind: str
-    lambdas: Sequence[float]
+    penalties: Sequence[float]
     seed: int
 
 
 @dataclass(frozen=True)
 class Form:
-    """One way of reading an input. rows: with a region axis of 1 where the whole frame is read."""
+    """One form of an input. rows: its features; the region axis has size 1 where the whole frame is read."""
 
     name: str
     rows: Float[Tensor, "sample step region column"]
@@ -72,17 +72,21 @@ def read_inputs(
     samples: ProbeSamples,
     inputs: Mapping[str, InputFeatures],
     kind: str,
-    lambdas: Sequence[float],
+    penalties: Sequence[float],
     seed: int = 0,
 ) -> dict[str, dict[str, InputReading]]:
-    """By target and input (and `x0_latent`): what can be read of every target that has to beat inputs.
+    """Fits probes on inputs (and on `x0_latent`) for every target that is compared with inputs.
 
-    samples: those the probes are fitted to. kind, lambdas: solver and penalties of the probes (`logistic` and `newton`
-    have the same optimum, and get the same fits here). seed: of the folds. With several processes every process calls
-    this, each does a part of the steps, and all get the same result.
+    samples: the samples that the probes on layers are fitted to.
+    inputs: features of the inputs, by name.
+    kind, penalties: solver and penalties of the probes. `logistic` and `newton` have the same optimum, so both use
+    Newton's method here.
+    seed: seed of the folds.
+    Returns the readings by name of the target, then by name of the input. With several processes, every process has to
+    call this function; each fits a part of the steps, and all return the same result.
     """
-    recipe = Recipe(kind, lambdas, seed)
-    places = tuple(dict.fromkeys(cell.place for cell in samples.cells))
+    recipe = Recipe(kind, penalties, seed)
+    positions = tuple(dict.fromkeys(cell.position for cell in samples.cells))
     steps = len({cell.step for cell in samples.cells})
     found: dict[str, dict[str, InputReading]] = {}
     for target in readable_targets(samples.targets, samples.regions):
@@ -90,33 +94,33 @@ def read_inputs(
         local = target.role == "memory"
         for name in names:
             read = [
-                _read(samples, target, list(forms(inputs[name], target, place if local else None)), recipe)
-                for place in (places if local else places[:1])
+                _read(samples, target, list(forms(inputs[name], target, position if local else None)), recipe)
+                for position in (positions if local else positions[:1])
             ]
             joined = {field: np.stack([part[field] for part in read], axis=1) for field in read[0]}
             found.setdefault(target.name, {})[name] = InputReading(
-                **{field: _spread_out(value, steps, len(places)) for field, value in joined.items()}
+                **{field: _spread_out(value, steps, len(positions)) for field, value in joined.items()}
             )
     return found
 
 
-def forms(source: InputFeatures, target: Target, place: str | None) -> Iterator[Form]:
-    """The ways in which `target` may be read from an input.
+def forms(source: InputFeatures, target: Target, position: str | None) -> Iterator[Form]:
+    """The forms in which `target` may be read from an input.
 
-    place: for a memory target, where the probe reads: then the input is read in the same regions and latent frame only.
-    None: wherever it serves best.
+    position: for a memory target, the position that the probe on a layer reads. The input is then read at that position
+    only (the same latent frame, coarse cell or regions). None: any part of the input may be read.
     """
     areas = {"region": source.region, "whole": source.whole}
-    if place is not None or target.form == "region":
+    if position is not None or target.form == "region":
         areas.pop("whole" if source.region is not None else "region")
     for area, values in areas.items():
         if values is None:
             continue
-        if place is not None and place.isdigit():
-            values = values[:, :, [int(place)]]
-        if place is not None and place.startswith("r"):  # a coarse cell, by row and column
+        if position is not None and position.isdigit():
+            values = values[:, :, [int(position)]]
+        if position is not None and position.startswith("r"):  # a coarse cell, by row and column
             across = round(values.shape[3] ** 0.5)
-            row, column = map(int, place[1:].split("c"))
+            row, column = map(int, position[1:].split("c"))
             values = values[:, :, :, [row * across + column]]
         times = {"mean": values.mean(dim=2), "frames": rearrange(values, "n s f p c -> n s p (f c)")}
         for time, rows in times.items():
@@ -126,30 +130,31 @@ def forms(source: InputFeatures, target: Target, place: str | None) -> Iterator[
 
 
 def input_samples(samples: ProbeSamples, source: InputFeatures, target: str, cell: Cell, form: str) -> ProbeSamples:
-    """The same samples with one cell, an input in one of its forms at the step of `cell`, for analyses that refit."""
+    """Copies of the samples whose only features are one input, in one form, at the step of `cell`. For refits."""
     kind = next(t for t in readable_targets(samples.targets, samples.regions) if t.name == target)
     step = sorted({c.step for c in samples.cells}).index(cell.step)
-    place = cell.place if kind.role == "memory" else None
-    rows = next(one.rows for one in forms(source, kind, place) if one.name == form)
-    at = min(step, rows.shape[1] - 1)  # one entry serves every step
+    position = cell.position if kind.role == "memory" else None
+    rows = next(one.rows for one in forms(source, kind, position) if one.name == form)
+    at = min(step, rows.shape[1] - 1)  # some inputs have one entry for all steps
     return replace(samples, features=rows[:, [at]], cells=(cell,))
 
 
 def _read(samples: ProbeSamples, target: Target, tried: list[Form], recipe: Recipe) -> dict[str, np.ndarray]:
-    """Fields of an `InputReading` with the step axis first and no place axis."""
+    """Fields of an `InputReading`, with the step axis first and without the position axis."""
     steps = tried[0].rows.shape[1]
-    scores = torch.stack([_by_steps(_cross_validate, samples, target, form, recipe)[0] for form in tried])
-    kept = scores.argmax(dim=0)  # the first of equals
-    names = ("penalty", "columns", "projected", "validation", "test")
-    values: dict[str, list] = {name: [None] * steps for name in names}
+    by_form = [_by_steps(_cross_validate, samples, target, form, recipe)["accuracy"] for form in tried]
+    scores = torch.stack(by_form)
+    kept = scores.argmax(dim=0)  # on a tie the first
+    fields = ("penalty", "columns", "projected", "validation", "test")
+    values: dict[str, list] = {field: [None] * steps for field in fields}
     for i, form in enumerate(tried):
         at = torch.nonzero(kept == i)[:, 0]
         if len(at):
             part = replace(form, rows=form.rows[:, at])
             fitted = _by_steps(_fit_and_predict, samples, target, part, recipe)
-            for name, tensor in zip(values, fitted, strict=True):
-                for place, value in zip(at.tolist(), tensor.numpy(), strict=True):
-                    values[name][place] = value
+            for field in fields:
+                for step, value in zip(at.tolist(), fitted[field].numpy(), strict=True):
+                    values[field][step] = value
     return {
         "form": np.array([tried[i].name for i in kept.tolist()]),
         "accuracy": scores.amax(dim=0).numpy(),
@@ -158,21 +163,21 @@ def _read(samples: ProbeSamples, target: Target, tried: list[Form], recipe: Reci
 
 
 def _by_steps(
-    work: Callable[[ProbeSamples, Target, Tensor, Recipe], tuple[Tensor, ...]],
+    work: Callable[[ProbeSamples, Target, Tensor, Recipe], dict[str, Tensor]],
     samples: ProbeSamples,
     target: Target,
     form: Form,
     recipe: Recipe,
-) -> tuple[Tensor, ...]:
-    """`work` on a few steps at a time, the steps divided between processes."""
-    fitted = replace(target, form="problem") if form.rows.shape[2] == 1 else target  # no regions to compete
+) -> dict[str, Tensor]:
+    """Applies `work` to a few steps at a time. The steps are divided between processes."""
+    fitted = replace(target, form="problem") if form.rows.shape[2] == 1 else target  # a single region
     each = form.rows[:, 0].numel()
 
-    def solve(part: slice) -> tuple[Tensor, ...]:
+    def solve(part: slice) -> dict[str, Tensor]:
         size = max(1, NUMBERS // each)
         slices = [slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size)]
         parts = [work(samples, fitted, form.rows[:, one], recipe) for one in slices]
-        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
 
     return shared(solve, form.rows.shape[1])
 
@@ -182,17 +187,18 @@ def _cross_validate(
     target: Target,
     rows: Float[Tensor, "sample step region column"],
     recipe: Recipe,
-) -> tuple[Float[Tensor, " step"]]:
-    """Accuracy at the best penalty, every sample of train and validation predicted without its problem's fold."""
+) -> dict[str, Tensor]:
+    """Cross-validated accuracy [step] at the best penalty, over the train and validation samples. Folds hold whole
+    problems."""
     keep = torch.from_numpy(samples.split != "test") & _carries(samples, target)
     x, labels = _prepared(samples, target, rows)[0][:, keep], samples.labels[target.name][keep]
     folds = torch.from_numpy(problem_folds(samples.keys[keep.numpy()], recipe.seed))
-    right = torch.zeros(len(x), len(recipe.lambdas), dtype=torch.float64)
+    right = torch.zeros(len(x), len(recipe.penalties), dtype=torch.float64)
     for fold in folds.unique():
-        own = folds == fold
-        weight, bias = _fit(x[:, ~own], labels[~own], target, recipe)
-        right += _hits(x[:, own], labels[own], target, weight, bias).sum(dim=2)
-    return (right.amax(dim=1) / len(labels),)
+        held_out = folds == fold
+        weight, bias = _fit(x[:, ~held_out], labels[~held_out], target, recipe)
+        right += _hits(x[:, held_out], labels[held_out], target, weight, bias).sum(dim=2)
+    return {"accuracy": right.amax(dim=1) / len(labels)}
 
 
 def _fit_and_predict(
@@ -200,44 +206,52 @@ def _fit_and_predict(
     target: Target,
     rows: Float[Tensor, "sample step region column"],
     recipe: Recipe,
-) -> tuple[Tensor, ...]:
-    """Penalty, columns, projected columns, and the labels given to validation and test samples, of every step."""
+) -> dict[str, Tensor]:
+    """For every step: penalty, columns, projected columns, and the labels predicted for validation and test samples."""
     x, columns = _prepared(samples, target, rows)
     train, validation, test = (torch.from_numpy(samples.split == split) for split in ("train", "validation", "test"))
     labels = samples.labels[target.name]
     if recipe.kind == "ridge":
         keys, known = samples.keys[train.numpy()], {target.name: labels[train]}
-        chosen = fit_ridge(x[:, train], known, keys, [target], recipe.lambdas, recipe.seed)[target.name]
+        chosen = fit_ridge(x[:, train], known, keys, [target], recipe.penalties, recipe.seed)[target.name]
     else:
         weight, bias = _fit(x[:, train], labels[train], target, recipe)
-        chosen = validated(x[:, validation], labels[validation], target.form, weight, bias, recipe.lambdas)
+        chosen = validated(x[:, validation], labels[validation], target.form, weight, bias, recipe.penalties)
     values = classes_last(affine(design(x, target.form), chosen.weights, chosen.biases), target.form)
-    said = values.argmax(dim=-1)
+    predicted = values.argmax(dim=-1)
     sizes = torch.tensor([columns, x.shape[-1]]).expand(len(x), 2)
-    return chosen.lambdas, sizes[:, 0], sizes[:, 1], said[:, validation], said[:, test]
+    return {
+        "penalty": chosen.penalties,
+        "columns": sizes[:, 0],
+        "projected": sizes[:, 1],
+        "validation": predicted[:, validation],
+        "test": predicted[:, test],
+    }
 
 
 def _prepared(
     samples: ProbeSamples, target: Target, rows: Float[Tensor, "sample step region column"]
 ) -> tuple[Float[Tensor, "step sample _region axis"], int]:
-    """Standardised by the training samples, steps first; and how many columns there were before a projection.
+    """Features standardised by the training samples, steps first; and the number of columns before any projection.
 
-    More columns than training samples of the target are brought down to as many, their largest principal axes.
+    Where there are more columns than training samples of the target, features are projected onto as many principal axes
+    as there are such samples (those with the largest variance).
     """
     train = torch.from_numpy(samples.split == "train")
     x = standardise(rows, *spread(rows[train]))
     if target.form == "problem":
         x = x.flatten(2)[:, :, None]
-    own = train & _carries(samples, target)
-    columns, most = x.shape[-1], int(own.sum())
+    used = train & _carries(samples, target)
+    columns, most = x.shape[-1], int(used.sum())
     if columns > most:
-        axes = principal_axes(x[:, own].flatten(1, 2))
+        axes = principal_axes(x[:, used].flatten(1, 2))
         basis = axes.basis[..., -most:]  # largest variance last
         x = ((x.flatten(1, 2) - axes.mean[:, None]) @ basis).unflatten(1, x.shape[1:3])
     return x, columns
 
 
 def _carries(samples: ProbeSamples, target: Target) -> Bool[Tensor, " sample"]:
+    """True where a sample has a label of the target."""
     labels = samples.labels[target.name]
     return (labels if labels.ndim == 1 else labels.amin(dim=1)) >= 0
 
@@ -247,26 +261,26 @@ def _fit(
     labels: Int[Tensor, " sample *region"],
     target: Target,
     recipe: Recipe,
-) -> tuple[Float[Tensor, "step width setting out"], Float[Tensor, "step setting out"]]:
-    """Weights and biases at every penalty."""
+) -> tuple[Float[Tensor, "step width penalty out"], Float[Tensor, "step penalty out"]]:
+    """Weights and biases for every penalty."""
     if recipe.kind != "ridge":
-        found = fit_newton(x, labels, target, recipe.lambdas, gap=GAP)
+        found = fit_newton(x, labels, target, recipe.penalties, gap=GAP)
         return found.weight, found.bias
     keys = np.zeros(len(labels))  # a single penalty needs no folds
-    fits = [fit_ridge(x, {target.name: labels}, keys, [target], [value])[target.name] for value in recipe.lambdas]
+    fits = [fit_ridge(x, {target.name: labels}, keys, [target], [value])[target.name] for value in recipe.penalties]
     return torch.stack([f.weights for f in fits], dim=2), torch.stack([f.biases for f in fits], dim=1)
 
 
 def _hits(
     x: Tensor, labels: Tensor, target: Target, weight: Tensor, bias: Tensor
-) -> Float[Tensor, "step setting sample"]:
-    """1 where the fit of each penalty is right; the mean over regions where labels have them."""
-    said = classes_last(affine(design(x, target.form), weight, bias), target.form).argmax(dim=-1).movedim(-1, 1)
-    right = (said == labels).double()
+) -> Float[Tensor, "step penalty sample"]:
+    """1 where the fit with a penalty is right, 0 where it is wrong; the mean over regions for region labels."""
+    predicted = classes_last(affine(design(x, target.form), weight, bias), target.form).argmax(dim=-1).movedim(-1, 1)
+    right = (predicted == labels).double()
     return right.mean(dim=-1) if labels.ndim == 2 else right
 
 
-def _spread_out(values: np.ndarray, steps: int, places: int) -> np.ndarray:
-    """To every step and place, where it is the same for all of them."""
-    shape = (steps, places, *values.shape[2:])
+def _spread_out(values: np.ndarray, steps: int, positions: int) -> np.ndarray:
+    """Repeats values along the step or position axis where that axis has size 1."""
+    shape = (steps, positions, *values.shape[2:])
     return np.broadcast_to(values, shape)

@@ -1,7 +1,7 @@
-"""The result: a labelled array of what every cell decodes, with intervals, baselines and significance.
+"""The grid: a labelled array with the accuracy, interval, baselines and significance of every cell.
 
-Everything is read on the test split; whatever had to be chosen (the best cell, the form of an input, the reference)
-was chosen on train and validation.
+Results are measured on the test split. Choices (the best cell, the form of an input, the reference) are made on train
+and validation.
 """
 
 from __future__ import annotations
@@ -14,23 +14,16 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from cosprobe.cells import INPUTS, X0, Cell
+from cosprobe.cells import Cell
 from cosprobe.errors import InputError
 from cosprobe.runtime import make_folder, whole_file
 
-CHANCE, MAJORITY, READOUT = "chance", "majority", "x0_readout"
-WEIGHTS = ("permuted_weights", "fresh_weights")  # on few samples: listed, never the reference
-GUESSES = (CHANCE, MAJORITY)  # what needs no input at all
-VISIBLE = (READOUT, X0)  # what the picture already shows
-BASELINES = (*GUESSES, *INPUTS, *VISIBLE, *WEIGHTS)
-ALPHA = 0.05  # corrected p above this is no evidence
-CEILING = 0.95  # above this reference there is no room left: skill is NaN
 FILE = "grid.nc"
 
 
 @dataclass(frozen=True)
 class Best:
-    """The cell with the highest validation accuracy, and what it reaches on test. p: `p_evidence`."""
+    """The cell with the highest validation accuracy, and its results on test. p: its `p_evidence`."""
 
     target: str
     cell: Cell
@@ -43,17 +36,23 @@ class Best:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """dataset: dimensions target, step, layer, place, and branch where there is more than one; `expert` is a
-    coordinate along step. MEANING says what each variable holds."""
+    """Results of all cells and baselines.
+
+    dataset: its dimensions are target, step, layer, position, and branch where there is more than one. The coordinate
+    `expert` (along step) names the transformer of a step. The coordinate `frame` (along position) is the latent frame
+    of a position, -1 where the position is not a frame. `variables.MEANING` describes each variable.
+    """
 
     dataset: xr.Dataset
 
     @property
     def targets(self) -> tuple[str, ...]:
+        """Names of the targets."""
         return tuple(str(name) for name in self.dataset.target.values)
 
     @property
     def provenance(self) -> dict[str, Any]:
+        """Model, data and settings that the bank was trained with."""
         return json.loads(self.dataset.attrs["provenance"])
 
     def with_role(self, *roles: str) -> tuple[str, ...]:
@@ -63,32 +62,34 @@ class Grid:
     def best(self, target: str) -> Best:
         """The cell with the highest validation accuracy; on a tie the earliest step, then the lowest layer.
 
-        Raises ValueError for a target the grid does not hold.
+        Raises InputError for a target that the grid does not hold.
         """
         if target not in self.targets:
             raise InputError(f"target={target!r}: expected one of {', '.join(self.targets)}")
-        order = [name for name in ("step", "layer", "branch", "place") if name in self.dataset.validation_accuracy.dims]
+        order = [
+            name for name in ("step", "layer", "branch", "position") if name in self.dataset.validation_accuracy.dims
+        ]
         data = self.dataset.sel(target=target).transpose(*order, ...)
-        chosen = np.nanargmax(data.validation_accuracy.values.round(12))  # first of equals: sums may differ in rounding
+        chosen = np.nanargmax(data.validation_accuracy.values.round(12))  # rounded, so that ties are ties
         at = np.unravel_index(chosen, data.validation_accuracy.shape)
         cell = data.isel(dict(zip(order, at, strict=True)))
-        name = Cell(int(cell.step), str(int(cell.layer)), str(cell.branch.values), str(cell.place.values))
+        name = Cell(int(cell.step), int(cell.layer), str(cell.branch.values), str(cell.position.values))
         values = (cell[v] for v in ("accuracy", "lower", "upper", "p_evidence", "validation_accuracy"))
         return Best(target, name, *map(float, values))
 
     def at(self, target: str, cell: Cell) -> xr.Dataset:
-        """Everything known of one cell."""
-        where = {"step": cell.step, "layer": int(cell.site), "branch": cell.branch, "place": cell.place}
+        """All variables at one cell."""
+        where = {"step": cell.step, "layer": cell.layer, "branch": cell.branch, "position": cell.position}
         return self.dataset.sel(target=target, **{k: v for k, v in where.items() if k in self.dataset.dims})
 
-    def plane(self, target: str, place: str | None = None, branch: str | None = None) -> xr.Dataset:
-        """The layer x step plane at a place and branch; default: the plane of the best cell."""
+    def plane(self, target: str, position: str | None = None, branch: str | None = None) -> xr.Dataset:
+        """All variables by layer and step at one position and branch; by default those of the best cell."""
         cell = self.best(target).cell
-        where = {"place": place or cell.place, "branch": branch or cell.branch}
+        where = {"position": position or cell.position, "branch": branch or cell.branch}
         return self.dataset.sel(target=target, **{k: v for k, v in where.items() if k in self.dataset.dims})
 
     def save(self, path: Path | str) -> Path:
-        """Writes netCDF; the file is whole or absent."""
+        """Writes a netCDF file. An interrupted call leaves no partial file."""
         path = Path(path)
         make_folder(path.parent)
         with whole_file(path) as part:
@@ -97,16 +98,19 @@ class Grid:
 
     @classmethod
     def load(cls, path: Path | str) -> Grid:
-        """A saved grid, from its file, its report folder or its run folder.
+        """Loads a grid from its file, its report folder or its run folder.
 
-        Raises ValueError when there is none or the file is damaged.
+        Raises InputError when there is no such file, or when it is damaged or was written by another version.
         """
         found = [p for p in (Path(path), Path(path) / FILE, Path(path) / "report" / FILE) if p.is_file()]
         if not found:
             raise InputError(f"grid {str(path)!r} is missing: expected {FILE} or a run folder; run train.py first")
         try:
             dataset = xr.load_dataset(found[0], engine="netcdf4")
-            dataset["p_evidence"]
-        except (OSError, ValueError, KeyError, RuntimeError):
+        except (OSError, ValueError, RuntimeError):
             raise InputError(f"grid {str(found[0])!r} is damaged: expected netCDF; run train.py again") from None
+        if missing := [name for name in ("position", "p_evidence", "x0_accuracy") if name not in dataset.variables]:
+            raise InputError(
+                f"grid {str(found[0])!r} has no {missing[0]}: expected a grid of this version; run train.py again"
+            )
         return cls(dataset)

@@ -1,8 +1,7 @@
-"""How sure a number is: intervals that respect the problem behind every sample.
+"""95 % intervals of shares, paired differences and means, for samples that are clustered by problem.
 
-Samples of one problem (other noise seeds, mirror images) are not independent, so intervals count problems, not samples
-(`effective_problems`). Probes are never refitted: they were trained on other problems, so their test predictions are
-fixed.
+Samples of one problem (other noise seeds, mirror images) are not independent. Intervals therefore count problems, not
+samples (`effective_problems`). They treat test predictions as fixed: probes are not refitted.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from cosprobe.errors import InputError
 
 COVERAGE = 0.95
 TAIL = (1 - COVERAGE) / 2
-LEAST_PROBLEMS = 12  # fewer ground no statement, whatever the interval
-LEAST_EFFECTIVE = 6  # nor do many that are worth fewer, because few of them hold most samples
+LEAST_PROBLEMS = 12  # with fewer problems there are no p-values and no intervals of differences
+LEAST_EFFECTIVE = 6  # likewise for the effective number of problems
 PSEUDO = 1.5  # problems added to wins and to losses of a difference
-CONTINUITY = 0.25  # problems by which the interval of a difference is widened at each end
-TIE = 1e-9  # two statistics closer than this are equal: only rounding separates them
+CONTINUITY = 0.25  # the interval of a difference is this many problems wider at each end
+TIE = 1e-9  # statistics that differ by less than this (rounding) count as equal
 
 
 def correctness(
@@ -33,30 +32,30 @@ def correctness(
 
 
 def majority(labels: Int[np.ndarray, "*label"]) -> int:
-    """The most frequent label, the smallest of them on a tie; entries of -1 do not count."""
+    """The most frequent label, on a tie the smallest. Labels of -1 are ignored."""
     return int(np.bincount(labels[labels >= 0].ravel()).argmax())
 
 
 @dataclass(frozen=True)
 class ProblemDraws:
-    """Problems drawn with replacement; every row they are applied to sees the same draws, so rows are paired.
+    """Bootstrap draws of problems. All rows use the same draws, so rows are paired.
 
-    member: 1 where a sample belongs to a problem. weight: what one sample of a problem weighs in each draw's mean.
+    member: 1 where a sample belongs to a problem. weight: weight of one sample of a problem in the mean of each draw.
     """
 
     member: Float[np.ndarray, "sample problem"]
     weight: Float[np.ndarray, "problem draw"]
 
     def means(self, values: Float[np.ndarray, "row sample"]) -> Float[np.ndarray, "row draw"]:
-        """Mean over the samples drawn, a ratio of sums: a problem with more samples weighs more."""
+        """Mean over the samples of each draw. A problem with more samples has more weight."""
         return (values @ self.member) @ self.weight
 
 
 def problem_draws(keys: Shaped[np.ndarray, "sample"], draws: int, seed: int) -> ProblemDraws:
-    """As many problems as there are, drawn with replacement `draws` times, each with all of its samples.
+    """Draws problems with replacement, `draws` times, as many as there are. A problem is drawn with all its samples.
 
-    A function of (keys, draws, seed) alone; which problem a draw takes does not depend on the order of samples.
-    Raises ValueError for no samples.
+    The result depends on (keys, draws, seed) only. The order of the samples does not change which problems are drawn.
+    Raises InputError for no samples.
     """
     member = membership(keys)
     sizes = member.sum(axis=0)
@@ -65,10 +64,12 @@ def problem_draws(keys: Shaped[np.ndarray, "sample"], draws: int, seed: int) -> 
 
 
 def effective_problems(keys: Shaped[np.ndarray, "sample"]) -> float:
-    """How many equally large problems would tell as much: (sum m)^2 / sum m^2 for m samples of each problem.
+    """Effective number of problems: (sum m)^2 / sum m^2 for m samples of each problem.
 
-    It is exact where all samples of a problem agree, and too few problems where they do not. It is not estimated from
-    the answers: intervals that do so are too narrow at these numbers of problems. Raises ValueError for no samples.
+    A mean over these samples varies as a mean over that many problems with one sample each. This is exact if all
+    samples of a problem have the same value, and too low (conservative) otherwise. It is not estimated from the
+    values: intervals based on such an estimate are too narrow at the numbers of problems used here.
+    Raises InputError for no samples.
     Source: Kish (1965), "Survey Sampling", section 11.7.
     """
     check_any(keys)
@@ -77,7 +78,7 @@ def effective_problems(keys: Shaped[np.ndarray, "sample"]) -> float:
 
 
 def grounded(keys: Shaped[np.ndarray, "sample"]) -> bool:
-    """Whether there are problems enough for a statement: 12, and no few of them that hold most of the samples."""
+    """Whether there are enough problems for p-values: at least 12, and an effective number of at least 6."""
     if len(np.unique(keys)) < LEAST_PROBLEMS:
         return False
     return effective_problems(keys) >= LEAST_EFFECTIVE
@@ -86,12 +87,12 @@ def grounded(keys: Shaped[np.ndarray, "sample"]) -> bool:
 def share_interval(
     right: Float[np.ndarray, "cell sample"], keys: Shaped[np.ndarray, "sample"]
 ) -> tuple[Float[np.ndarray, "cell"], Float[np.ndarray, "cell"]]:
-    """95 % interval of each cell's share of right answers, each sample between 0 (wrong) and 1 (right).
+    """95 % interval of each cell's share of right answers. Each sample is between 0 (wrong) and 1 (right).
 
-    Exact binomial bounds of n trials, n the effective number of problems, of which n times the share succeeded; both
-    may be fractions. A sample in between (a mean over regions, or over seeds) varies less than a right or wrong one of
-    the same mean, so that its interval is too wide rather than too narrow. One more right answer never lowers an end.
-    Raises ValueError for no samples, or a sample outside 0 to 1.
+    These are exact binomial bounds for n trials and n * share successes, where n is the effective number of problems.
+    Both numbers may be fractions. A sample strictly between 0 and 1 (a mean over regions or seeds) varies less than a
+    binary one of the same mean, so its interval is conservative. One more right answer never lowers an end.
+    Raises InputError for no samples, or a sample outside 0 to 1.
     Source: Clopper and Pearson (1934), at an effective number of trials as Korn and Graubard (1998).
     """
     right = _within(right, 0.0, "right", "shares from 0 (wrong) to 1 (right)")
@@ -105,18 +106,18 @@ def share_interval(
 def difference_interval(
     difference: Float[np.ndarray, "cell sample"], keys: Shaped[np.ndarray, "sample"]
 ) -> tuple[Float[np.ndarray, "cell"], Float[np.ndarray, "cell"]]:
-    """95 % interval of each cell's mean paired difference, each sample between -1 (lost) and 1 (won).
+    """95 % interval of each cell's mean paired difference. Each sample is between -1 (lost) and 1 (won).
 
-    Wins and losses are counted in effective problems n; 1.5 are added to both, the interval is Wald's with the
-    quantile of Student's t at n - 1 degrees of freedom, a quarter of a problem wider at each end. Turning a loss into
-    a tie, or a tie into a win, never lowers an end: where the plain formula would, near -1 and 1, the end is that of
-    more wins (losses), which is farther out.
+    Wins and losses are counted in effective problems, n in total, and 1.5 are added to each of the two. The interval is
+    Wald's, with the quantile of Student's t at n - 1 degrees of freedom, and a quarter of a problem wider at each end.
+    The ends are monotone: turning a loss into a tie, or a tie into a win, never lowers an end. Near -1 and 1 the plain
+    formula is not monotone; there the end is the one at more wins (losses), which makes the interval wider.
 
-    Agresti and Min add 0.5 to each of the four cells of the table and take the normal quantile. That covers 0.84 to
-    0.91 of true differences at 12 to 90 problems where one side (almost) never wins, and is not monotone; these
-    constants are the narrowest of a search that cover at least 0.94 for differences from -0.5 to 0.5 and any share of
-    ties (worst 0.944, exact for 5 to 450 problems), at 7 % more width with 90 problems.
-    Raises ValueError for no samples, or a sample outside -1 to 1.
+    Departure: Agresti and Min add 0.5 to each of the four cells of the table and use the normal quantile. The interval
+    then covers 0.84 to 0.91 of true differences with 12 to 90 problems where one side (almost) never wins, and is not
+    monotone. The constants here come from a search: the narrowest interval that covers at least 0.94 for differences
+    from -0.5 to 0.5 and any share of ties (worst 0.944, exact for 5 to 450 problems). It is 7 % wider with 90 problems.
+    Raises InputError for no samples, or a sample outside -1 to 1.
     Source: Agresti and Min (2005), "Simple improved confidence intervals for comparing matched proportions".
     """
     difference = _within(difference, -1.0, "difference", "differences of two shares, from -1 to 1")
@@ -129,12 +130,12 @@ def difference_interval(
 def mean_interval(
     values: Float[np.ndarray, "row sample"], keys: Shaped[np.ndarray, "sample"]
 ) -> tuple[Float[np.ndarray, "row"], Float[np.ndarray, "row"]]:
-    """95 % interval of each row's mean of unbounded values, such as code lengths; for shares see `share_interval`.
+    """95 % interval of each row's mean of unbounded values, such as code lengths. For shares use `share_interval`.
 
-    The mean is a ratio of sums over problems. Its Student's t statistic (degrees of freedom: effective problems - 1)
-    is first freed of the skewness of the problems by a cubic transformation, without which, as with drawing problems
-    anew, the long tail of code lengths is missed. Values that are all equal give an interval without width, a single
-    problem gives one without ends. Raises ValueError for no samples.
+    The mean is a ratio of sums over problems. Its Student's t statistic (degrees of freedom: effective problems - 1) is
+    corrected for the skewness of the problem sums by a cubic transformation. Without it, and with bootstrap
+    percentiles, intervals of code lengths miss the long upper tail. If all values are equal, the interval has width 0.
+    With a single problem it is infinite. Raises InputError for no samples.
     Source: Hall (1992), "On the removal of skewness by transformation", the transformation g2.
     """
     values, member = np.asarray(values, dtype=np.float64), membership(keys)
@@ -161,7 +162,7 @@ def _difference_end(
     """Lower end of `difference_interval`, given wins and losses in problems."""
     quantile, total = _student(count), count + 2 * PSEUDO
     twice = 2 * (losses + PSEUDO)
-    # at given losses the formula falls with more wins, then rises; below its lowest point it keeps that value
+    # at given losses the formula first falls, then rises with more wins; before its minimum, use the minimum
     turn = total / 2 * (1 - np.sqrt((4 * twice + total) / (total + quantile**2)))
     ahead = np.maximum(wins - losses, turn)
     width = quantile * np.sqrt(twice + ahead - ahead**2 / total) + CONTINUITY
@@ -169,25 +170,27 @@ def _difference_end(
 
 
 def _student(count: float) -> float:
+    """Upper 2.5 % quantile of Student's t for `count` problems."""
     return float(stdtrit(max(count - 1, 1.0), 1 - TAIL))
 
 
 def _within(values: Float[np.ndarray, "cell sample"], least: float, name: str, expected: str) -> np.ndarray:
-    """The values as fp64. Raises ValueError for one outside `least` to 1."""
+    """The values as fp64. Raises InputError for a value outside `least` to 1."""
     values = np.asarray(values, dtype=np.float64)
     outside = ~((values >= least - TIE) & (values <= 1 + TIE))
     if outside.any():
-        raise InputError(f"{name}={values[outside][0]}: expected {expected}; for other values there is `mean_interval`")
+        raise InputError(f"{name}={values[outside][0]}: expected {expected}; for other values use `mean_interval`")
     return values
 
 
 def membership(keys: Shaped[np.ndarray, "sample"]) -> Float[np.ndarray, "sample problem"]:
-    """1 where a sample belongs to a problem, problems in the order of their keys."""
+    """1 where a sample belongs to a problem. Problems are sorted by key."""
     check_any(keys)
     problem = np.unique(keys, return_inverse=True)[1]
     return np.eye(problem.max() + 1)[problem]
 
 
 def check_any(keys: Shaped[np.ndarray, "sample"]) -> None:
+    """Raises InputError for no samples."""
     if len(keys) == 0:
         raise InputError("no samples: expected at least one; draw more problems")

@@ -1,10 +1,12 @@
-"""When along the steps (or layers) something becomes decodable, in a measure that targets of any ceiling share.
+"""Latency: the step (or layer) at which a target becomes decodable, comparable between targets with unequal maxima.
 
-A *line* is the accuracy of one probe or one baseline over positions. Its latency is the position where accuracy
-above chance first reaches half of its own maximum above chance, as half-maximum onsets are read off in
-electrophysiology; a fixed threshold would call a target with a low ceiling late. Since the maximum is the largest of
-several noisy points it is a little too high and latencies a little too late: in simulations with 60 to 300 problems
-by 0.1 to 0.2 steps for a line that climbs to 0.9, by 0.4 to 0.7 for one that stops at 0.5.
+A *line* is the accuracy of one probe or one baseline along steps (or layers). Its latency is the point where accuracy
+above chance first reaches half of its own maximum above chance, as in half-maximum onsets in electrophysiology. With a
+fixed threshold, a target with a low maximum would seem late.
+
+The maximum is the largest of several noisy points, so it is slightly too high, and latencies are slightly too late. In
+simulations with 60 to 300 problems the bias is 0.1 to 0.2 steps for a line that rises to 0.9, and 0.4 to 0.7 for one
+that rises to 0.5.
 """
 
 from __future__ import annotations
@@ -20,33 +22,35 @@ from cosprobe.errors import InputError
 from cosprobe.evaluation.intervals import COVERAGE, TIE, problem_draws
 from cosprobe.evaluation.significance import CHUNK
 
-# Standard deviations to either side of an interval: 1.96 would cover 0.91 to 0.95, because the maximum is taken anew in
-# every draw (`validity.onsets`).
+# Standard deviations to either side of an interval. With 1.96, intervals would cover 0.91 to 0.95, because every draw
+# has a maximum of its own (`validity.onsets`).
 QUANTILE = 2.24
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Positions, in the unit of `at` (step index or layer), one per line; NaN for lines without evidence.
+    """Latency of every line, in the unit of `at` (step index or layer). NaN for lines without evidence.
 
-    value: on all samples. lower, upper: 95 % interval from draws of problems, freed of their bias. censored: half of
-    the maximum is reached at the line's first point already, so the value means "at or before". drawn: the latency in
-    every draw, the same problems for all lines; NaN in draws where the line nowhere exceeds chance.
+    value: on all samples.
+    lower, upper: bias-corrected 95 % bootstrap interval over problems.
+    censored: true if half of the maximum is reached at the first point of the line. Then the value means "at or
+    before".
+    bootstrap: the latency in every draw. All lines use the same draws. NaN where the line never exceeds chance.
     """
 
     value: Float[np.ndarray, "line"]
     lower: Float[np.ndarray, "line"]
     upper: Float[np.ndarray, "line"]
     censored: Bool[np.ndarray, "line"]
-    drawn: Float[np.ndarray, "line draw"]
+    bootstrap: Float[np.ndarray, "line draw"]
 
 
 @dataclass(frozen=True)
 class Lag:
-    """Differences of two latencies, in the unit of positions; NaN where either is.
+    """Differences of two latencies, in the unit of positions. NaN where either latency is NaN.
 
-    at_most: the first of the two is censored, the true lag may be smaller. at_least: the second is, it may be
-    larger. Both at once: nothing is known of its sign.
+    at_most: the first latency is censored, so the true lag may be smaller. at_least: the second latency is censored, so
+    the true lag may be larger. If both are true, the sign of the lag is unknown.
     """
 
     value: Float[np.ndarray, "pair"]
@@ -67,29 +71,35 @@ def latency(
 ) -> Latency:
     """Half-maximum latency of every line, linearly interpolated between points.
 
-    correct: right or wrong at each point; a point that is NaN on every sample (x0-hat not decoded at that step) does
-    not exist for that line. chance: a number per line, or right and wrong of the guess, per line and sample, which is
-    then drawn along. at: positions of the points, rising. keys: the problem of each sample. found: lines with
-    evidence (corrected significance) that they exceed chance anywhere; others get NaN, as does a line that nowhere
-    exceeds chance, or fails to in more than 5 % of the draws.
-    The maximum, and with it the height that must be reached, is taken anew in every draw.
-    Raises ValueError for no samples, positions that do not rise or fit, and a point that is NaN on some samples only.
+    correct: right (1) or wrong (0) at each point. A point that is NaN on every sample (x0-hat not decoded at that step)
+    is left out of that line.
+    chance: a number per line, or 1 and 0 where the guess is right and wrong, per line and sample. In the second form it
+    is resampled together with `correct`.
+    at: positions of the points, increasing.
+    keys: the problem of each sample.
+    found: lines with evidence (corrected significance) that they exceed chance somewhere. Other lines get NaN, as do
+    lines that never exceed chance on all samples, or that never exceed it in more than 5 % of the draws.
+    draws, seed: number and seed of the bootstrap draws. The maximum is recomputed in every draw.
+    Raises InputError for no samples, positions that do not increase or do not match the points, and a point that is NaN
+    on some samples only.
     """
     plan = problem_draws(keys, draws, seed)
     correct, positions = np.asarray(correct, dtype=np.float64), np.asarray(at, dtype=np.float64)
     lines, points, samples = correct.shape
     if positions.shape != (points,) or (np.diff(positions) <= 0).any():
-        raise InputError(f"at={list(at)}: expected {points} rising positions, one per point; sort the points")
+        raise InputError(f"at={list(at)}: expected {points} increasing positions, one per point; sort the points")
     missing = np.isnan(correct)
     if (missing.any(axis=2) != missing.all(axis=2)).any():
         line, point = np.argwhere(missing.any(axis=2) != missing.all(axis=2))[0]
-        raise InputError(f"line {line}, point {point}: NaN on some samples, expected on all or none; drop the point")
+        raise InputError(
+            f"curve {line}, point {point}: NaN on some samples, expected on all or none; leave the point out"
+        )
     guess = np.asarray(chance, dtype=np.float64)
     if guess.shape not in ((lines,), (lines, samples)):
         raise InputError(f"chance{list(guess.shape)}: expected [{lines}] or [{lines}, {samples}], one row per line")
     guess = guess.reshape(lines, -1)
     exists = ~missing[:, :, 0]
-    value, drawn, censored = np.empty(lines), np.empty((lines, draws)), np.empty(lines, dtype=bool)
+    value, bootstrap, censored = np.empty(lines), np.empty((lines, draws)), np.empty(lines, dtype=bool)
     size = max(1, CHUNK // max(1, points))
     for start in range(0, lines, size):
         part = slice(start, start + size)
@@ -97,23 +107,26 @@ def latency(
         means = plan.means(above.reshape(-1, samples)).reshape(*above.shape[:2], draws)
         heights = np.concatenate([above.mean(axis=2, keepdims=True), means], axis=2)
         crossed, first = _half_maximum(heights, positions, exists[part])
-        value[part], drawn[part], censored[part] = crossed[:, 0], crossed[:, 1:], first[:, 0]
-    known = np.asarray(found) & np.isfinite(value) & (np.isnan(drawn).mean(axis=1) <= 1 - COVERAGE)
-    drawn = np.where(known[:, None], drawn, np.nan)
-    return Latency(np.where(known, value, np.nan), *_interval(value, drawn), censored & known, drawn)
+        value[part], bootstrap[part], censored[part] = crossed[:, 0], crossed[:, 1:], first[:, 0]
+    known = np.asarray(found) & np.isfinite(value) & (np.isnan(bootstrap).mean(axis=1) <= 1 - COVERAGE)
+    bootstrap = np.where(known[:, None], bootstrap, np.nan)
+    return Latency(np.where(known, value, np.nan), *_interval(value, bootstrap), censored & known, bootstrap)
 
 
 def lag(latencies: Latency, first: Sequence[int], second: Sequence[int]) -> Lag:
-    """Latency of line first[i] minus latency of line second[i], paired: both are read in the same draws.
+    """Latency of line first[i] minus latency of line second[i], paired: both use the same draws.
 
-    With the visible baseline as `first` and a probe as `second`, a positive lag means decodable before visible.
-    Draws in which either line has no latency are left out. Raises ValueError when the two do not pair up.
+    With x0-hat as `first` and a probe as `second`, a positive lag means that the probe decodes the target before x0-hat
+    shows it. Draws in which either line has no latency are left out. Raises InputError when `first` and `second` have
+    unequal lengths.
     """
     if len(first) != len(second):
-        raise InputError(f"{len(first)} first and {len(second)} second lines: expected pairs; repeat the shared line")
+        raise InputError(
+            f"first and second have {len(first)} and {len(second)} lines: expected equal numbers; repeat a shared line"
+        )
     a, b = np.asarray(first, dtype=int), np.asarray(second, dtype=int)
     value = latencies.value[a] - latencies.value[b]
-    lower, upper = _interval(value, latencies.drawn[a] - latencies.drawn[b])
+    lower, upper = _interval(value, latencies.bootstrap[a] - latencies.bootstrap[b])
     known = np.isfinite(value)
     return Lag(value, lower, upper, latencies.censored[a] & known, latencies.censored[b] & known)
 
@@ -123,31 +136,31 @@ def _half_maximum(
     at: Float[np.ndarray, "point"],
     exists: Bool[np.ndarray, "line point"],
 ) -> tuple[Float[np.ndarray, "line draw"], Bool[np.ndarray, "line draw"]]:
-    """Where each line first reaches half of its maximum in each draw, and whether that is at its first point."""
-    order = np.argsort(~exists, axis=1, kind="stable")  # points that exist come first, the last of them fills the rest
+    """The position where each line first reaches half of its maximum in each draw; whether it is the first point."""
+    order = np.argsort(~exists, axis=1, kind="stable")  # points that exist first; the last of them repeated after that
     last = np.maximum(exists.sum(axis=1) - 1, 0)
     order = np.take_along_axis(order, np.minimum(np.arange(len(at)), last[:, None]), axis=1)
-    heights, place = np.take_along_axis(heights, order[:, :, None], axis=1), at[order]
+    heights, position = np.take_along_axis(heights, order[:, :, None], axis=1), at[order]
     largest = heights.max(axis=1)
     half = largest / 2
     after = (heights >= half[:, None] - TIE).argmax(axis=1)
     before = np.maximum(after - 1, 0)
     low, high = (np.take_along_axis(heights, i[:, None], axis=1)[:, 0] for i in (before, after))
-    start, end = (np.take_along_axis(place, i, axis=1) for i in (before, after))
-    rise = np.where(after > 0, high - low, 1.0)  # never 0: a point below half, then one that reaches it
+    start, end = (np.take_along_axis(position, i, axis=1) for i in (before, after))
+    rise = np.where(after > 0, high - low, 1.0)  # above 0: the first point is below half, the second is not
     share = np.clip((half - low) / rise, 0.0, 1.0)
     exceeds = (largest > TIE) & exists.any(axis=1, keepdims=True)
     return np.where(exceeds, start + share * (end - start), np.nan), (after == 0) & exceeds
 
 
 def _interval(
-    value: Float[np.ndarray, "line"], drawn: Float[np.ndarray, "line draw"]
+    value: Float[np.ndarray, "line"], bootstrap: Float[np.ndarray, "line draw"]
 ) -> tuple[Float[np.ndarray, "line"], Float[np.ndarray, "line"]]:
-    """Percentiles of the draws, corrected for how far their median is from the value (Efron 1981, "Nonparametric
-    standard errors and confidence intervals"), with QUANTILE standard deviations to either side."""
-    bounds = np.full((2, len(drawn)), np.nan)
-    for line in np.flatnonzero(~np.isnan(drawn).all(axis=1) & np.isfinite(value)):
-        known = np.sort(drawn[line][~np.isnan(drawn[line])])
+    """Bias-corrected percentiles of the draws (Efron 1981, "Nonparametric standard errors and confidence intervals"),
+    with QUANTILE standard deviations to either side."""
+    bounds = np.full((2, len(bootstrap)), np.nan)
+    for line in np.flatnonzero(~np.isnan(bootstrap).all(axis=1) & np.isfinite(value)):
+        known = np.sort(bootstrap[line][~np.isnan(bootstrap[line])])
         below = ((known < value[line] - TIE).sum() + (known <= value[line] + TIE).sum()) / 2 / len(known)
         shift = 2 * ndtri(np.clip(below, 0.5 / len(known), 1 - 0.5 / len(known)))
         bounds[:, line] = np.quantile(known, ndtr([shift - QUANTILE, shift + QUANTILE]))

@@ -1,88 +1,105 @@
-"""What frozen probes predict on validation and test: the numbers a grid is built from, before any statistics."""
+"""Predictions of a bank's probes on validation and test. A grid is computed from them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from cosprobe.activations import ProbeSamples
 from cosprobe.cells import Cell
 from cosprobe.errors import InputError
+from cosprobe.probes import ProbeBank, brier, ece
 from cosprobe.tasks import Target
 
 
 @dataclass(frozen=True)
 class SplitPredictions:
-    """One target on one split, probes already frozen.
+    """Predictions of one target on one split.
 
-    labels: -1 (every region of a row, for region labels) leaves the sample out. keys: problem of each sample.
-    predicted: label each cell gives. readout: forced-choice answer of decoded x0-hat at each step of the grid, -1 in
-    steps that were not decoded. drawn: the model's own final answer, -1 for none. inputs: by name of an input, and
-    for `x0_latent`, the label that its probe gives.
+    labels: samples with label -1 are left out (for region labels: -1 in every region).
+    keys: the problem of each sample.
+    predicted: labels predicted at each cell.
+    x0_parsed: the candidate with the highest parser score in the decoded x0-hat, at each step of the grid; -1 at steps
+    that were not decoded.
+    model_answer: what the finished video shows, -1 for no answer.
+    inputs: labels predicted by the probes on inputs and on `x0_latent`, by name.
     """
 
     labels: Int[np.ndarray, "*label"]
     keys: Shaped[np.ndarray, "sample"]
     predicted: Int[np.ndarray, "cell *label"]
-    readout: Int[np.ndarray, "step sample"] | None = None
-    drawn: Int[np.ndarray, "sample"] | None = None
-    inputs: dict[str, Int[np.ndarray, "step place *label"]] = field(default_factory=dict)
+    x0_parsed: Int[np.ndarray, "step sample"] | None = None
+    model_answer: Int[np.ndarray, "sample"] | None = None
+    inputs: dict[str, Int[np.ndarray, "step position *label"]] = field(default_factory=dict)
 
     def carried(self) -> SplitPredictions:
-        """Only the samples that carry the target."""
+        """Only the samples that have a label of the target.
+
+        Raises InputError for a sample with labels in some of its regions only.
+        """
         known = np.asarray(self.labels) >= 0
         keep = known if known.ndim == 1 else known.all(axis=1)
         if known.ndim == 2 and (known.any(axis=1) != keep).any():
             raise InputError("region labels: expected -1 in every region of a sample or in none")
-        take = [None if x is None else np.asarray(x)[..., keep] for x in (self.readout, self.drawn)]
+        take = [None if x is None else np.asarray(x)[..., keep] for x in (self.x0_parsed, self.model_answer)]
         labels, keys = np.asarray(self.labels)[keep], np.asarray(self.keys)[keep]
-        inputs = {name: np.asarray(said)[:, :, keep] for name, said in self.inputs.items()}
-        readout, drawn = take
-        return SplitPredictions(labels, keys, np.asarray(self.predicted)[:, keep], readout, drawn, inputs)
+        inputs = {name: np.asarray(labels)[:, :, keep] for name, labels in self.inputs.items()}
+        x0_parsed, model_answer = take
+        return SplitPredictions(labels, keys, np.asarray(self.predicted)[:, keep], x0_parsed, model_answer, inputs)
 
 
 @dataclass(frozen=True)
 class InputReading:
-    """What was read of one target from one input, frozen, at every step and place of the grid.
+    """Probes of one target on one input, at every step and position of the grid.
 
-    form: the form that was kept. accuracy: of that form, in cross-validation. penalty: of its probe. columns: how many
-    numbers it has per row. projected: to how many principal axes of the training samples they were brought down; equal
-    to columns where they were not. validation, test: the labels it gives.
+    form: the form of the input that was kept. accuracy: cross-validated accuracy of that form. penalty: penalty of the
+    probe. columns: number of features. projected: number of principal axes of the training samples that features were
+    projected onto; equal to columns where they were not projected. validation, test: predicted labels.
     """
 
-    form: Shaped[np.ndarray, "step place"]
-    accuracy: Float[np.ndarray, "step place"]
-    penalty: Float[np.ndarray, "step place"]
-    columns: Int[np.ndarray, "step place"]
-    projected: Int[np.ndarray, "step place"]
-    validation: Int[np.ndarray, "step place *validation"]
-    test: Int[np.ndarray, "step place *test"]
+    form: Shaped[np.ndarray, "step position"]
+    accuracy: Float[np.ndarray, "step position"]
+    penalty: Float[np.ndarray, "step position"]
+    columns: Int[np.ndarray, "step position"]
+    projected: Int[np.ndarray, "step position"]
+    validation: Int[np.ndarray, "step position *validation"]
+    test: Int[np.ndarray, "step position *test"]
 
 
 @dataclass(frozen=True)
 class TargetPredictions:
-    """One target: training labels and the problem of each, predictions on validation and test, the lambda chosen for
-    each cell, how many samples were left out because the model settled on no answer, and how far probabilities can be
-    trusted (`temperature`, and on test `brier`, `ece` and `ece_raw`, the latter without the temperature). readings: of
-    every input that was read, in what form, and its accuracy in cross-validation."""
+    """Predictions of one target on validation and test, and how its probes were trained.
+
+    train_labels, train_keys: training labels, and the problem of each training sample.
+    penalties: the penalty chosen for each cell.
+    n_no_answer: number of samples left out because the finished video shows no answer.
+    calibration: of each cell, `temperature`, and on test `brier`, `ece` and `ece_raw` (ECE without the temperature).
+    readings: probes on inputs, by name of the input.
+    """
 
     target: Target
     train_labels: Int[np.ndarray, "*train"]
     train_keys: Shaped[np.ndarray, "sample"]
     validation: SplitPredictions
     test: SplitPredictions
-    lambdas: Float[np.ndarray, "cell"]
-    n_none: int = 0
-    trust: dict[str, Float[np.ndarray, "cell"]] = field(default_factory=dict)
+    penalties: Float[np.ndarray, "cell"]
+    n_no_answer: int = 0
+    calibration: dict[str, Float[np.ndarray, "cell"]] = field(default_factory=dict)
     readings: dict[str, InputReading] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a grid is built from. cells: the cells axis of every prediction, all of them layers.
-    experts: which transformer ran, for each step that occurs in cells, in order. results: one per target. left_out:
-    why there are no probes of a target, a sentence each."""
+    """Predictions of all targets, from which a grid is built.
+
+    cells: the cell axis of every prediction; all cells are layers.
+    experts: the transformer that ran at each step of `cells`, in order of steps.
+    results: one per target.
+    left_out: a sentence for each target without probes that gives the reason.
+    """
 
     cells: tuple[Cell, ...]
     experts: tuple[str, ...]
@@ -91,27 +108,92 @@ class Evaluated:
 
     @property
     def steps(self) -> tuple[int, ...]:
+        """Step indices of the cells, sorted."""
         return tuple(sorted({cell.step for cell in self.cells}))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return tuple(sorted({int(cell.site) for cell in self.cells}))
+        """Layers of the cells, sorted."""
+        return tuple(sorted({cell.layer for cell in self.cells}))
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """In order of appearance."""
+        """Branches of the cells, in order of appearance."""
         return tuple(dict.fromkeys(cell.branch for cell in self.cells))
 
     @property
-    def places(self) -> tuple[str, ...]:
-        """In order of appearance."""
-        return tuple(dict.fromkeys(cell.place for cell in self.cells))
+    def positions(self) -> tuple[str, ...]:
+        """Positions of the cells, in order of appearance."""
+        return tuple(dict.fromkeys(cell.position for cell in self.cells))
 
-    def index(self) -> Int[np.ndarray, "step layer branch place"]:
-        """Where each cell stands in `cells`, -1 for one that is absent."""
-        axes = (self.steps, self.layers, self.branches, self.places)
+    def index(self) -> Int[np.ndarray, "step layer branch position"]:
+        """Index into `cells` by step, layer, branch and position; -1 where there is no such cell."""
+        axes = (self.steps, self.layers, self.branches, self.positions)
         position = np.full([len(axis) for axis in axes], -1)
         for i, cell in enumerate(self.cells):
-            names = (cell.step, int(cell.site), cell.branch, cell.place)
+            names = (cell.step, cell.layer, cell.branch, cell.position)
             position[tuple(axis.index(name) for axis, name in zip(axes, names, strict=True))] = i
         return position
+
+
+def evaluate(
+    samples: ProbeSamples,
+    experts: Sequence[str],
+    bank: ProbeBank,
+    readings: Mapping[str, Mapping[str, InputReading]] | None = None,
+) -> Evaluated:
+    """Predicts every target of the bank at every cell, on validation and test.
+
+    experts: the transformer of each step in `samples`. readings: probes on inputs, by target and input.
+    """
+    steps = sorted({cell.step for cell in samples.cells})
+    train, validation, test = (samples.subset(split) for split in ("train", "validation", "test"))
+    settled = np.zeros(len(samples)) if samples.model_answer is None else samples.model_answer
+    results = []
+    for target in bank.targets:
+        read = dict((readings or {}).get(target.name, {}))
+        kinds = np.isin(samples.kinds, target.kinds)
+        none = int((kinds & (settled < 0)).sum()) if target.role == "model_answer" else 0
+        results.append(
+            TargetPredictions(
+                target,
+                train.labels[target.name].numpy(),
+                train.keys,
+                _predictions(validation, target, bank, steps, {name: one.validation for name, one in read.items()}),
+                _predictions(test, target, bank, steps, {name: one.test for name, one in read.items()}),
+                bank.penalties[target.name].numpy(),
+                none,
+                _calibration(test, target, bank),
+                read,
+            )
+        )
+    return Evaluated(samples.cells, tuple(experts), tuple(results), samples.left_out)
+
+
+def _predictions(
+    samples: ProbeSamples, target: Target, bank: ProbeBank, steps: list[int], inputs: dict[str, np.ndarray]
+) -> SplitPredictions:
+    x0_parsed = None
+    if target.role in ("answer", "model_answer"):  # the candidate with the highest parser score
+        scores = samples.scores["x0_scores"][:, steps]
+        x0_parsed = np.where(np.isnan(scores).any(-1), -1, np.nan_to_num(scores).argmax(-1)).T
+    return SplitPredictions(
+        labels=samples.labels[target.name].numpy(),
+        keys=samples.keys,
+        predicted=bank.predict(samples.features, target.name).numpy(),
+        x0_parsed=x0_parsed,
+        model_answer=samples.model_answer,
+        inputs=inputs,
+    )
+
+
+def _calibration(test: ProbeSamples, target: Target, bank: ProbeBank) -> dict[str, np.ndarray]:
+    """Calibration of every cell on test. Empty if the bank has no temperatures for the target or test has no labels."""
+    labels = test.labels[target.name].flatten()
+    if target.name not in bank.temperatures or not (labels >= 0).any():
+        return {}
+    raw = bank.decision(test.features, target.name).reshape(len(bank.cells), len(labels), -1)
+    heat = bank.temperatures[target.name]
+    proba = (raw / heat[:, None, None]).softmax(dim=-1)
+    found = {"temperature": heat, "ece": ece(proba, labels), "ece_raw": ece(raw.softmax(-1), labels)}
+    return {name: value.numpy() for name, value in (found | {"brier": brier(proba, labels)}).items()}

@@ -1,7 +1,8 @@
-"""p-values corrected for the number of cells looked at; problems, not samples, are exchanged.
+"""p-values of the cells of a map, corrected for the number of cells. Problems, not samples, are resampled.
 
-Two questions: does a cell beat guessing (`max_t_permutation`: the labels of whole problems are permuted), and does it
-beat a baseline (`max_t_bootstrap`: the signs of whole problems are turned), or every one of several (`weakest_pair`)?
+* `max_t_permutation`: is a cell above chance? Labels are permuted between problems.
+* `max_t_bootstrap`: is a cell above a baseline? The signs of the differences are changed problem by problem.
+* `weakest_pair`: is a cell above every one of several baselines?
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from jaxtyping import Float, Int, Shaped
 from cosprobe.errors import InputError
 from cosprobe.evaluation.intervals import COVERAGE, TIE, check_any, membership
 
-CHUNK = 4096  # cells worked on at once: bounds memory at CHUNK x draws numbers
+CHUNK = 4096  # cells processed at a time; memory is bounded by CHUNK x draws values
 
 
 @dataclass(frozen=True)
 class MaxT:
-    """What a comparison corrected for all cells found.
+    """Result of a test that is corrected for all cells.
 
-    p: of each cell. critical: what a cell's statistic must exceed for p <= 0.05; inf where none can.
+    p: corrected p-value of each cell. critical: a cell has p <= 0.05 if its statistic exceeds this value; inf where no
+    statistic can.
     """
 
     p: Float[np.ndarray, "cell"]
@@ -30,7 +32,7 @@ class MaxT:
 
 @dataclass(frozen=True)
 class Above(MaxT):
-    """lower: simultaneous 95 % lower bound of each cell's mean."""
+    """Result of a test of mean differences. lower: simultaneous 95 % lower bound of each cell's mean difference."""
 
     lower: Float[np.ndarray, "cell"]
 
@@ -38,24 +40,30 @@ class Above(MaxT):
 def max_t_bootstrap(
     difference: Float[np.ndarray, "cell sample"], keys: Shaped[np.ndarray, "sample"], draws: int = 1000, seed: int = 0
 ) -> Above:
-    """Is a cell's mean difference above 0? p and 95 % lower bound, corrected for having looked at all cells.
+    """Tests whether each cell's mean difference is above 0. p-values and 95 % lower bounds, corrected for all cells.
 
-    difference: probe right minus baseline right, per sample. Each draw keeps or turns the sign of whole problems,
-    the same ones in all cells, which is what a difference without direction would look like. A cell's statistic is
-    its sum over problems divided by the root of its sum of squares (neither of which needs estimating anew: a turned
-    sign leaves the squares alone), the largest of each draw is kept over cells, and
-    p = (1 + draws whose largest reaches this cell's statistic) / (1 + draws).
-    lower: the largest mean the same test would reject, with the critical value of mean 0; simultaneous (all bounds
-    hold together in 95 % of experiments), above 0 exactly where p <= 0.05 if it is finite. It is -inf where no mean,
-    however low, can be rejected: below 19 draws, with too few problems, or where one of few holds most samples. A
-    cell that differs on no problem has p = 1 and lower = 0; one that differs by the same amount on all of n problems
-    has 1 / 2**n, the sign test's p, when it stands alone.
+    difference: accuracy of the probe minus accuracy of the baseline on each sample.
+    keys: the problem of each sample.
+    draws, seed: number and seed of the sign changes.
 
-    Exact for one cell with differences as often up as down; for a grid asymptotic in the number of problems. In
-    simulations (20 to 300 cells, 20 to 60 problems) 3 to 8 of 100 null grids show a cell; drawing problems with
-    replacement instead gave 5 to 11. Raises ValueError for no samples.
+    Each draw changes the sign of every problem with probability 1/2, the same signs for all cells, as under the null
+    hypothesis that differences are symmetric around 0. A cell's statistic is its sum over problems divided by the root
+    of its sum of squares, which sign changes do not alter. The largest statistic over cells is kept for each draw, and
+    p = (1 + draws whose largest statistic reaches this cell's statistic) / (1 + draws).
+
+    lower: the largest mean that the same test rejects, with the critical value for mean 0. Bounds are simultaneous: all
+    hold together in 95 % of experiments. A finite bound is above 0 exactly where p <= 0.05. The bound is -inf where the
+    test can reject no mean: below 19 draws, with too few problems, or where one of few problems holds most samples.
+
+    A cell without differences has p = 1 and lower = 0. A single cell that differs by the same amount on all of n
+    problems has p = 1 / 2**n, as in the sign test.
+
+    The test is exact for one cell with symmetric differences, and asymptotic in the number of problems for a grid. In
+    simulations (20 to 300 cells, 20 to 60 problems), 3 to 8 of 100 null grids have a significant cell. Drawing problems
+    with replacement instead gives 5 to 11. Raises InputError for no samples.
     Source: wild cluster bootstrap with the null imposed and Rademacher weights, Cameron, Gelbach and Miller (2008),
-    section III.B, here of the largest statistic over cells (single-step maxT, Romano and Wolf 2005).
+    section III.B. Departure: it is applied to the largest statistic over cells (single-step maxT, Romano and Wolf
+    2005).
     """
     difference, member = np.asarray(difference, dtype=np.float64), membership(keys)
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(member.shape[1], draws))
@@ -74,9 +82,9 @@ def max_t_bootstrap(
     statistic = np.where(differs, totals / np.where(differs, lengths, 1.0), -np.inf)
     p = (1 + draws - np.searchsorted(largest, statistic - TIE)) / (1 + draws)
 
-    rank = int((1 - COVERAGE) * (1 + draws) + TIE)  # p <= 0.05: fewer draws than this reach the statistic
+    rank = int((1 - COVERAGE) * (1 + draws) + TIE)  # p <= 0.05 if fewer draws than this reach the statistic
     critical = max(largest[-rank], 0.0) if rank and differs.any() else np.inf
-    if critical > np.sqrt(len(sizes)) - TIE:  # no statistic is larger than this root (Cauchy and Schwarz)
+    if critical > np.sqrt(len(sizes)) - TIE:  # no statistic is larger than this root (Cauchy-Schwarz)
         critical = np.inf
     bending = sizes.sum() ** 2 - critical**2 * (sizes**2).sum()
     if bending <= TIE:
@@ -85,7 +93,7 @@ def max_t_bootstrap(
         linear = totals * sizes.sum() - critical**2 * overlap
         constant = totals**2 - critical**2 * lengths**2
         lower = (linear - np.sqrt(np.maximum(linear**2 - bending * constant, 0.0))) / bending
-    lower = np.where(p <= 1 - COVERAGE + TIE, lower, np.minimum(lower, 0.0))  # ties are ties in both
+    lower = np.where(p <= 1 - COVERAGE + TIE, lower, np.minimum(lower, 0.0))  # the same ties in both
     return Above(p, float(critical), np.where(differs, lower, 0.0))
 
 
@@ -95,14 +103,19 @@ def weakest_pair(
     draws: int = 1000,
     seed: int = 0,
 ) -> Above:
-    """Does a cell beat every one of its inputs? p and 95 % lower bound of its weakest pair, corrected for all pairs.
+    """Tests whether each cell is above every one of its inputs. p-values and 95 % lower bounds, corrected for all
+    pairs.
 
-    differences: cell right minus input right, per sample; a pair that is NaN on every sample does not exist. All pairs
-    go through one `max_t_bootstrap`, with the same sign changes; a cell has the largest p and the smallest lower bound
-    of its pairs, NaN where it has none. A cell is no better than all inputs if it is no better than one of them, so
-    that calling it better takes a wrong rejection of that pair, whichever it is: no input is chosen, and the level
-    holds whether inputs are equally good or not. Raises ValueError for no samples, or a pair that is NaN on some only.
-    Source: the intersection-union test, Berger (1982), of p-values corrected as in `max_t_bootstrap`.
+    differences: accuracy of the cell minus accuracy of the input on each sample. A pair that is NaN on every sample is
+    left out.
+    keys, draws, seed: as in `max_t_bootstrap`.
+
+    All pairs are tested by one `max_t_bootstrap`, with the same sign changes. The p of a cell is the largest p of its
+    pairs, and its lower bound is the smallest of its pairs; both are NaN for a cell without pairs. If a cell is not
+    above all inputs, there is an input that it is not above, and a false positive takes a false rejection of that pair.
+    The level therefore holds without choosing an input, whether inputs are equally accurate or not.
+    Raises InputError for no samples, or a pair that is NaN on some samples only.
+    Source: the intersection-union test, Berger (1982), with p-values corrected as in `max_t_bootstrap`.
     """
     differences = np.asarray(differences, dtype=np.float64)
     missing = np.isnan(differences)
@@ -125,15 +138,18 @@ def max_t_permutation(
     draws: int = 1000,
     seed: int = 0,
 ) -> MaxT:
-    """p of each cell's accuracy, corrected for having looked at all of them; the statistic is in standard deviations.
+    """Tests whether each cell's accuracy is above chance. p-values corrected for all cells.
 
-    Labels move between problems as whole blocks (only between problems with the same number of samples; a row of
-    region labels stays together); predictions stay. Every cell's accuracy is standardised by its own mean and
-    spread over the permutations, the largest cell of each permutation is kept, and
-    p = (1 + permutations whose largest cell reaches this cell) / (1 + draws).
-    The observed labelling counts as one of the permutations, which keeps the test exact.
-    A cell whose accuracy no permutation changes (a constant prediction) has no evidence either way: it scores 0.
-    Raises ValueError for no samples.
+    predictions, labels: of each sample (and region). keys: the problem of each sample. draws, seed: number and seed of
+    the permutations.
+
+    Labels are permuted between problems with the same number of samples. All labels of a problem move together, and so
+    do the region labels of a sample. Predictions stay. A cell's statistic is its accuracy, standardised by its mean and
+    standard deviation over the permutations. The largest statistic over cells is kept for each permutation, and
+    p = (1 + permutations whose largest statistic reaches this cell's statistic) / (1 + draws).
+    The observed labelling counts as one of the permutations, which makes the test exact.
+    A cell whose accuracy is the same in all permutations (a constant prediction) has statistic 0.
+    Raises InputError for no samples.
     Source: single-step maxT, Westfall and Young (1993), procedure 2.8.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
@@ -145,7 +161,7 @@ def max_t_permutation(
     largest = np.full(draws + 1, -np.inf)
     for start in range(0, len(flat), CHUNK):
         block = flat[start : start + CHUNK]
-        hits = np.zeros((len(block), draws + 1), dtype=np.float32)  # counts: exact below 2**24 labels
+        hits = np.zeros((len(block), draws + 1), dtype=np.float32)  # fp32 counts are exact below 2**24
         for k in classes:
             hits += (block == k).astype(np.float32) @ (rows == k).astype(np.float32).T
         mean, spread = hits.mean(1, dtype=np.float64), hits.std(1, dtype=np.float64)
@@ -159,14 +175,14 @@ def max_t_permutation(
 
 
 def permuted_blocks(keys: Shaped[np.ndarray, "sample"], draws: int, seed: int) -> Int[np.ndarray, "draw sample"]:
-    """Which sample's label each sample gets; row 0 is the identity, followed by `draws` permutations."""
+    """Index of the sample whose label each sample gets. Row 0 is the identity; `draws` permutations follow."""
     rng = np.random.default_rng(seed)
     problem, sizes = np.unique(keys, return_inverse=True, return_counts=True)[1:]
     order = np.argsort(problem, kind="stable")
     starts = np.cumsum(sizes) - sizes
     source = np.tile(np.arange(len(problem)), (draws + 1, 1))
     for size in np.unique(sizes):
-        blocks = order[starts[sizes == size, None] + np.arange(size)]  # problem, its samples
+        blocks = order[starts[sizes == size, None] + np.arange(size)]  # axes: problem, sample of the problem
         shuffled = rng.permuted(np.tile(np.arange(len(blocks)), (draws, 1)), axis=1)
         source[1:, blocks.ravel()] = blocks[shuffled].reshape(draws, -1)
     return source

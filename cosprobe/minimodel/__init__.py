@@ -1,4 +1,4 @@
-"""How the model in the package was trained, and LoRA adapters through the same flow matching."""
+"""Training of the model in the package, and of LoRA adapters, both by flow matching."""
 
 from cosprobe.minimodel.card import train_and_describe
 from cosprobe.minimodel.lora_training import AdapterConfig

@@ -1,4 +1,4 @@
-"""How often a pipeline solves unseen problems, read from decoded pixels; also while it is being trained."""
+"""Accuracy of a pipeline on unseen problems, with answers parsed from decoded videos; also during training."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from cosprobe.tasks import Problem, Task, images, noise_seed
 
 @dataclass(frozen=True)
 class Solved:
-    """problems: unseen ones. right: the video ends on a candidate that counts as right; none: it ends on none. path:
-    agreement of what was drawn with a right solution. All arrays [problem]."""
+    """Results on unseen problems. All arrays are [problem].
+
+    right: whether the video shows a right answer. none: whether it shows no answer. path: agreement of the video with a
+    right solution.
+    """
 
     problems: list[Problem]
     right: np.ndarray
@@ -31,7 +34,7 @@ class Solved:
 def solve(
     model: Any, pipeline: PipelineConfig, task: Task, problems: Sequence[Problem], seed: int, progress: bool = False
 ) -> Solved:
-    """Samples every problem once and reads the video's answer. The task's reference has `pipeline.frames` frames."""
+    """Samples every problem once and parses the answer from the video. Videos have `pipeline.frames` frames."""
     task = cast(Task, replace(cast(Any, task), frames=pipeline.frames))
     right, none, path = [], [], []
     batches = [problems[i : i + pipeline.batch] for i in range(0, len(problems), pipeline.batch)]
@@ -40,7 +43,7 @@ def solve(
         seeds = [noise_seed(p, 0, seed) for p in batch]
         video = sample(model, pipeline, images(task, batch), [p.prompt for p in batch], seeds)
         for problem, clip in zip(batch, video, strict=True):
-            read = task.readout(problem, clip)
+            read = task.parse(problem, clip)
             right.append(read.answer in task.solutions(problem))
             none.append(read.answer is None)
             path.append(read.path)
@@ -48,10 +51,12 @@ def solve(
 
 
 class LearningCurve(L.Callback):
-    """Every so many steps, solves a few validation problems of every kind and notes the share that came out right.
+    """Callback that measures accuracy on a few validation problems of every kind, every `every` steps.
 
-    pipeline_of: the pipeline around the weights as they are now, and the settings it is sampled with (by step).
-    path: a json list of {step, family, kind, right, of, frames}, continued by a resumed run.
+    tasks: by name. pipeline_of: function of the module and the step that returns a pipeline with the current weights
+    and the settings for sampling. path: JSON list of {step, family, kind, right, of, frames}, which a resumed run
+    continues.
+    problems: number of problems of each kind.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class LearningCurve(L.Callback):
         self.tasks, self.pipeline_of, self.path, self.every, self.problems = tasks, pipeline_of, path, every, problems
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        """Measures accuracy if the step is a multiple of `every`."""
         step = trainer.global_step
         if step % self.every:
             return

@@ -17,20 +17,22 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cosprobe.tasks import Problem, Task
 
-IDLE = 0.25  # a channel whose latents vary no more than this share of the most varied one's counts as unused
+IDLE = 0.25  # a channel is unused if its standard deviation is at most this share of the largest one
 
 
 @dataclass
 class AutoencoderConfig:
-    """Size and recipe. stages: (longest, batch, steps) trained one after another, single frames first. From a stage
-    with longest = 1 the model sees single frames; else whole videos of the mini model's lengths up to the longest.
-    emphasis: weight of pixels that differ from the first frame: what moves is a small part of a picture.
-    families: what it practises on (repeat a name to weight it); empty = all that the model learns, alike.
-    start: `pipeline.path` of the autoencoder to go on from, such as `mini`; empty = random weights.
-    Latent channels it makes no use of are begun anew. kl: at 1e-5 eight of twelve channels died.
+    """Size and training of the autoencoder.
 
-    Frames must be 4k+1: the Wan autoencoder works in chunks of four frames after the first. The learning
-    rate decides: above 1e-3 the reconstruction error sticks at the error of a grey picture.
+    stages: (longest, batch, steps), trained one after another. With longest = 1, the model is trained on single frames;
+    otherwise on whole videos of the mini model's lengths up to the longest. Lengths must be 4k + 1, because the Wan
+    autoencoder processes chunks of four frames after the first.
+    lr: learning rate. Above 1e-3 the reconstruction error stays at that of a grey image.
+    kl: weight of the KL term. At 1e-5, eight of twelve latent channels became unused.
+    emphasis: weight of pixels that differ from the first frame. They are a small part of a video.
+    families: tasks to train on (repeat a name to weight it); empty: all tasks of the model, equally.
+    start: `pipeline.path` of the autoencoder to start from, such as `mini`; empty: random weights. Its unused latent
+    channels are initialised again (`revive`).
     """
 
     base_dim: int = 16
@@ -47,11 +49,12 @@ class AutoencoderConfig:
 
     @property
     def steps(self) -> int:
+        """Training steps of all stages."""
         return sum(steps for _, _, steps in self.stages)
 
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKLWan:
-    """Compresses 4x in time and 8x in space (patches of 2, two halvings)."""
+    """Builds an autoencoder; by default it compresses 4x in time and 8x in space (patches of 2, two halvings)."""
     pixels = 3 * config.patch_size**2
     halvings = len(config.dim_mult) - 1
     return AutoencoderKLWan(
@@ -72,15 +75,15 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKLWan:
 
 @torch.no_grad()
 def revive(vae: AutoencoderKLWan) -> list[int]:
-    """Gives new weights to the latent channels that vary at most `IDLE` of the most varied one, by the `latents_std`
-    the model was saved with, and returns their numbers.
+    """Initialises unused latent channels again and returns their indices.
 
-    A channel that the KL term has pressed down to noise never comes back: the decoder has learned not to look at it.
-    The 1 x 1 x 1 convolutions on both sides of the latent are first merged into their neighbours, so that a channel
-    has weights of its own; but for the border of the picture nothing else changes.
+    A channel is unused if its `latents_std` is at most `IDLE` times the largest one. The KL term has reduced it to
+    noise, and the decoder ignores it, so further training does not bring it back.
+    The 1 x 1 x 1 convolutions before and after the latent are first merged into their neighbours, so that each channel
+    has its own weights. Apart from the border of the image, this leaves the outputs unchanged.
     """
     deviations = torch.tensor(vae.config["latents_std"])
-    # deviations below the share were raised to it (`measure_scale`): count those that stand there, rounding apart
+    # `measure_scale` raised smaller deviations to this share, so they are equal to it up to rounding
     idle = torch.nonzero(deviations <= 1.001 * IDLE * deviations.max()).flatten().tolist()
     if not idle:
         return idle
@@ -99,7 +102,7 @@ def revive(vae: AutoencoderKLWan) -> list[int]:
         inner.weight[channel].uniform_(-bound, bound)
         inner.bias[channel] = 0
         inner.weight[z + channel] = 0
-        inner.bias[z + channel] = -4  # logarithm of the variance: little noise, so that there is something to see
+        inner.bias[z + channel] = -4  # logarithm of the variance: little noise
         first.weight[:, channel].uniform_(-bound, bound)
     return idle
 
@@ -118,8 +121,10 @@ def video_of(task: Task, problem: Problem, frames: int) -> np.ndarray:
 
 
 class ClipBatches(IterableDataset):
-    """Endless batches of videos, each from a family and a problem of its own and all of one length; batch `i` depends
-    on (seed, i) alone, so a resumed run sees the batches it would have seen."""
+    """Endless batches of videos of one length, each of a random task and problem.
+
+    Batch `i` depends on (seed, i) only, so a resumed run gets the same batches. start: index of the first batch.
+    """
 
     def __init__(
         self, families: Sequence[Family], lengths: Sequence[int], config: AutoencoderConfig, seed: int, start: int
@@ -141,7 +146,7 @@ class ClipBatches(IterableDataset):
 
 
 class AutoencoderTraining(L.LightningModule):
-    """Absolute plus squared reconstruction error, weighted, and a small KL term. Resumes at the batch it stopped at."""
+    """Trains the autoencoder on weighted absolute plus squared reconstruction error and a KL term. Can be resumed."""
 
     def __init__(
         self, config: AutoencoderConfig, families: Sequence[Family], lengths: Sequence[int] = (13,), seed: int = 0
@@ -152,12 +157,14 @@ class AutoencoderTraining(L.LightningModule):
         self.vae = build_autoencoder(config)
 
     def train_dataloader(self) -> DataLoader:
+        """Batches from the current step on."""
         batches = ClipBatches(self.families, self.lengths, self.config, self.seed, self.global_step)
         return DataLoader(batches, batch_size=None)
 
     def training_step(self, clips: Tensor, batch_index: int) -> Tensor:
+        """Loss of one batch of clips [batch, 3, frame, height, width]."""
         posterior = self.vae.encode(clips).latent_dist
-        step = self.seed * 1_000_003 + self.global_step  # so that a resumed run goes on as if it had never stopped
+        step = self.seed * 1_000_003 + self.global_step  # the same noise in a resumed run
         noise = torch.Generator(self.device).manual_seed(step)
         error = self.vae.decode(posterior.sample(noise)).sample.float() - clips
         moved = (clips != clips[:, :, :1]).any(dim=1, keepdim=True)
@@ -168,6 +175,7 @@ class AutoencoderTraining(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict:
+        """Adam with linear warm-up and linear decay over the last 30 % of steps."""
         optimizer = torch.optim.Adam(self.vae.parameters(), lr=self.config.lr, betas=(0.9, 0.95))
 
         def factor(step: int) -> float:

@@ -1,4 +1,4 @@
-"""The model card: how well a pipeline solves unseen problems, measured on decoded pixels."""
+"""The model card: accuracy of a pipeline on unseen problems, with answers parsed from decoded videos."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from cosprobe.models import PipelineConfig, load_pipeline
 from cosprobe.runtime import whole_file
 from cosprobe.tasks import Problem, Select, Task
 
-BINS = 5  # rows at most for one kind of difficulty
+BINS = 5  # largest number of rows for one difficulty
 
 
 @dataclass(frozen=True)
 class Measured:
-    """solved: of each family at `pipeline.frames` frames. elsewhere: at other lengths, by (family, frames).
-    misread: of each family, reconstructed references that are read differently, and how many were made.
-    reworded: the same pictures with other words, by what was named anew, for families whose prompt decides."""
+    """Results of a model, by task.
+
+    solved: at `pipeline.frames` frames. elsewhere: at other lengths, by (task, frames).
+    misread: number of reference videos whose parsed answer changes by the autoencoder, and number of videos.
+    reworded: the same images with another object or box named in the prompt, for the task `select`.
+    """
 
     solved: dict[str, Solved]
     elsewhere: dict[tuple[str, int], Solved]
@@ -39,7 +42,8 @@ class Measured:
 def train_and_describe(
     experiment: MiniConfig | AdapterConfig, task: Task, pipeline: PipelineConfig, folder: Path, seed: int
 ) -> Path:
-    """Trains the mini model (`MiniConfig`) or adapters of `pipeline` (`AdapterConfig`); returns the description."""
+    """Trains the mini model (`MiniConfig`) or adapters of `pipeline` (`AdapterConfig`). Returns the path of its
+    card."""
     tasks = families(experiment.families, task)
     if isinstance(experiment, MiniConfig):
         return describe(train_mini(experiment, tasks, folder), pipeline, tasks, seed)
@@ -48,9 +52,9 @@ def train_and_describe(
 
 
 def describe(folder: Path, pipeline: PipelineConfig, tasks: Mapping[str, Task], seed: int) -> Path:
-    """Measures the model in `folder` on unseen problems of every family and kind, and writes its card.
+    """Measures the model in `folder` on unseen problems of every task and kind, and writes its card.
 
-    A model that was not trained on videos of `pipeline.frames` frames is measured on its longest.
+    Videos have `pipeline.frames` frames, or the longest trained length if the model was not trained on that length.
     """
     settings = json.loads((folder / "recipe.json").read_text())["settings"]
     lengths, counts = settings["lengths"], settings["card"]
@@ -67,9 +71,10 @@ def measure(
     counts: Sequence[int],
     seed: int,
 ) -> Measured:
-    """Samples test problems, which share none with what the model was trained on, whatever its symmetry.
+    """Measures a model on test problems. No rotation or reflection of them is among the training problems.
 
-    counts: of each kind, problems at the usual length, at each of the other lengths, and reconstructions.
+    lengths: numbers of frames that the model was trained on. counts: for each kind, the number of problems at
+    `pipeline.frames`, of problems at each other length, and of reconstructed reference videos.
     """
     solved, elsewhere, misread, reworded = {}, {}, {}, {}
     for name, task in tasks.items():
@@ -80,14 +85,14 @@ def measure(
             if length != pipeline.frames and counts[1]:
                 elsewhere[name, length] = solve(model, replace(pipeline, frames=length), task, few, seed)
         if isinstance(task, Select):
-            reworded[name] = {w: solve(model, pipeline, task, asked, seed) for w, asked in rewordings(task, problems)}
+            reworded[name] = {w: solve(model, pipeline, task, new, seed) for w, new in rewordings(task, problems)}
         references = counts[2] * len(task.kinds)
         misread[name] = (count_misread(model, pipeline, task, references), references)
     return Measured(solved, elsewhere, misread, reworded)
 
 
 def rewordings(task: Select, problems: Sequence[Problem]) -> list[tuple[str, list[Problem]]]:
-    """Half of the problems with the next object of the picture named, half with the next box."""
+    """The problems with changed prompts: half name the next object of the image, half the next box."""
     objects = [task.swapped(p, object=(p.layout.named + 1) % len(p.layout.objects)) for p in problems[::2]]
     boxes = [task.swapped(p, box=(p.layout.corner + 1) % task.candidates) for p in problems[1::2]]
     return [("object", objects), ("box", boxes)]
@@ -95,20 +100,20 @@ def rewordings(task: Select, problems: Sequence[Problem]) -> list[tuple[str, lis
 
 @torch.no_grad()
 def count_misread(model: Any, pipeline: PipelineConfig, task: Task, count: int) -> int:
-    """How many of `count` reference videos are read differently once they went through the autoencoder."""
+    """Number of reference videos, of `count`, whose parsed answer changes after encoding and decoding."""
     misread, problems = 0, task.problems("test", count)
     batches = [problems[i : i + pipeline.batch] for i in range(0, count, pipeline.batch)]
-    for batch in track(batches, f"{task.name}: {count} references made again"):
+    for batch in track(batches, f"{task.name}: {count} references reconstructed"):
         clips = np.stack([video_of(task, p, pipeline.frames) for p in batch])
         again = model.vae.decode(model.vae.encode(to_model_range(clips)).latent_dist.mode()).sample
         shown = ((again.permute(0, 2, 3, 4, 1) + 1) / 2).numpy()
         for problem, clip, reference in zip(batch, shown, clips, strict=True):
-            misread += task.readout(problem, clip).answer != task.readout(problem, reference / 255).answer
+            misread += task.parse(problem, clip).answer != task.parse(problem, reference / 255).answer
     return misread
 
 
 def rate(solved: Solved, keep: Any = slice(None)) -> str:
-    """`0.91 [0.88, 0.94] of 512`, with its 95 % interval by problem."""
+    """Accuracy with its 95 % interval by problem, such as `0.910 [0.880, 0.940] of 512`; `-` for no problems."""
     right = solved.right[keep].astype(float)
     if not len(right):
         return "-"
@@ -118,7 +123,7 @@ def rate(solved: Solved, keep: Any = slice(None)) -> str:
 
 
 def difficulties(solved: Solved) -> list[tuple[str, np.ndarray]]:
-    """Rows of a table: a name, and which problems belong to it; many values of one measure are joined."""
+    """Rows of a table by difficulty: name of each row and mask of its problems. At most BINS ranges per difficulty."""
     rows = []
     for measure in solved.problems[0].difficulty:
         values = np.array([p.difficulty[measure] for p in solved.problems])
@@ -133,6 +138,7 @@ def difficulties(solved: Solved) -> list[tuple[str, np.ndarray]]:
 
 
 def table(name: str, measured: Measured) -> list[str]:
+    """Section of the card on one task, in Markdown."""
     solved = measured.solved[name]
     kinds = np.array([p.kind for p in solved.problems])
     names = list(dict.fromkeys(kinds))
@@ -164,18 +170,21 @@ def table(name: str, measured: Measured) -> list[str]:
 
 
 def speed(recipe: dict[str, Any]) -> list[str]:
-    """How fast the recipe was, run by run: each went on from the weights of the one before. Clips until nine in ten
-    validation problems of a kind came out right are counted over all runs."""
+    """Table of the training times of all runs, each of which started from the weights of the one before.
+
+    A last line gives the number of clips, counted over all runs, until 90 % of the validation problems of a kind were
+    solved.
+    """
     lines = [
         "| run | autoencoder, min | encoding, min | flow matching, min | thousand clips | frames | s for 1,000 clips |",
         "|---|---|---|---|---|---|---|",
     ]
-    learned, looked_at, reached = 0.0, 0, dict[str, str]()
+    learned, tested, reached = 0.0, 0, dict[str, str]()
     for number, run in enumerate([*recipe.get("before", []), recipe], start=1):
         flow, minutes = run["settings"]["flow"], run["minutes"]
         for row in run["curve"]:
-            looked_at = row["of"]
-            if row["right"] >= 0.9 * looked_at:
+            tested = row["of"]
+            if row["right"] >= 0.9 * tested:
                 clips = f"{learned + row['step'] * flow['batch'] / 1000:.0f}"
                 reached.setdefault(f"{row['family']} {row['kind']}", f"{clips} ({row['frames']} frames)")
         cells = [f"{minutes[stage]:.0f}" if minutes.get(stage) else "-" for stage in ("autoencoder", "encoding")]
@@ -188,32 +197,33 @@ def speed(recipe: dict[str, Any]) -> list[str]:
             cells += ["-"] * 4
         lines.append(f"| {number} | {' | '.join(cells)} |")
     if reached:
-        told = ", ".join(f"{kind} {clips}" for kind, clips in reached.items())
-        lines += ["", f"Thousand clips until nine in ten of {looked_at} problems were solved, at 8 steps: {told}."]
+        kinds = ", ".join(f"{kind} {clips}" for kind, clips in reached.items())
+        lines += ["", f"Clips, in thousands, until 90 % of {tested} problems were solved at 8 steps: {kinds}."]
     return lines
 
 
 def write_card(folder: Path, measured: Measured, pipeline: PipelineConfig) -> Path:
-    """Writes README.md into the pipeline folder, with the recipe that `train_mini` left there."""
+    """Writes README.md into the pipeline folder, with the recipe that `train_mini` saved there."""
     recipe = json.loads((folder / "recipe.json").read_text())
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
     lines = [
         "# The mini model",
         "",
-        f"A complete `WanImageToVideoPipeline`, small enough for a laptop, that solves {', '.join(measured.solved)}.",
-        f"`WanImageToVideoPipeline.from_pretrained(folder)` loads it; {size:.1f} MB. Sample it with "
+        f"A complete `WanImageToVideoPipeline`, small enough for a laptop. Tasks: {', '.join(measured.solved)}.",
+        f"`WanImageToVideoPipeline.from_pretrained(folder)` loads it ({size:.1f} MB). Sample it with "
         f"{pipeline.steps} steps, guidance {pipeline.guidance:g}, {pipeline.frames} frames of 64 x 64 pixels and "
         f"`max_sequence_length={pipeline.prompt_tokens}`.",
         "",
         "## Accuracy",
         "",
-        "Test problems, none of which (in any rotation or reflection) the model was trained on; answers are read from",
-        "decoded pixels; 95 % intervals by problem. Of several right answers any counts.",
+        "Accuracy on test problems, with 95 % intervals by problem. No rotation or reflection of a test problem is",
+        "among the training problems. Answers are parsed from decoded videos. If several are right, each counts.",
         "",
         *(line for name in measured.solved for line in table(name, measured)),
         "## Recipe",
         "",
-        "`python train.py experiment=mini`, with the settings of `recipe.json`. Frames: the longest of each stage.",
+        "`python train.py experiment=mini`, with the settings of `recipe.json`. Column `frames`: the longest clips of",
+        "each stage.",
         "",
         *speed(recipe),
         "",
@@ -221,8 +231,8 @@ def write_card(folder: Path, measured: Measured, pipeline: PipelineConfig) -> Pa
         json.dumps({name: recipe[name] for name in ("settings", "tasks")}, indent=1),
         "```",
         "",
-        "Limits: it knows the words of its own prompts, and pictures of the kinds above. It is made for studying how",
-        "video diffusion transformers compute answers, not for making videos.",
+        "Limits: the model was trained on the prompts and images of these tasks only. It is meant for research on how",
+        "video diffusion transformers compute answers, not for generating videos.",
         "",
     ]
     path = folder / "README.md"
@@ -234,9 +244,9 @@ def write_card(folder: Path, measured: Measured, pipeline: PipelineConfig) -> Pa
 def compare(
     adapter: Path, pipeline: PipelineConfig, tasks: Mapping[str, Task], config: AdapterConfig, seed: int
 ) -> Path:
-    """Solves the same unseen problems without the adapter and with it, and writes both rates beside it.
+    """Measures accuracy on the same unseen problems with and without the adapter, and writes its README.md.
 
-    config: lengths that the adapter was trained on, of which the longest is sampled, and problems of each kind (card).
+    config: settings of the adapter. Videos have the longest trained length; `card` is the number of problems per kind.
     """
     pipeline = replace(pipeline, frames=max(config.lengths))
     models = [load_pipeline(pipeline), load_pipeline(replace(pipeline, lora=str(adapter)))]

@@ -1,4 +1,4 @@
-"""Clips and prompts as the mini model sees them, encoded once: training reads latents from disk."""
+"""Encodes clips and prompts for training once. Training reads the latents from disk."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ from cosprobe.tasks import FAMILIES, Problem, Task
 
 TEXT_TOKENS = 32  # every prompt is padded to this many tokens, in training and in sampling
 TEXT_WIDTH = 64
-NEIGHBOURS = (-1, 1, -2, 2)  # which word, counted from its own, each head of the text encoder looks at
-SHARP = 8.0  # how much rather: e^8 times as much as at any other
+NEIGHBOURS = (-1, 1, -2, 2)  # each head of the text encoder attends to the word at this offset
+SHARP = 8.0  # attention bias of that word: its weight is e^8 times that of any other word
 BATCH = 16  # clips encoded at a time
-SHARD = 1024  # clips in a file
-WORDS_FROM = 500  # problems of every family whose prompts make the vocabulary
+SHARD = 1024  # clips per file
+WORDS_FROM = 500  # number of problems per task whose prompts define the vocabulary
 
 
 def build_text(prompts: Sequence[str], seed: int) -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel]:
-    """A word-level tokenizer over the words of `prompts` and a small UMT5 encoder with fixed weights, random but for
-    where its heads look: at the neighbours of a word (`NEIGHBOURS`). Untrained heads would see all words alike, and a
-    green box and a blue cross would hardly differ from a blue box and a green cross."""
+    """Builds a word-level tokenizer over the words of `prompts`, and a small UMT5 encoder with fixed random weights.
+
+    The attention biases of the encoder are not random: each head attends to one neighbour of a word (`NEIGHBOURS`).
+    With random biases, heads would attend to all words about equally, and "green box, blue cross" would have nearly the
+    same encoding as "blue box, green cross".
+    """
     words = sorted({word for prompt in prompts for word in prompt.lower().split()})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -54,20 +57,20 @@ def build_text(prompts: Sequence[str], seed: int) -> tuple[PreTrainedTokenizerFa
     )  # fmt: skip
     encoder = UMT5EncoderModel(size).eval().requires_grad_(False)
     attention = encoder.encoder.block[0].layer[0].SelfAttention
-    for head, offset in enumerate(NEIGHBOURS):  # first half of the buckets: words before; second half: after
+    for head, offset in enumerate(NEIGHBOURS):  # first half of the buckets: words before, second half: words after
         bucket = abs(offset) + (size.relative_attention_num_buckets // 2 if offset > 0 else 0)
         attention.relative_attention_bias.weight[bucket, head] = SHARP
     return tokenizer, encoder
 
 
 def every_prompt() -> list[str]:
-    """Prompts of all families, whichever the model is trained on: one that is left out can be learned later."""
+    """Prompts of all tasks, also of those the model is not trained on, so that they can be learned later."""
     return sorted({p.prompt for family in FAMILIES.values() for p in family().build().problems("model", WORDS_FROM)})
 
 
 @torch.no_grad()
 def embed(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel) -> Tensor:
-    """[prompt, token, width], as the Wan pipelines embed: padding tokens are zero vectors."""
+    """Embeddings [prompt, token, width] as in the Wan pipelines: padding tokens are zero vectors."""
     text = tokenizer(list(prompts), padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
     hidden = encoder(text.input_ids, text.attention_mask).last_hidden_state
     return hidden * text.attention_mask[..., None]
@@ -76,8 +79,11 @@ def embed(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast, encoder: U
 def encode_condition(
     vae: AutoencoderKLWan, images: Float[Tensor, "clip 3 height width"], frames: int
 ) -> Float[Tensor, "clip condition latent_frame latent_height latent_width"]:
-    """The Wan image condition: a mask that marks the given frame, and the image followed by grey frames,
-    encoded and normalised. Equal to what the pipeline's `prepare_latents` makes of one image (tested)."""
+    """The image condition of Wan: a mask that marks the given frame, and the encoded, normalised image with grey
+    frames.
+
+    Equal to the result of the pipeline's `prepare_latents` for one image (tested).
+    """
     grey = images.new_zeros(len(images), 3, frames - 1, *images.shape[2:])
     latent = normalise(vae, vae.encode(torch.cat([images[:, :, None], grey], dim=2)).latent_dist.mode())
     mask = latent.new_zeros(len(images), vae.config.scale_factor_temporal, *latent.shape[2:])
@@ -86,15 +92,18 @@ def encode_condition(
 
 
 def normalise(vae: AutoencoderKLWan, latent: Tensor) -> Tensor:
+    """Latents standardised by the mean and deviation in the config of the autoencoder."""
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     return (latent - mean) / std
 
 
 def measure_scale(vae: AutoencoderKLWan, families: Sequence[Family], length: int, path: Path) -> None:
-    """Mean and deviation of the latents per channel, over 128 clips of every family; registered with the model.
+    """Measures the mean and standard deviation of each latent channel over 128 clips of every task.
 
-    A deviation counts as at least `IDLE` of the largest: at its own scale a channel that carries nothing would be as
-    important to flow matching as one that carries the picture."""
+    The values are saved at `path` and registered in the config of the autoencoder. Deviations are clamped to at least
+    `IDLE` times the largest one. Otherwise, an unused channel would have the same weight in flow matching as the
+    others.
+    """
     if not path.exists():
         latents = torch.cat([
             _latent(vae, task, problems[first : first + BATCH], length)
@@ -114,9 +123,9 @@ def measure_scale(vae: AutoencoderKLWan, families: Sequence[Family], length: int
 def encode_clips(
     vae: AutoencoderKLWan, families: Sequence[Family], length: int, folder: Path, prompts: list[str], table: Tensor
 ) -> LatentClips:
-    """Clips of one length from every family, encoded in shards; those on disk are not encoded again.
+    """Encodes clips of one length from every task in shards. Shards that are on disk are not encoded again.
 
-    prompts: the texts of table [prompt, token, width]; the last one is the empty prompt.
+    prompts: the texts of `table` [prompt, token, width]; the last one is the empty prompt.
     """
     number = {text: i for i, text in enumerate(prompts)}
     parts: dict[str, list[Tensor]] = {"latent": [], "condition": [], "active": []}
@@ -154,7 +163,7 @@ def _latent(vae: AutoencoderKLWan, task: Task, problems: Sequence[Problem], leng
 
 
 def _active_tokens(task: Task, problems: Sequence[Problem], shape: torch.Size) -> Tensor:
-    """Latent cells that hold a pixel a video may change: [clip, frame, height, width], 0 or 1."""
+    """Mask of latent positions with a pixel that may change in the video: [clip, frame, height, width], 0 or 1."""
     frames, height, width = shape
     pixels = np.stack([task.workspace(p) for p in problems])
     cells = rearrange(pixels, "b (h y) (w x) -> b h w (y x)", h=height, w=width).any(-1)

@@ -1,8 +1,8 @@
-"""Flow matching of a video transformer on latents that were encoded once.
+"""Flow matching of a video transformer on pre-encoded latents.
 
-x_sigma = (1 - sigma) x0 + sigma noise, and the transformer learns the velocity noise - x0, which is what
-diffusers' `FlowMatchEulerDiscreteScheduler` integrates. Source: Lipman et al., arXiv 2210.02747, with the
-time shift of Esser et al., arXiv 2403.03206 (the same shift in training and in sampling).
+With x_sigma = (1 - sigma) x0 + sigma noise, the transformer learns the velocity noise - x0, which the
+`FlowMatchEulerDiscreteScheduler` of diffusers integrates. Source: Lipman et al., arXiv 2210.02747, with the time shift
+of Esser et al., arXiv 2403.03206 (the same shift in training and in sampling).
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ Batch = dict[str, Tensor]
 
 @dataclass
 class FlowConfig:
-    """Recipe. stages: (longest, steps) trained one after another; a batch holds clips of one length, half of them the
-    longest of the stage, half the shorter ones. Short clips first: what to draw is learned there, at a third of the
-    cost of 13 frames, the usual length, which comes last.
-    lr: AdamW, for everything that is not a matrix of a block; muon_lr: `torch.optim.Muon`, for those that are; 0 =
-    AdamW for all. emphasis: weight of the tokens a video may change against 1 elsewhere. dropout: share of
-    samples that see the empty prompt, so that guidance can be used. decay_from: share of the run after which
-    the rate falls linearly to zero. start: `pipeline.path` of the transformer to go on from, such as `mini`; empty =
-    random weights. compile: half a minute for each length, then a third less a step."""
+    """Settings of flow matching.
+
+    stages: (longest, steps), trained one after another. A batch holds clips of one length: in half of the batches the
+    longest of the stage, otherwise a shorter one. Short clips come first, because the tasks are learned on them at a
+    third of the cost of 13 frames. The usual length of 13 frames comes last.
+    lr: learning rate of AdamW, for all parameters except the matrices of blocks. muon_lr: learning rate of
+    `torch.optim.Muon`, for the matrices of blocks; 0: AdamW for all parameters.
+    shift: time shift. emphasis: weight of tokens that may change in the video; other tokens have weight 1.
+    dropout: share of samples with the empty prompt, which makes guidance possible.
+    warmup: steps of linear warm-up. decay_from: share of the steps after which the rate decays linearly to zero.
+    ema: decay of the running average of the weights.
+    start: `pipeline.path` of the transformer to start from, such as `mini`; empty: random weights.
+    compile: whether to compile the transformer: half a minute per length, then steps take a third less time.
+    """
 
     stages: list[list[int]] = field(default_factory=lambda: [[5, 6000], [17, 600], [13, 3000]])
     batch: int = 32
@@ -48,14 +54,18 @@ class FlowConfig:
 
     @property
     def steps(self) -> int:
+        """Training steps of all stages."""
         return sum(steps for _, steps in self.stages)
 
 
 @dataclass(frozen=True)
 class LatentClips:
-    """Pre-encoded clips of one length, normalised. condition: the model's image condition (mask and encoded first
-    frame), appended to the noisy channels. active: tokens that a video of this problem may change. text: which of
-    `prompts` each clip has; the last prompt is the empty one."""
+    """Pre-encoded, normalised clips of one length.
+
+    condition: image condition (mask and encoded first frame), appended to the noisy channels. active: 1 for tokens that
+    may change in the video. text: index of the prompt of each clip. prompts: embeddings; the last one is the empty
+    prompt.
+    """
 
     latent: Float[Tensor, "clip channel frame height width"]
     condition: Float[Tensor, "clip condition frame height width"]
@@ -65,8 +75,10 @@ class LatentClips:
 
 
 class FlowBatches(IterableDataset):
-    """Batches of the stages' lengths; of every length in epochs of a seeded order. Batch `i` depends on (seed, i)
-    alone. clips: by number of frames."""
+    """Batches for all stages. Clips of each length are visited in epochs of seeded order.
+
+    Batch `i` depends on (seed, i) only. clips: by number of frames. start: index of the first batch.
+    """
 
     def __init__(self, clips: Mapping[int, LatentClips], config: FlowConfig, seed: int, start: int):
         self.clips, self.seed, self.start = clips, seed, start
@@ -80,13 +92,13 @@ class FlowBatches(IterableDataset):
         for step in range(self.start, len(self.plan)):
             length = int(self.plan[step])
             clips = self.clips[length]
-            epoch, place = divmod(seen[length], max(1, len(clips.latent) // self.batch))
+            epoch, part = divmod(seen[length], max(1, len(clips.latent) // self.batch))
             seen[length] += 1
             if (length, epoch) not in orders:
                 shuffle = torch.Generator().manual_seed((self.seed * 1009 + epoch) * 101 + length)
                 orders = {k: v for k, v in orders.items() if k[0] != length}
                 orders[length, epoch] = torch.randperm(len(clips.latent), generator=shuffle)
-            chosen = orders[length, epoch][place * self.batch : (place + 1) * self.batch]
+            chosen = orders[length, epoch][part * self.batch : (part + 1) * self.batch]
             noise = torch.Generator().manual_seed((self.seed * 1009 + step) * 7919 + 1)
             shape = clips.latent[chosen].shape
             batch = {
@@ -102,14 +114,14 @@ class FlowBatches(IterableDataset):
 
 
 def _lengths(known: Sequence[int], longest: int, steps: int, draw: np.random.Generator) -> np.ndarray:
-    """Frames of the clips of each step: the longest length half of the time, the shorter ones alike for the rest."""
+    """Number of frames at each step: the longest with probability 1/2, otherwise one of the shorter lengths."""
     *shorter, last = [length for length in known if length <= longest]
     share = [0.5 / len(shorter)] * len(shorter) + [0.5] if shorter else [1.0]
     return draw.choice([*shorter, last], size=steps, p=share)
 
 
 class FlowMatching(L.LightningModule):
-    """Trains a diffusers video transformer; keeps a running average of its weights, which is what ships."""
+    """Trains a diffusers video transformer and keeps a running average of its weights, which is exported."""
 
     def __init__(
         self, transformer: torch.nn.Module, clips: Mapping[int, LatentClips], config: FlowConfig, seed: int = 0
@@ -123,24 +135,28 @@ class FlowMatching(L.LightningModule):
 
     @torch.no_grad()
     def _average(self, averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-        """Exponential average that starts short, so that the first weights are forgotten."""
+        """Exponential average with a shorter memory at the start, so that the first weights have no lasting effect."""
         keep = min(self.config.ema, (1 + int(count)) / (10 + int(count)))
         torch._foreach_lerp_(list(averaged), list(current), 1 - keep)
 
     def train_dataloader(self) -> DataLoader:
+        """Batches from the current step on."""
         batches = FlowBatches(self.clips, self.config, self.seed, self.global_step)
         return DataLoader(batches, batch_size=None)
 
     def on_fit_start(self) -> None:
-        """Makes steps cheap: on CPUs, the backward pass of the fused attention kernel takes half of the whole step."""
+        """Chooses attention without a fused kernel on CPUs, where its backward pass takes half of a step; compiles."""
         if self.device.type == "cpu":
             self.transformer.set_attention_backend("_native_math")
         if self.config.compile:
             self.transformer.compile(dynamic=False)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Velocity error, weighted. Frame 0 is given, yet it counts: the pipeline samples it like the others, and
-        the causal decoder builds every later frame on it."""
+        """Weighted velocity error.
+
+        Frame 0 is included although it is given: the pipeline samples it like the others, and the causal decoder
+        computes all later frames from it.
+        """
         config, latent, noise = self.config, batch["latent"], batch["noise"]
         sigma = config.shift * batch["time"] / (1 + (config.shift - 1) * batch["time"])
         s = sigma[:, None, None, None, None]
@@ -152,6 +168,7 @@ class FlowMatching(L.LightningModule):
         return (weight * error).sum() / (weight.expand_as(error)).sum()
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
+        """One step of all optimisers."""
         factor = self._rate(self.global_step)
         loss = self.loss(batch)
         self.manual_backward(loss)
@@ -160,7 +177,7 @@ class FlowMatching(L.LightningModule):
         for wrapped in (*bare, last):
             for group in wrapped.param_groups:
                 group["lr"] = group["highest"] * factor
-        for wrapped in bare:  # the bare optimiser: Lightning counts a step for each wrapped one
+        for wrapped in bare:  # unwrapped, because Lightning counts a step for each wrapped optimiser
             wrapped.optimizer.step()
         last.step()
         self.transformer.zero_grad(set_to_none=True)
@@ -172,7 +189,7 @@ class FlowMatching(L.LightningModule):
         return min(1.0, (step + 1) / self.config.warmup, max(0.0, left))
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """`highest` is the rate that the schedule scales."""
+        """AdamW and Muon. `highest` is the learning rate that the schedule scales."""
         config = self.config
         matrices: list[Tensor] = []
         others: list[Tensor] = []

@@ -1,7 +1,7 @@
 """LoRA adapters for a frozen video transformer, trained with the same flow matching as the mini model.
 
-Low-rank updates of linear layers (Hu et al., arXiv 2106.09685) through `peft`; the files are what diffusers' own
-`load_lora_weights` reads.
+Low-rank updates of linear layers (Hu et al., arXiv 2106.09685), implemented by `peft`. The files can be loaded with
+`load_lora_weights` of diffusers.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ def _flow() -> FlowConfig:
 
 @dataclass
 class AdapterConfig:
-    """What the adapter learns and how large it is. families: repeat a name to weight it; lengths, clips, flow: as in
-    the recipe of the mini model. rank: of the updates; layers: names of the linear layers that get one. card: unseen
-    problems of each kind on which the model is compared with and without the adapter."""
+    """Settings of an adapter.
+
+    families: tasks to learn (repeat a name to weight it). lengths, clips, flow: as for the mini model. rank: rank of
+    the updates. layers: names of the linear layers that get an update. card: number of unseen problems of each kind on
+    which the model is compared with and without the adapter.
+    """
 
     families: list[str] = field(default_factory=lambda: ["hide"])
     lengths: list[int] = field(default_factory=lambda: [5])
@@ -56,18 +59,18 @@ class AdapterConfig:
 def train_adapter(
     model: Any, config: AdapterConfig, tasks: Mapping[str, Task], folder: Path, precision: str = "bf16-mixed"
 ) -> Path:
-    """Trains adapters of `model`, a loaded Wan image-to-video pipeline; returns the folder they are in.
+    """Trains adapters of `model`, a loaded Wan image-to-video pipeline. Returns the folder of the adapter.
 
-    Resumes like the recipe of the mini model. Raises ValueError for a pipeline whose image condition is not the Wan
-    one, or when no layer has one of the names asked for.
+    Can be resumed like the training of the mini model. Raises InputError for a pipeline whose image condition differs
+    from that of Wan, or when no layer has one of the names in `config.layers`.
     """
     transformer, vae = model.transformer, model.vae
-    beside = transformer.config.in_channels - transformer.config.out_channels
-    given = vae.config.get("z_dim", 0) + vae.config.get("scale_factor_temporal", 0)
-    if beside != given or not given or transformer.config.get("image_dim"):
+    condition = transformer.config.in_channels - transformer.config.out_channels
+    expected = vae.config.get("z_dim", 0) + vae.config.get("scale_factor_temporal", 0)
+    if condition != expected or not expected or transformer.config.get("image_dim"):
         raise InputError(
-            f"{type(model).__name__}: expected an image-to-video pipeline that gives its transformer the encoded first "
-            "frame and nothing else, such as Wan 2.2 I2V or the model in the package"
+            f"{type(model).__name__}: expected an image-to-video pipeline whose transformer gets the encoded first "
+            "frame as its only image condition, such as Wan 2.2 I2V or the model in the package"
         )
     sets = training_sets(config, tasks)
     prompts = [*sorted({p.prompt for pairs in sets.values() for _, problems in pairs for p in problems}), ""]
@@ -81,7 +84,9 @@ def train_adapter(
     try:
         transformer.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=list(config.layers)))
     except ValueError as error:
-        raise InputError(f"experiment.layers={config.layers}: no layer of the transformer has such a name") from error
+        raise InputError(
+            f"experiment.layers={config.layers}: no layer of the transformer has one of these names"
+        ) from error
     flow = FlowMatching(transformer, clips, config.flow, config.seed)
     fit_to(flow, folder / "flow", config.flow.steps, precision, 100, None)
 

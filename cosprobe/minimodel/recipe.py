@@ -1,7 +1,7 @@
-"""The recipe of the model that ships in the package: a complete `WanImageToVideoPipeline`, trained here.
+"""Trains the model in the package: a complete `WanImageToVideoPipeline`.
 
-Stages, each resumed where a kill left it: autoencoder, encoding of the training clips (once), flow matching,
-export. Every part is a stock diffusers or transformers class; only the sizes are small.
+Stages: autoencoder, encoding of the training clips (once), flow matching, export. A run that was killed continues at
+the stage and step where it stopped. Every part is a class of diffusers or transformers with small sizes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ from cosprobe.tasks import FAMILIES, Task
 
 
 class ClipSettings(Protocol):
-    """What training clips are drawn by: families, repeated to weight them; lengths in frames; clips of each length."""
+    """Settings of training clips: tasks (repeated to weight them), lengths in frames, number of clips of each
+    length."""
 
     families: list[str]
     lengths: list[int]
@@ -55,11 +56,16 @@ class ClipSettings(Protocol):
 
 @dataclass
 class MiniConfig:
-    """Everything that shapes the weights. families: what the model learns (repeat a name to weight it).
-    lengths: frames of its videos, 4k + 1; clips: size of the training set at each length, shared by the families.
-    solve_every: steps of flow matching between two looks at how much is solved. card: problems of each kind that the
-    card is made from, at the usual length, at each of the others, and reconstructed.
-    Both parts can go on from those of an earlier model of the same sizes (their `start`)."""
+    """Settings of the mini model.
+
+    autoencoder, flow: settings of the two parts. Each can start from an earlier model of the same sizes (`start`).
+    families: tasks to learn (repeat a name to weight it).
+    lengths: numbers of frames, 4k + 1. clips: number of training clips of each length, shared by the tasks.
+    layers, heads, head_dim, ffn: sizes of the transformer.
+    solve_every: steps of flow matching between measurements of accuracy on validation problems.
+    card: for each kind, the number of problems for the model card at the usual length, of problems at each other
+    length, and of reconstructed reference videos.
+    """
 
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -82,26 +88,33 @@ class MiniConfig:
         if any(length % 4 != 1 or length < 5 for length in self.lengths):
             raise InputError(f"experiment.lengths={self.lengths}: expected 4k + 1 frames, at least 5")
         if len(self.card) != 3 or min(self.card[0], self.card[2]) < 1:
-            raise InputError(f"experiment.card={self.card}: expected three numbers, of problems of each kind")
+            raise InputError(
+                f"experiment.card={self.card}: expected three numbers of problems, the first and last at least 1"
+            )
 
 
 def families(names: Sequence[str], chosen: Task) -> dict[str, Task]:
-    """The tasks of those names, `chosen` as it is set and the others as they are by default. Raises ValueError for a
-    name that no task has."""
+    """The tasks of these names: `chosen` with its settings, other tasks with default settings.
+
+    Raises InputError for an unknown name.
+    """
     for name in names:
         if name not in FAMILIES:
-            raise InputError(f"experiment.families: {name!r} is no task; expected some of {', '.join(FAMILIES)}")
+            raise InputError(f"experiment.families: {name!r} is not a task; expected some of {', '.join(FAMILIES)}")
     return {name: chosen if name == chosen.name else FAMILIES[name]().build() for name in dict.fromkeys(names)}
 
 
 def train_mini(
     config: MiniConfig, tasks: Mapping[str, Task], folder: Path, precision: str = "bf16-mixed", every: int = 100
 ) -> Path:
-    """Trains and exports the model; returns the pipeline's folder. Finished stages are not repeated, and a stage
-    goes on from its newest checkpoint, written `every` so many steps. tasks: by name, those of `families`."""
+    """Trains and exports the model. Returns the folder of the pipeline.
+
+    Finished stages are not repeated. An unfinished stage continues from its newest checkpoint; checkpoints are written
+    every `every` steps. tasks: by name, as `families` returns them. precision: as in lightning.Trainer.
+    """
     make_folder(folder)
     sets = training_sets(config, tasks)
-    widest = config.lengths[config.clips.index(max(config.clips))]  # which length a problem has is all one to it
+    widest = config.lengths[config.clips.index(max(config.clips))]  # the length with most problems
     known = {task.name: (task, problems) for task, problems in sets[widest]}
     practised = [known[name] for name in config.autoencoder.families or known]
     autoencoder = AutoencoderTraining(config.autoencoder, practised, config.lengths, config.seed)
@@ -109,7 +122,7 @@ def train_mini(
     channels_last(autoencoder.vae)
     with _timed(folder, "autoencoder"):
         fit_to(autoencoder, folder / "autoencoder", config.autoencoder.steps, precision, every, clip=1.0)
-    vae = cast(Any, channels_last(autoencoder.vae.half().float().eval()))  # stored in half precision: train on that
+    vae = cast(Any, channels_last(autoencoder.vae.half().float().eval()))  # as it will be stored, in half precision
 
     learned = {p.prompt for pairs in sets.values() for _, problems in pairs for p in problems}
     prompts = [*sorted(learned.union(every_prompt())), ""]
@@ -145,7 +158,7 @@ def train_mini(
 
 
 def training_sets(config: ClipSettings, tasks: Mapping[str, Task]) -> dict[int, list[Family]]:
-    """For each length the families with their problems; no problem is in two lengths."""
+    """For each length the tasks with their training problems. No problem has two lengths."""
     sets: dict[int, list[Family]] = {length: [] for length in config.lengths}
     for name, task in tasks.items():
         share = config.families.count(name) / len(config.families)
@@ -158,8 +171,10 @@ def training_sets(config: ClipSettings, tasks: Mapping[str, Task]) -> dict[int, 
 
 
 def _begin(model: nn.Module, start: str, group: str, part: str, revived: bool = False) -> None:
-    """Weights of an earlier model, if any; revived: as `revive` leaves them. Raises ValueError when they are not there
-    or have other sizes."""
+    """Loads the weights of an earlier model if `start` is given. revived: whether to apply `revive` to them.
+
+    Raises InputError when the weights are missing or have other sizes.
+    """
     if not start:
         return
     try:
@@ -175,7 +190,7 @@ def _begin(model: nn.Module, start: str, group: str, part: str, revived: bool = 
 
 
 def _before(start: str) -> list[dict[str, Any]]:
-    """Recipes of the runs whose weights this one went on from, the oldest first; empty for random weights."""
+    """Recipes of the earlier runs whose weights this run starts from, the oldest first; empty for random weights."""
     path = PipelineConfig(path=start).folder / "recipe.json"
     if not start or not path.is_file():
         return []
@@ -184,7 +199,8 @@ def _before(start: str) -> list[dict[str, Any]]:
 
 
 def build_transformer(config: MiniConfig, vae: AutoencoderKLWan) -> WanTransformer3DModel:
-    """Input: noisy latent, first-frame mask (one channel per frame of a chunk), encoded first frame."""
+    """Builds the transformer. Input channels: noisy latent, first-frame mask (one per frame of a chunk), encoded
+    frame."""
     z = vae.config.z_dim
     return WanTransformer3DModel(
         patch_size=(1, 1, 1),
@@ -208,6 +224,7 @@ def assemble(
     text_encoder: UMT5EncoderModel,
     shift: float,
 ) -> WanImageToVideoPipeline:
+    """The pipeline of these parts. shift: time shift of the scheduler."""
     return WanImageToVideoPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
@@ -226,8 +243,8 @@ def fit_to(
     clip: float | None,
     callbacks: Sequence[L.Callback] = (),
 ) -> None:
-    """Runs to `steps`, from the newest checkpoint when there is one."""
-    if not steps:  # what `start` brought stays as it is
+    """Trains up to `steps` steps, from the newest checkpoint if there is one. clip: norm of gradient clipping."""
+    if not steps:  # the weights from `start` are kept
         return
     last = folder / "last.ckpt"
     trainer = L.Trainer(
@@ -259,7 +276,7 @@ def fit_to(
 
 @contextmanager
 def _timed(folder: Path, stage: str) -> Iterator[None]:
-    """Adds the wall time spent inside to the stage's minutes, over all the runs it took."""
+    """Adds the wall time of the block to the minutes of the stage, which sum over resumed runs."""
     begin = time.monotonic()
     try:
         yield
@@ -289,7 +306,7 @@ def export(
     recipe: dict[str, Any],
     folder: Path,
 ) -> Path:
-    """Writes a diffusers folder, the two large parts in half precision; loads back in fp32 by default."""
+    """Writes a diffusers folder with transformer and autoencoder in half precision. It loads in fp32 by default."""
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     pipeline = assemble(transformer.half(), vae.half(), tokenizer, text_encoder, shift)

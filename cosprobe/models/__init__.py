@@ -1,23 +1,22 @@
-"""Loads frozen diffusers pipelines and samples with them; knows what differs between transformers."""
+"""Loads frozen diffusers pipelines and samples with them. `architectures` has what differs between transformers."""
 
+from cosprobe.models.architectures import Architecture, architecture
 from cosprobe.models.cpu_layout import channels_last
 from cosprobe.models.pipelines import (
     PipelineConfig,
-    architecture,
     block_list,
     clean_estimate,
     decode,
     experts,
     fingerprint,
-    latent_tokens,
     load_pipeline,
-    patch_columns,
     sample,
+    step_now,
     stop_after,
-    token_grid,
 )
 
 __all__ = [
+    "Architecture",
     "PipelineConfig",
     "architecture",
     "block_list",
@@ -26,10 +25,8 @@ __all__ = [
     "decode",
     "experts",
     "fingerprint",
-    "latent_tokens",
     "load_pipeline",
-    "patch_columns",
     "sample",
+    "step_now",
     "stop_after",
-    "token_grid",
 ]

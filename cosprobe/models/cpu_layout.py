@@ -1,6 +1,6 @@
-"""The same models, their arithmetic arranged as CPUs are fast at it.
+"""Faster implementations of some operations of autoencoders and transformers on CPUs.
 
-Nothing is approximated and no weight changes: outputs agree with diffusers' own up to the last bits.
+Nothing is approximated and no weight changes. Outputs equal those of diffusers up to rounding errors.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-SLOPE, CUBIC = 1.5957691216057308, 0.044715  # of the tanh form of GELU; the slope is sqrt(8 / pi)
+SLOPE, CUBIC = 1.5957691216057308, 0.044715  # constants of the tanh approximation of GELU; SLOPE = sqrt(8 / pi)
 
 
 def arrange(*models: nn.Module) -> None:
-    """Arranges autoencoders and transformers, in place; what is not known here stays as it is."""
+    """Replaces slow operations of autoencoders and transformers, in place. Modules of other types do not change."""
     for model in models:
         channels_last(model)
         for part in model.modules():
@@ -33,7 +33,7 @@ def arrange(*models: nn.Module) -> None:
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """Weights of 3-D convolutions in the order CPUs compute them fastest in: videos are coded in half the time."""
+    """Stores weights of 3-D convolutions in channels-last order, in place. This halves the time of the autoencoder."""
     for part in model.modules():
         if isinstance(part, nn.Conv3d):
             part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last_3d)
@@ -41,20 +41,22 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """GELU with tanh, (1 + tanh(u)) / 2 written as sigmoid(2 u): half the time, torch's CPU tanh is slow."""
+    """The tanh form of GELU, with (1 + tanh(u)) / 2 = sigmoid(2 u). Takes half the time, as tanh is slow on CPUs."""
     return x * torch.sigmoid((x * x).mul_(SLOPE * CUBIC).add_(SLOPE) * x)
 
 
 def _pad_inside(convolution: WanCausalConv3d) -> None:
-    """Lets the convolution itself see zeros around each frame, where diffusers copies the video into a larger one; the
-    frames before the first, which are not the same on both sides, stay as they are."""
+    """Moves the spatial zero padding into the convolution. Diffusers copies the video into a larger tensor instead.
+
+    Padding in time differs before and after the video, so it is still done by diffusers.
+    """
     left, right, top, bottom, before, after = convolution._padding
     if (left, top) == (right, bottom) and convolution.padding == (0, 0, 0):
         convolution.padding, convolution._padding = (0, top, left), (0, 0, 0, 0, before, after)
 
 
 def _rms(norm: WanRMS_norm, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The norm of an autoencoder: its two factors as one, and no bias of zero is added."""
+    """The RMS norm of the Wan autoencoder, with its two factors multiplied first and without adding a bias of zero."""
     if x.dtype not in (torch.float32, torch.float64):
         return WanRMS_norm.forward(norm, x)
     length = torch.linalg.vector_norm(x, dim=1 if norm.channel_first else -1, keepdim=True).clamp_min(1e-12)
@@ -63,8 +65,11 @@ def _rms(norm: WanRMS_norm, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape
 
 
 def _rotate_at_once(attention: WanAttention) -> None:
-    """Rotary embedding of queries and keys as one complex product each, where diffusers goes over every second
-    channel: an eighth of its time. The norms before the embedding apply it, the processor is given none."""
+    """Computes the rotary embedding of queries and keys as one complex product each, in an eighth of the time.
+
+    Forward hooks on the query and key norms, which come before the embedding, apply it. The attention processor is
+    then called without a rotary embedding. Diffusers multiplies even and odd channels separately.
+    """
     turn: list[Tensor] = []
 
     def take(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -86,6 +91,6 @@ def _rotate_at_once(attention: WanAttention) -> None:
 def _rotated(
     tokens: Float[Tensor, "batch token channel"], turn: Complex[Tensor, "1 token 1 pair"], heads: int
 ) -> Float[Tensor, "batch token channel"]:
-    """Pairs of neighbouring channels turned, alike in every head."""
+    """Rotates pairs of neighbouring channels, equally in all heads."""
     pairs = torch.view_as_complex(tokens.unflatten(-1, (heads, -1, 2)))
     return torch.view_as_real(pairs * turn).flatten(2)

@@ -1,13 +1,11 @@
-"""Frozen diffusers video pipelines, and the little that differs between their architectures.
+"""Loads frozen diffusers video pipelines from a folder and samples with them.
 
-Nothing here re-implements sampling: `sample` calls the pipeline's own `__call__`, once for a batch of
-different problems.
+Sampling is not re-implemented. `sample` calls the pipeline's `__call__`, once for a batch of different problems.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,22 +24,26 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from cosprobe.errors import InputError
+from cosprobe.models.architectures import architecture
 from cosprobe.models.cpu_layout import arrange
 from cosprobe.runtime import enough_memory
 
-KINDS = (".json", ".safetensors")  # of files that make a model
+KINDS = (".json", ".safetensors")  # suffixes of the files of a model
 
-PROMPTS = ("prompt_embeds", "negative_prompt_embeds")  # what a pipeline's loop holds per sample beside its latents
+PROMPTS = ("prompt_embeds", "negative_prompt_embeds")  # per-sample tensors of the sampling loop
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
 class PipelineConfig:
-    """Which model, and how it samples. path: a diffusers folder; empty or `mini` = the model in the package.
-    lora: a folder of adapters that diffusers' `load_lora_weights` reads; empty = none.
+    """The model, and how it samples.
 
-    steps: sampler steps. guidance: classifier-free guidance scale, 1 = off. frames: video frames (4k+1 for
-    Wan). prompt_tokens: length prompts are padded to. batch: samples per call; part of the store's identity.
+    name: name of these settings. path: a diffusers folder; empty or `mini` = the model in the package.
+    lora: a folder of LoRA adapters for diffusers' `load_lora_weights`; empty = none.
+    steps: number of sampler steps. guidance: classifier-free guidance scale, 1 = off. frames: number of video frames
+    (4k + 1 for Wan). prompt_tokens: number of tokens that prompts are padded to. dtype: of the weights.
+    batch: samples per pipeline call. It is part of the identity of an activation store.
+    Raises InputError for a value out of range.
     """
 
     name: str = "mini"
@@ -66,49 +68,22 @@ class PipelineConfig:
 
     @property
     def folder(self) -> Path:
-        if self.path in ("", "mini"):  # a folder of that name is `./mini`
+        """The diffusers folder of the model."""
+        if self.path in ("", "mini"):  # for a folder of this name write `./mini`
             return Path(str(files("cosprobe") / "weights" / "mini"))
         return Path(self.path)
 
     @property
     def parts(self) -> list[Path]:
-        """Folders whose files make the model."""
+        """The folders with the files of the model: its own, and that of the LoRA adapters."""
         return [self.folder, *([Path(self.lora)] if self.lora else [])]
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """Facts about a transformer class that its signature does not tell.
-
-    blocks: containers of blocks, in order of execution. video: index of the video tokens in what a block
-    returns, None when it returns nothing else. layout: axes of the latents the scheduler steps.
-    """
-
-    blocks: tuple[str, ...]
-    video: int | None
-    layout: str = "b c f h w"
-
-
-ARCHITECTURES = {
-    "WanTransformer3DModel": Architecture(("blocks",), None),
-    "CogVideoXTransformer3DModel": Architecture(("transformer_blocks",), 0, "b f c h w"),
-    "HunyuanVideoTransformer3DModel": Architecture(("transformer_blocks", "single_transformer_blocks"), 0),
-}
-
-
-def architecture(transformer: nn.Module) -> Architecture:
-    """Raises ValueError for a transformer class whose blocks are not known."""
-    name = type(transformer).__name__
-    if name not in ARCHITECTURES:
-        raise InputError(
-            f"transformer class {name} is not known: expected one of {', '.join(ARCHITECTURES)}; "
-            "add its facts to ARCHITECTURES (a compiled transformer must be captured before it is compiled)"
-        )
-    return ARCHITECTURES[name]
-
-
 def experts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The transformers a run may use: `high` and `low` noise for Wan2.2's pair, else `only`."""
+    """The transformers of a pipeline: `high` and `low` (noise) for the two experts of Wan 2.2, else `only`.
+
+    Raises InputError for a pipeline without a transformer.
+    """
     second = getattr(pipeline, "transformer_2", None)
     first = getattr(pipeline, "transformer", None)
     if first is not None and second is not None:
@@ -119,41 +94,24 @@ def experts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 def block_list(transformer: nn.Module) -> list[nn.Module]:
-    return [block for name in architecture(transformer).blocks for block in getattr(transformer, name)]
+    """The blocks of a transformer, in order of execution."""
+    return architecture(transformer).blocks(transformer)
 
 
-def token_grid(transformer: nn.Module, latent: Tensor) -> tuple[int, int, int]:
-    """(frames, rows, columns) of tokens for the latents a transformer is called with."""
-    axes = dict(zip(architecture(transformer).layout.split(), latent.shape, strict=True))
-    across, height, width = _patch(transformer)
-    return axes["f"] // across, axes["h"] // height, axes["w"] // width
-
-
-def latent_tokens(transformer: nn.Module, latent: Tensor) -> Float[Tensor, "batch token channel"]:
-    """Latents cut into the transformer's own patches: one token per patch, channels and pixels flattened."""
-    if architecture(transformer).layout == "b f c h w":
-        latent = latent.transpose(1, 2)
-    (t, h, w), (b, c, f, y, x) = _patch(transformer), latent.shape
-    patches = latent.reshape(b, c, f // t, t, y // h, h, x // w, w).permute(0, 2, 4, 6, 1, 3, 5, 7)
-    return patches.reshape(b, (f // t) * (y // h) * (x // w), c * t * h * w)
-
-
-def patch_columns(transformer: nn.Module) -> tuple[int, int]:
-    """Numbers in one token of the noisy latent, and of what stands beside it on the channel axis (0 for nothing)."""
-    volume, config = math.prod(_patch(transformer)), transformer.config
-    return volume * config.out_channels, volume * max(0, config.in_channels - config.out_channels)
-
-
-def _patch(transformer: nn.Module) -> tuple[int, int, int]:
-    size, across = transformer.config.patch_size, transformer.config.get("patch_size_t", None)
-    return (across or 1, size, size) if isinstance(size, int) else tuple(size)
+def step_now(pipeline: Any) -> int:
+    """The current step index of a running pipeline, found from its current timestep."""
+    match = (pipeline.scheduler.timesteps == pipeline._current_timestep).nonzero().flatten()
+    if len(match) != 1:
+        raise RuntimeError(f"timestep {pipeline._current_timestep} belongs to {len(match)} steps, expected one")
+    return int(match)
 
 
 def clean_estimate(scheduler: Any, step: int, output: Tensor, noisy: Tensor) -> Tensor:
-    """x0-hat, the clean latent the model expects at `step` (a step index).
+    """x0-hat, the model's estimate of the clean latent at `step` (a step index).
 
-    Flow matching: x0 = x - sigma v (arXiv 2603.16870, section 3.1). Variance-preserving schedulers: by their
-    prediction type. Raises ValueError for a scheduler that predicts something else.
+    output: output of the model. noisy: noisy latent at the start of the step.
+    Flow matching: x0 = x - sigma v (arXiv 2603.16870, section 3.1). Variance-preserving schedulers: from `epsilon`,
+    `v_prediction` or `sample`. Raises InputError for any other prediction type.
     """
     kind = scheduler.config.get("prediction_type", "flow_prediction")
     output, noisy = output.float(), noisy.float()
@@ -170,9 +128,9 @@ def clean_estimate(scheduler: Any, step: int, output: Tensor, noisy: Tensor) -> 
 
 
 def load_pipeline(config: PipelineConfig, device: str = "cpu") -> DiffusionPipeline:
-    """Loads a local diffusers folder, frozen and in eval mode. Nothing is downloaded, only safetensors are read.
+    """Loads a local diffusers folder, frozen and in eval mode. Nothing is downloaded; only safetensors are read.
 
-    Raises ValueError when the folder is missing or is not a complete pipeline.
+    Raises InputError when the folder is missing or is not a complete pipeline, and when the adapters do not fit it.
     """
     folder = config.folder
     if not (folder / "model_index.json").is_file():
@@ -201,6 +159,7 @@ def load_pipeline(config: PipelineConfig, device: str = "cpu") -> DiffusionPipel
 
 
 def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Sets all modules of a pipeline to eval mode, without gradients."""
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
@@ -208,7 +167,7 @@ def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], limit: int) -> None:
-    """Raises ValueError for a prompt that would be cut off: diffusers truncates without a word."""
+    """Raises InputError for a prompt of more than `limit` tokens. Diffusers would truncate it without a warning."""
     for prompt in set(prompts):
         count = len(pipeline.tokenizer(prompt).input_ids)
         if count > limit:
@@ -220,12 +179,13 @@ def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], limit: in
 
 @contextmanager
 def batched_images(pipeline: DiffusionPipeline) -> Iterator[list[Tensor]]:
-    """Lets one call serve a batch of different first frames, which diffusers does not offer.
+    """Makes pipeline calls with a batch of different first frames possible. Diffusers does not support them.
 
-    The pipeline's own `prepare_latents` encodes the whole batch of images once for every generator of noise. Here it is
-    encoded once, equal neighbours as one, and the answer for a generator is the image at its place. A sample's noise
-    does not depend on its batch, its condition does up to rounding. Undone on exit. Yields a list that will
-    hold the condition of the batch, the very tensor the pipeline's loop works with.
+    `prepare_latents` of the pipeline encodes the whole batch of images once for every noise generator. Inside this
+    context the batch is encoded once (equal neighbouring images as one), and each generator gets its own image.
+    The noise of a sample does not depend on its batch. Its image condition depends on the batch up to rounding.
+    The changes are undone on exit.
+    Yields a list that will contain the image condition of the batch: the tensor that the sampling loop uses.
     """
     original, encode = pipeline.prepare_latents, pipeline.vae.encode
     held, encoded = list[Tensor](), list[Tensor]()
@@ -233,11 +193,11 @@ def batched_images(pipeline: DiffusionPipeline) -> Iterator[list[Tensor]]:
     def prepare(*arguments: Any) -> tuple[Tensor, ...]:
         noise, condition, *mask = original(*arguments)
         if len(condition) != len(noise):
-            raise RuntimeError(f"the pipeline encoded {len(condition)} of {len(noise)} images: expected each once")
+            raise RuntimeError(f"the pipeline encoded {len(condition)} of {len(noise)} images: expected all of them")
         held.append(condition)
         return (noise, condition, *mask)
 
-    def by_turns(videos: Tensor) -> Any:
+    def one_by_one(videos: Tensor) -> Any:
         if len(videos) == 1:
             return encode(videos)
         if not encoded:
@@ -245,11 +205,11 @@ def batched_images(pipeline: DiffusionPipeline) -> Iterator[list[Tensor]]:
             encoded.extend(encode(videos[new]).latent_dist.mode()[new.cumsum(0) - 1].split(1))
         return SimpleNamespace(latents=encoded.pop(0))
 
-    with patch.object(pipeline, "prepare_latents", prepare), patch.object(pipeline.vae, "encode", by_turns):
+    with patch.object(pipeline, "prepare_latents", prepare), patch.object(pipeline.vae, "encode", one_by_one):
         yield held
 
 
-@enough_memory("take a smaller pipeline.batch")
+@enough_memory("lower pipeline.batch")
 @torch.no_grad()
 def sample(
     pipeline: DiffusionPipeline,
@@ -262,22 +222,22 @@ def sample(
 ) -> np.ndarray | Tensor:
     """Samples a batch of different problems through the pipeline's `__call__`.
 
-    images: first frames in [0, 1]. seeds: one per sample; a sample's noise depends on its seed alone.
-    filter_batch: called with each step index when the step is done; says which samples of what is left of the batch
-    go on (places, in order), None for all. The others are dropped: nothing more is computed for them.
-    Returns float video [batch, frame, height, width, 3] in [0, 1]; `overrides` go to the pipeline (with
-    `output_type="latent"` the result is the latent tensor).
-    Raises ValueError for `filter_batch` with a transformer whose samples must go one by one.
+    images: first frames in [0, 1]. seeds: one per sample; the noise of a sample depends on its seed alone.
+    filter_batch: called with the step index after each step. It returns the samples that continue, as indices into the
+    samples that are left, in order, or None for all. Nothing more is computed for the other samples.
+    overrides: more arguments of the pipeline call.
+    Returns float video [batch, frame, height, width, 3] in [0, 1], or the latent tensor with `output_type="latent"`.
+    Raises InputError for a prompt that is too long, and for `filter_batch` with a pipeline that has to be called with
+    one problem at a time.
     """
     check_prompts(pipeline, [*prompts, config.negative_prompt], config.prompt_tokens)
     transformer = next(iter(experts(pipeline).values()))
-    if len(images) > 1 and transformer.config.get("image_dim", None) is not None:
+    if len(images) > 1 and architecture(transformer).one_problem_a_call(transformer):
         if filter_batch is not None:
             raise InputError(
-                "this transformer is given a CLIP image embedding (Wan2.1): expected one whose samples can share a "
-                "batch, such as Wan2.2; samples cannot be dropped on the way"
+                f"filter_batch: {type(pipeline).__name__} repeats one CLIP image embedding over the batch (Wan2.1) and "
+                "takes one problem per call; expected a pipeline that takes several problems per call, such as Wan2.2"
             )
-        # Wan2.1 repeats its CLIP image embedding over the batch: different problems must go one by one
         alone = zip(images.split(1), prompts, seeds, strict=True)
         return np.concatenate([sample(pipeline, config, i, [p], [s], **overrides) for i, p, s in alone])
     arguments = {
@@ -306,10 +266,10 @@ def sample(
 def _filtering(
     filter_batch: Callable[[int], Sequence[int] | None], held: list[Tensor]
 ) -> Callable[[Any, int, Any, dict], dict]:
-    """A `callback_on_step_end` that drops samples from the running batch.
+    """A `callback_on_step_end` that removes samples from the running batch.
 
-    What a pipeline takes back from a callback is replaced; the condition is a local variable of its loop, so it is
-    cut in place, as is what a multi-step scheduler remembers of earlier steps.
+    Latents and prompt embeddings are returned to the pipeline. The image condition is a local variable of the sampling
+    loop, so its data are replaced in place. The earlier outputs that a multi-step scheduler stores are cut as well.
     """
 
     def callback(running: Any, step: int, timestep: Any, tensors: dict) -> dict:
@@ -332,7 +292,7 @@ def _filtering(
 
 
 def stop_after(step: int) -> Callable[[Any, int, Any, dict], dict]:
-    """A `callback_on_step_end` that lets a run end after `step` (a step index)."""
+    """A `callback_on_step_end` that ends sampling after `step` (a step index)."""
 
     def callback(running: Any, now: int, timestep: Any, tensors: dict) -> dict:
         running._interrupt = now >= step
@@ -343,31 +303,22 @@ def stop_after(step: int) -> Callable[[Any, int, Any, dict], dict]:
 
 @torch.no_grad()
 def decode(pipeline: DiffusionPipeline, latents: Tensor) -> np.ndarray:
-    """Latents as the scheduler holds them -> float video [batch, frame, height, width, 3] in [0, 1]."""
-    vae = pipeline.vae
-    latents = latents.to(vae.device, vae.dtype)
-    if hasattr(vae.config, "latents_mean"):
-        mean, std = (
-            torch.tensor(v).view(1, -1, 1, 1, 1).to(latents) for v in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        latents = latents * std + mean
-    else:
-        latents = latents / vae.config.scaling_factor
-        if type(vae).__name__ == "AutoencoderKLCogVideoX":
-            latents = latents.transpose(1, 2)
+    """Decodes latents of the sampling loop. Returns float video [batch, frame, height, width, 3] in [0, 1]."""
+    vae, transformer = pipeline.vae, next(iter(experts(pipeline).values()))
+    latents = architecture(transformer).to_decoder(vae, latents.to(vae.device, vae.dtype))
     video = vae.decode(latents, return_dict=False)[0]
     return pipeline.video_processor.postprocess_video(video, output_type="np")
 
 
 def fingerprint(*folders: Path) -> str:
-    """Identity of a model's folders: every config, and size and 16 spread samples of every weight file."""
+    """A hash that identifies a model: of every config file, and of the size and 16 parts of every weight file."""
     digest = hashlib.sha256()
     paths = [(folder, p) for folder in folders for p in sorted(folder.rglob("*")) if p.suffix in KINDS]
     for folder, path in paths:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder)}:{size}".encode())
         with path.open("rb") as file:
-            for place in range(16) if path.suffix == ".safetensors" else range(1):
-                file.seek(place * size // 16)
+            for sample in range(16) if path.suffix == ".safetensors" else range(1):
+                file.seek(sample * size // 16)
                 digest.update(file.read(65_536 if path.suffix == ".safetensors" else size))
     return digest.hexdigest()[:16]

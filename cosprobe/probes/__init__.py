@@ -1,6 +1,6 @@
-"""Fits linear probes of every cell at once, and keeps them as a bank."""
+"""Fits the linear probes of all cells in one computation and saves them as a bank."""
 
-from cosprobe.probes.bank import ProbeBank, load_probes
+from cosprobe.probes.bank import ProbeBank, Provenance, load_probes
 from cosprobe.probes.calibration import Reliability, brier, ece, reliability
 from cosprobe.probes.datamodule import shared
 from cosprobe.probes.linalg import affine, classes_last, design, principal_axes, spread, standardise, validated
@@ -11,6 +11,7 @@ from cosprobe.probes.ridge import fit_ridge, problem_folds
 __all__ = [
     "ProbeBank",
     "ProbeConfig",
+    "Provenance",
     "Reliability",
     "affine",
     "brier",

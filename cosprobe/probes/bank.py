@@ -1,7 +1,7 @@
-"""The bank: every linear probe of a grid, frozen after fitting.
+"""The bank: all linear probes of a grid, after fitting.
 
-A probe reads standardised features. Its form decides what a decision value is (x: one region's channels):
-`candidate` w . x per region, `region` W x + b per region, `problem` W [x_1 .. x_R] + b per sample.
+Probes work on standardised features. The decision values depend on the form of the target (x: channels of one region):
+`candidate`: w . x per region. `region`: W x + b per region. `problem`: W [x_1 .. x_R] + b per sample.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
+from cosprobe.activations import StoreSettings
 from cosprobe.cells import Cell
 from cosprobe.errors import InputError
 from cosprobe.models import fingerprint
@@ -27,21 +28,49 @@ from cosprobe.probes.linalg import affine, classes_last, design, standardise
 from cosprobe.runtime import make_folder, whole_file
 from cosprobe.tasks import Target
 
-FORMAT = 3  # cells are layers; earlier banks held inputs among them
-TABLES = ("weights", "biases", "lambdas", "temperatures")
+FORMAT = 4
+TABLES = ("weights", "biases", "penalties", "temperatures")
 TENSORS, DESCRIPTION = "bank.safetensors", "bank.json"
-CHUNK = 2**26  # numbers standardised at a time, 256 MB in fp32
+CHUNK = 2**26  # number of values standardised at a time, 256 MB in fp32
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a bank was made.
+
+    store: settings of the store with the features; None when unknown. probe, trainer, seed: settings of the fit.
+    train, validation: numbers of samples. converged: for each target, numbers of converged fits and of all fits. gap:
+    for each target, the largest relative gap of a fit. policies: calibrated early-exit policies.
+    """
+
+    store: StoreSettings | None = None
+    probe: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    train: int = 0
+    validation: int = 0
+    converged: dict[str, tuple[int, int]] = field(default_factory=dict)
+    gap: dict[str, float] = field(default_factory=dict)
+    policies: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Provenance:
+        """The provenance from the output of `asdict`. Raises InputError when the activations have another format."""
+        store = None if saved["store"] is None else StoreSettings.from_json(saved["store"])
+        converged = {target: (done, fits) for target, (done, fits) in saved["converged"].items()}
+        return cls(**{**saved, "store": store, "converged": converged, "policies": tuple(saved["policies"])})
 
 
 @dataclass(frozen=True)
 class ProbeBank:
     """All probes of one grid.
 
-    weights, biases: per target name, [cell, width, out] and [cell, out]; width is channel, for form `problem`
-    region * channel; out is 1 for form `candidate` and the number of classes otherwise.
-    mean, std: standardisation from the training rows. lambdas: the penalty that was chosen, per target.
-    temperatures: what decision values are divided by to give probabilities, per target; from `calibrated`.
-    targets: in the form they were fitted. provenance: where the bank comes from, anything JSON can hold.
+    cells: the cells, in the order of the axis cell. targets: in the form in which they were fitted. regions: number of
+    regions of the features. mean, std: standardisation, from the training samples.
+    weights, biases: by name of the target, [cell, width, out] and [cell, out]. width is the number of channels, for
+    form `problem` regions * channels. out is 1 for form `candidate`, otherwise the number of classes.
+    penalties: the chosen penalty, by name of the target. temperatures: divisors of the decision values, by name of the
+    target, set by `calibrated`. provenance: how the bank was made.
     """
 
     cells: tuple[Cell, ...]
@@ -51,42 +80,47 @@ class ProbeBank:
     std: Float[Tensor, "cell channel"]
     weights: dict[str, Float[Tensor, "cell _width _out"]]
     biases: dict[str, Float[Tensor, "cell _out"]]
-    lambdas: dict[str, Float[Tensor, " cell"]]
+    penalties: dict[str, Float[Tensor, " cell"]]
     temperatures: dict[str, Float[Tensor, " cell"]] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
 
     def with_provenance(self, **provenance: Any) -> ProbeBank:
-        """The same bank with more said of where it comes from."""
-        return replace(self, provenance=self.provenance | provenance)
+        """The same bank with some fields of its provenance replaced."""
+        return replace(self, provenance=replace(self.provenance, **provenance))
+
+    @property
+    def store(self) -> StoreSettings:
+        """Settings of the store with the features of the bank. Raises InputError when the bank does not have them."""
+        if self.provenance.store is None:
+            raise InputError("this bank does not record the model it was made for: expected a bank saved by train.py")
+        return self.provenance.store
 
     def check_model(self, *folders: Path) -> None:
-        """Raises ValueError when the bank does not say which model it was made for, or when that is not the one whose
-        files are in `folders`."""
-        if not (store := self.provenance.get("store")):
-            raise InputError("this bank does not say which model it was made for: expected one that train.py has saved")
-        if (found := fingerprint(*folders)) != store["model"]:
+        """Raises InputError unless the bank was made for the model whose files are in `folders`."""
+        made_for, found = self.store.model, fingerprint(*folders)
+        if found != made_for:
             where = " and ".join(map(str, folders))
             raise InputError(
-                f"this bank was made for model {store['model']}, {where} holds {found}; retrain the probes"
+                f"this bank was made for model {made_for}, but {where} holds model {found}; train the probes again"
             )
 
     def target(self, name: str) -> Target:
-        """Raises ValueError for a target the bank has no probes of."""
+        """The target of this name. Raises InputError when the bank has no probes for it."""
         for target in self.targets:
             if target.name == name:
                 return target
         known = ", ".join(t.name for t in self.targets)
-        raise InputError(f"target={name!r}: this bank has no such probes; expected one of {known}")
+        raise InputError(f"target={name!r}: this bank has no probes for it; expected one of {known}")
 
     def select(self, cells: Sequence[Cell]) -> ProbeBank:
-        """The smaller bank of these cells, in this order. Raises ValueError for a cell the bank has not."""
-        place = {cell: i for i, cell in enumerate(self.cells)}
+        """The bank of some of the cells, in the order given. Raises InputError for a cell that is not in the bank."""
+        index = {cell: i for i, cell in enumerate(self.cells)}
         for cell in cells:
-            if cell not in place:
+            if cell not in index:
                 raise InputError(
-                    f"cell ({cell}): not among the {len(place)} cells of this bank; fit it or pick another"
+                    f"cell ({cell}): not among the {len(index)} cells of this bank; fit it or choose another"
                 )
-        at = torch.tensor([place[cell] for cell in cells], dtype=torch.long)
+        at = torch.tensor([index[cell] for cell in cells], dtype=torch.long)
         tables: dict[str, Any] = {
             table: {name: value[at] for name, value in getattr(self, table).items()} for table in TABLES
         }
@@ -94,7 +128,7 @@ class ProbeBank:
 
     @classmethod
     def join(cls, banks: Sequence[ProbeBank]) -> ProbeBank:
-        """One bank of the cells of several that were fitted to the same targets; provenance of the first."""
+        """Joins the cells of banks with the same targets into one bank, with the provenance of the first."""
         first = banks[0]
         tables: dict[str, Any] = {
             table: {name: torch.cat([getattr(bank, table)[name] for bank in banks]) for name in getattr(first, table)}
@@ -113,7 +147,7 @@ class ProbeBank:
         features: Float[Tensor, "sample cell region channel"],
         labels: Mapping[str, Int[Tensor, " sample *region"]],
     ) -> ProbeBank:
-        """The same bank with a temperature for every cell and target, from samples it was not fitted to."""
+        """The same bank with a temperature for every cell and target. Use samples that the bank was not fitted to."""
         found = {}
         for target in self.targets:
             values, label = self.decision(features, target.name), labels[target.name].flatten()
@@ -126,17 +160,17 @@ class ProbeBank:
         target: str,
         cells: Sequence[Cell] | None = None,
     ) -> Float[Tensor, "cell sample *region out"]:
-        """Decision values, classes (or candidates) last.
+        """Decision values. The last axis has the classes, for form `candidate` the regions.
 
-        `cells` names the cells `features` holds, in order; without it they must be all cells of the bank.
-        Raises ValueError when the shape of `features` does not fit the bank.
+        cells: the cells of `features`, in order; default all cells of the bank.
+        Raises InputError when the shape of `features` does not fit the bank, and for an unknown target or cell.
         """
         bank = self if cells is None else self.select(cells)
         expected = (len(bank.cells), self.regions, self.mean.shape[1])
         if features.ndim != 4 or tuple(features.shape[1:]) != expected:
             raise InputError(
                 f"features{list(features.shape)}: expected [sample, cell, region, channel] with {list(expected)} "
-                "after sample; name the cells, and pool as when the bank was fitted"
+                "after sample; pass `cells`, and pool as for the fit of the bank"
             )
         form = self.target(target).form
         values = []
@@ -151,11 +185,11 @@ class ProbeBank:
         target: str,
         cells: Sequence[Cell] | None = None,
     ) -> Float[Tensor, "cell sample *region out"]:
-        """Softmax of the decision values, each cell's divided by its temperature if the bank is calibrated."""
+        """Softmax of the decision values, after division by the temperature of the cell if the bank is calibrated."""
         values = self.decision(features, target, cells)
         if target in self.temperatures:
-            heat = (self if cells is None else self.select(cells)).temperatures[target]
-            values = values / heat.view(-1, *[1] * (values.ndim - 1))
+            temperature = (self if cells is None else self.select(cells)).temperatures[target]
+            values = values / temperature.view(-1, *[1] * (values.ndim - 1))
         return values.softmax(dim=-1)
 
     def predict(
@@ -164,11 +198,11 @@ class ProbeBank:
         target: str,
         cells: Sequence[Cell] | None = None,
     ) -> Int[Tensor, "cell sample *region"]:
-        """The label each probe gives."""
+        """The label with the largest decision value."""
         return self.decision(features, target, cells).argmax(dim=-1)
 
     def save(self, folder: Path | str) -> None:
-        """Writes the tensors, then the description that vouches for them; a kill leaves no half bank behind."""
+        """Writes the tensors, then the description with their checksum. Both files are written atomically."""
         folder = Path(folder)
         make_folder(folder)
         tensors = {"mean": self.mean, "std": self.std}
@@ -180,8 +214,8 @@ class ProbeBank:
             "sha256": hashlib.sha256(data).hexdigest(),
             "regions": self.regions,
             "targets": [asdict(target) for target in self.targets],
-            "cells": [[c.step, c.site, c.branch, c.place] for c in self.cells],
-            "provenance": self.provenance,
+            "cells": [astuple(cell) for cell in self.cells],
+            "provenance": asdict(self.provenance),
         }
         for name, content in ((TENSORS, data), (DESCRIPTION, json.dumps(description, indent=1).encode())):
             with whole_file(folder / name) as part:
@@ -189,21 +223,23 @@ class ProbeBank:
 
     @classmethod
     def load(cls, folder: Path | str) -> ProbeBank:
-        """Reads what `save` wrote. Raises ValueError when it is missing, damaged or of another format."""
+        """Reads a bank written by `save`. Raises InputError when it is missing, damaged or of another format."""
         folder = Path(folder)
         for name in (DESCRIPTION, TENSORS):
             if not (folder / name).is_file():
-                raise InputError(f"{folder}: expected a probe bank, but {name} is missing; fit the probes first")
+                raise InputError(f"{folder}: expected a probe bank, but {name} is missing; run train.py first")
         try:
             description = json.loads((folder / DESCRIPTION).read_text())
             form, digest = description["format"], description["sha256"]
         except (ValueError, TypeError, KeyError):
-            raise InputError(f"{folder / DESCRIPTION}: not the description of a probe bank; fit again") from None
+            raise InputError(
+                f"{folder / DESCRIPTION}: expected the description of a probe bank; fit the probes again"
+            ) from None
         if form != FORMAT:
-            raise InputError(f"{folder}: bank format {form}, expected {FORMAT}; fit again with this version")
+            raise InputError(f"{folder}: bank format {form}, expected {FORMAT}; fit the probes again with this version")
         data = (folder / TENSORS).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
-            raise InputError(f"{folder / TENSORS}: damaged or from another fit than {DESCRIPTION}; fit again")
+            raise InputError(f"{folder / TENSORS}: damaged, or from another fit than {DESCRIPTION}; fit again")
         tensors = read_tensors(data)
         tables: dict[str, dict[str, Tensor]] = {name: {} for name in TABLES}
         for key, value in tensors.items():
@@ -216,20 +252,21 @@ class ProbeBank:
             regions=description["regions"],
             mean=tensors["mean"],
             std=tensors["std"],
-            provenance=description["provenance"],
+            provenance=Provenance.from_json(description["provenance"]),
             **tables,
         )
 
 
 def load_probes(path: Path | str) -> ProbeBank:
-    """The bank of a run folder (in its `probes`), or of a folder of probes itself.
+    """Loads a bank. path: a run folder with a folder `probes`, or a folder written by `ProbeBank.save`.
 
-    Raises ValueError when there is no complete bank.
+    Raises InputError when there is no complete bank.
     """
     path = Path(path)
     return ProbeBank.load(path / "probes" if (path / "probes").is_dir() else path)
 
 
 def _parts(cells: int, each: int) -> Iterator[slice]:
+    """Slices of cells with at most CHUNK values. each: number of values of a cell."""
     size = max(1, CHUNK // max(1, each))
     return (slice(start, start + size) for start in range(0, cells, size))

@@ -1,8 +1,9 @@
-"""Do probabilities mean what they say? Temperatures, and the errors of probabilities, for many cells at once.
+"""Calibration of probabilities, for many cells at once: temperature scaling, ECE, Brier score, reliability curves.
 
-Fit temperatures on validation and measure on test: on the data it was fitted to, a temperature flatters itself.
-Rows are whatever carries one label: a sample, or for region targets a sample and region (flatten them). Rows with
-label -1 do not count anywhere.
+Fit temperatures on validation and measure calibration on test. On the samples of its own fit, a temperature looks
+better than it is.
+A row is one softmax with one label: a sample, or for targets of form `region` a pair of sample and region (flatten
+them). Rows with label -1 are ignored.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch.nn import functional as F
 
 from cosprobe.errors import InputError
 
-COLDEST, HOTTEST = 0.05, 20.0  # one worse than chance would get an infinite temperature
+COLDEST, HOTTEST = 0.05, 20.0  # bounds of T; it would be infinite for a cell worse than chance
 ITERATIONS = 100
-PRECISION = 1e-8  # of log T
-TIE = 1e-9  # accuracies closer than this are equal: only rounding separates them
+PRECISION = 1e-8  # of log T, at which the iteration stops
+TIE = 1e-9  # accuracies that differ by less are equal up to rounding
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,20 @@ class Reliability:
 
 
 def temperatures(decision: Float[Tensor, "cell row out"], labels: Int[Tensor, " row"]) -> Float[Tensor, " cell"]:
-    """T of every cell for which the softmax of decision / T has the lowest mean cross-entropy, within [0.05, 20].
+    """The temperature T of every cell, in [0.05, 20], that minimises the mean cross-entropy of softmax(decision / T).
 
-    One number per cell: it changes how sure a probe is, never what it says. Cells whose cross-entropy does not depend
-    on T (decision values equal for all classes, or so far apart that the loss is 0 in fp64) keep T = 1.
-    Newton's method on log T, in fp64, all cells together; a bracket around the only minimum (the cross-entropy is
-    convex in 1 / T) takes over wherever Newton would leave it or slow down.
-    One uniform pseudo-label is counted among the labels (as Platt 1999, section 2.2, smooths his targets): a cell
-    that is right on every row would otherwise get the lowest T there is, and be certain ever after.
-    Raises ValueError for values that are not finite, no labelled row, or a label out of range.
-    Source: Guo et al. (2017), "On calibration of modern neural networks", equation 9, there for one network and
-    without the pseudo-label.
+    T changes the confidence of a probe, but never its predicted label. T = 1 for cells whose cross-entropy does not
+    depend on T (decision values equal for all classes, or so far apart that the loss is 0 in fp64).
+    Method: Newton's method on log T, in fp64, for all cells together. The cross-entropy is convex in 1 / T, so it has
+    one minimum. Bisection replaces Newton steps that leave the bracket of the minimum or converge slowly.
+    Raises InputError for values that are not finite, no labelled row, or a label out of range.
+    Source: Guo et al. (2017), "On calibration of modern neural networks", equation 9.
+    Departure: one row with a uniform label is added (as Platt 1999, section 2.2, smooths targets). Without it, a cell
+    that is right on every row would get the lowest T, and all its confidences would be close to 1.
     """
     values, labels = _labelled(decision, labels)
     if not torch.isfinite(values).all():
-        raise InputError("decision: values that are not finite, expected finite ones; refit the probes")
+        raise InputError("decision: expected finite values, found NaN or infinity; fit the probes again")
     rows, classes = len(labels), values.shape[2]
     wanted = (rows * F.one_hot(labels, classes).to(values) + 1 / classes) / (rows + 1)
     values = values - values[:, :, :1]  # equal values become exactly 0
@@ -73,20 +73,20 @@ def temperatures(decision: Float[Tensor, "cell row out"], labels: Int[Tensor, " 
 
 
 def ece(probabilities: Float[Tensor, "cell row out"], labels: Int[Tensor, " row"]) -> Float[Tensor, " cell"]:
-    """Expected calibration error of the most probable class: mean distance of confidence and accuracy over bins.
+    """Expected calibration error of the most probable class: mean over bins of |confidence - accuracy|.
 
-    Bins hold equally many rows, as many bins as keep accuracy from falling with confidence: 1, 2, 3, ... until
-    it first falls. Rows of equal confidence share their accuracy, so their order does not matter.
-    Noise inside the bins reads as miscalibration, the more so the fewer rows there are: perfectly calibrated rows (four
-    classes) come out at 0.06 for 100 rows and 0.02 for 2,000. That is this estimator, made for few rows; 15 bins
-    of equally many rows give 0.14 and 0.03. State the number of rows beside it, and compare like with like.
-    Raises ValueError for rows that are no probabilities, no labelled row, or a label out of range.
-    Source: Roelofs et al. (2022), "Mitigating bias in calibration error estimation", algorithm 1, here with absolute
-    instead of squared distances, as `ECE` usually has it.
+    Bins have equal numbers of rows. The number of bins is the largest before accuracy first decreases from one bin to
+    the next, trying 1, 2, 3, ... bins. Rows with equal confidence get their mean accuracy, so order has no effect.
+    The estimate is biased upwards, more so for few rows: perfectly calibrated rows with four classes give 0.06 for 100
+    rows and 0.02 for 2,000. (15 bins with equal numbers of rows give 0.14 and 0.03.) Report the number of rows with it,
+    and compare values at equal numbers of rows only.
+    Raises InputError for rows that are not probabilities, no labelled row, or a label out of range.
+    Source: Roelofs et al. (2022), "Mitigating bias in calibration error estimation", algorithm 1. Departure: absolute
+    instead of squared distances, as usual for the ECE.
     """
     confidence, right = _ranked(probabilities, labels)
     rows = confidence.shape[1]
-    ordered = (right.diff(dim=1) >= -TIE).all(dim=1)  # never falls, however many bins: one per row, without the search
+    ordered = (right.diff(dim=1) >= -TIE).all(dim=1)  # never decreases: one bin per row, no search needed
     error = torch.where(ordered, (right - confidence).abs().mean(dim=1), _binned_error(confidence, right, 1))
     rising = torch.nonzero(~ordered)[:, 0]
     for bins in range(2, rows):
@@ -99,11 +99,11 @@ def ece(probabilities: Float[Tensor, "cell row out"], labels: Int[Tensor, " row"
 
 
 def brier(probabilities: Float[Tensor, "cell row out"], labels: Int[Tensor, " row"]) -> Float[Tensor, " cell"]:
-    """Mean over rows of the squared distance between probabilities and the one-hot label, summed over classes.
+    """Brier score: squared distance between probabilities and one-hot label, summed over classes, mean over rows.
 
-    0 is perfect, 1 - 1 / out is knowing nothing, 2 is certain and wrong. For two classes it is twice
-    the score that counts one of them.
-    Raises ValueError for rows that are no probabilities, no labelled row, or a label out of range.
+    0 for perfect predictions, 1 - 1 / out for uniform probabilities, 2 for a probability of 1 for a wrong class. For
+    two classes it is twice the score that uses the probability of one class only.
+    Raises InputError for rows that are not probabilities, no labelled row, or a label out of range.
     Source: Brier (1950), "Verification of forecasts expressed in terms of probability", equation 2.
     """
     values, labels = _labelled(probabilities, labels)
@@ -113,14 +113,14 @@ def brier(probabilities: Float[Tensor, "cell row out"], labels: Int[Tensor, " ro
 
 
 def reliability(probabilities: Float[Tensor, "row out"], labels: Int[Tensor, " row"], bins: int = 10) -> Reliability:
-    """The reliability curve of one cell, in bins of equally many rows (sizes differ by one at most).
+    """The reliability curve of one cell, with bins of equal numbers of rows (they differ by at most one).
 
-    Raises ValueError for fewer labelled rows than bins, and as `ece` does.
+    Raises InputError for fewer labelled rows than bins, and the errors of `ece`.
     """
     confidence, right = _ranked(probabilities[None], labels)
     rows = confidence.shape[1]
     if not 1 <= bins <= rows:
-        raise InputError(f"bins={bins}: expected 1 to {rows}, the number of labelled rows; take fewer bins")
+        raise InputError(f"bins={bins}: expected 1 to {rows}, the number of labelled rows; lower bins")
     mean, accuracy = (_binned(values, bins)[0].to(probabilities.dtype) for values in (confidence, right))
     return Reliability(mean, accuracy, _edges(rows, bins, confidence.device).diff())
 
@@ -128,7 +128,10 @@ def reliability(probabilities: Float[Tensor, "row out"], labels: Int[Tensor, " r
 def _derivatives(
     margin: Float[Tensor, "cell row out"], log_t: Float[Tensor, " cell"]
 ) -> tuple[Float[Tensor, " cell"], Float[Tensor, " cell"]]:
-    """First and second derivative of the mean cross-entropy in log T. margin: decision minus what the label wants."""
+    """First and second derivative of the mean cross-entropy in log T.
+
+    margin: decision values minus their mean under the smoothed label.
+    """
     inverse = (-log_t).exp()
     p = (margin * inverse[:, None, None]).softmax(dim=2)
     expected = (p * margin).sum(dim=2)
@@ -140,31 +143,34 @@ def _derivatives(
 def _labelled(
     values: Float[Tensor, "cell row out"], labels: Int[Tensor, " row"]
 ) -> tuple[Float[Tensor, "cell labelled out"], Int[Tensor, " labelled"]]:
-    """The rows with a label, in fp64."""
+    """The rows with a label, in fp64, and their labels. Raises InputError for none, or a label out of range."""
     labels = labels.to(values.device)
     keep = labels >= 0
     if not keep.any():
         raise InputError(f"labels: none among {len(labels)} rows, expected at least 1; collect more problems")
     if int(labels.max()) >= values.shape[2]:
-        raise InputError(f"labels: {int(labels.max())}, expected -1 to {values.shape[2] - 1}; pass the target's own")
+        raise InputError(
+            f"labels: {int(labels.max())}, expected -1 to {values.shape[2] - 1}; pass labels of this target"
+        )
     return values[:, keep].double(), labels[keep].long()
 
 
 def _check_probabilities(values: Float[Tensor, "cell row out"]) -> None:
+    """Raises InputError unless values are 0 or more and add up to 1 in every row."""
     total = values.sum(dim=2)
-    if not (values.min() >= 0 and (total - 1).abs().max() < 1e-3):  # written so that NaN fails too
-        raise InputError("probabilities: expected rows of at least 0 that add up to 1; take the softmax first")
+    if not (values.min() >= 0 and (total - 1).abs().max() < 1e-3):  # this condition is False for NaN
+        raise InputError("probabilities: expected rows of values from 0 to 1 that add up to 1; apply softmax first")
 
 
 def _ranked(
     probabilities: Float[Tensor, "cell row out"], labels: Int[Tensor, " row"]
 ) -> tuple[Float[Tensor, "cell labelled"], Float[Tensor, "cell labelled"]]:
-    """Confidence, rising, and whether the most probable class is right: the mean of it over equal confidences."""
+    """Sorted confidences, and accuracies of the most probable class, averaged over rows with equal confidence."""
     values, labels = _labelled(probabilities, labels)
     _check_probabilities(values)
-    top, said = values.max(dim=2)
+    top, predicted = values.max(dim=2)
     confidence, order = top.sort(dim=1)
-    right = (said == labels).double().gather(1, order)
+    right = (predicted == labels).double().gather(1, order)
     group = F.pad((confidence.diff(dim=1) > 0).long().cumsum(dim=1), (1, 0))
     total = torch.zeros_like(right).scatter_add(1, group, right)
     count = torch.zeros_like(right).scatter_add(1, group, torch.ones_like(right))
@@ -172,11 +178,12 @@ def _ranked(
 
 
 def _edges(rows: int, bins: int, device: torch.device) -> Int[Tensor, " edge"]:
+    """First row of every bin, and the number of rows."""
     return torch.arange(bins + 1, device=device) * rows // bins
 
 
 def _binned(values: Float[Tensor, "cell row"], bins: int) -> Float[Tensor, "cell bin"]:
-    """Means of `bins` neighbouring groups of equally many rows."""
+    """Means over `bins` consecutive groups with equal numbers of rows."""
     edges = _edges(values.shape[1], bins, values.device)
     return F.pad(values.cumsum(dim=1), (1, 0))[:, edges].diff(dim=1) / edges.diff()
 
@@ -184,5 +191,6 @@ def _binned(values: Float[Tensor, "cell row"], bins: int) -> Float[Tensor, "cell
 def _binned_error(
     confidence: Float[Tensor, "cell row"], right: Float[Tensor, "cell row"], bins: int
 ) -> Float[Tensor, " cell"]:
+    """Mean over bins of |confidence - accuracy|, weighted by the number of rows."""
     share = _edges(confidence.shape[1], bins, confidence.device).diff() / confidence.shape[1]
     return ((_binned(confidence, bins) - _binned(right, bins)).abs() * share).sum(dim=1)

@@ -1,7 +1,7 @@
-"""Features with their labels, and the batches logistic probes are trained on.
+"""The data module and the batches for the training of logistic probes.
 
-Training happens in the principal axes of each cell's rows (a rotation, so the penalty means the same): there
-are never more of them than rows, and a gradient step can be scaled axis by axis.
+Training uses the principal axes of the rows of each cell. A rotation does not change the penalty. There are never more
+axes than rows, and the gradient can be scaled separately along each axis.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from torch import Tensor
 
 from cosprobe.activations import ProbeSamples
 from cosprobe.errors import InputError
-from cosprobe.probes.linalg import Axes, design, principal_axes, spread, standardise
+from cosprobe.probes.linalg import Axes, Parts, design, principal_axes, spread, standardise
 from cosprobe.tasks import Target, readable_targets
 
 
 def check_targets(targets: Sequence[Target], train: ProbeSamples, validation: ProbeSamples) -> None:
-    """Raises ValueError for the first target that has no two classes to tell apart, or nothing to validate on."""
+    """Raises InputError for the first target with fewer than two training classes or without validation labels.
+
+    Also raises it when there are no targets.
+    """
     if not targets:
-        raise InputError("targets: none can be read from these features; pool by region or add targets")
+        raise InputError("targets: none can be decoded from these features; set probe.pooling=region or add targets")
     for target in targets:
         seen = train.labels[target.name]
         classes = seen[seen >= 0].unique().numel()
@@ -43,7 +46,7 @@ def check_targets(targets: Sequence[Target], train: ProbeSamples, validation: Pr
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """Rows in the principal axes, per form; labels per target; size: samples of the batch over all processes."""
+    """rows: by form, in principal axes. labels: by target. size: number of samples of the batch over all processes."""
 
     rows: dict[str, Float[Tensor, "cell sample row axis"]]
     labels: dict[str, Int[Tensor, " sample *region"]]
@@ -51,10 +54,10 @@ class ProbeBatch:
 
 
 class ProbeBatches:
-    """The batches one process sees in an epoch.
+    """The batches of one epoch in one process.
 
-    The order of all samples follows from (seed, epoch) alone; process `rank` of `world` takes rows
-    rank::world of every batch, so any number of processes takes the same steps and no sample is repeated.
+    The order of the samples depends on `seed` and epoch only. Process `rank` of `world` takes the samples rank::world
+    of every batch. So the optimiser steps do not depend on the number of processes, and no sample is repeated.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class ProbeBatches:
         return math.ceil(self.whole.size / self.batch)
 
     def __iter__(self) -> Iterator[ProbeBatch]:
-        if len(self) == 1:  # order does not matter then, and nothing has to be copied twice
+        if len(self) == 1:  # the order has no effect, and the copy is reused
             self._only = self._only or self._take(torch.arange(self.whole.size))
             yield self._only
             return
@@ -77,19 +80,21 @@ class ProbeBatches:
             yield self._take(chosen)
 
     def _take(self, chosen: Int[Tensor, " sample"]) -> ProbeBatch:
+        """The part of this process of a batch."""
         if self.world == 1 and len(chosen) == self.whole.size:
             return self.whole
-        mine = chosen[self.rank :: self.world]
-        rows = {form: x.index_select(1, mine.to(x.device)) for form, x in self.whole.rows.items()}
-        labels = {name: y[mine.to(y.device)] for name, y in self.whole.labels.items()}
+        kept = chosen[self.rank :: self.world]
+        rows = {form: x.index_select(1, kept.to(x.device)) for form, x in self.whole.rows.items()}
+        labels = {name: y[kept.to(y.device)] for name, y in self.whole.labels.items()}
         return ProbeBatch(rows, labels, len(chosen))
 
 
 class ProbeData(L.LightningDataModule):
-    """Batches of some cells. `setup` standardises and finds the principal axes, on the trainer's device.
+    """Training and validation batches of some cells.
 
-    mean, std and axes (per form) are there after `setup`; with several processes each finds the axes of its
-    share of the cells and all end up with the same ones.
+    `setup` standardises the features and computes the principal axes, on the device of the trainer. It sets `mean`,
+    `std` and `axes` (by form). Several processes divide the cells for the principal axes and exchange the results.
+    Raises InputError for a batch size below 1.
     """
 
     def __init__(self, train: ProbeSamples, validation: ProbeSamples, batch: int, seed: int):
@@ -102,6 +107,7 @@ class ProbeData(L.LightningDataModule):
         self.batch, self.seed = batch, seed
 
     def setup(self, stage: str | None = None) -> None:
+        """Standardises, computes principal axes, and moves all data to the device of the trainer."""
         device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
         train = self.samples["train"]
         mean, std = spread(train.features)
@@ -126,29 +132,31 @@ class ProbeData(L.LightningDataModule):
         return self._batches("validation", max(1, len(self.samples["validation"])))
 
     def transfer_batch_to_device(self, batch: ProbeBatch, device: torch.device, dataloader_idx: int) -> ProbeBatch:
-        return batch  # `setup` put everything there once
+        return batch  # `setup` has moved all data already
 
     def _batches(self, name: str, batch: int) -> ProbeBatches:
         if self.trainer is None:
             return ProbeBatches(self.whole[name], batch, self.seed, 0, 1)
-        place = self.trainer.global_rank, self.trainer.world_size
-        return ProbeBatches(self.whole[name], batch, self.seed, *place, lambda: self.trainer.current_epoch)
+        process = self.trainer.global_rank, self.trainer.world_size
+        return ProbeBatches(self.whole[name], batch, self.seed, *process, lambda: self.trainer.current_epoch)
 
 
 def _within(rows: Float[Tensor, "cell sample row width"], form: str) -> Float[Tensor, "cell sample row width"]:
-    """Candidates compete inside a sample: what all of its rows share cannot change their softmax, and is removed."""
+    """For form `candidate`, subtracts the mean of the rows of each sample, which has no effect on their softmax."""
     return rows - rows.mean(dim=2, keepdim=True) if form == "candidate" else rows
 
 
 def _coordinates(rows: Float[Tensor, "cell sample row width"], axes: Axes) -> Float[Tensor, "cell sample row axis"]:
+    """Rows in principal axes."""
     flat = (rows.flatten(1, 2) - axes.mean[:, None]) @ axes.basis
     return flat.unflatten(1, rows.shape[1:3])
 
 
-def shared(solve: Callable[[slice], tuple[Tensor, ...]], cells: int) -> tuple[Tensor, ...]:
-    """`solve(slice(0, cells))`, whose results have the cells first; processes, if there are several, divide the work.
+def shared(solve: Callable[[slice], Parts], cells: int) -> Parts:
+    """Returns `solve(slice(0, cells))`. Several processes divide the cells and exchange their results.
 
-    Every process ends up with the very same numbers, which data-parallel training relies on.
+    solve: returns tensors whose first axis is the cells of the slice. All processes get identical values, as
+    data-parallel training requires.
     """
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if world == 1:
@@ -156,24 +164,21 @@ def shared(solve: Callable[[slice], tuple[Tensor, ...]], cells: int) -> tuple[Te
     workers = min(world, cells)
     edges = [cells * i // workers for i in range(workers + 1)]
     rank = dist.get_rank()
-    mine = rank if rank < workers else 0  # with fewer cells than processes the rest learn the shapes from a copy
-    own = solve(slice(edges[mine], edges[mine + 1]))
+    part_number = rank if rank < workers else 0  # processes without cells solve part 0, to get the shapes
+    solved = solve(slice(edges[part_number], edges[part_number + 1]))
     parts = []
     for worker in range(workers):
         count = edges[worker + 1] - edges[worker]
         if worker == rank:
-            part = tuple(tensor.contiguous() for tensor in own)
+            part = {name: tensor.contiguous() for name, tensor in solved.items()}
         else:
-            part = tuple(tensor.new_empty(count, *tensor.shape[1:]) for tensor in own)
-        for tensor in part:
+            part = {name: tensor.new_empty(count, *tensor.shape[1:]) for name, tensor in solved.items()}
+        for tensor in part.values():  # in the same order in every process
             dist.broadcast(tensor, src=worker)
         parts.append(part)
-    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return {name: torch.cat([part[name] for part in parts]) for name in solved}
 
 
 def _axes(rows: Float[Tensor, "cell sample row width"]) -> Axes:
-    def solve(part: slice) -> tuple[Tensor, ...]:
-        found = principal_axes(rows[part].flatten(1, 2))
-        return found.mean, found.basis, found.variance
-
-    return Axes(*shared(solve, len(rows)))
+    """Principal axes of the rows of each cell. Several processes divide the cells."""
+    return Axes(**shared(lambda part: dict(vars(principal_axes(rows[part].flatten(1, 2)))), len(rows)))

@@ -1,8 +1,8 @@
-"""What every solver of probes works with, batched over cells: standardisation, designs, principal axes, losses.
+"""Linear algebra for all probe solvers, batched over cells: standardisation, designs, principal axes, losses.
 
-Pure torch, no state. A *design* is what a form of target reads, always laid out as
-[cell, sample, row, width]: for `candidate` and `region` targets one row per region, as wide as the channels;
-for `problem` targets a single row, all regions side by side.
+A design is the input matrix of a linear probe, [cell, sample, row, width]. For targets of form `candidate` and `region`
+it has one row per region, and width is the number of channels. For form `problem` it has one row per sample, with the
+channels of all regions concatenated.
 """
 
 from __future__ import annotations
@@ -18,43 +18,44 @@ from torch.nn import functional as F
 
 from cosprobe.errors import InputError
 
-# Weights and biases of every target and setting (penalty), on standardised features.
-Fitted = dict[str, tuple[Float[Tensor, "cell width setting out"], Float[Tensor, "cell setting out"]]]
-Divide = Callable[[Callable[[slice], tuple[Tensor, ...]], int], tuple[Tensor, ...]]
+# Weights and biases of every target and penalty, on standardised features.
+Fitted = dict[str, tuple[Float[Tensor, "cell width penalty out"], Float[Tensor, "cell penalty out"]]]
+Parts = dict[str, Tensor]  # results of a solver for some cells, by name; the first axis is the cells
+Divide = Callable[[Callable[[slice], Parts], int], Parts]
 
-CHUNK = 2**25  # numbers of fp64 worked on at once, 256 MB
-NEGLIGIBLE = 1e-6  # a channel whose spread is below this share of its mean is constant up to rounding
-# In the dual form, axes with less than this share of the largest variance are rounding noise of the rows.
+CHUNK = 2**25  # number of fp64 values processed at once, 256 MB
+NEGLIGIBLE = 1e-6  # a channel with std below this share of its mean is constant up to rounding
+# In the dual form (Gram matrix), axes with less than this share of the largest variance are rounding errors.
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The probe that is kept of every cell, of one target, and the penalty it was fitted with."""
+    """The chosen probe of every cell for one target, and its penalty."""
 
     weights: Float[Tensor, "cell width out"]
     biases: Float[Tensor, "cell out"]
-    lambdas: Float[Tensor, " cell"]
+    penalties: Float[Tensor, " cell"]
 
     @classmethod
     def of(
         cls,
-        weight: Float[Tensor, "cell width setting out"],
-        bias: Float[Tensor, "cell setting out"],
-        lambdas: Sequence[float],
+        weight: Float[Tensor, "cell width penalty out"],
+        bias: Float[Tensor, "cell penalty out"],
+        penalties: Sequence[float],
         best: Int[Tensor, " cell"],
     ) -> Chosen:
-        """Of each cell the setting `best`."""
+        """The fit of each cell at penalty number `best`."""
         cell = torch.arange(len(best), device=best.device)
-        return cls(weight[cell, :, best], bias[cell, best], torch.tensor(lambdas, device=best.device)[best])
+        return cls(weight[cell, :, best], bias[cell, best], torch.tensor(penalties, device=best.device)[best])
 
 
 @dataclass(frozen=True)
 class Axes:
     """Principal axes of the rows of each cell. A row x has coordinates (x - mean) @ basis.
 
-    `axis` is min(row, width): no more are needed, a penalised linear fit lives in the span of its rows.
-    variance: mean square of the coordinates over the rows; 0 (and a zero column of `basis`) for empty axes.
+    The number of axes is min(row, width): the weights of a penalised linear fit are in the span of the rows.
+    variance: mean square of the coordinates over the rows; 0, with a zero column of `basis`, for empty axes.
     """
 
     mean: Float[Tensor, "cell width"]
@@ -67,10 +68,10 @@ def spread(
 ) -> tuple[Float[Tensor, "cell channel"], Float[Tensor, "cell channel"]]:
     """Mean and standard deviation over samples and regions, per cell and channel, in fp32.
 
-    The deviation of a channel that is constant (up to rounding) is exactly 0.
+    The standard deviation of a channel that is constant up to rounding is exactly 0.
     """
     means, deviations = [], []
-    for cell in features.unbind(1):  # fp64 of one cell at a time: a constant channel must come out constant
+    for cell in features.unbind(1):  # fp64, one cell at a time, to recognise constant channels
         rows = cell.double()
         mean = rows.mean(dim=(0, 1))
         deviation = (rows - mean).square().mean(dim=(0, 1)).sqrt()
@@ -84,23 +85,24 @@ def standardise(
     mean: Float[Tensor, "cell channel"],
     std: Float[Tensor, "cell channel"],
 ) -> Float[Tensor, "cell sample region channel"]:
-    """(features - mean) / std with the cells first; a channel with std 0 becomes 0 on any data."""
+    """(features - mean) / std in fp32, with the axis cell first. Channels with std 0 become 0 for all data."""
     scale = torch.where(std > 0, 1 / std, 0.0)
     by_cell = features.transpose(0, 1).to(device=mean.device, dtype=torch.float32)
     return (by_cell - mean[:, None, None]) * scale[:, None, None]
 
 
 def design(x: Float[Tensor, "cell sample region channel"], form: str) -> Float[Tensor, "cell sample row width"]:
-    """What a target of this form reads: one row per region, or one row of all regions side by side."""
+    """The design for a target of this form: one row per region, or one row with all regions concatenated."""
     return x.flatten(2)[:, :, None] if form == "problem" else x
 
 
 @dataclass(frozen=True)
 class Turned:
-    """Rows of each cell in their principal axes, as in `Axes`, but rows innermost, and the basis as a product.
+    """Rows of each cell in their principal axes, like `Axes`, but with the basis as a product of matrices.
 
-    factors: matrices whose product is the basis. When rows are no more than columns it is never written out, which
-    would cost as much as the Gram matrix: coordinates follow from the decomposition itself.
+    coordinates: of the rows, with the axis row last. factors: matrices whose product is the basis. When there are not
+    more rows than columns, the basis is never computed: that would cost as much as the Gram matrix, and the coordinates
+    follow from the decomposition.
     """
 
     mean: Float[Tensor, "cell width"]
@@ -109,7 +111,7 @@ class Turned:
     factors: tuple[Tensor, ...]
 
     def into(self, weight: Float[Tensor, "cell width out"]) -> Float[Tensor, "cell axis out"]:
-        """Weights along the axes; what is orthogonal to all rows is lost."""
+        """Weights of the columns as weights along the axes. The part that is orthogonal to all rows is lost."""
         for factor in self.factors:
             weight = factor.mT @ weight
         return weight
@@ -122,7 +124,7 @@ class Turned:
 
 
 def turned(rows: Float[Tensor, "cell row width"]) -> Turned:
-    """The rows of each cell along the axes of `principal_axes`, in the precision of the rows throughout."""
+    """The rows of each cell in their principal axes. All computations are in the precision of the rows."""
     count, width = rows.shape[1:]
     mean = rows.mean(dim=1)
     centred = rows - mean[:, None]
@@ -138,9 +140,10 @@ def turned(rows: Float[Tensor, "cell row width"]) -> Turned:
 
 
 def principal_axes(rows: Float[Tensor, "cell row width"]) -> Axes:
-    """Axes of the centred rows, largest variance last; from the Gram matrix when rows are no more than columns.
+    """Principal axes of the rows of each cell, with the largest variance last.
 
-    In the precision of the rows (fp32 or fp64); the decomposition itself is fp64.
+    Computed from the Gram matrix when there are not more rows than columns. Results have the precision of the rows
+    (fp32 or fp64). The decomposition is in fp64.
     """
     count, width = rows.shape[1:]
     mean = rows.mean(dim=1)
@@ -156,47 +159,48 @@ def principal_axes(rows: Float[Tensor, "cell row width"]) -> Axes:
 
 
 def curvature(form: str, regions: int) -> float:
-    """h such that the Hessian of the mean cross-entropy never exceeds h * (mean outer product of design rows).
+    """The number h for which the Hessian of the mean cross-entropy is at most h * (mean outer product of design rows).
 
-    The Hessian of a softmax, diag(p) - p p', has no eigenvalue above 1/2 (Boehning 1992). A candidate target
-    averages over samples what is summed over `regions` rows.
+    The Hessian of a softmax, diag(p) - p p', has no eigenvalue above 1/2 (Boehning 1992). For form `candidate` the loss
+    is a mean over samples, and each sample has `regions` rows, so the bound is `regions` times as large.
     """
     return 0.5 * regions if form == "candidate" else 0.5
 
 
 def row_sums(
-    values: Float[Tensor, "cell *rows setting out"], labels: Int[Tensor, " *rows"]
-) -> tuple[Float[Tensor, "cell setting"], Float[Tensor, "cell setting"], Int[Tensor, ""]]:
-    """Cross-entropy and number right, summed over the rows with a label, and how many those are."""
-    # rows last: a softmax and a maximum over few classes are fast when taken for many rows at once
-    by_row = values.float().flatten(1, -3).permute(0, 2, 3, 1)  # cell, setting, out, row
+    values: Float[Tensor, "cell *rows penalty out"], labels: Int[Tensor, " *rows"]
+) -> tuple[Float[Tensor, "cell penalty"], Float[Tensor, "cell penalty"], Int[Tensor, ""]]:
+    """Sum of the cross-entropy, number of right predictions, and number of rows, over the rows with a label."""
+    # rows last: softmax and maximum over few classes are faster if the rows are contiguous in memory
+    by_row = values.float().flatten(1, -3).permute(0, 2, 3, 1)  # cell, penalty, out, row
     label = labels.flatten().expand(*by_row.shape[:2], -1)
     loss = F.cross_entropy(by_row.flatten(0, 1), label.flatten(0, 1), ignore_index=-1, reduction="none")
-    largest = by_row.detach().max(dim=2).indices  # the first of equals, like argmax, in less time
+    largest = by_row.detach().max(dim=2).indices  # the first maximum, like argmax, but faster
     return loss.sum(dim=-1).unflatten(0, label.shape[:2]), (largest == label).sum(dim=-1).float(), (labels >= 0).sum()
 
 
-def best_setting(right: Num[Tensor, "cell setting"], loss: Float[Tensor, "cell setting"]) -> Int[Tensor, " cell"]:
-    """Of each cell the setting that is right most often; on a tie the one with the lower loss."""
+def best_penalty(right: Num[Tensor, "cell penalty"], loss: Float[Tensor, "cell penalty"]) -> Int[Tensor, " cell"]:
+    """Index of the penalty with the most right predictions of each cell. Ties: the one with the lower loss."""
     tied = right == right.amax(dim=1, keepdim=True)
     return loss.masked_fill(~tied, torch.inf).argmin(dim=1)
 
 
 def blocks(cells: int, numbers: int) -> Iterator[slice]:
-    """Slices of cells worked on at once, when each cell needs that many numbers of fp64 memory."""
+    """Slices of cells that are processed at once. numbers: number of fp64 values that a cell needs in memory."""
     size = max(1, CHUNK // max(1, numbers))
     return (slice(start, min(start + size, cells)) for start in range(0, cells, size))
 
 
-def check_penalties(lambdas: Sequence[float]) -> None:
-    """Raises ValueError unless there is at least one penalty and all are positive."""
-    if not lambdas or min(lambdas) <= 0:
-        raise InputError(f"lambdas={list(lambdas)}: expected one or more penalties above 0; at 0 no fit is unique")
+def check_penalties(penalties: Sequence[float]) -> None:
+    """Raises InputError unless there is at least one penalty and all are above 0."""
+    if not penalties or min(penalties) <= 0:
+        raise InputError(f"penalties={list(penalties)}: expected one or more above 0; at 0 a fit is not unique")
 
 
 def _eigh(
     square: Float[Tensor, "cell size size"],
 ) -> tuple[Float[Tensor, "cell size"], Float[Tensor, "cell size size"]]:
+    """Eigenvalues, in ascending order, and eigenvectors of symmetric matrices."""
     with one_thread(square.device):
         energy, vectors = torch.linalg.eigh(square)
     return energy, vectors
@@ -204,7 +208,10 @@ def _eigh(
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """LAPACK gains nothing from threads at these sizes and loses a factor of 10 to 100 on busy cores."""
+    """Limits torch to one thread on CPUs.
+
+    More threads do not speed up LAPACK at these sizes. On busy cores they slow it down by a factor of 10 to 100.
+    """
     threads = torch.get_num_threads()
     try:
         if device.type == "cpu":
@@ -216,12 +223,13 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 def affine(
     rows: Float[Tensor, "cell sample row width"],
-    weight: Float[Tensor, "cell width *setting out"],
-    bias: Float[Tensor, "cell *setting out"] | None,
-) -> Float[Tensor, "cell sample row *setting out"]:
-    """rows @ weight + bias in one matrix product per cell, however many settings (lambdas, say) there are.
+    weight: Float[Tensor, "cell width *penalty out"],
+    bias: Float[Tensor, "cell *penalty out"] | None,
+) -> Float[Tensor, "cell sample row *penalty out"]:
+    """rows @ weight + bias, with one matrix product per cell for all penalties.
 
-    The rows are innermost in memory, of which there are many more than columns: faster both ways.
+    The product is computed transposed, with the rows contiguous in memory. There are many more rows than outputs, so
+    this is faster, for the gradient too.
     """
     flat, columns = rows.flatten(1, 2).mT, weight.flatten(2).mT
     values = columns @ flat if bias is None else torch.baddbmm(bias.flatten(1)[:, :, None], columns, flat)
@@ -229,12 +237,12 @@ def affine(
 
 
 def classes_last(
-    values: Float[Tensor, "cell sample row *setting out"], form: str
+    values: Float[Tensor, "cell sample row *penalty out"], form: str
 ) -> Float[Tensor, "cell sample *rest"]:
-    """What `affine` gives, with what the softmax runs over as the last axis.
+    """The output of `affine`, with the axis of the softmax last.
 
-    candidate: [cell, sample, *setting, region]; problem: [cell, sample, *setting, class];
-    region: [cell, sample, region, *setting, class].
+    candidate: [cell, sample, *penalty, region]; problem: [cell, sample, *penalty, class];
+    region: [cell, sample, region, *penalty, class].
     """
     if form == "candidate":
         return values[..., 0].movedim(2, -1)
@@ -245,13 +253,13 @@ def validated(
     x: Float[Tensor, "cell sample region channel"],
     labels: Int[Tensor, " sample *region"],
     form: str,
-    weight: Float[Tensor, "cell width setting out"],
-    bias: Float[Tensor, "cell setting out"],
-    lambdas: Sequence[float],
+    weight: Float[Tensor, "cell width penalty out"],
+    bias: Float[Tensor, "cell penalty out"],
+    penalties: Sequence[float],
 ) -> Chosen:
-    """Of each cell the fit that is right most often on validation; on a tie the one with the lower cross-entropy.
+    """The fit of each cell with the highest validation accuracy. Ties: the one with the lower cross-entropy.
 
-    x, labels: standardised validation samples, -1 for no label. weight, bias: a fit for each of `lambdas`.
+    x, labels: standardised validation samples, label -1 for none. weight, bias: a fit for each of `penalties`.
     """
     loss, correct, _ = row_sums(classes_last(affine(design(x, form), weight, bias), form), labels.to(x.device))
-    return Chosen.of(weight, bias, lambdas, best_setting(correct, loss))
+    return Chosen.of(weight, bias, penalties, best_penalty(correct, loss))

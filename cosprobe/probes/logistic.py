@@ -1,18 +1,20 @@
-"""Fitting every probe of a grid at once.
+"""Fits all probes of a grid together.
 
-`logistic`: one LightningModule holds all cells, targets and penalties. Its loss is a sum of separate problems,
-each a convex one, so the result is what separate fits would give. Newton steps finish what training leaves short of
-its optimum, and every fit ends with a certificate. `newton`: the same by second-order steps alone, to fp64.
-`ridge`: closed form.
+`logistic`: one LightningModule holds the probes of all cells, targets and penalties. Its loss is the sum of their
+convex losses, so the result equals that of separate fits. Newton steps then bring fits that are short of their optimum
+there. Every fit has a certificate, a bound of its distance from the optimum. `newton`: the same probes by Newton steps
+alone, in fp64. `ridge`: closed form.
 
-Penalty: mean cross-entropy + lambda / 2 * |w|^2 over the n rows that carry the target, intercept free. This is
-scikit-learn's `LogisticRegression` with C = 1 / (n lambda); for two classes, where scikit-learn keeps one vector
-instead of two opposite ones, C = 2 / (n lambda). For ridge, alpha = lambda * n: one list of lambdas serves all kinds.
+Objective: mean cross-entropy + lambda / 2 * |w|^2 over the n rows with a label of the target, intercept not penalised.
+This is scikit-learn's `LogisticRegression` with C = 1 / (n lambda). For two classes, where scikit-learn has one weight
+vector instead of two opposite ones, C = 2 / (n lambda). For ridge, alpha = lambda * n, so all kinds use one list of
+penalties.
 
-Optimiser: Nesterov descent along the principal axes of the features, each scaled by an upper bound of the curvature on
-it (Boehning 1992, "Multinomial logistic regression algorithm"): nothing to tune. Where a penalty is weak and a cell
-nearly separable, the last bit of the way takes it longer than Newton steps, so 10 epochs and the finish need less time
-than 60 and the finish, to the same certificate.
+Optimiser: gradient descent with Nesterov momentum along the principal axes of the features. The gradient on each axis
+is divided by an upper bound of the curvature (Boehning 1992, "Multinomial logistic regression algorithm"), so no
+learning rate has to be tuned. With a weak penalty and a nearly separable cell it converges slowly, and Newton steps are
+faster. 10 epochs followed by Newton steps take less time than 60 epochs followed by Newton steps, for the same
+certificate.
 """
 
 from __future__ import annotations
@@ -55,23 +57,24 @@ from cosprobe.tasks import Target, readable_targets
 
 KINDS = ("logistic", "newton", "ridge")
 MOMENTUM = 0.9
-FLAT = 0.7  # share of the steps at the full rate, which then falls to zero in a line
-VALIDATIONS = 20  # points on the curves
+FLAT = 0.7  # share of the steps with the full learning rate; after them it decreases linearly to 0
+VALIDATIONS = 20  # largest number of validations during training, the points of the TensorBoard curves
 
 
 @dataclass
 class ProbeConfig(CaptureConfig):
-    """What is captured, and the recipe of the probes.
+    """What is captured (see `CaptureConfig`), and hyperparameters of the probes.
 
-    kind: `logistic`, `newton` (the same probes) or `ridge`. lambdas: penalties to try, on standardised features; one is
-    chosen per target and cell, by validation or, for `ridge`, by folds of whole problems inside train.
-    epochs, lr, batch: of `logistic`, before Newton steps finish it; lr is a share of the largest safe step, and a batch
-    as large as the training set takes the best steps (smaller ones only save memory). memory: GB that the features of
-    the cells fitted together may take, with their copies and optimiser state.
+    kind: `logistic`, `newton` (the same probes, another solver) or `ridge`. penalties: candidates for the penalty, on
+    standardised features. One is chosen per target and cell, on validation, or for `ridge` on folds of whole problems
+    inside train. epochs, lr, batch: of the training of `logistic`, before the Newton steps. lr: fraction of the largest
+    safe step. batch: number of samples; the size of the training set works best, less saves memory. memory: GB for the
+    cells that are fitted together: their features, copies of these, and the state of the optimiser.
+    Raises InputError for a value out of range.
     """
 
     kind: str = "logistic"
-    lambdas: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0])
+    penalties: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0])
     epochs: int = 10
     lr: float = 1.0
     batch: int = 4096
@@ -81,51 +84,54 @@ class ProbeConfig(CaptureConfig):
         super().__post_init__()
         if self.kind not in KINDS:
             raise InputError(f"probe.kind={self.kind!r}: expected one of {', '.join(KINDS)}")
-        if not self.lambdas or min(self.lambdas) <= 0:
-            raise InputError(f"probe.lambdas={list(self.lambdas)}: expected one or more penalties above 0")
+        if not self.penalties or min(self.penalties) <= 0:
+            raise InputError(f"probe.penalties={list(self.penalties)}: expected one or more penalties above 0")
         if self.epochs < 1:
             raise InputError(f"probe.epochs={self.epochs}: expected at least 1")
         if not 0 < self.lr <= 1:
-            raise InputError(f"probe.lr={self.lr}: expected a share of the largest safe step, above 0 and up to 1")
+            raise InputError(f"probe.lr={self.lr}: expected a fraction of the largest safe step, above 0 and up to 1")
         if self.batch < 1:
             raise InputError(f"probe.batch={self.batch}: expected at least 1 sample")
         if self.memory <= 0:
-            raise InputError(f"probe.memory={self.memory}: expected GB above 0")
+            raise InputError(f"probe.memory={self.memory}: expected a number of GB above 0")
 
 
 class CellScores(torchmetrics.Metric):
-    """Accuracy and mean cross-entropy of every cell and penalty; rows without a label do not count."""
+    """Accuracy and mean cross-entropy of every cell and penalty, over the rows with a label."""
 
     full_state_update = False
 
-    def __init__(self, cells: int, settings: int):
+    def __init__(self, cells: int, penalties: int):
         super().__init__()
-        self.add_state("correct", torch.zeros(cells, settings), dist_reduce_fx="sum")
-        self.add_state("loss", torch.zeros(cells, settings), dist_reduce_fx="sum")
+        self.add_state("correct", torch.zeros(cells, penalties), dist_reduce_fx="sum")
+        self.add_state("loss", torch.zeros(cells, penalties), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(
         self,
-        loss: Float[Tensor, "cell setting"],
-        correct: Float[Tensor, "cell setting"],
+        loss: Float[Tensor, "cell penalty"],
+        correct: Float[Tensor, "cell penalty"],
         count: Int[Tensor, ""],
     ) -> None:
-        """Sums over rows, as `row_sums` gives them."""
+        """Adds sums over rows, as returned by `row_sums`."""
         self.loss += loss.detach()
         self.correct += correct
         self.count += count
 
-    def compute(self) -> tuple[Float[Tensor, "cell setting"], Float[Tensor, "cell setting"]]:
+    def compute(self) -> tuple[Float[Tensor, "cell penalty"], Float[Tensor, "cell penalty"]]:
+        """Accuracy and mean cross-entropy."""
         return self.correct / self.count.clamp(min=1), self.loss / self.count.clamp(min=1)
 
 
 class ProbeTraining(L.LightningModule):
-    """Every cell, target and penalty of a logistic bank. Once trained, `fitted` holds the probes and `certificates` how
-    each fit ended; curves show the training alone.
+    """The training of logistic probes of all cells, targets and penalties.
 
-    The loss is a sum over all of them, so each ends where it would alone; nothing here may couple them (no gradient
-    clipping by norm, no early stopping). Parameters are made from the data module in `setup`: per form [cell, axis,
-    lambda, out], in principal axes, with the outputs of all targets of that form side by side.
+    After training, `fitted` has the probes and `certificates` the certificate of every fit. The TensorBoard curves show
+    the training before the Newton steps.
+    The loss is the sum over all fits, so the result of each fit does not depend on the others. Anything that couples
+    them (gradient clipping by norm, early stopping) would break this. `setup` creates the parameters from the data
+    module: for each form [cell, axis, penalty, out], in principal axes, with the outputs of all targets of the form
+    concatenated.
     """
 
     def __init__(self, config: ProbeConfig):
@@ -133,17 +139,18 @@ class ProbeTraining(L.LightningModule):
         self.config = config
 
     def setup(self, stage: str) -> None:
+        """Creates parameters, curvature bounds and metrics from the data module of the trainer."""
         data: ProbeData = self.trainer.datamodule
         train = data.whole["train"]
-        steeper = train.size / min(train.size, data.batch)  # a small batch may be that much steeper than the whole
-        settings = len(self.config.lambdas)
+        steeper = train.size / min(train.size, data.batch)  # bound of curvature of a batch / of all samples
+        penalties = len(self.config.penalties)
         self.targets = data.targets
-        self.penalties = torch.tensor(self.config.lambdas, device=data.mean.device)[:, None]
+        self.penalties = torch.tensor(self.config.penalties, device=data.mean.device)[:, None]
         self.weights, self.biases = torch.nn.ParameterDict(), torch.nn.ParameterDict()
-        self.weight_bounds: dict[str, Float[Tensor, "cell axis setting out"]] = {}
+        self.weight_bounds: dict[str, Float[Tensor, "cell axis penalty out"]] = {}
         self.bias_bounds: dict[str, Float[Tensor, " out"]] = {}
         self.columns: dict[str, slice] = {}
-        self.labelled: dict[str, float] = {}  # rows with a label, per sample
+        self.labelled: dict[str, float] = {}  # number of rows with a label per sample
         self.metrics = torch.nn.ModuleDict()
         for form in data.forms:
             cells, _, regions, axis = train.rows[form].shape
@@ -156,33 +163,35 @@ class ProbeTraining(L.LightningModule):
                 self.columns[target.name] = slice(len(steep), len(steep) + out)
                 steep += [curvature(form, regions) * rarer * steeper] * out
                 for split in ("train", "validation"):
-                    self.metrics[f"{split}/{target.name}"] = CellScores(cells, settings)
+                    self.metrics[f"{split}/{target.name}"] = CellScores(cells, penalties)
             bound = torch.tensor(steep, device=data.mean.device)
             self.weight_bounds[form] = data.axes[form].variance[:, :, None, None] * bound + self.penalties
-            self.weights[form] = torch.nn.Parameter(torch.zeros(cells, axis, settings, len(steep)))
-            if form != "candidate":  # the same bias for every candidate would change nothing
+            self.weights[form] = torch.nn.Parameter(torch.zeros(cells, axis, penalties, len(steep)))
+            if form != "candidate":  # candidates share one bias, which has no effect on their softmax
                 self.bias_bounds[form] = bound
-                self.biases[form] = torch.nn.Parameter(torch.zeros(cells, settings, len(steep)))
+                self.biases[form] = torch.nn.Parameter(torch.zeros(cells, penalties, len(steep)))
 
     def forward(self, rows: dict[str, Float[Tensor, "cell sample row axis"]]) -> dict[str, Tensor]:
-        """Decision values of every target, classes last, penalties before them."""
+        """Decision values of every target. The last axis has the classes, the one before it the penalties."""
         values = {f: affine(rows[f], weight, self.biases.get(f, None)) for f, weight in self.weights.items()}
         return {t.name: classes_last(values[t.form][..., self.columns[t.name]], t.form) for t in self.targets}
 
     def training_step(self, batch: ProbeBatch, index: int) -> Tensor:
+        """The objective, summed over all fits."""
         total = torch.zeros((), device=self.device)
         for name, values in self(batch.rows).items():
             loss, correct, count = row_sums(values, batch.labels[name])
             if self._measured():
                 self.metrics[f"train/{name}"].update(loss, correct, count)
-            # Divided by the labels a batch of this size carries on average, not by those it happens to carry:
-            # that is unbiased, and the mean over processes of these gradients is the gradient of one process.
+            # Divided by the average number of labels of a batch of this size, not by the number in this batch. So the
+            # gradient is unbiased, and its mean over processes equals the gradient of a single process.
             total = total + loss.sum() * (self.trainer.world_size / (batch.size * self.labelled[name]))
         for weight in self.weights.values():
             total = total + (self.penalties * weight.square()).sum() / 2
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divides the gradients by the bounds of the curvature."""
         for form, weight in self.weights.items():
             weight.grad /= self.weight_bounds[form]
         for form, bias in self.biases.items():
@@ -192,7 +201,8 @@ class ProbeTraining(L.LightningModule):
         for name, values in self(batch.rows).items():
             self.metrics[f"validation/{name}"].update(*row_sums(values, batch.labels[name]))
 
-    def _measured(self) -> bool:  # at points of curves only
+    def _measured(self) -> bool:
+        """Whether the curves have a point at this epoch."""
         return (self.current_epoch + 1) % self.trainer.check_val_every_n_epoch == 0
 
     def on_train_epoch_end(self) -> None:
@@ -203,14 +213,15 @@ class ProbeTraining(L.LightningModule):
         self._log("validation")
 
     def _log(self, split: str) -> None:
-        """Few curves: a grid has thousands of cells, and a tag for each of them would drown TensorBoard.
+        """Logs the best and the mean accuracy over cells, and the mean loss, of every target.
 
-        Written to the logger at once, as `self.log` one by one takes longer than an epoch does.
+        There are thousands of cells, too many for a curve each. All values are passed to the logger in one call:
+        separate calls of `self.log` take longer than an epoch.
         """
         curves = {}
         for target in self.targets:
             scores = self.metrics[f"{split}/{target.name}"].compute()
-            accuracy, loss = (score.view(-1, len(self.penalties)) for score in scores)  # a single number comes squeezed
+            accuracy, loss = (score.view(-1, len(self.penalties)) for score in scores)  # single values are squeezed
             self.metrics[f"{split}/{target.name}"].reset()
             best = accuracy.amax(dim=1)
             curves[f"accuracy/{target.name}/{split}_best"] = float(best.max())
@@ -219,6 +230,7 @@ class ProbeTraining(L.LightningModule):
         self.logger.log_metrics(curves, step=self.global_step)
 
     def configure_optimizers(self) -> Any:
+        """SGD with Nesterov momentum; the learning rate decreases linearly to 0 in the last steps."""
         optimizer = torch.optim.SGD(self.parameters(), lr=self.config.lr, momentum=MOMENTUM, nesterov=True)
         steps = self.trainer.estimated_stepping_batches
         falling = max(1.0, (1 - FLAT) * steps)
@@ -227,16 +239,16 @@ class ProbeTraining(L.LightningModule):
 
     @torch.no_grad()
     def on_train_end(self) -> None:
-        """Finishes what training left short of its optimum, and says how every fit ended."""
+        """Brings fits that are short of their optimum there by Newton steps, and stores probes and certificates."""
         data: ProbeData = self.trainer.datamodule
         train = data.samples["train"]
         x = standardise(train.features, data.mean, data.std)
         self.fitted, self.certificates = finished(
-            self._trained(data), x, train.labels, self.targets, self.config.lambdas, shared
+            self._trained(data), x, train.labels, self.targets, self.config.penalties, shared
         )
 
     def _trained(self, data: ProbeData) -> Fitted:
-        """Weights and biases on standardised features, out of the principal axes."""
+        """Weights and biases for standardised features, converted from the principal axes."""
         result = {}
         for target in self.targets:
             axes, part = data.axes[target.form], self.columns[target.name]
@@ -251,7 +263,7 @@ class ProbeTraining(L.LightningModule):
 
 
 class FitProgress(L.Callback):
-    """One bar for the whole fit, all chunks of cells included, so that the time left is the time left."""
+    """One progress bar for the whole fit, over all chunks of cells."""
 
     def __init__(self, total: int):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -271,23 +283,24 @@ class FitProgress(L.Callback):
     on_exception = on_train_end
 
 
-@enough_memory("give probe.memory fewer GB")
+@enough_memory("lower probe.memory")
 def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, folder: Path, seed: int) -> ProbeBank:
-    """Standardises on the training samples, fits every penalty, keeps one per target and cell: for `ridge` the best
-    on folds inside train, else the one with the best validation accuracy (ties: the lower cross-entropy there, of the
-    weights that are kept).
+    """Fits the probes of all cells and targets and returns them as a bank.
 
-    Temperatures are fitted on validation. Curves go to TensorBoard files in `folder`. With several devices every
-    process calls this and gets the same bank. Cells are fitted in chunks when all together need more than
-    `config.memory`, with the same result. The provenance of `logistic` and `newton` has per target how many fits
-    `converged`, of how many, and the largest relative `gap`; one printed line names fits that did not converge. Raises
-    ValueError when a target cannot be fitted, naming it.
+    Features are standardised with the training samples. Every penalty is fitted, and one is kept per target and cell:
+    for `ridge` the best on folds inside train, otherwise the one with the highest validation accuracy (ties: the lower
+    validation cross-entropy of the final weights). Temperatures are fitted on validation.
+    folder: for TensorBoard files. With several devices, every process calls this function and gets the same bank. Cells
+    are fitted in chunks when all together need more than `config.memory`; the result is the same.
+    For `logistic` and `newton`, the provenance has for each target the number of fits that `converged` and of all fits,
+    and the largest relative `gap`. Fits that did not converge are listed in one printed line.
+    Raises InputError, with the name of the target, when a target cannot be fitted.
     """
     train, validation = samples.subset("train"), samples.subset("validation")
     targets = readable_targets(samples.targets, samples.regions)
     check_targets(targets, train, validation)
     parts = chunks(samples, targets, config)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which devices there are was said before
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hides the list of devices, printed before
     progress = FitProgress(config.epochs * len(parts))
     banks: list[ProbeBank] = []
     endings: list[dict[str, Certificate]] = []
@@ -302,40 +315,44 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
             mean, std = (stat.to(runner.strategy.root_device) for stat in spread(chunk.features))
             x = standardise(chunk.features, mean, std)
             if config.kind == "ridge":
-                chosen = fit_ridge(x, chunk.labels, chunk.keys, targets, config.lambdas, seed, shared)
+                chosen = fit_ridge(x, chunk.labels, chunk.keys, targets, config.penalties, seed, shared)
             else:
-                fitted, ended = newton_targets(x, chunk.labels, targets, config.lambdas, shared)
+                fitted, ended = newton_targets(x, chunk.labels, targets, config.penalties, shared)
         if config.kind != "ridge":
             endings.append(ended)
-            chosen = _validated(fitted, mean, std, held_out, targets, config.lambdas)
-        banks.append(ProbeBank(chunk.cells, tuple(targets), samples.regions, mean.cpu(), std.cpu(), **_tables(chosen)))
-    provenance = {"probe": asdict(config), "trainer": asdict(trainer), "seed": seed, "train": len(train)}
-    provenance |= {"validation": len(validation)}
+            chosen = _validated(fitted, mean, std, held_out, targets, config.penalties)
+        tables: dict[str, Any] = {
+            f.name: {name: getattr(one, f.name).cpu() for name, one in chosen.items()} for f in fields(Chosen)
+        }
+        banks.append(ProbeBank(chunk.cells, tuple(targets), samples.regions, mean.cpu(), std.cpu(), **tables))
+    fitted_with: dict[str, Any] = {"probe": asdict(config), "trainer": asdict(trainer), "seed": seed}
+    fitted_with |= {"train": len(train), "validation": len(validation)}
     if endings:
         whole = {t.name: Certificate.join([ended[t.name] for ended in endings]) for t in targets}
-        if (line := shortfall(config.kind, whole, samples.cells, config.lambdas)) and runner.is_global_zero:
+        if (line := shortfall(config.kind, whole, samples.cells, config.penalties)) and runner.is_global_zero:
             Console().print(line, markup=False, highlight=False, soft_wrap=True)
-        provenance["converged"] = {name: one.tally for name, one in whole.items()}
-        provenance["gap"] = {name: float(one.gap.max()) for name, one in whole.items()}
-    return ProbeBank.join(banks).calibrated(validation.features, validation.labels).with_provenance(**provenance)
+        fitted_with["converged"] = {name: one.tally for name, one in whole.items()}
+        fitted_with["gap"] = {name: float(one.gap.max()) for name, one in whole.items()}
+    return ProbeBank.join(banks).calibrated(validation.features, validation.labels).with_provenance(**fitted_with)
 
 
 def chunks(samples: ProbeSamples, targets: Sequence[Target], config: ProbeConfig) -> list[slice]:
-    """Slices of cells that fit into `config.memory` together; a function of sizes alone, not of the machine."""
+    """Slices of cells that fit into `config.memory` together. They depend on the sizes, not on the machine."""
     count, cells, regions, channels = samples.features.shape
-    numbers = count * regions * channels  # the standardised features, and then each form's coordinates
+    numbers = count * regions * channels  # standardised features; coordinates of each form are added below
     for form in {t.form for t in targets}:
         width = regions * channels if form == "problem" else channels
         outs = sum(1 if form == "candidate" else t.classes for t in targets if t.form == form)
         axis = min(width, count * (1 if form == "problem" else regions))
-        numbers += 2 * count * regions * channels + width * axis + 4 * axis * outs * len(config.lambdas)
+        numbers += 2 * count * regions * channels + width * axis + 4 * axis * outs * len(config.penalties)
     size = max(1, int(config.memory * 1e9 / (4 * numbers)))
     return [slice(start, min(start + size, cells)) for start in range(0, cells, size)]
 
 
 def _runner(config: ProbeConfig, trainer: TrainerConfig, folder: Path, progress: L.Callback) -> L.Trainer:
+    """The Lightning trainer of the probes, with TensorBoard files in `folder`."""
     strategy: Any = "auto"
-    if trainer.devices > 1:  # nothing but parameters may be synchronised: the rest is the same everywhere already
+    if trainer.devices > 1:  # synchronise parameters only: buffers are equal in all processes
         strategy = DDPStrategy(process_group_backend=backend(trainer), broadcast_buffers=False)
     return L.Trainer(
         **asdict(trainer),
@@ -358,11 +375,8 @@ def _validated(
     std: Float[Tensor, "cell channel"],
     validation: ProbeSamples,
     targets: Sequence[Target],
-    lambdas: Sequence[float],
+    penalties: Sequence[float],
 ) -> dict[str, Chosen]:
+    """For every target and cell, the fit with the best penalty on validation."""
     x = standardise(validation.features, mean, std)
-    return {t.name: validated(x, validation.labels[t.name], t.form, *fitted[t.name], lambdas) for t in targets}
-
-
-def _tables(chosen: dict[str, Chosen]) -> dict[str, dict[str, Tensor]]:
-    return {f.name: {name: getattr(one, f.name).cpu() for name, one in chosen.items()} for f in fields(Chosen)}
+    return {t.name: validated(x, validation.labels[t.name], t.form, *fitted[t.name], penalties) for t in targets}

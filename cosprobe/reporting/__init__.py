@@ -1,4 +1,4 @@
-"""What a person sees of a run: figures, summary, TensorBoard, film."""
+"""Reports of a run: figures, summary, TensorBoard, film strip, comparison of runs."""
 
 from cosprobe.reporting.figures import STYLE, new_figure
 from cosprobe.reporting.film import Film, film_row, film_strip, record

@@ -1,4 +1,4 @@
-"""Pictures of the checks: generalisation matrices, and four panels for the best cell of every target."""
+"""Figures of the checks: generalisation matrices, and four panels for the best cell of every target."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cosprobe.evaluation.checks import WEIGHTS, Checks, Matrix
 from cosprobe.reporting.figures import OUTLINE, STYLE, bold, new_figure, ticks
 
 COLOURS = {"trained": "#225ea8", "permuted": "#e6550d", "fresh": "#9a9a9a"}
-ACROSS = 4  # matrices to a row
+ACROSS = 4  # matrices per row
 LINE = {"linewidth": 1.5, "markersize": 3.5, "marker": "o"}
 
 
 def generalisation(found: Sequence[Matrix]) -> Figure:
-    """One heat map per matrix: rows trained on, columns read on; colour is test accuracy, white at 0, dark at 1."""
+    """One heat map per matrix. Rows: trained on. Columns: tested on. Colour: test accuracy, white for 0, dark for 1."""
     rows = -(-len(found) // ACROSS)
     columns = min(ACROSS, len(found))
     with rc_context(STYLE):
@@ -31,8 +31,8 @@ def generalisation(found: Sequence[Matrix]) -> Figure:
             _names(axes, matrix)
             if matrix.accuracy.size <= 20:
                 _write(axes, matrix.accuracy)
-            axes.set_title(f"$\\bf{{{bold(matrix.target)}}}$ by {matrix.axis}", loc="left")
-            axes.set(xlabel=f"read on {matrix.axis}", ylabel=f"trained on {matrix.axis}")
+            axes.set_title(f"$\\bf{{{bold(matrix.target)}}}$", loc="left")
+            axes.set(xlabel=f"tested on {matrix.axis}", ylabel=f"trained on {matrix.axis}")
         for axes in panels.ravel()[len(found) :]:
             axes.set_visible(False)
         bar = figure.colorbar(image, ax=panels, aspect=30, pad=0.015, fraction=0.04)
@@ -43,8 +43,8 @@ def generalisation(found: Sequence[Matrix]) -> Figure:
 
 def _names(axes: Axes, matrix: Matrix) -> None:
     for axis, names in ((axes.xaxis, matrix.test), (axes.yaxis, matrix.train)):
-        places = range(len(names)) if len(names) <= 8 else ticks(np.arange(len(names)), 5)
-        axis.set_ticks([i + 0.5 for i in places], [names[i] for i in places])
+        positions = range(len(names)) if len(names) <= 8 else ticks(np.arange(len(names)), 5)
+        axis.set_ticks([i + 0.5 for i in positions], [names[i] for i in positions])
     axes.tick_params(length=2)
 
 
@@ -55,7 +55,7 @@ def _write(axes: Axes, values: np.ndarray) -> None:
 
 
 def check_panels(grid: Grid, checks: Checks) -> Figure:
-    """A row per target: learning curve, reliability, random weights, latency by layer."""
+    """One row of panels per target: learning curve, reliability, random weights, latency by layer."""
     with rc_context(STYLE):
         figure = new_figure(8.0, 0.4 + 2.3 * len(checks.best))
         panels = figure.subplots(len(checks.best), 4, squeeze=False)
@@ -65,7 +65,7 @@ def check_panels(grid: Grid, checks: Checks) -> Figure:
             _weights(row[2], checks, name)
             _latency(row[3], grid, checks, name)
             row[0].set_title(
-                f"$\\bf{{{bold(name)}}}$, layer {checks.best[name].site}, step {checks.best[name].step}", loc="left"
+                f"$\\bf{{{bold(name)}}}$, layer {checks.best[name].layer}, step {checks.best[name].step}", loc="left"
             )
             for axes in row:
                 axes.grid(color="#e6e6e6", linewidth=0.6)
@@ -79,8 +79,8 @@ def _learning(axes: Axes, checks: Checks, name: str) -> None:
     if not found:
         _absent(axes)
         return
-    for i, cell in enumerate(found[0].cells):
-        label = "best cell" if i == 0 else cell.site
+    for i, source in enumerate(found[0].names):
+        label = "best cell" if i == 0 else source
         curve = found[0].accuracy
         line = axes.plot(
             found[0].sizes, curve.value[i], label=label, color=("#225ea8", "#9a9a9a", OUTLINE)[i % 3], **LINE
@@ -97,7 +97,7 @@ def _learning(axes: Axes, checks: Checks, name: str) -> None:
 
 def _reliability(axes: Axes, checks: Checks, name: str) -> None:
     axes.plot([0, 1], [0, 1], color="#9a9a9a", linewidth=1)
-    axes.set(xlabel="probability", ylabel="right", xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.set(xlabel="predicted probability", ylabel="share right", xlim=(0, 1.02), ylim=(0, 1.02))
     for curve, label, colour in zip(
         checks.reliability[name], ("calibrated", "raw"), ("#225ea8", "#9a9a9a"), strict=True
     ):
@@ -112,8 +112,8 @@ def _weights(axes: Axes, checks: Checks, name: str) -> None:
         _absent(axes)
         return
     first = min(cell.step for cell in table.cells)
-    at = [i for i, cell in enumerate(table.cells) if cell.step == first and cell.place == table.cells[0].place]
-    layers, t = [int(table.cells[i].site) for i in at], table.targets.index(name)
+    at = [i for i, cell in enumerate(table.cells) if cell.step == first and cell.position == table.cells[0].position]
+    layers, t = [table.cells[i].layer for i in at], table.targets.index(name)
     _by_layer(axes, np.array(layers))
     for w, how in enumerate(WEIGHTS):
         axes.plot(layers, table.accuracy[t, w, at], label=how, color=COLOURS[how], **LINE)
@@ -142,15 +142,15 @@ def _latency(axes: Axes, grid: Grid, checks: Checks, name: str) -> None:
     layers, value = plane.layer.values[known], plane.latency.values[known]
     spread = np.abs(np.stack([plane.latency_lower.values[known], plane.latency_upper.values[known]]) - value)
     axes.errorbar(layers, value, yerr=spread, color="#225ea8", fmt="o-", markersize=3.5, linewidth=1.5, capsize=2)
-    if np.isfinite(plane.visible_latency):
-        axes.axhline(float(plane.visible_latency), color=OUTLINE, linewidth=1.5, label="x0-hat")
+    if np.isfinite(plane.x0_latency):
+        axes.axhline(float(plane.x0_latency), color=OUTLINE, linewidth=1.5, label="x0-hat")
         axes.legend(frameon=False, fontsize=7.5, handlelength=1.2)
     axes.set_ylim(bottom=-0.3)
     _by_layer(axes, plane.layer.values)
 
 
 def _by_layer(axes: Axes, layers: np.ndarray) -> None:
-    """Every panel over layers spans all of them, with whole numbers below."""
+    """Sets the axis of a panel by layer: it spans all layers, with integer ticks."""
     axes.set_xticks(ticks(layers, 5))
     axes.set_xlim(layers[0] - 0.3, layers[-1] + 0.3)
 

@@ -16,8 +16,11 @@ from cosprobe.runtime import whole_file
 
 
 def named(run: str) -> tuple[str, Grid, str]:
-    """`NAME=FOLDER:TARGET` of a finished run, for `side_by_side`; without a name that of the folder, without a target
-    the first that asks for the answer. Raises ValueError for a folder without a grid and a target it does not have."""
+    """Name, grid and target of `NAME=FOLDER:TARGET`, for `side_by_side`.
+
+    Defaults: the name of the folder, and the first target of role `answer`. Raises InputError for a folder without a
+    grid, and for a target that the grid does not hold.
+    """
     where, _, target = run.partition(":")
     name, _, folder = where.rpartition("=")
     grid = Grid.load(folder)
@@ -28,10 +31,14 @@ def named(run: str) -> tuple[str, Grid, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: writes the maps of the given runs to a file."""
     parser = ArgumentParser("python -m cosprobe.reporting.compare", description=__doc__)
-    parser.add_argument("file", help="where the picture goes, such as maps.png")
+    parser.add_argument("file", help="file to write, such as maps.png")
     parser.add_argument(
-        "runs", nargs="+", metavar="NAME=RUN:TARGET", help="run folder; NAME and TARGET may be left out"
+        "runs",
+        nargs="+",
+        metavar="NAME=RUN:TARGET",
+        help="name, folder and target of a finished run; NAME and TARGET are optional",
     )
     chosen = parser.parse_args(argv)
     try:

@@ -1,14 +1,14 @@
-"""The x0-hat film strip: what the model would draw if it had to stop, step by step, for a few problems.
+"""The film strip: the decoded x0-hat at several steps, for a few problems.
 
-One row per problem: the given first frame, then the last frame of the decoded x0-hat at each decoded step, with
-the candidate that a forced choice reads from it boxed. Candidates go by their index in the task.
+One row per problem: the given first frame, then the last frame of the decoded x0-hat at each decoded step. A box marks
+the forced choice, which is the candidate with the highest parser score. Candidates are named by their index in the
+task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -20,22 +20,27 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from cosprobe.activations import ProbeSamples, decode_steps, watch
+from cosprobe.activations import CaptureConfig, ProbeSamples, Sampler, watch
 from cosprobe.errors import InputError
-from cosprobe.models import PipelineConfig
 from cosprobe.tasks import Box, Problem, Sample, Task
 
-RIGHT, WRONG, FREE = "#009e73", "#cc3311", "#0072b2"  # green, red and blue that stay apart for every eye
+RIGHT, WRONG, FREE = "#009e73", "#cc3311", "#0072b2"  # green, red and blue, safe for colour blindness
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8.5}
-PER_ROW = 8  # images side by side; more steps than fit are thinned out
+PER_ROW = 8  # images per row; if there are more steps, some are left out
 
 
 @dataclass(frozen=True)
 class FilmRow:
-    """One problem. title: what it shows, e.g. `right`, `wrong`, `choice`. frames: last frame of x0-hat at each
-    decoded step. picks: candidate a forced choice reads at each of them. regions: box of every candidate, as
-    fractions of the image. answer: the right candidate, None where several are. drawn: the candidate the finished
-    video ends on, None for none."""
+    """One problem.
+
+    title: such as `right`, `wrong`, `choice`.
+    first_frame: the given image.
+    frames: last frame of x0-hat at each decoded step.
+    picks: the candidate with the highest parser score at each decoded step.
+    regions: box of every candidate, as fractions of the image.
+    answer: the right candidate, None if several are right.
+    model_answer: what the finished video shows, None for no answer.
+    """
 
     title: str
     first_frame: UInt8[np.ndarray, "height width 3"]
@@ -43,38 +48,40 @@ class FilmRow:
     picks: tuple[int, ...]
     regions: tuple[Box, ...] = ()
     answer: int | None = None
-    drawn: int | None = None
+    model_answer: int | None = None
 
     def colour(self, pick: int) -> str:
+        """Colour of a candidate: right, wrong, or blue if several candidates are right."""
         return FREE if self.answer is None else RIGHT if pick == self.answer else WRONG
 
 
 @dataclass(frozen=True)
 class Film:
-    """Rows that share their decoded steps (step indices)."""
+    """Rows with the same decoded steps (step indices)."""
 
     rows: tuple[FilmRow, ...]
     steps: tuple[int, ...]
 
 
-def record(
-    model: Any, pipeline: PipelineConfig, task: Task, drawn: Sequence[Sample], samples: ProbeSamples, spec: str
-) -> Film | None:
-    """Samples three test problems again and watches them: the first the model solved, the first it did not, and
-    the first solved one with several right answers; fewer when there is none of a sort, None without any.
+def record(sampler: Sampler, drawn: Sequence[Sample], samples: ProbeSamples, probe: CaptureConfig) -> Film | None:
+    """Samples up to three test problems again and decodes x0-hat on the way.
 
-    drawn: what `samples` were collected from, in order. spec: steps to decode, as in `probe.decode`.
+    These are the first problem that the model solved, the first that it did not solve, and the first solved one with
+    several right answers. Problems that do not exist are left out. Returns None if there are none at all.
+    drawn: the samples that `samples` were collected from, in order. probe: defines the decoded steps.
     """
+    task = sampler.task
     several = np.array([len(task.solutions(sample.problem)) > 1 for sample in drawn])
     solved = samples.scores["solved"].astype(bool)
     sorts = {"right": solved & ~several, "wrong": ~solved & ~several, "choice": solved & several}
-    ends = [None] * len(drawn) if samples.choice is None else [None if c < 0 else int(c) for c in samples.choice]
+    given = samples.model_answer
+    ends = [None] * len(drawn) if given is None else [None if answer < 0 else int(answer) for answer in given]
     test = samples.split == "test"
     chosen = {title: int(np.flatnonzero(test & sort)[0]) for title, sort in sorts.items() if (test & sort).any()}
     if not chosen:
         return None
-    steps = decode_steps(spec, pipeline.steps)
-    watched = watch(model, pipeline, task, [drawn[i] for i in chosen.values()], steps)
+    steps = probe.steps_decoded(sampler.config.steps)
+    watched = watch(sampler, [drawn[i] for i in chosen.values()], steps)
     rows = [
         film_row(task, title, drawn[i].problem, clips, ends[i])
         for (title, i), clips in zip(chosen.items(), watched, strict=True)
@@ -83,24 +90,29 @@ def record(
 
 
 def film_row(
-    task: Task, title: str, problem: Problem, clips: Float[np.ndarray, "step frame height width 3"], drawn: int | None
+    task: Task,
+    title: str,
+    problem: Problem,
+    clips: Float[np.ndarray, "step frame height width 3"],
+    model_answer: int | None,
 ) -> FilmRow:
-    """A watched problem. clips: x0-hat decoded, in [0, 1]; drawn: where the finished video ends, None for nowhere."""
+    """Row of one problem. clips: decoded x0-hat in [0, 1]. model_answer: what the finished video shows, None for
+    none."""
     return FilmRow(
         title,
         task.image(problem),
         (clips[:, -1] * 255).round().astype(np.uint8),
-        tuple(task.readout(problem, clip).forced for clip in clips),
+        tuple(task.parse(problem, clip).forced for clip in clips),
         problem.regions if task.candidates == task.regions else (),
         problem.answer,
-        drawn,
+        model_answer,
     )
 
 
 def film_strip(rows: Sequence[FilmRow], steps: Sequence[int]) -> Figure:
-    """The strip as a figure 8 inches wide. Of more than seven steps, seven evenly spaced ones are shown.
+    """The film strip as a figure 8 inches wide. If there are more than seven steps, seven evenly spaced ones are shown.
 
-    Raises ValueError for no rows, or a row whose frames or picks are not one per step.
+    Raises InputError for no rows or no steps, and for a row whose frames or picks are not one per step.
     """
     if not rows or not steps:
         raise InputError(f"film strip of {len(rows)} problems and {len(steps)} steps: expected at least one of each")
@@ -138,8 +150,8 @@ def film_strip(rows: Sequence[FilmRow], steps: Sequence[int]) -> Figure:
 
 
 def _ending(row: FilmRow) -> str:
-    drawn = "drew none" if row.drawn is None else f"drew {row.drawn}"
-    return drawn if row.answer is None else f"answer {row.answer}, {drawn}"
+    drew = "drew none" if row.model_answer is None else f"drew {row.model_answer}"
+    return drew if row.answer is None else f"answer {row.answer}, {drew}"
 
 
 def _image(axes: Axes, image: UInt8[np.ndarray, "height width 3"]) -> None:
@@ -150,12 +162,12 @@ def _image(axes: Axes, image: UInt8[np.ndarray, "height width 3"]) -> None:
 
 
 def _box(box: Box, image: UInt8[np.ndarray, "height width 3"], colour: str) -> Rectangle:
-    """The outline of a candidate, with a white rim so that it shows on any picture."""
+    """The outline of a candidate, with a white rim that makes it visible on any background."""
     height, width = image.shape[:2]
     x0, y0, x1, y1 = box[0] * width - 0.5, box[1] * height - 0.5, box[2] * width - 0.5, box[3] * height - 0.5
     rim = [withStroke(linewidth=3.5, foreground="white")]
-    look = {"edgecolor": colour, "linewidth": 2, "path_effects": rim}
-    return Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **look)
+    style = {"edgecolor": colour, "linewidth": 2, "path_effects": rim}
+    return Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **style)
 
 
 def _legend(figure: Figure, rows: Sequence[FilmRow]) -> None:

@@ -1,5 +1,6 @@
-"""One figure of every task: `python -m cosprobe.reporting.gallery FILE` draws a problem of each with its reference
-video.
+"""A figure with one problem of every task and its reference video.
+
+`python -m cosprobe.reporting.gallery FILE`
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from cosprobe.errors import InputError
 from cosprobe.runtime import whole_file
 from cosprobe.tasks import FAMILIES, Problem, Task
 
-FRAMES = 5  # shown of each video, evenly spaced from the first to the last
+FRAMES = 5  # frames per video, evenly spaced from the first to the last
 WIDTH, SIDE, GAP, LEFT, LINE = 8.0, 1.42, 0.06, 0.58, 0.17  # inches: figure, picture, between, margin, line of text
 
 
 def gallery(shown: Sequence[tuple[Task, Problem]]) -> Figure:
-    """A row for each problem: frames of its reference video, with its name to the left and its prompt below; 8 inches
-    wide. The first row says which frames they are, so videos share their length. Raises ValueError when they do not.
+    """One row per problem: frames of its reference video, with the name of its task at the left and its prompt below.
+
+    The figure is 8 inches wide. Only the first row has the numbers of the frames. Raises InputError for videos of
+    unequal lengths.
     """
     lengths = {task.frames for task, _ in shown}
     if len(lengths) != 1:
-        raise InputError(f"videos of {sorted(lengths)} frames: expected problems whose videos have one length")
+        raise InputError(f"videos of {sorted(lengths)} frames: expected problems whose videos have the same length")
     prompts = [wrap(problem.prompt, 108) for _, problem in shown]
     lines = max(map(len, prompts))
     row, top = SIDE + 0.16 + LINE * lines, 0.26
@@ -51,8 +54,9 @@ def gallery(shown: Sequence[tuple[Task, Problem]]) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: writes the figure to a file."""
     parser = ArgumentParser("python -m cosprobe.reporting.gallery", description=__doc__)
-    parser.add_argument("file", help="where the picture goes, such as docs/figures/families.png")
+    parser.add_argument("file", help="file to write, such as docs/figures/families.png")
     tasks = [settings(image_size=128).build() for settings in FAMILIES.values()]
     figure = gallery([(task, task.problems("test", 1)[0]) for task in tasks])
     with whole_file(Path(parser.parse_args(argv).file)) as part:

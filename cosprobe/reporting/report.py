@@ -1,38 +1,38 @@
-"""What a person gets from a run: a folder with figures and a summary, TensorBoard charts, a table in the terminal."""
+"""Writes the report of a run: a folder with figures and a summary, and TensorBoard charts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
+from cosprobe.activations import flattened
 from cosprobe.evaluation import FILE, Grid
 from cosprobe.evaluation.checks import Checks
 from cosprobe.reporting.check_figures import check_panels, generalisation
 from cosprobe.reporting.figures import curves, frame_maps, headline, maps
 from cosprobe.reporting.film import Film, film_strip
-from cosprobe.reporting.summary import flattened, shown_targets, summary_markdown
+from cosprobe.reporting.summary import shown_targets, summary_markdown
 from cosprobe.runtime import make_folder, whole_file
-from cosprobe.tasks import HEADLINE
+from cosprobe.tasks import ANSWER_ROLES
 
 
 def write_report(grid: Grid, checks: Checks, run_dir: Path, films: Film | None = None) -> Path:
-    """Writes the folder run_dir/report: grid.nc, figures as PNG, and summary.md last. Returns the folder."""
+    """Writes grid.nc, figures (PNG) and, last, summary.md to the folder run_dir/report. Returns that folder."""
     folder = Path(run_dir) / "report"
     make_folder(folder)
     grid.save(folder / FILE)
-    shown = grid.with_role(*HEADLINE) or grid.targets[:2]
+    shown = grid.with_role(*ANSWER_ROLES) or grid.targets[:2]
     others = [target for target in shown_targets(grid) if target not in shown]
     figures: dict[str, Callable[[], Figure]] = {
         "headline.png": partial(headline, grid),
         "curves.png": partial(curves, grid, shown),
     }
-    if grid.dataset.sizes["place"] > 1:
+    if grid.dataset.sizes["position"] > 1:
         figures |= {f"frames_{target}.png": partial(frame_maps, grid, target) for target in shown}
     if checks.best:
         figures["checks.png"] = partial(check_panels, grid, checks)
@@ -51,12 +51,12 @@ def write_report(grid: Grid, checks: Checks, run_dir: Path, films: Film | None =
     return folder
 
 
-def log_tensorboard(grid: Grid, folder: Path, hparams: Mapping[str, Any]) -> Path:
-    """Writes the run `grid` into a TensorBoard folder, in place of an earlier one; returns its folder.
+def log_tensorboard(grid: Grid, folder: Path) -> Path:
+    """Writes the TensorBoard run `grid` in `folder`, which replaces an earlier one. Returns the folder of that run.
 
-    Scalars `answer/layer 3` and `answer/baseline x_t` run over denoising steps; Custom Scalars shows one chart per
-    target with all of them; Images holds one map per target; HParams holds `hparams` (flattened) and the accuracy of
-    each target's best cell.
+    Scalars such as `answer/layer 3` and `answer/baseline x_t` are accuracies by denoising step. Custom Scalars has one
+    chart per target with all its scalars. Images has one map per target. HParams has the provenance (flattened) and the
+    accuracy of the best cell of each target.
     """
     run = Path(folder) / "grid"
     for old in run.glob("events.out.tfevents.*"):
@@ -77,8 +77,10 @@ def log_tensorboard(grid: Grid, folder: Path, hparams: Mapping[str, Any]) -> Pat
         writer.add_image("maps/headline", _pixels(headline(grid)), dataformats="HWC")
         writer.add_custom_scalars(charts)
         metrics = {f"best/{target}": grid.best(target).accuracy for target in shown_targets(grid)}
-        settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flattened(hparams).items()}
-        writer.add_hparams(settings, metrics, run_name=".")  # any other name would open a run of its own
+        settings = {
+            k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flattened(grid.provenance).items()
+        }
+        writer.add_hparams(settings, metrics, run_name=".")  # any other name would start another run
     return run
 
 

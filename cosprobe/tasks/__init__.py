@@ -1,6 +1,6 @@
-"""Families of problems with exact labels, one module each.
+"""Tasks: families of problems with exact labels, one module for each family.
 
-A module of this package that sets `FAMILY`, the class of its settings, is a family; no list names it.
+A module of this package defines a family by setting `FAMILY` to the class of its settings. There is no registry.
 """
 
 from collections.abc import Iterable
@@ -14,25 +14,24 @@ from cosprobe.tasks.line import Line, LineConfig
 from cosprobe.tasks.maze import Maze, MazeConfig
 from cosprobe.tasks.samples import Sample, draw_samples, fresh_problems, images, noise_seed, with_noise
 from cosprobe.tasks.select import Select, SelectConfig
+from cosprobe.tasks.splits import SPLITS, split_of
 from cosprobe.tasks.task import (
-    HEADLINE,
+    ANSWER_ROLES,
     RELABELLED,
-    SPLITS,
     Box,
+    ParsedAnswer,
     Problem,
-    Readout,
     Target,
     Task,
     TaskConfig,
     readable_targets,
-    split_of,
 )
 
 
 def find_families(modules: Iterable[ModuleType]) -> dict[str, type]:
-    """Settings of every family among `modules`, by the name of the task they build, in the order of the modules.
+    """The settings class of every family among `modules`, in their order, under the name of the task it builds.
 
-    Raises ValueError when two families have one name.
+    Raises InputError when two families have the same name.
     """
     found: dict[str, type] = {}
     for module in modules:
@@ -42,8 +41,8 @@ def find_families(modules: Iterable[ModuleType]) -> dict[str, type]:
         name = settings().build().name
         if name in found:
             raise InputError(
-                f"{module.__name__}: its task is named {name!r}, as is that of {found[name].__module__}; "
-                "expected a name of its own"
+                f"{module.__name__}: its task has the name {name!r}, as has the task of {found[name].__module__}; "
+                "expected a name that no other task has"
             )
         found[name] = settings
     return found
@@ -53,7 +52,7 @@ FAMILIES = find_families(import_module(f"{__name__}.{module.name}") for module i
 
 __all__ = [
     "FAMILIES",
-    "HEADLINE",
+    "ANSWER_ROLES",
     "RELABELLED",
     "SPLITS",
     "Box",
@@ -64,7 +63,7 @@ __all__ = [
     "Maze",
     "MazeConfig",
     "Problem",
-    "Readout",
+    "ParsedAnswer",
     "Sample",
     "Select",
     "SelectConfig",

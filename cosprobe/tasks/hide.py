@@ -1,12 +1,12 @@
-"""Working memory: objects pass behind a wall, change lanes out of sight and come out again.
+"""The task `hide`, for working memory: objects pass behind a wall, change lanes there and come out again.
 
-Every object starts at the left end of a lane of its own and moves right. Behind the wall all of them change lanes
-together, by the arrow on the wall: one lane up, straight on, or one lane down (from the outermost lane round to the
-other side). A white bar marks one exit; the question is which object will come out there.
+Every object starts at the left end of its own lane and moves right. Behind the wall all objects shift by the same
+number of lanes, as the arrow on the wall shows: one lane up, none, or one lane down (the outermost lanes wrap around).
+A white bar marks the exit of one lane. The answer is the object that comes out there.
 
-The arrow is gone from the second frame on: latent frame 0 holds the first frame alone, so what a later latent frame
-knows of the direction is remembered, not seen. It costs a model little: a wall without its arrow looks alike in all
-problems, the first frame is given at every step, the prompt says the way. Sizes are in 64ths of the image.
+Only the first frame shows the arrow. Latent frame 0 encodes the first frame alone, so the later latent frames do not
+show the direction. The model still receives it at every step: the first frame and the prompt are inputs of every step.
+Sizes are in units of 1/64 of the image.
 """
 
 from __future__ import annotations
@@ -21,19 +21,28 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from cosprobe.errors import InputError
-from cosprobe.tasks.task import Problem, Readout, Target, check_counts, check_request, distinct, draw_seed, split_of
+from cosprobe.tasks.splits import split_of
+from cosprobe.tasks.task import (
+    ParsedAnswer,
+    Problem,
+    Target,
+    check_counts,
+    check_request,
+    distinct,
+    draw_seed,
+)
 
-SIDE = 64  # units a side
+SIDE = 64  # side of the image in units
 LANES, LANE, TILE, OBJECT, BAR = 4, 16, 8, 12, 4  # lanes; heights and widths in units
-WIDEST = 4  # tiles of the widest wall
-END = SIDE - BAR - OBJECT  # left edge of an object that has arrived
-REST = 2  # frames the final picture is shown once more
-UP, STRAIGHT, DOWN = range(3)  # lanes moved: shift - 1
+WIDEST = 4  # width of the widest wall, in tiles
+END = SIDE - BAR - OBJECT  # left edge of an object at the end of its lane
+REST = 2  # number of times the final frame is repeated
+UP, STRAIGHT, DOWN = range(3)  # values of `shift`; objects move shift - 1 lanes down
 PAINT = np.array([[222, 62, 40], [64, 196, 88], [52, 102, 214], [245, 200, 40]], dtype=np.uint8)  # red to yellow
-SHAPES = 3  # square, cross, bar: told apart without detail, which small autoencoders lose
+SHAPES = 3  # square, cross, bar: they differ without fine detail, which small autoencoders lose
 NONE = len(PAINT) * SHAPES  # the class of an empty lane; an object is colour * 3 + shape
 GROUND, WALL, MARK = (np.array(c, dtype=np.uint8) for c in ((35, 35, 48), (176, 164, 148), (255, 255, 255)))
-CLEAR = 0.4  # an object is read when less than this share of its own contrast is left unexplained
+CLEAR = 0.4  # the largest squared error of an object that counts as seen, as a share of its contrast
 
 THINGS = ("shapes", "objects", "figures", "things")
 WAYS = (
@@ -52,7 +61,11 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Scene:
-    """objects: identity in each lane at the start, `NONE` where there is none. wall: its width in tiles."""
+    """The description of a problem.
+
+    objects: identity of the object in each lane at the start, `NONE` for an empty lane. shift: UP, STRAIGHT or DOWN.
+    marked: lane of the white bar. wall: width of the wall in tiles.
+    """
 
     objects: tuple[int, ...]
     shift: int
@@ -61,18 +74,18 @@ class Scene:
 
     @property
     def inside(self) -> tuple[int, ...]:
-        """Identity in each lane once the objects have changed lanes."""
+        """Identity of the object in each lane after the shift."""
         return tuple(self.objects[(lane - self.shift + 1) % LANES] for lane in range(LANES))
 
     @property
     def span(self) -> tuple[int, int]:
-        """Where the wall starts and ends. It covers whole tiles, so three of them stand left of the centre."""
+        """Left and right edge of the wall in units. It covers whole tiles; one of three tiles is left of the centre."""
         first = (SIDE // TILE - self.wall) // 2 * TILE
         return first, first + self.wall * TILE
 
     @property
     def key(self) -> str:
-        """Identity under reflection upside down, which makes up down."""
+        """A hash that is the same for a scene and its reflection top to bottom, which exchanges UP and DOWN."""
         reflected = (self.wall, self.objects[::-1], DOWN - self.shift, LANES - 1 - self.marked)
         both = (self.wall, self.objects, self.shift, self.marked), reflected
         return hashlib.sha256(repr(min(both)).encode()).hexdigest()[:16]
@@ -80,9 +93,15 @@ class Scene:
 
 @dataclass(frozen=True)
 class Hide:
-    """The hiding task. objects, walls: how many objects, and how many tiles of 1/8 image the wall is wide; one value of
-    each is drawn per problem (repeat a value to weight it). image_size: pixels a side, a multiple of 16, at least 64.
-    frames: 4k + 1, as autoencoders of video want them. seed: another seed is another world."""
+    """The task `hide`.
+
+    objects: numbers of objects, from 2 to 4. walls: widths of the wall, from 2 to 4 tiles of 1/8 of the image. One
+    value of each is drawn per problem; repeat a value to make it more frequent.
+    image_size: side of the image in pixels, a multiple of 16, at least 64.
+    frames: number of frames, 4k + 1 and at least 5 (video autoencoders compress four frames into one).
+    seed: random seed; another seed gives other problems.
+    Raises InputError for any other value.
+    """
 
     image_size: int = 64
     frames: int = 13
@@ -105,10 +124,14 @@ class Hide:
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """Role `memory`: no frame shows `inside` in the regions, where it is asked, and `origin` takes the arrow."""
+        """The labels that probes decode. `inside` and `origin` have the role `memory`.
+
+        No frame shows `inside` in the regions, which are behind the wall. `origin`, the lane in which the answer
+        starts, depends on the arrow.
+        """
         return (
             Target("answer", NONE, "problem", "answer", self.kinds),
-            Target("choice", NONE, "problem", "choice", self.kinds),
+            Target("model_answer", NONE, "problem", "model_answer", self.kinds),
             Target("inside", NONE + 1, "region", "memory", self.kinds),
             Target("origin", LANES, "problem", "memory", self.kinds),
             Target("marked", LANES, "problem", "perception", self.kinds),
@@ -119,7 +142,7 @@ class Hide:
         )
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
-        """The first `count` distinct problems of a split; there is one kind."""
+        """The first `count` distinct problems of a split. There is one kind."""
         check_request(split, count, kind, self.kinds)
         return distinct(self._draw(split), split, count)
 
@@ -130,7 +153,7 @@ class Hide:
             lanes = rng.permutation(LANES)[: rng.choice(self.objects)]
             objects = np.full(LANES, NONE)
             objects[lanes] = rng.permutation(NONE)[: len(lanes)]
-            # which object is asked for, and the way it goes, are drawn before the exit: every object is as likely
+            # object and shift are drawn before the exit, so every object is equally likely to be the answer
             shift = int(rng.integers(3))
             marked = int(lanes[0] + shift - 1) % LANES
             scene = Scene(tuple(map(int, objects)), shift, marked, int(rng.choice(self.walls)))
@@ -149,10 +172,11 @@ class Hide:
         return Problem("hide", "hide", split_of(key), index, key, text, answer, labels, difficulty, regions, scene)
 
     def image(self, problem: Problem) -> UInt8[np.ndarray, "height width 3"]:
+        """The first frame: objects at the left, wall with arrow, white bar at the right."""
         return self._film(problem.layout, 1)[0]
 
     def video(self, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"]:
-        """The reference: all objects cross evenly, stop beside the right border and rest there."""
+        """The reference video: all objects move right at constant speed and stop next to the right border."""
         return self._film(problem.layout, self.frames)
 
     def hidden_frames(self, problem: Problem) -> tuple[int, ...]:
@@ -160,27 +184,28 @@ class Hide:
         return tuple(np.flatnonzero(_behind(_lefts(self.frames), problem.layout.wall)).tolist())
 
     def workspace(self, problem: Problem) -> Bool[np.ndarray, "height width"]:
-        """The lanes on both sides of the wall as far as the bar, and the arrow."""
+        """Mask of the pixels that a solution may change: the lanes up to the bar, outside the wall, and the arrow."""
         mask = np.repeat(np.arange(self.image_size)[None] < self._px(SIDE - BAR), self.image_size, axis=0)
         wall = mask[:, slice(*map(self._px, problem.layout.span))]
         wall[:] = _arrow(problem.layout.shift, *wall.shape)
         return mask
 
     def solutions(self, problem: Problem) -> tuple[int, ...]:
-        """The one object that comes out of the marked lane."""
+        """The object that comes out of the marked lane."""
         return (problem.layout.inside[problem.layout.marked],)
 
     def plausible_answers(self, problem: Problem) -> tuple[int, ...]:
         """The objects of the first frame."""
         return tuple(sorted(identity for identity in problem.layout.objects if identity != NONE))
 
-    def readout(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> Readout:
+    def parse(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> ParsedAnswer:
         """Reads the mean of the last two frames of a video with values in [0, 1].
 
-        The answer is None when nothing clear stands at the marked exit, when the object there is one the first frame
-        did not have, or stands at several exits. Scores are correlations, so a faint object counts like a bold one,
-        less two for objects the first frame did not have: the forced choice is one that takes part. path: objects at
-        the right exits, out of all that should be there or that stand at an end where they should not.
+        The answer is None when no object is clearly seen at the marked exit, when the first frame does not contain the
+        object seen there, or when the same object is seen at several exits.
+        Scores are correlations with the 12 objects, so contrast does not matter. They are lowered by 2 for objects that
+        the first frame does not contain, so the forced choice is always an object of the first frame.
+        path: intersection over union of the objects seen at the ends of the lanes and the objects that should be there.
         """
         scene: Scene = problem.layout
         picture = np.asarray(video[-REST:], dtype=np.float32).mean(0)
@@ -196,7 +221,7 @@ class Hide:
         once = {lane for end, lane, identity in seen if (end, identity) == (1, here)} == {scene.marked}
         scores = likeness[1, scene.marked] - np.where(present, 0.0, 2.0)
         path = len(seen & wanted) / len(seen | wanted)
-        return Readout(here if once and present[here] else None, tuple(map(float, scores)), path)
+        return ParsedAnswer(here if once and present[here] else None, tuple(map(float, scores)), path)
 
     def _px(self, units: float) -> int:
         return int(units * self.image_size / SIDE + 0.5)
@@ -222,7 +247,10 @@ class Hide:
 
 @dataclass
 class HideConfig:
-    """problems: how many, over all splits. seeds: noise seeds of each. The rest as in `Hide`; checked at once."""
+    """Settings of `Hide`. Raises InputError for an invalid value.
+
+    problems: number of problems, over all splits. seeds: number of noise seeds of each. The others: see `Hide`.
+    """
 
     problems: int = 600
     seeds: int = 1
@@ -237,6 +265,7 @@ class HideConfig:
         self.build()
 
     def build(self) -> Hide:
+        """The task with these settings."""
         return Hide(self.image_size, self.frames, tuple(self.objects), tuple(self.walls), self.seed)
 
 
@@ -247,8 +276,8 @@ FAMILY = HideConfig
 def _lefts(frames: int) -> np.ndarray:
     """Left edge of the objects in every frame, in units.
 
-    They wait as many frames (at most two) as it takes for the widest wall to hide them during one whole latent frame
-    (frames 1 to 4, 5 to 8, ...); none where no wait does that.
+    The objects start to move after 0, 1 or 2 frames: the smallest number for which the widest wall hides them during a
+    whole latent frame (video frames 1 to 4, 5 to 8, ...), or 0 when there is no such number.
     """
     frame, last = np.arange(frames), frames - 1 - REST
     paths = [np.clip((frame - wait) * END / (last - wait), 0, END) for wait in range(3) if wait < last]
@@ -257,20 +286,21 @@ def _lefts(frames: int) -> np.ndarray:
 
 
 def _behind(lefts: np.ndarray, wall: int) -> np.ndarray:
+    """Whether objects with these left edges are hidden completely by a wall of this width."""
     x0, x1 = Scene((), STRAIGHT, 0, wall).span
     return (lefts >= x0) & (lefts + OBJECT <= x1)
 
 
 @lru_cache(maxsize=64)
 def _shape(shape: int, side: int) -> np.ndarray:
-    """Mask of a shape that fills a square of `side` pixels."""
+    """Mask of a shape in a square of `side` pixels."""
     x, y = np.abs((np.indices((side, side)) + 0.5) / side - 0.5)
     return (x < 1, (x < 1 / 6) | (y < 1 / 6), x < 1 / 4)[shape]
 
 
 @lru_cache(maxsize=64)
 def _arrow(shift: int, height: int, width: int) -> np.ndarray:
-    """Mask of the arrow among the pixels of the wall: 14 units long, its head as wide, in the middle of the wall."""
+    """Mask of the arrow in the pixels of the wall: centred, 14 units long, with a head 14 units wide."""
     x = (np.arange(width) + 0.5 - width / 2) * SIDE / height
     y = ((np.arange(height) + 0.5 - height / 2) * SIDE / height)[:, None]
     along, across = (x, np.abs(y)) if shift == STRAIGHT else (y * (shift - 1), np.abs(x))
@@ -280,7 +310,8 @@ def _arrow(shift: int, height: int, width: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _patterns(size: int) -> tuple[np.ndarray, ...]:
-    """The end of a lane with each object in it [12, values], the same as unit vectors, contrast to an empty lane."""
+    """Templates for the parser, one per object: pixels of a lane's end with the object in it [12, value], the same
+    centred and normalised (`_unit`) [12, value], and the mean squared difference from an empty lane's end [12]."""
     task = Hide(image_size=size)
     rows = [task._film(Scene((i, i, i, i), STRAIGHT, 0, 2), 1)[0, : size // LANES] for i in range(NONE + 1)]
     ends = np.stack([row[:, : task._px(OBJECT)] / np.float32(255) for row in rows]).reshape(NONE + 1, -1)
@@ -288,7 +319,7 @@ def _patterns(size: int) -> tuple[np.ndarray, ...]:
 
 
 def _unit(flat: np.ndarray) -> np.ndarray:
-    """The last axis (pixels with their three channels) without the mean of every channel, at length one."""
+    """The last axis (pixel * channel) after subtraction of the mean of each channel, scaled to unit length."""
     pixels = flat.reshape(*flat.shape[:-1], -1, 3)
     centred = (pixels - pixels.mean(-2, keepdims=True)).reshape(flat.shape)
     return centred / (np.linalg.norm(centred, axis=-1, keepdims=True) + 1e-6)

@@ -1,4 +1,4 @@
-"""Random mazes as graphs: rooms on a square lattice, doors between neighbours, candidate exits at the corners."""
+"""Random mazes as graphs: rooms on a square lattice, doors between neighbouring rooms, exits in the corners."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from jaxtyping import Int
 
 Edge = tuple[int, int]
 
-EARLY = 0.2  # how much rarer a branch is cut one door further from the fork
-HINTS = {(0, 1): 0.5, (1, 1): 0.8, (1, 2): 0.3}  # what an open door tells of an exit, by rooms from it to both sides
-CLOSE, FAR = -0.25, 3  # what each room between start and exit tells, up to so many
-LEAST = -1.0  # mazes that tell no more than this are all kept
+EARLY = 0.2  # relative probability of cutting a branch one door further from the fork
+HINTS = {(0, 1): 0.5, (1, 1): 0.8, (1, 2): 0.3}  # weight of an open door for an exit, by the distances of its two rooms
+CLOSE, FAR = -0.25, 3  # weight of a start for an exit, per room of distance; the largest distance that counts
+LEAST = -1.0  # mazes with a `_hint` up to this are all kept
 
 
 @dataclass(frozen=True)
 class Layout:
     """A maze of `rooms` x `rooms` rooms, numbered row by row.
 
-    passages: open doors as sorted pairs of rooms. solutions: the walk from start to each reachable exit.
-    exit: the exit the reference video walks to.
+    passages: open doors as sorted pairs of rooms. solutions: for each reachable exit, the rooms on the way from start.
+    exit: the exit that the reference video reaches.
     """
 
     rooms: int
@@ -35,6 +35,7 @@ class Layout:
 
     @property
     def corners(self) -> tuple[int, int, int, int]:
+        """The rooms with the four exits, row by row."""
         return corners_of(self.rooms)
 
 
@@ -44,43 +45,44 @@ def corners_of(n: int) -> tuple[int, int, int, int]:
 
 
 def doors_of(n: int) -> list[Edge]:
-    """Every pair of neighbouring rooms: those side by side, then those above each other."""
+    """All pairs of neighbouring rooms: first the horizontal pairs, then the vertical ones."""
     return [(a, a + 1) for a in range(n * n) if a % n < n - 1] + [(a, a + n) for a in range(n * n - n)]
 
 
 def canonical_key(layout: Layout) -> str:
-    """Identity under the 8 symmetries of the square: the smallest description over all of them."""
+    """A hash that is the same for a maze and its images under the 8 symmetries of the square."""
     n, rooms = layout.rooms, layout.rooms**2
     places = _symmetries(n)
     moved = np.sort(places[:, list(layout.passages)], axis=2)
-    doors = np.sort(moved @ [rooms, 1], axis=1)  # a number per door, in the order of pairs
+    doors = np.sort(moved @ [rooms, 1], axis=1)  # one number per door, in the order of the pairs
     start, *numbers = min(np.column_stack([places[:, layout.start], doors]).tolist())
     return hashlib.sha256(repr((n, (start, [divmod(door, rooms) for door in numbers]))).encode()).hexdigest()[:16]
 
 
 @lru_cache
 def _symmetries(n: int) -> Int[np.ndarray, "8 room"]:
-    """Where each room lands under each symmetry of the square."""
+    """The room to which each symmetry of the square moves each room."""
     rooms = np.arange(n * n).reshape(n, n)
     images = [turned[::up, ::left] for turned in (rooms, rooms.T) for up in (1, -1) for left in (1, -1)]
-    return np.stack([np.argsort(image, axis=None) for image in images])  # the room at a place, turned round
+    return np.stack([np.argsort(image, axis=None) for image in images])  # argsort: the inverse permutation
 
 
 def draw_layout(n: int, kind: str, rng: np.random.Generator) -> Layout:
-    """Draws a spanning tree, then cuts branches.
+    """Draws a maze of n x n rooms: a random spanning tree from which branches are cut.
 
-    Whether a tree is used is decided before the answer is drawn and must not depend on it, or the places of
-    start and walls would tell the answer: a tree is kept only if every choice of answer could be cut out of it.
-    The cuts tell something all the same: a wall close to an exit speaks against it. So they are made close to the
-    fork, and a maze is kept the more rarely the more its doors speak for the exits that can be reached (`_hint`).
+    kind: `one_exit` (one reachable exit) or `choice` (two or three).
+    A tree is accepted before the answer is drawn, and only if every choice of answer is possible in it. Otherwise the
+    position of the start and the walls would predict the answer.
+    Cuts predict the answer too: an exit near a wall is less likely to be reachable. Two measures reduce this. Cuts near
+    the fork are more likely than cuts near the exit. A maze is kept with probability exp(LEAST - `_hint`), at most 1.
     """
     corners, doors = corners_of(n), doors_of(n)
     while True:
         shuffled, start = rng.permutation(len(doors)).tolist(), int(rng.integers(n * n))
         if start in corners:
             continue
-        tree, beside = _spanning_tree(n, [doors[i] for i in shuffled])
-        parents = _parents(start, beside)
+        tree, neighbours = _spanning_tree(n, [doors[i] for i in shuffled])
+        parents = _parents(start, neighbours)
         if not _apart(start, parents, corners):
             continue
         walks = [_walk(start, parents, corner) for corner in corners]
@@ -90,20 +92,23 @@ def draw_layout(n: int, kind: str, rng: np.random.Generator) -> Layout:
         shared = {edge for k in kept for edge in steps[k]}
         passages = set(tree)
         for j in order[len(kept) :]:
-            branch = [edge for edge in steps[j] if edge not in shared][:-1]  # never the exit's own doorstep
+            branch = [edge for edge in steps[j] if edge not in shared][:-1]  # never the door next to the exit
             if branch and all(edge in passages for edge in steps[j]):
                 weight = EARLY ** np.arange(len(branch))
                 passages.remove(branch[rng.choice(len(branch), p=weight / weight.sum())])
         alive = {k for k in range(4) if all(edge in passages for edge in steps[k])}
-        if alive != set(kept):  # two kept exits may leave a third no private branch
+        if alive != set(kept):  # a third exit may have no door of its own to cut
             continue
         if rng.random() < np.exp(LEAST - _hint(n, start, passages, kept)):
             return Layout(n, start, frozenset(passages), {corners[k]: walks[k] for k in kept}, corners[kept[0]])
 
 
 def _hint(n: int, start: int, passages: set[Edge], kept: list[int]) -> float:
-    """How much more the open doors near them, and a start near them, speak for the exits that can be reached than for
-    the others: about the log odds that a linear classifier of the picture gives them."""
+    """How well a linear classifier of the image could tell the reachable exits from the others.
+
+    Mean over the reachable exits of the weights of the open doors near the exit and of the distance of the start, minus
+    the same mean over the other exits. It approximates the difference in log-odds that such a classifier gives.
+    """
     doors, rooms = _hints(n)
     each = np.array([rooms[k][start] + sum(doors[k].get(edge, 0.0) for edge in passages) for k in range(4)])
     others = [k for k in range(4) if k not in kept]
@@ -112,7 +117,7 @@ def _hint(n: int, start: int, passages: set[Edge], kept: list[int]) -> float:
 
 @lru_cache
 def _hints(n: int) -> tuple[list[dict[Edge, float]], list[list[float]]]:
-    """What each open door tells of each exit [exit][door], and a start in each room [exit][room]."""
+    """Weights of open doors for each exit [exit][door], and of a start in each room [exit][room]. See `_hint`."""
     doors, rooms = [], []
     for corner in corners_of(n):
         away = [max(abs(a // n - corner // n), abs(a % n - corner % n)) for a in range(n * n)]
@@ -123,10 +128,10 @@ def _hints(n: int) -> tuple[list[dict[Edge, float]], list[list[float]]]:
 
 
 def _spanning_tree(n: int, doors: Sequence[Edge]) -> tuple[list[Edge], list[list[int]]]:
-    """The doors that join rooms not joined yet by those before them, in their order; and each room's neighbours."""
+    """A spanning tree, by Kruskal's algorithm in the order of `doors`: its doors, and the neighbours of each room."""
     group, members = list(range(n * n)), [[room] for room in range(n * n)]
     tree: list[Edge] = []
-    beside: list[list[int]] = [[] for _ in range(n * n)]
+    neighbours: list[list[int]] = [[] for _ in range(n * n)]
     for door in doors:
         a, b = door
         larger, smaller = group[a], group[b]
@@ -137,19 +142,19 @@ def _spanning_tree(n: int, doors: Sequence[Edge]) -> tuple[list[Edge], list[list
                 group[room] = larger
             members[larger] += members[smaller]
             tree.append(door)
-            beside[a].append(b)
-            beside[b].append(a)
+            neighbours[a].append(b)
+            neighbours[b].append(a)
             if len(tree) == n * n - 1:
                 break
-    return tree, beside
+    return tree, neighbours
 
 
-def _parents(start: int, beside: list[list[int]]) -> list[int]:
-    """The room before each on its walk from start; start's is itself."""
-    parents, frontier = [-1] * len(beside), [start]
+def _parents(start: int, neighbours: list[list[int]]) -> list[int]:
+    """The room before each room on the way from start. The parent of start is start."""
+    parents, frontier = [-1] * len(neighbours), [start]
     parents[start] = start
-    for a in frontier:  # grows on the way
-        for b in beside[a]:
+    for a in frontier:  # the list grows during the loop
+        for b in neighbours[a]:
             if parents[b] < 0:
                 parents[b] = a
                 frontier.append(b)
@@ -157,7 +162,7 @@ def _parents(start: int, beside: list[list[int]]) -> list[int]:
 
 
 def _apart(start: int, parents: list[int], ends: Sequence[int]) -> bool:
-    """Whether the last two rooms of the walk from start to each end are on the walk to no other."""
+    """Whether the last two rooms on the way from start to each end are on the way to no other end."""
     doorsteps = [parents[end] for end in ends]
     if start in doorsteps or len({*doorsteps}) < len(ends):
         return False
@@ -170,7 +175,7 @@ def _apart(start: int, parents: list[int], ends: Sequence[int]) -> bool:
 
 
 def _walk(start: int, parents: list[int], end: int) -> tuple[int, ...]:
-    """The rooms from start to end, both included."""
+    """The rooms on the way from start to end, both included."""
     walk = [end]
     while walk[-1] != start:
         walk.append(parents[walk[-1]])

@@ -1,12 +1,14 @@
-"""Boards with a row to complete: one more own piece makes k in a row, across, down or on a diagonal.
+"""The task `line`: boards on which one more red piece makes k in a row, across, down or on a diagonal.
 
-`one` problems have exactly one empty cell that completes a row; on `several` problems two or three do: any of them is
-right, the model must commit. The other colour blocks some of our rows and has a row of its own to complete.
+Red pieces are called own pieces, blue ones the other pieces. A winning cell is an empty cell that completes a row.
+`one` problems have exactly one winning cell. `several` problems have two or three: each is a right answer, and the
+video has to choose one. On many boards the other colour blocks an own row or could complete a row itself (a threat).
 
-Crowds tell little because of how boards are drawn: the winning cell first, all cells alike, then its row, then the
-other own pieces, rarer in line with that cell (`_weights`), so that on average it sees no more of them than another
-empty cell. One given row is linear in the pixels, so a linear classifier of the default boards still learns some:
-0.14 to 0.15 after 1,500 problems against 0.07 for guessing an empty cell.
+The density of own pieces should not predict the winning cell. The winning cell is therefore drawn first, with equal
+probability for all cells, then its row, then the other own pieces, at a lower rate in line with that cell (`_weights`).
+On average it then has no more own pieces in line with it than other empty cells have. A linear classifier of the pixels
+can still learn some rows: after 1,500 problems with the default settings its accuracy is 0.14 to 0.15, against 0.07 for
+a random empty cell.
 """
 
 from __future__ import annotations
@@ -20,29 +22,29 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from cosprobe.errors import InputError
+from cosprobe.tasks.splits import split_of
 from cosprobe.tasks.task import (
     Box,
+    ParsedAnswer,
     Problem,
-    Readout,
     Target,
     by_turns,
     check_counts,
     check_request,
     distinct,
     draw_seed,
-    split_of,
 )
 
 EMPTY, OWN, OTHER = range(3)  # what a cell holds
 LIGHT, RED, BLUE, GOLD, GRID = range(5)  # colours; empty, own and other cells are the first three
 PALETTE = np.array([[240, 240, 235], [214, 40, 40], [36, 84, 214], [250, 190, 20], [185, 185, 192]], dtype=np.uint8)
-MARGIN = 2 / 64  # around the board, in parts of the image
-DISC, CORE = 0.4, 0.25  # radius of a piece, and of what is read of it, in cells
-REST = 2  # frames the finished row is shown
-COUNT_BINS = 3  # of the number of pieces
-BLOCK, TRIES, PASSES = 64, 48, 200  # problems drawn together, boards tried for each at a time, times before giving up
-PICKY = 0.8  # share of problems that look for threats and near misses
-THIN, RIM = 1.3, 1.5  # how much rarer own pieces are in line with the winning cell, how much denser at the rim
+MARGIN = 2 / 64  # around the board, as a fraction of the image
+DISC, CORE = 0.4, 0.25  # radius of a piece, and of the part of a cell that is parsed, in cells
+REST = 2  # number of times the final frame is repeated
+COUNT_BINS = 3  # classes of the target `count`, the number of pieces
+BLOCK, TRIES, PASSES = 64, 48, 200  # problems drawn together; boards drawn for each in one pass; most passes
+PICKY = 0.8  # probability, per pass, of preferring boards with threats and blocked rows
+THIN, RIM = 1.3, 1.5  # factors of the rates of own pieces, see `_weights`
 NUMBERS = {3: "three", 4: "four", 5: "five", 6: "six"}
 PHRASES = (
     "{put} one red {piece} into the empty cell that makes {k} red {piece}s in a row and turn the row gold",
@@ -56,7 +58,11 @@ VERBS, NOUNS = ("put", "place", "add", "set"), ("piece", "disc", "stone")
 
 @dataclass(frozen=True)
 class Board:
-    """What each cell holds. solutions: the finished row of every winning cell. cell: the one the reference fills."""
+    """The description of a problem.
+
+    marks: EMPTY, OWN or OTHER for each cell. solutions: for every winning cell, the cells of the row it completes.
+    cell: the winning cell that the reference video fills.
+    """
 
     marks: bytes
     solutions: dict[int, tuple[int, ...]]
@@ -65,8 +71,12 @@ class Board:
 
 @lru_cache
 def geometry(n: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of k cells on n x n: cells [row, k]; direction [row], 0 across, 1 down, 2 down-right, 3 up-right; whether
-    it holds a cell [cell, row]; and where each cell of the 8 turned and mirrored boards comes from [8, cell]."""
+    """All rows of k cells on a board of n x n cells.
+
+    Returns the cells of each row [row, k]; its direction [row] (0 across, 1 down, 2 down-right, 3 up-right); whether it
+    contains a cell [cell, row], 0 or 1; and, for the 8 rotations and reflections of the board, the cell that each cell
+    comes from [8, cell].
+    """
     cells = np.arange(n * n).reshape(n, n)
     rows, direction = [], []
     for d, (down, right) in enumerate(((0, 1), (1, 0), (1, 1), (-1, 1))):
@@ -81,15 +91,21 @@ def geometry(n: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
 
 
 def canonical_key(n: int, k: int, marks: bytes) -> str:
-    """Identity under the 8 symmetries of the square: the smallest of the turned and mirrored boards."""
+    """A hash that is the same for a board and its images under the 8 symmetries of the square."""
     views = np.frombuffer(marks, dtype=np.uint8)[geometry(n, k)[3]]
     return hashlib.sha256(f"{n}/{k}/".encode() + min(view.tobytes() for view in views)).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Line:
-    """size: cells a side. row: pieces in a row that win. pieces: fewest and most on the board, half of each colour.
-    image_size: pixels a side, a multiple of 16 and at least 64. seed: another seed is another world."""
+    """The task `line`.
+
+    size: cells per side of the board, from 3 to 6. row: number of pieces in a row that win, from 3 to `size`.
+    pieces: fewest and most pieces on the board, half of each colour.
+    image_size: side of the image in pixels, a multiple of 16 and at least 64. frames: at least 5.
+    seed: random seed; another seed gives other problems.
+    Raises InputError for any other value.
+    """
 
     image_size: int = 64
     frames: int = 13
@@ -107,7 +123,7 @@ class Line:
             (self.frames >= 5, "frames", "at least 5 frames"),
             (3 <= self.size <= 6, "size", "3 to 6 cells a side"),
             (3 <= self.row <= self.size, "row", f"3 to task.size={self.size} in a row"),
-            (least <= self.pieces[0] <= self.pieces[1] <= most, "pieces", f"fewest and most, from {least} to {most}"),
+            (least <= self.pieces[0] <= self.pieces[1] <= most, "pieces", f"[fewest, most], from {least} to {most}"),
         )
         for good, name, expected in checks:
             if not good:
@@ -115,16 +131,18 @@ class Line:
 
     @property
     def regions(self) -> int:
+        """Number of cells of the board: each is a region and a candidate."""
         return self.size**2
 
     candidates = regions
 
     @property
     def targets(self) -> tuple[Target, ...]:
+        """The labels that probes decode."""
         both, cells = self.kinds, self.size**2
         return (
             Target("answer", cells, "candidate", "answer", ("one",)),
-            Target("choice", cells, "candidate", "choice", ("several",)),
+            Target("model_answer", cells, "candidate", "model_answer", ("several",)),
             Target("pieces", 3, "region", "perception", both),
             Target("centre", 9, "problem", "perception", both),
             Target("lines", 4, "problem", "perception", ("one",)),
@@ -134,7 +152,7 @@ class Line:
         )
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
-        """The first `count` distinct problems of a split; without `kind`, one and several winning cells by turns."""
+        """The first `count` distinct problems of a split. Without `kind`, the kinds `one` and `several` alternate."""
         check_request(split, count, kind, self.kinds)
         if kind is not None:
             return distinct(self._draw(split, kind), split, count)
@@ -152,9 +170,13 @@ class Line:
             block += 1
 
     def _boards(self, kind: str, rng: np.random.Generator) -> UInt8[np.ndarray, "board cell"]:
-        """Boards of one kind. A winning cell is kept until a board is found for it, or cells that are easier to fit
-        would win more often. Most take a board with a threat by the other colour and a blocked row of ours first; of
-        equal ones with several winning cells, one where crowds do not give these away."""
+        """BLOCK boards of one kind.
+
+        The winning cells are drawn first. Boards are drawn for each cell until one fits: without this, cells for which
+        boards fit more often would win more often. In a share PICKY of the passes the board is chosen by preference:
+        first one with a threat, then one with a blocked own row, then (kind `several`) one with a high `_even`.
+        Raises InputError when no board is found in PASSES passes.
+        """
         (least, most), even = ((1, 1), 0.0) if kind == "one" else ((2, 3), 0.9)
         cells, waiting = rng.integers(self.size**2, size=BLOCK), np.arange(BLOCK)
         boards = np.zeros((BLOCK, self.size**2), dtype=np.uint8)
@@ -170,35 +192,41 @@ class Line:
             waiting = waiting[~found]
             if not len(waiting):
                 return boards
-        text = f"no board found with {least} to {most} cells that complete a row; expected fewer pieces or longer rows"
+        text = f"found no board with {least} to {most} winning cells; expected fewer pieces or a larger task.row"
         raise InputError(f"task.pieces={self.pieces}: {text}")
 
     def _even(self, marks: np.ndarray, won: np.ndarray) -> np.ndarray:
-        """Near 1 where winning cells see as many own pieces more than others in line as other empty cells do."""
+        """Balance of each board, 1 = balanced: winning cells have the same surplus of own over other pieces in line
+        with them as the other empty cells have."""
         holds = geometry(self.size, self.row)[2]
         seen = ((marks == OWN).astype(np.float32) - (marks == OTHER)) @ (holds @ holds.T)
         wins, rest = ((seen * c).sum(-1) / np.maximum(1, c.sum(-1)) for c in (won > 0, (marks == EMPTY) & (won == 0)))
         return 1 / (1 + np.abs(wins - rest))
 
     def _fill(self, cells: np.ndarray, rng: np.random.Generator) -> UInt8[np.ndarray, "board attempt cell"]:
-        """Random boards on which an own piece in cells[board] completes at least one row."""
+        """TRIES random boards for each winning cell, cells[board]. An own piece there completes at least one row."""
         share, weights = _weights(self.size, self.row, self.pieces)
         row = (rng.random((len(cells), TRIES, 1)) > share[cells][:, None]).sum(-1)
         total = rng.integers(self.pieces[0], self.pieces[1] + 1, row.shape)
         own = np.maximum((total + rng.integers(2, size=row.shape)) // 2, self.row - 1)
-        # the first alarms to ring, at rates `weights`, draw without replacement: first the row, last its gap
-        alarm = rng.standard_exponential((*row.shape, self.size**2), dtype=np.float32) / weights[cells][:, None]
-        alarm[geometry(self.size, self.row)[2].T[row] > 0] = -1
-        np.put_along_axis(alarm, np.broadcast_to(cells[:, None, None], (*row.shape, 1)), np.inf, -1)
-        mine = alarm <= np.take_along_axis(np.sort(alarm, -1), own[..., None] - 1, -1)
-        lot = rng.random(alarm.shape, dtype=np.float32)
-        lot[mine | np.isinf(alarm)] = 2
-        last = np.take_along_axis(np.sort(lot, -1), (total - own)[..., None] - 1, -1)
-        return np.where(mine, OWN, np.where(lot <= last, OTHER, EMPTY)).astype(np.uint8)
+        # own pieces go to the cells with the earliest arrival times (sampling without replacement at rates `weights`);
+        # the cells of the row come first, the winning cell, which stays empty, last
+        arrival = rng.standard_exponential((*row.shape, self.size**2), dtype=np.float32) / weights[cells][:, None]
+        arrival[geometry(self.size, self.row)[2].T[row] > 0] = -1
+        np.put_along_axis(arrival, np.broadcast_to(cells[:, None, None], (*row.shape, 1)), np.inf, -1)
+        is_own = arrival <= np.take_along_axis(np.sort(arrival, -1), own[..., None] - 1, -1)
+        priority = rng.random(arrival.shape, dtype=np.float32)
+        priority[is_own | np.isinf(arrival)] = 2
+        last = np.take_along_axis(np.sort(priority, -1), (total - own)[..., None] - 1, -1)
+        return np.where(is_own, OWN, np.where(priority <= last, OTHER, EMPTY)).astype(np.uint8)
 
     def _judge(self, marks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """For boards [..., cell]: rows that an own piece would complete in each cell, the same for the other colour,
-        own rows that one other piece blocks [...], and whether a row is complete already [...]."""
+        """Counts rows on boards [..., cell].
+
+        Returns, for each cell, the number of rows that an own piece there would complete [..., cell] and the same for
+        the other colour [..., cell]; the number of own rows blocked by one piece of the other colour [...]; and whether
+        a row is complete already [...].
+        """
         holds, k = geometry(self.size, self.row)[2], self.row
         own, other = ((marks == mark).astype(np.float32) @ holds for mark in (OWN, OTHER))
         open_own, open_other = (own == k - 1) & (other == 0), (other == k - 1) & (own == 0)
@@ -230,35 +258,37 @@ class Line:
         )  # fmt: skip
 
     def image(self, problem: Problem) -> UInt8[np.ndarray, "height width 3"]:
+        """The first frame: the board with its pieces."""
         cell, distance, grid = _raster(self.image_size, self.size)
         marks = np.frombuffer(problem.layout.marks + bytes([EMPTY]), dtype=np.uint8)[cell]
         return PALETTE[np.where((marks != EMPTY) & (distance < DISC), marks, np.where(grid, GRID, LIGHT))]
 
     def video(self, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"]:
-        """The reference: an own piece grows in a winning cell, then the pieces of its row turn gold one by one, each
-        from its middle, all at an even pace; the finished row rests."""
+        """The reference video. A red piece grows in a winning cell. Then the pieces of the row turn gold one by one,
+        each from its centre outwards. Every change takes the same time."""
         board: Board = problem.layout
         cell, distance, _ = _raster(self.image_size, self.size)
         time = np.minimum(1.0, np.arange(self.frames) / (self.frames - 1 - REST)) * (1 + self.row)
         video = np.repeat(self.image(problem)[None], self.frames, axis=0)
         parts = [(board.cell, RED, 0), *((c, GOLD, 1 + i) for i, c in enumerate(board.solutions[board.cell]))]
-        for place, colour, start in parts:
-            y, x = np.nonzero(cell == place)
+        for where, colour, start in parts:
+            y, x = np.nonzero(cell == where)
             frame, pixel = np.nonzero(distance[y, x] < DISC * np.clip(time - start, 0, 1)[:, None])
             video[frame, y[pixel], x[pixel]] = PALETTE[colour]
         return video
 
     def workspace(self, problem: Problem) -> Bool[np.ndarray, "height width"]:
-        """Where an own piece is or could be: every empty cell may be filled, every own piece may turn gold."""
+        """Mask of the pixels that a solution may change: discs in the empty cells and in the cells of own pieces."""
         cell, distance, _ = _raster(self.image_size, self.size)
         free = np.frombuffer(problem.layout.marks + bytes([OTHER]), dtype=np.uint8) != OTHER
         return free[cell] & (distance < DISC)
 
-    def readout(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> Readout:
-        """Reads the last frame of a video with values in [0, 1]: what most of the middle of each cell shows.
+    def parse(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> ParsedAnswer:
+        """Reads the last frame of a video with values in [0, 1].
 
-        The answer is the empty cell that got an own or a gold piece. None when none or several did, when the other
-        colour moved, or when a piece has gone or changed sides. What turned gold counts for `path` alone.
+        A cell holds the colour of more than half of the pixels around its centre. The answer is the empty cell that
+        now holds a red or gold piece. It is None when there are no or several such cells, or when another piece has
+        appeared, disappeared or changed its colour. Which pieces turned gold has an effect on `path` only.
         """
         cell, distance, _ = _raster(self.image_size, self.size)
         core, marks = distance < CORE, np.frombuffer(problem.layout.marks, dtype=np.uint8)
@@ -267,26 +297,31 @@ class Line:
         closer = (apart[:, LIGHT] - np.minimum(apart[:, RED], apart[:, GOLD])) / 255.0
         shown = [apart.argmin(-1) == colour for colour in (RED, BLUE, GOLD)]
         red, blue, gold, score = (np.bincount(cell[core], v) / np.bincount(cell[core]) for v in (*shown, closer))
-        mine = red + gold > 0.5
-        filled = np.flatnonzero(mine & (marks == EMPTY))
-        spoilt = np.flatnonzero(np.where(marks == OWN, ~mine, (blue > 0.5) != (marks == OTHER)))
+        is_own = red + gold > 0.5
+        filled = np.flatnonzero(is_own & (marks == EMPTY))
+        spoilt = np.flatnonzero(np.where(marks == OWN, ~is_own, (blue > 0.5) != (marks == OTHER)))
         seen = (("piece", filled), ("gold", np.flatnonzero(gold > 0.5)), ("spoilt", spoilt))
         drawn = {(name, int(c)) for name, cells in seen for c in cells}
         wanted = [{("piece", c), *(("gold", p) for p in line)} for c, line in problem.layout.solutions.items()]
         path = max(len(drawn & right) / len(drawn | right) for right in wanted)
         scores = tuple(np.where(marks == EMPTY, score, score - 4).tolist())  # a score is between -2 and 2
-        return Readout(int(filled[0]) if len(filled) == 1 and not len(spoilt) else None, scores, path)
+        return ParsedAnswer(int(filled[0]) if len(filled) == 1 and not len(spoilt) else None, scores, path)
 
     def solutions(self, problem: Problem) -> tuple[int, ...]:
+        """The winning cells."""
         return tuple(problem.layout.solutions)
 
     def plausible_answers(self, problem: Problem) -> tuple[int, ...]:
+        """The empty cells."""
         return tuple(cell for cell, mark in enumerate(problem.layout.marks) if mark == EMPTY)
 
 
 @dataclass
 class LineConfig:
-    """problems: how many, over all splits. seeds: noise seeds of each. The rest as in `Line`; checked at once."""
+    """Settings of `Line`. Raises InputError for an invalid value.
+
+    problems: number of problems, over all splits. seeds: number of noise seeds of each. The others: see `Line`.
+    """
 
     problems: int = 600
     seeds: int = 1
@@ -302,6 +337,7 @@ class LineConfig:
         self.build()
 
     def build(self) -> Line:
+        """The task with these settings."""
         if len(self.pieces) != 2:
             raise InputError(f"task.pieces={self.pieces}: expected [fewest, most]")
         return Line(self.image_size, self.frames, self.size, self.row, (self.pieces[0], self.pieces[1]), self.seed)
@@ -312,12 +348,13 @@ FAMILY = LineConfig
 
 @lru_cache
 def _weights(n: int, k: int, pieces: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """For every winning cell: shares of the rows through it, summed up [cell, row], and rates of other own pieces
-    [cell, cell].
+    """For every winning cell: cumulative probabilities of the rows through it [cell, row], and the rates of the other
+    own pieces [cell, cell].
 
-    Directions are equally likely, and so are the rows of one. Where the row covers a cell with chance c and own pieces
-    fill a cell with chance d, they get (d - c) / (1 - c) off the row, and d in all. Near corners c > d: pieces are
-    made denser at the rim of every board, and THIN goes a little too far elsewhere.
+    All directions with a row through the cell are equally likely, and so are the rows of one direction. Let c be the
+    probability that the row covers another cell, and d the density of own pieces. A cell outside the row then gets an
+    own piece at the rate (d - c) / (1 - c), which makes its total probability d. Near corners this is not possible
+    (c > d). To make up for it, own pieces are RIM times denser at the rim of every board, and c is multiplied by THIN.
     """
     _, direction, holds, _ = geometry(n, k)
     rows_of = holds @ np.eye(4)[direction]  # [cell, direction]
@@ -331,15 +368,16 @@ def _weights(n: int, k: int, pieces: tuple[int, int]) -> tuple[np.ndarray, np.nd
 
 @lru_cache
 def _raster(pixels: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every pixel: its cell (n * n: none), its distance from the middle of the cell in cells, if on the grid."""
-    place = ((np.arange(pixels) + 0.5) / pixels - MARGIN) * n / (1 - 2 * MARGIN)
-    index = np.floor(place).astype(int)
+    """For every pixel: its cell (n * n: none), its distance from the centre of the cell in cells, and whether it is on
+    a grid line."""
+    position = ((np.arange(pixels) + 0.5) / pixels - MARGIN) * n / (1 - 2 * MARGIN)
+    index = np.floor(position).astype(int)
     inside = (index >= 0) & (index < n)
     both = inside[:, None] & inside
     cell = np.where(both, index[:, None] * n + index, n * n)
-    off = place - index - 0.5
+    off = position - index - 0.5
     distance = np.where(both, np.hypot(off[:, None], off), np.inf)
-    line = (0.5 - np.abs(off)) * (1 - 2 * MARGIN) / n < 0.6 / 64  # a pixel of 64 on both sides
+    line = (0.5 - np.abs(off)) * (1 - 2 * MARGIN) / n < 0.6 / 64  # half a line: 0.6 pixels of 64
     return cell, distance, both & (line[:, None] | line)
 
 

@@ -1,12 +1,12 @@
-"""Mazes: rooms on a lattice, one start, four candidate exits at the corners.
+"""The task `maze`: rooms on a lattice, one start, four exits in the corners.
 
-`one_exit` problems have exactly one exit that can be reached; the branches to the others are cut somewhere
-between the fork and the exit's own doorstep, and mazes are drawn so that walls near an exit tell little of whether
-it is the answer (`lattice.draw_layout`). `choice` problems leave two or three exits reachable: any of them is right,
-the model must commit.
+`one_exit` problems have exactly one reachable exit. The branches to the other exits are cut between the fork and the
+last door. Mazes are drawn so that walls near an exit predict little of whether it is the answer
+(`lattice.draw_layout`). `choice` problems have two or three reachable exits: each is a right answer, and the video has
+to choose one.
 
-Rooms lie on an 8 x 8 board of tiles, a room in the middle half of its tile, so one room is one token of the
-mini model and any image size that is a multiple of 16 shows the same problem.
+The image is an 8 x 8 board of tiles. A room is the middle half of a tile. One room is therefore one token of the mini
+model, and every image size that is a multiple of 16 shows the same problem.
 """
 
 from __future__ import annotations
@@ -20,34 +20,36 @@ from jaxtyping import Bool, Float, UInt8
 
 from cosprobe.errors import InputError
 from cosprobe.tasks.lattice import Edge, Layout, canonical_key, doors_of, draw_layout
+from cosprobe.tasks.splits import split_of
 from cosprobe.tasks.task import (
     Box,
+    ParsedAnswer,
     Problem,
-    Readout,
     Target,
     by_turns,
     check_counts,
     check_request,
     distinct,
     draw_seed,
-    split_of,
 )
 
-BOARD = 8  # tiles a side
+BOARD = 8  # tiles per side
 WALL, FLOOR, START, EXIT, TRAIL = range(5)
 PALETTE = np.array([[35, 35, 48], [236, 236, 230], [46, 160, 67], [52, 102, 214], [222, 62, 40]], dtype=np.uint8)
 PROMPT = "draw a red trail from the green start through the corridors to a blue exit that can be reached"
-REST = 2  # frames the finished trail is shown
-LENGTH_BINS = (5, 7)  # rooms walked: short < 5, 5 <= medium < 7, long >= 7
+REST = 2  # number of times the final frame is repeated
+LENGTH_BINS = (5, 7)  # steps from room to room: short < 5, 5 <= medium < 7, long >= 7
 
 
 @dataclass(frozen=True)
 class Maze:
-    """The maze task.
+    """The task `maze`.
 
-    rooms: rooms per side, one value drawn per problem (repeat a value to weight it).
-    length: smallest and largest number of rooms walked from start to exit.
-    image_size: pixels a side, a multiple of 16 and at least 64. seed: another seed is another world.
+    rooms: rooms per side, from 4 to 8. One value is drawn per problem; repeat a value to make it more frequent.
+    length: smallest and largest number of steps from room to room between start and exit.
+    image_size: side of the image in pixels, a multiple of 16 and at least 64. frames: at least 2.
+    seed: random seed; another seed gives other problems.
+    Raises InputError for any other value.
     """
 
     image_size: int = 64
@@ -72,10 +74,11 @@ class Maze:
 
     @property
     def targets(self) -> tuple[Target, ...]:
+        """The labels that probes decode."""
         both, side = self.kinds, max(self.rooms)
         return (
             Target("answer", 4, "candidate", "answer", ("one_exit",)),
-            Target("choice", 4, "candidate", "choice", ("choice",)),
+            Target("model_answer", 4, "candidate", "model_answer", ("choice",)),
             Target("start", side * side, "problem", "perception", both),
             Target("corridors", 2, "region", "perception", both),
             Target("length", len(LENGTH_BINS) + 1, "problem", "nuisance", ("one_exit",)),
@@ -83,7 +86,7 @@ class Maze:
         )
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
-        """The first `count` distinct problems of a split; without `kind`, one-exit and choice by turns."""
+        """The first `count` distinct problems of a split. Without `kind`, `one_exit` and `choice` alternate."""
         check_request(split, count, kind, self.kinds)
         if kind is not None:
             return distinct(self._draw(split, kind), split, count)
@@ -124,13 +127,14 @@ class Maze:
         )  # fmt: skip
 
     def image(self, problem: Problem) -> UInt8[np.ndarray, "height width 3"]:
+        """The first frame: the maze with a green start and four blue exits."""
         return PALETTE[self._board(problem.layout)]
 
     def video(self, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"]:
-        """The reference: the trail grows evenly from the start, fills the exit and rests there.
+        """The reference video: a red trail grows at constant speed from the start until it fills the exit.
 
-        The rest is for the autoencoder, which joins four frames in one latent: an exit filled in the very
-        last frame alone is averaged away (4 % of reconstructions read as none, against 0 with the rest).
+        The final frame is repeated REST times, because the autoencoder encodes four frames into one latent frame. If
+        only the last frame showed the filled exit, 4 % of the reconstructed videos would show no answer (0 % now).
         """
         layout = problem.layout
         board = self._board(layout)
@@ -146,7 +150,7 @@ class Maze:
         return PALETTE[video]
 
     def workspace(self, problem: Problem) -> Bool[np.ndarray, "height width"]:
-        """Rooms and doorways that can be walked to from the start."""
+        """Mask of the pixels that a solution may change: rooms and doorways that can be reached from the start."""
         layout: Layout = problem.layout
         everything: set[int | Edge] = {*range(layout.rooms**2), *layout.passages}
         rooms = _flood(layout.start, set(layout.passages), everything)
@@ -156,11 +160,11 @@ class Maze:
             mask[self._pixels(layout, cell)] = True
         return mask
 
-    def readout(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> Readout:
+    def parse(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> ParsedAnswer:
         """Reads the last frame of a video with values in [0, 1].
 
-        An exit is reached when trail-coloured cells connect it to the start (walls drawn over count as
-        trail: what was drawn is read, not what was allowed). Reaching several exits reads as None.
+        The answer is the exit that cells in the colour of the trail connect to the start. Trail across a wall counts
+        too. The answer is None when no exit or several exits are connected.
         """
         layout: Layout = problem.layout
         frame = np.asarray(video[-1], dtype=np.float32) * 255.0
@@ -176,14 +180,14 @@ class Maze:
         closer = (root[..., EXIT] - root[..., TRAIL]) / 255.0
         scores = tuple(float(closer[self._pixels(layout, corner)].mean()) for corner in layout.corners)
         path = max(_overlap(drawn, set(trail_cells(walk))) for walk in layout.solutions.values())
-        return Readout(exits[0] if len(exits) == 1 else None, scores, path)
+        return ParsedAnswer(exits[0] if len(exits) == 1 else None, scores, path)
 
     def solutions(self, problem: Problem) -> tuple[int, ...]:
-        """Candidates that count as right: one for one-exit problems, several for choice problems."""
+        """The reachable exits: one for `one_exit` problems, two or three for `choice` problems."""
         return tuple(k for k, corner in enumerate(problem.layout.corners) if corner in problem.layout.solutions)
 
     def plausible_answers(self, problem: Problem) -> tuple[int, ...]:
-        """All four exits: which of them can be reached is the puzzle."""
+        """All four exits. Which of them can be reached is the puzzle."""
         return tuple(range(self.candidates))
 
     def _board(self, layout: Layout) -> np.ndarray:
@@ -203,7 +207,7 @@ class Maze:
         a, b = cell if isinstance(cell, tuple) else (cell, cell)
         (ra, ca), (rb, cb) = divmod(a, layout.rooms), divmod(b, layout.rooms)
 
-        def span(low: int, high: int) -> slice:  # quarter tiles; a doorway starts where its first room ends
+        def span(low: int, high: int) -> slice:  # in quarters of a tile; a doorway starts at the end of its first room
             start, stop = (4 * low + 1, 4 * low + 3) if low == high else (4 * low + 3, 4 * high + 1)
             quarter = self.image_size / (4 * BOARD)
             return slice(int((start + 4 * offset) * quarter + 0.5), int((stop + 4 * offset) * quarter + 0.5))
@@ -213,7 +217,10 @@ class Maze:
 
 @dataclass
 class MazeConfig:
-    """problems: how many, over all splits. seeds: noise seeds of each. The rest as in `Maze`; checked at once."""
+    """Settings of `Maze`. Raises InputError for an invalid value.
+
+    problems: number of problems, over all splits. seeds: number of noise seeds of each. The others: see `Maze`.
+    """
 
     problems: int = 600
     seeds: int = 1
@@ -228,6 +235,7 @@ class MazeConfig:
         self.build()
 
     def build(self) -> Maze:
+        """The task with these settings."""
         if len(self.length) != 2:
             raise InputError(f"task.length={self.length}: expected [shortest, longest]")
         return Maze(self.image_size, self.frames, tuple(self.rooms), (self.length[0], self.length[1]), self.seed)
@@ -237,7 +245,7 @@ FAMILY = MazeConfig
 
 
 def trail_cells(walk: tuple[int, ...]) -> list[int | Edge]:
-    """The cells a trail covers after the start room, in order: doorway, room, doorway, ..., exit."""
+    """The cells that the trail covers after the start, in order: doorway, room, doorway, ..., exit."""
     cells: list[int | Edge] = []
     for a, b in pairwise(walk):
         cells += [(min(a, b), max(a, b)), b]
@@ -245,7 +253,7 @@ def trail_cells(walk: tuple[int, ...]) -> list[int | Edge]:
 
 
 def _flood(start: int, edges: set[Edge], drawn: set[int | Edge]) -> set[int]:
-    """Rooms joined to the start through drawn doorways and drawn rooms (the start itself stays green)."""
+    """Rooms connected to the start through `drawn` doorways and rooms. The start itself need not be drawn."""
     reached, frontier = {start}, [start]
     while frontier:
         a = frontier.pop()

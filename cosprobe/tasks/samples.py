@@ -1,4 +1,4 @@
-"""Samples: a problem with a noise seed; which of them make a run."""
+"""Samples (a problem with a noise seed) and the choice of the samples of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}
 
 @dataclass(frozen=True)
 class Sample:
-    """A problem and a noise seed, the `replica`-th of that problem."""
+    """A problem and a noise seed. replica: index of the seed among the noise seeds of this problem."""
 
     problem: Problem
     seed: int
@@ -29,42 +29,46 @@ class Sample:
 
 
 def draw_samples(task: Task, config: TaskConfig, seed: int) -> list[Sample]:
-    """`config.problems` problems over the splits, each with `config.seeds` noise seeds, which stay together.
+    """The samples of a run: `config.problems` problems in total, each with `config.seeds` noise seeds.
 
-    A noise seed depends on (seed, problem, which of its seeds), never on the place in a batch.
-    Raises ValueError when a split would be empty.
+    The splits have SHARES of the problems. The samples of a problem are neighbours in the list. A noise seed depends on
+    `seed`, the problem and the replica, never on the position in a batch.
+    Raises InputError when a split would have fewer than 2 problems.
     """
     problems, seeds = config.problems, config.seeds
     counts = {split: round(problems * share) for split, share in SHARES.items()}
     counts["train"] += problems - sum(counts.values())
     if min(counts.values()) < 2 or seeds < 1:
         raise InputError(
-            f"task.problems={problems}, task.seeds={seeds}: expected at least 10 problems (a split would be empty) "
-            "and at least 1 seed"
+            f"task.problems={problems}, task.seeds={seeds}: expected at least 10 problems (otherwise a split is too "
+            "small) and at least 1 seed"
         )
     say(f"{task.name}: drawing {problems} problems")
     return with_noise([p for split in SPLIT_ORDER for p in task.problems(split, counts[split])], seed, seeds)
 
 
 def with_noise(problems: Sequence[Problem], seed: int, seeds: int = 1) -> list[Sample]:
-    """Each problem with its first `seeds` noise seeds, which stay together."""
+    """Each problem with its first `seeds` noise seeds. The samples of a problem are neighbours in the list."""
     return [Sample(problem, noise_seed(problem, which, seed), which) for problem in problems for which in range(seeds)]
 
 
 def fresh_problems(task: Task, split: str, used: int, count: int, kinds: Sequence[str]) -> list[Problem]:
-    """`count` problems of some kinds, by turns, that a run of `used` problems over all splits has not seen: those of
-    validation or test beyond its own."""
-    seen = -(-round(used * SHARES[split]) // len(task.kinds))  # of every kind: a run's come by turns
+    """`count` problems of the given kinds, in turn, that are not among the problems of a run.
+
+    split: validation or test. used: number of problems of the run, over all splits.
+    """
+    seen = -(-round(used * SHARES[split]) // len(task.kinds))  # of each kind: the kinds of a run alternate
     most = seen + -(-count // len(kinds))
     turns = zip(*(task.problems(split, most, kind)[seen:] for kind in task.kinds if kind in kinds), strict=True)
     return [problem for turn in turns for problem in turn][:count]
 
 
 def noise_seed(problem: Problem, which: int, seed: int) -> int:
+    """The noise seed of a sample, a hash of `seed`, the name of the problem and the replica `which`."""
     return int(hashlib.sha256(f"{seed}/{problem.name}/{which}".encode()).hexdigest()[:12], 16)
 
 
 def images(task: Task, problems: Sequence[Problem]) -> Float[Tensor, "batch 3 height width"]:
-    """First frames in [0, 1]."""
+    """The first frames of the problems, with values in [0, 1]."""
     frames = np.stack([task.image(problem) for problem in problems])
     return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255

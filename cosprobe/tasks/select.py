@@ -1,9 +1,10 @@
-"""Perception before action: the prompt names an object and a box, the video moves the one into the other.
+"""The task `select`, for perception before action: the prompt names an object and a box, and the video moves the object
+into the box.
 
-Four hollow boxes of different colours stand in the corners, two to five different objects lie between them. The
-picture leaves all corners open and the prompt alone names none: words must first be bound to places in the picture
-(targets `object` and `box`), then the way can be drawn (`move`, `answer`). Lengths are in units of a 64 x 64 board,
-so every image size shows the same problem; a box is one region, 2 x 2 tokens of the mini model.
+Four hollow boxes of different colours are in the corners, and two to five different objects lie between them. The
+answer needs both image and prompt: the words must first be matched with positions in the image (targets `object` and
+`box`), then the motion can be drawn (`move`, `answer`). Lengths are in units of a 64 x 64 board, so every image size
+shows the same problem. Each box is one region, 2 x 2 tokens of the mini model.
 """
 
 from __future__ import annotations
@@ -18,15 +19,24 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from cosprobe.errors import InputError
-from cosprobe.tasks.task import Problem, Readout, Target, check_counts, check_request, distinct, draw_seed, split_of
+from cosprobe.tasks.splits import split_of
+from cosprobe.tasks.task import (
+    ParsedAnswer,
+    Problem,
+    Target,
+    check_counts,
+    check_request,
+    distinct,
+    draw_seed,
+)
 
-BOARD, BOX, ROOM, OBJECT = 64, 16, 12, 10  # units a side: board, box, room inside its rim, object
-CELLS = [(y, x) for y in (21, 32, 43) for x in (21, 32, 43)]  # centres: objects touch neither each other nor boxes
+BOARD, BOX, ROOM, OBJECT = 64, 16, 12, 10  # sides in units: board, box, inside of a box, object
+CELLS = [(y, x) for y in (21, 32, 43) for x in (21, 32, 43)]  # centres of objects; neither these nor boxes overlap
 CORNERS = [(y, x) for y in (8, 56) for x in (8, 56)]  # centres of the boxes
 REGIONS = tuple(((x - 8) / 64, (y - 8) / 64, (x + 8) / 64, (y + 8) / 64) for y, x in CORNERS)
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("disc", "bar", "dash")
 PALETTE = np.array([[220, 40, 40], [30, 160, 60], [40, 80, 220], [250, 200, 0], [236, 236, 230]], dtype=np.uint8)
-PAINT, LIGHT = PALETTE / np.float32(255), len(COLOURS)  # the palette as readouts see it, the colour of the board
+PAINT, LIGHT = PALETTE / np.float32(255), len(COLOURS)  # the palette in [0, 1]; index of the board's colour
 PHRASES = (
     "move the {colour} {shape} into the {box} box",
     "put the {colour} {shape} in the {box} box",
@@ -35,15 +45,19 @@ PHRASES = (
     "slide the {colour} {shape} over to the {box} box and leave it there",
     "into the {box} box goes the {colour} {shape}",
 )
-REST, FEWEST, MOST = 2, 2, 5  # frames the finished move is shown, as in the maze; objects on the board
-CLEAR = 0.39  # an object is read when less than this share of its own contrast is left unexplained
-ARRANGEMENTS = 8  # draws of the objects' cells, of which the least crowded is kept
+REST, FEWEST, MOST = 2, 2, 5  # repetitions of the final frame, as in the maze; range of the number of objects
+CLEAR = 0.39  # the largest squared error of an object that counts as seen, as a share of its contrast
+ARRANGEMENTS = 8  # number of draws of the objects' cells, of which one is kept (see `draw_scene`)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """boxes: colour of the box at each of CORNERS. objects: (cell, identity) of each; cells row by row, identity =
-    3 x colour + shape. named: index into objects. corner: of the named box. phrase: wording of the prompt."""
+    """The description of a problem.
+
+    boxes: colour of the box at each of CORNERS. objects: (cell, identity) of each object, where cells are numbered row
+    by row and identity = 3 x colour + shape. named: index into `objects` of the object that the prompt names.
+    corner: corner of the named box. phrase: index of the prompt in PHRASES.
+    """
 
     boxes: tuple[int, ...]
     objects: tuple[tuple[int, int], ...]
@@ -54,8 +68,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class Select:
-    """The task. objects: fewest and most on the board, from 2 to 5. image_size: pixels a side, a multiple of 16 and
-    at least 64. frames: 4k + 1. seed: another seed is another world."""
+    """The task `select`.
+
+    objects: fewest and most objects on the board, from 2 to 5. image_size: side of the image in pixels, a multiple of
+    16 and at least 64. frames: number of frames, 4k + 1 and at least 5.
+    seed: random seed; another seed gives other problems.
+    Raises InputError for any other value.
+    """
 
     image_size: int = 64
     frames: int = 13
@@ -76,9 +95,10 @@ class Select:
 
     @property
     def targets(self) -> tuple[Target, ...]:
+        """The labels that probes decode."""
         return (
             Target("answer", 4, "candidate", "answer", self.kinds),
-            Target("choice", 4, "candidate", "choice", self.kinds),
+            Target("model_answer", 4, "candidate", "model_answer", self.kinds),
             Target("object", len(CELLS), "problem", "perception", self.kinds),  # cell of the named object
             Target("box", len(COLOURS), "problem", "perception", self.kinds),  # colour of the named box
             Target("corners", len(COLOURS), "region", "perception", self.kinds),  # colour of the box there
@@ -88,7 +108,7 @@ class Select:
         )
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
-        """The first `count` distinct problems of a split; there is one kind."""
+        """The first `count` distinct problems of a split. There is one kind."""
         check_request(split, count, kind, self.kinds)
         entropy = draw_seed(self.seed, split, "select")
         return distinct((self._draw(entropy, index) for index in itertools.count()), split, count)
@@ -100,31 +120,33 @@ class Select:
         return _problem(scene, split_of(key), index, key, int(rng.integers(4)))
 
     def swapped(self, problem: Problem, *, object: int | None = None, box: int | None = None) -> Problem:
-        """The same picture and wording with another object or box named: does the video follow the text?
+        """The same image and wording with another object or box named. Use: do videos follow the prompt?
 
         object: index into `problem.layout.objects`. box: corner of the box to name, which is the new answer.
-        Raises ValueError for one that is not there. Name, split and control stay, so a sample keeps its noise; key
-        and labels are the new problem's, and the key may belong to another split: measure only, never fit.
+        Name, split and control do not change, so a sample keeps its noise seed. Key and other labels are those of the
+        new problem. Its key may belong to another split, so do not fit anything to it.
+        Raises InputError for an index out of range.
         """
         scene: Scene = problem.layout
         named = scene.named if object is None else object
         corner = scene.corner if box is None else box
         for name, value, end in (("object", named, len(scene.objects)), ("box", corner, len(CORNERS))):
             if not 0 <= value < end:
-                raise InputError(f"{name}={value}: expected one of the problem's, 0 to {end - 1}")
+                raise InputError(f"{name}={value}: expected an index of the problem, 0 to {end - 1}")
         other = replace(scene, named=named, corner=corner)
         return _problem(other, problem.split, problem.index, canonical_key(other), problem.labels["control"])
 
     def image(self, problem: Problem) -> UInt8[np.ndarray, "height width 3"]:
+        """The first frame: boxes in the corners, objects between them."""
         return PALETTE[_film(problem.layout, self.image_size, _way(problem.layout, self.frames)[:1])[0]]
 
     def video(self, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"]:
-        """The reference: the named object goes evenly along the longer distance (equal ones: sideways), then along
-        the other into the box, drawn over whatever lies on its way, and rests there."""
+        """The reference video. The named object moves at constant speed into the box, first along the axis with the
+        longer distance (horizontally if both are equal), then along the other. It is drawn over other objects."""
         return PALETTE[_film(problem.layout, self.image_size, _way(problem.layout, self.frames))]
 
     def workspace(self, problem: Problem) -> Bool[np.ndarray, "height width"]:
-        """Where any object would pass on its way to any box: the picture does not tell which are named."""
+        """Mask of the pixels that a solution may change: the ways of all objects to all boxes."""
         mask = np.zeros((self.image_size, self.image_size), dtype=bool)
         for (cell, _), corner in itertools.product(problem.layout.objects, range(4)):
             for leg in itertools.pairwise(_bends(cell, corner)):
@@ -132,39 +154,43 @@ class Select:
         return mask
 
     def solutions(self, problem: Problem) -> tuple[int, ...]:
+        """The corner of the named box."""
         return (problem.layout.corner,)
 
     def plausible_answers(self, problem: Problem) -> tuple[int, ...]:
-        """All four corners: only the prompt tells them apart."""
+        """All four corners. The image alone excludes none of them."""
         return tuple(range(self.candidates))
 
-    def readout(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> Readout:
-        """Reads the last frame of a video with values in [0, 1]; `path` compares every frame with the reference.
+    def parse(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> ParsedAnswer:
+        """Reads the last frame of a video with values in [0, 1]; `path` compares all frames with the reference video.
 
-        A box holds what its room is nearest to: nothing, or one of the 12 objects, which may sit one unit off.
-        The answer is the box with the named object. None when no box has it or several have, when a box holds
-        another object or something that is no object, or when the named object is (also) seen outside.
-        Scores: how much nearer a room is to the named object than to emptiness, 1 for a perfect picture of it.
+        The inside of each box is compared with templates: empty, and each of the 12 objects, up to one unit off the
+        centre. The answer is the box whose best template is the named object. It is None when no box or several boxes
+        hold the named object, when a box holds anything else, or when the named object is seen outside the boxes.
+        Scores: squared error of the empty template minus that of the named object; 1 for a perfect image of the object.
         """
         scene: Scene = problem.layout
         wanted = scene.objects[scene.named][1]
-        pixels = ((np.arange(BOARD) + 0.5) * video.shape[1] / BOARD).astype(int)  # one for each unit
+        pixels = ((np.arange(BOARD) + 0.5) * video.shape[1] / BOARD).astype(int)  # one pixel per unit
         seen = np.asarray(video, dtype=np.float32)[:, pixels[:, None], pixels]
         rooms = np.stack([seen[-1][_cut([corner], ROOM)] for corner in CORNERS])
         added, objects = (rooms - PAINT[LIGHT]).reshape(len(CORNERS), -1), _templates()
         energy = np.square(objects).sum(-1)  # [identity, shift]
-        excess = energy - 2 * np.einsum("rp,isp->ris", added, objects)  # squared error less that of an empty room
+        excess = energy - 2 * np.einsum("rp,isp->ris", added, objects)  # squared error minus that of an empty box
         least, best = excess.min((1, 2)), excess.min(2).argmin(1)
-        clear = least + np.square(added).sum(-1) < CLEAR * energy[best, 0]  # else nearest to an object, but not near
+        clear = least + np.square(added).sum(-1) < CLEAR * energy[best, 0]  # the squared error is small enough
         found = (least < 0) & clear & (best == wanted)
         settled = found.sum() == 1 and (least[~found] >= 0).all() and not _outside(scene, seen[-1])
         scores = tuple(float(score) for score in (-excess / energy)[:, wanted].max(-1))
-        return Readout(int(found.argmax()) if settled else None, scores, _agreement(scene, seen, self.frames))
+        return ParsedAnswer(int(found.argmax()) if settled else None, scores, _agreement(scene, seen, self.frames))
 
 
 @dataclass
 class SelectConfig:
-    """problems: how many, over all splits. seeds: noise seeds of each. The rest as in `Select`; checked at once."""
+    """Settings of `Select`. Raises InputError for an invalid value.
+
+    problems: number of problems, over all splits. seeds: number of noise seeds of each. The others: see `Select`.
+    """
 
     problems: int = 600
     seeds: int = 1
@@ -178,6 +204,7 @@ class SelectConfig:
         self.build()
 
     def build(self) -> Select:
+        """The task with these settings."""
         return Select(self.image_size, self.frames, tuple(self.objects), self.seed)
 
 
@@ -185,9 +212,12 @@ FAMILY = SelectConfig
 
 
 def draw_scene(count: int, rng: np.random.Generator) -> Scene:
-    """A scene with `count` objects. What is named is drawn last and used for nothing else, so the picture cannot
-    tell it. Of several arrangements one with the fewest objects in line with each other is kept: whichever object
-    moves then passes over others less often (measured: in 28 of 100 problems, not 41)."""
+    """A random scene with `count` objects.
+
+    The named object and box are drawn last and independently of the image, so the image cannot predict them. Of
+    ARRANGEMENTS arrangements, the one with the fewest objects in the same row or column is kept. The moving object then
+    passes over another one less often (measured: in 28 of 100 problems instead of 41).
+    """
     arrangements = [divmod(rng.permutation(len(CELLS))[:count], 3) for _ in range(ARRANGEMENTS)]
     rows, columns = max(arrangements, key=lambda drawn: sum(len(set(lines)) for lines in drawn))
     identities = rng.permutation(len(COLOURS) * len(SHAPES))[:count]
@@ -197,7 +227,7 @@ def draw_scene(count: int, rng: np.random.Generator) -> Scene:
 
 
 def canonical_key(scene: Scene) -> str:
-    """Identity under the 8 symmetries of the square. Colours stay, the wording of the prompt does not count."""
+    """A hash that is the same for a scene and its images under the 8 symmetries of the square, and for all wordings."""
     cells, boxes = np.full(len(CELLS), -1), np.array(scene.boxes)
     for cell, identity in scene.objects:
         cells[cell] = identity
@@ -221,7 +251,7 @@ def _problem(scene: Scene, split: str, index: int, key: str, control: int | tupl
 
 
 def _bends(cell: int, corner: int) -> list[tuple[int, int]]:
-    """Start, turn and end of the way from a cell into a box: the longer distance first, sideways if they are equal."""
+    """Start, turn and end of the way from a cell into a box: longer distance first, horizontally if both are equal."""
     start, end = CELLS[cell], CORNERS[corner]
     sideways = abs(end[1] - start[1]) >= abs(end[0] - start[0])
     return [start, (start[0], end[1]) if sideways else (end[0], start[1]), end]
@@ -237,7 +267,7 @@ def _way(scene: Scene, frames: int) -> list[tuple[int, int]]:
 
 
 def _cut(points: Iterable[tuple[int, int]], width: int, size: int = BOARD) -> tuple[slice, slice]:
-    """Pixels under a square `width` units wide whose centre goes from point to point."""
+    """The pixels covered by a square of `width` units whose centre moves from point to point."""
     edges = [edge for at in zip(*points, strict=True) for edge in (min(at) - width / 2, max(at) + width / 2)]
     top, bottom, left, right = (int(edge * size / BOARD + 0.5) for edge in edges)
     return slice(top, bottom), slice(left, right)
@@ -245,13 +275,13 @@ def _cut(points: Iterable[tuple[int, int]], width: int, size: int = BOARD) -> tu
 
 @lru_cache
 def _shapes(height: int, width: int) -> Bool[np.ndarray, "shape height width"]:
-    """The shapes in so many pixels: any two differ in a third of the pixels or more, none of them in detail."""
+    """Masks of the shapes. Any two differ in at least a third of the pixels, and none has fine detail."""
     y, x = np.ix_(*((np.arange(side) + 0.5) / side * 2 - 1 for side in (height, width)))
     return np.stack([y**2 + x**2 <= 1, np.abs(x) <= 0.4 + 0 * y, np.abs(y) <= 0.4 + 0 * x])
 
 
 def _film(scene: Scene, size: int, way: list[tuple[int, int]]) -> UInt8[np.ndarray, "frame size size"]:
-    """Index into PALETTE of every pixel, the named object standing at each centre of `way` in turn."""
+    """Index into PALETTE of every pixel. Frame i shows the named object with its centre at way[i]."""
     board, moving = np.full((size, size), LIGHT, dtype=np.uint8), scene.objects[scene.named][1]
     for corner, colour in zip(CORNERS, scene.boxes, strict=True):
         board[_cut([corner], BOX, size)] = colour
@@ -267,7 +297,7 @@ def _film(scene: Scene, size: int, way: list[tuple[int, int]]) -> UInt8[np.ndarr
 
 @lru_cache
 def _templates() -> Float[np.ndarray, "identity shift value"]:
-    """What each object adds to the values of an empty room, in its middle and one unit off."""
+    """The difference between a box with an object and an empty box, for each object, centred and up to one unit off."""
     shapes, shifts = _shapes(OBJECT, OBJECT), itertools.product((0, 1, 2), repeat=2)
     masks = np.stack([np.pad(shapes, ((0, 0), (y, 2 - y), (x, 2 - x))) for y, x in shifts], axis=1)
     added = (PAINT[:LIGHT] - PAINT[LIGHT])[:, None, None, None, None] * masks[..., None]
@@ -275,7 +305,7 @@ def _templates() -> Float[np.ndarray, "identity shift value"]:
 
 
 def _outside(scene: Scene, frame: Float[np.ndarray, "height width 3"]) -> bool:
-    """Whether the named object is seen anywhere but in a box; cells of others of its colour are not looked at."""
+    """Whether the named object is seen outside the boxes. Cells of other objects of its colour are ignored."""
     wanted = scene.objects[scene.named][1]
     hit = (np.square(PAINT).sum(1) - 2 * frame @ PAINT.T).argmin(-1) == wanted // 3  # nearest colour of the palette
     alike = [CELLS[cell] for cell, identity in scene.objects if identity != wanted and identity // 3 == wanted // 3]
@@ -287,9 +317,9 @@ def _outside(scene: Scene, frame: Float[np.ndarray, "height width 3"]) -> bool:
 
 
 def _agreement(scene: Scene, seen: Float[np.ndarray, "frame height width 3"], frames: int) -> float:
-    """Overlap of what changed since the picture with what should have, over all frames, as intersection over union."""
+    """Intersection over union of the pixels that changed since the first frame and those that should, in all frames."""
     way = _way(scene, frames)
-    at = np.rint(np.linspace(frames - 1, 0, len(seen))[::-1]).astype(int)  # of any length: last frames stay together
+    at = np.rint(np.linspace(frames - 1, 0, len(seen))[::-1]).astype(int)  # at the same relative time
     film = _film(scene, BOARD, [way[0], *(way[frame] for frame in at)])
     change, miss = (np.einsum("fyxc,fyxc->fyx", off, off) for off in (seen - PAINT[film[0]], seen - PAINT[film[1:]]))
     wanted = film[1:] != film[0]

@@ -1,8 +1,8 @@
-"""What a task is: problems with exact labels, pictures of them, and a rule that reads answers from video.
+"""The task interface: problems with exact labels, their first frames and videos, and a parser that reads answers.
 
-A task is generated, never downloaded: `problems(split, count)` gives the same problems on every machine.
-Which split a problem belongs to is decided by a hash of its canonical `key`, so no problem (nor any mirror
-image of one) can be in two splits, however many are drawn.
+Problems are generated, never downloaded. `problems(split, count)` returns the same problems on every machine.
+The split of a problem follows from a hash of its canonical `key`. A problem and its mirror images have the same key, so
+they are always in the same split.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from cosprobe.errors import InputError
+from cosprobe.tasks.splits import SPLITS
 
-HEADLINE = ("answer", "choice")  # roles whose claims need a selectivity control
-RELABELLED = "relabelled"  # role of a control, and the end of its name
+ANSWER_ROLES = ("answer", "model_answer")  # roles whose claims need a selectivity control
+RELABELLED = "relabelled"  # the role of selectivity controls, and the suffix of their names
 
-# Share of canonical problems, in percent. `model` is what the video model itself may be trained on.
-SPLITS = {"model": 50, "train": 20, "validation": 10, "calibration": 10, "test": 10}
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the image
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a probe decodes.
+    """A label that probes are trained to decode.
 
-    form: `candidate` - the label is the index of a region, scored by one function shared by all regions;
-    `region` - one label per region; `problem` - one label per problem, read from all regions jointly.
-    role: `answer`, `choice`, `perception` (visible in the first frame), `memory` (not visible where it is read),
-    `nuisance` or `control`. kinds: problem kinds that carry the label.
+    classes: number of classes.
+    form: `candidate`: the label is the index of a region; one function, shared by all regions, gives each a score.
+    `region`: one label per region. `problem`: one label per problem, decoded from all regions jointly.
+    role: `answer`, `model_answer`, `perception` (visible in the first frame), `memory` (not visible in the regions it
+    is decoded from), `nuisance`, `control` or `relabelled`.
+    kinds: the kinds of problems that have this label.
     """
 
     name: str
@@ -45,7 +46,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Problem:
-    """One puzzle with exact labels. `key` is its identity under the task's symmetries; splits are by key."""
+    """One puzzle with exact labels.
+
+    index: number of the draw within task, kind and split. key: a hash, equal for problems that a symmetry of
+    the task maps to each other; it decides the split. answer: the right answer, None when several are right.
+    labels: one value per target name, a tuple for targets of form `region`. difficulty: named numbers.
+    regions: boxes of the image. layout: the description that the task draws the problem from.
+    """
 
     task: str
     kind: str
@@ -61,16 +68,17 @@ class Problem:
 
     @property
     def name(self) -> str:
+        """`task/kind/split/index`, unique for a task with given settings."""
         return f"{self.task}/{self.kind}/{self.split}/{self.index}"
 
 
 @dataclass(frozen=True)
-class Readout:
-    """What a rule reads from a video.
+class ParsedAnswer:
+    """What a parser reads from a video.
 
-    answer: index of the candidate, or None when the video settles on none or on several.
-    scores: forced-choice score per candidate, defined for any video however blurry; higher is more likely.
-    path: agreement of everything drawn with a right solution, 0 to 1.
+    answer: index of the candidate, or None when the video shows none or several.
+    scores: one score per candidate, defined for every video; higher is more likely.
+    path: agreement of everything drawn in the video with a right solution, from 0 to 1.
     """
 
     answer: int | None
@@ -79,13 +87,18 @@ class Readout:
 
     @property
     def forced(self) -> int:
+        """The candidate with the highest score."""
         return int(np.argmax(self.scores))
 
 
 @runtime_checkable
 class Task(Protocol):
-    """The contract every family of problems keeps. candidates: answers a readout scores; regions: of every problem,
-    as many as candidates where the answer is one of them."""
+    """The interface of every task.
+
+    name: name of the task. kinds: kinds of problems. targets: the labels that probes decode.
+    candidates: number of possible answers. regions: number of regions of every problem; equal to `candidates` when the
+    answer is a region. frames: number of frames of a video.
+    """
 
     @property
     def name(self) -> str: ...
@@ -106,76 +119,75 @@ class Task(Protocol):
     def frames(self) -> int: ...
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
-        """The first `count` of a split, of one kind, or of all kinds by turns."""
+        """The first `count` problems of a split: of one kind, or of all kinds in turn."""
         ...
 
-    def image(self, problem: Problem) -> UInt8[np.ndarray, "height width 3"]: ...
+    def image(self, problem: Problem) -> UInt8[np.ndarray, "height width 3"]:
+        """The first frame, RGB."""
+        ...
 
-    def video(self, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"]: ...
+    def video(self, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"]:
+        """The reference video, which shows a right solution, RGB."""
+        ...
 
     def workspace(self, problem: Problem) -> Bool[np.ndarray, "height width"]:
-        """Pixels that a sensible video may change; a function of the first frame, never of the answer."""
+        """Mask of the pixels that a solution may change. It depends on the first frame alone, never on the answer."""
         ...
 
     def solutions(self, problem: Problem) -> tuple[int, ...]:
-        """Candidates that count as right: one or several."""
+        """The right answers, one or several."""
         ...
 
     def plausible_answers(self, problem: Problem) -> tuple[int, ...]:
-        """Candidates that the first frame leaves possible before it is solved."""
+        """Answers that someone who sees the first frame, but has not solved the puzzle, would consider possible."""
         ...
 
-    def readout(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> Readout: ...
-
-
-def split_of(key: str) -> str:
-    """The split a canonical key belongs to: its hash picks one of 100 buckets."""
-    bucket = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 100
-    for split, share in SPLITS.items():
-        if bucket < share:
-            return split
-        bucket -= share
-    raise AssertionError("SPLITS must add up to 100")
+    def parse(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> ParsedAnswer:
+        """Reads the answer from a video with values in [0, 1]."""
+        ...
 
 
 def check_request(split: str, count: int, kind: str | None, kinds: tuple[str, ...]) -> None:
-    """Raises ValueError for an unknown split, a request for no problems, or a kind that is not one of the task's."""
+    """Raises InputError for an unknown split, a count below 1, or a kind that the task does not have."""
     if split not in SPLITS:
         raise InputError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     if count < 1:
-        raise InputError(f"task.problems={count}: expected at least 1 problem; ask for more")
+        raise InputError(f"task.problems={count}: expected at least 1 problem per split; raise it")
     if kind not in (None, *kinds):
         raise InputError(f"kind={kind!r}: expected one of {', '.join(kinds)}, or None")
 
 
 @runtime_checkable
 class TaskConfig(Protocol):
-    """Settings of a task. problems: of a run, over all splits. seeds: noise seeds of each problem. seed: what problems
-    are drawn from."""
+    """Settings of a task.
+
+    problems: number of problems of a run, over all splits. seeds: number of noise seeds of each problem. seed: random
+    seed of the problems.
+    """
 
     problems: int
     seeds: int
     seed: int
 
     def build(self) -> Task:
-        """The task. Raises ValueError for a bad setting."""
+        """The task with these settings. Raises InputError for an invalid setting."""
         ...
 
 
 def check_counts(config: TaskConfig) -> None:
-    """Raises ValueError when a task's settings ask for fewer than one problem or noise seed, or a seed below 0."""
+    """Raises InputError when `problems` or `seeds` is below 1, or `seed` is below 0."""
     for name, least in (("problems", 1), ("seeds", 1), ("seed", 0)):
         if getattr(config, name) < least:
             raise InputError(f"task.{name}={getattr(config, name)}: expected at least {least}")
 
 
 def draw_seed(seed: int, split: str, kind: str) -> int:
-    """What random problems of one split and kind start from; `seed` is the world's."""
+    """The seed of the random generator for problems of one split and kind. seed: the seed of the task."""
     return int(hashlib.sha256(f"{seed}/{split}/{kind}".encode()).hexdigest()[:12], 16)
 
 
 def by_turns(kinds: tuple[str, str], count: int, draw: Callable[[int, str], list[Problem]]) -> list[Problem]:
-    """`count` problems, of the two kinds in turn, the first kind first. draw: so many problems of a kind."""
+    """`count` problems of two alternating kinds. draw: a function of a count and a kind that returns problems."""
     halves = [draw((count + 1) // 2, kinds[0]), draw(count // 2, kinds[1]) if count > 1 else []]
     return [halves[i % 2][i // 2] for i in range(count)]
 
@@ -183,8 +195,8 @@ def by_turns(kinds: tuple[str, str], count: int, draw: Callable[[int, str], list
 def distinct(candidates: Iterator[Problem], split: str, count: int, patience: int = 20_000) -> list[Problem]:
     """The first `count` problems of `split` with different keys.
 
-    Raises ValueError when `patience` draws in a row bring nothing new: the difficulty asked for has too
-    few distinct problems.
+    Raises InputError when `patience` draws in a row give no new problem. Then the task has too few distinct problems at
+    this difficulty.
     """
     found: dict[str, Problem] = {}
     since = 0
@@ -197,17 +209,17 @@ def distinct(candidates: Iterator[Problem], split: str, count: int, patience: in
             break
         if since > patience:
             raise InputError(
-                f"task.problems={count}: only {len(found)} distinct problems exist in split {split!r} at this "
-                "difficulty; ask for fewer or widen the difficulty of the task"
+                f"task.problems={count}: found only {len(found)} distinct problems in split {split!r} at this "
+                "difficulty; lower task.problems, or allow a wider range of difficulty"
             )
     return list(found.values())
 
 
 def readable_targets(targets: Sequence[Target], regions: int) -> tuple[Target, ...]:
-    """The targets that features with this many regions can carry, in the form they are then fitted.
+    """The targets that can be decoded from features with this many regions, in the form in which they are fitted.
 
-    Without a region axis a candidate is one class among `classes` of the whole clip (form `problem`), and
-    targets of form `region` do not exist.
+    With one region, targets of form `candidate` get the form `problem` (`classes` classes per problem), and targets of
+    form `region` are left out.
     """
     if regions > 1:
         return tuple(targets)

@@ -1,11 +1,12 @@
-"""Problems as folders in the layout of VBVR: `<task>/<problem>/` with five files.
+"""Reads and writes problems in the folder layout of VBVR: `<task>/<problem>/` with five files.
 
-`first_frame.png`, `final_frame.png`, `ground_truth.mp4` (MPEG-4, 16 frames a second), `prompt.txt` and `metadata.json`
-(older exports call it `question_metadata.json`). What the data factory of VBVR writes (repositories
-VBVR-DataFactory/*_data-generator) was the model, and is read back by the same function. Departures: no time stamp, so
-a problem gives the same metadata on every machine, and the labels stand in `parameters` beside the answer.
+The files are `first_frame.png`, `final_frame.png`, `ground_truth.mp4` (MPEG-4, 16 frames per second), `prompt.txt` and
+`metadata.json` (`question_metadata.json` in older exports). The layout is that of the VBVR data factory (repositories
+VBVR-DataFactory/*_data-generator). `read_problem` reads folders from either source.
 
-The video is lossy (as in VBVR); the two pictures are exact.
+Departures: there is no time stamp, so the metadata of a problem are the same on every machine. `parameters` holds the
+labels as well as the answer.
+The video is lossy, as in VBVR. The two images are lossless.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ from cosprobe.tasks.task import Problem, Task
 
 FIRST, FINAL, VIDEO, PROMPT = "first_frame.png", "final_frame.png", "ground_truth.mp4", "prompt.txt"
 METADATA = ("metadata.json", "question_metadata.json")
-RATE = 16  # frames a second
+RATE = 16  # frames per second
 QUALITY = 1  # quantiser of MPEG-4, 1 (best) to 31
 
 
 @dataclass(frozen=True)
 class VbvrProblem:
-    """What a folder holds. answer: `parameters.answer`, None where the export has none. video: None where the
-    generator ran with videos off. metadata: the whole file."""
+    """The content of the folder of one problem.
+
+    answer: `parameters.answer` of the metadata, None when there is none. first, final: first and last frame.
+    video: None when the folder has no video (VBVR generators can run without). metadata: content of the metadata file.
+    """
 
     name: str
     prompt: str
@@ -46,20 +50,22 @@ class VbvrProblem:
 
 
 def write_problem(task: Task, problem: Problem, folder: str | Path) -> Path:
-    """Writes a problem below the data set `folder`; returns its own folder, `<folder>/<task>/<task>_..._<index>`.
+    """Writes a problem into the data set `folder` and returns the problem's folder,
+    `<folder>/<task>/<task>_<kind>_<split>_<index>`.
 
-    Every file is written whole or not at all, the metadata last: a folder with metadata is complete. Writing a
-    problem again replaces its files. Raises ValueError when the place lies outside `folder`, through a name or a link.
+    Every file is written atomically, the metadata last, so a folder with metadata is complete. Existing files of the
+    problem are replaced.
+    Raises InputError when a name or a link leads out of `folder`, and when a file cannot be written.
     """
     root = Path(folder)
     name = f"{problem.task}_{problem.kind}_{problem.split}_{problem.index:08d}"
     for part in (problem.task, name):
         if Path(part).name != part:
-            raise InputError(f"{part!r}: leads out of its folder; expected a name without folders in it")
-    place = _within(root, root / problem.task / name)
+            raise InputError(f"{part!r}: points outside its folder; expected a name without / or ..")
+    path = _within(root, root / problem.task / name)
     for file in (FIRST, FINAL, VIDEO, PROMPT, METADATA[0]):
-        _within(place, place / file)
-    make_folder(place)
+        _within(path, path / file)
+    make_folder(path)
     video = task.video(problem)
     metadata = {
         "task_id": name,
@@ -76,42 +82,42 @@ def write_problem(task: Task, problem: Problem, folder: str | Path) -> Path:
         },
         "param_hash": problem.key,
     }
-    _write(place / FIRST, lambda part: Image.fromarray(task.image(problem)).save(part, format="png"))
-    _write(place / FINAL, lambda part: Image.fromarray(video[-1]).save(part, format="png"))
-    _write(place / VIDEO, lambda part: _encode(part, video))
-    _write(place / PROMPT, lambda part: part.write_text(problem.prompt, encoding="utf-8"))
-    _write(place / METADATA[0], lambda part: part.write_text(json.dumps(metadata, indent=2), encoding="utf-8"))
-    return place
+    _write(path / FIRST, lambda part: Image.fromarray(task.image(problem)).save(part, format="png"))
+    _write(path / FINAL, lambda part: Image.fromarray(video[-1]).save(part, format="png"))
+    _write(path / VIDEO, lambda part: _encode(part, video))
+    _write(path / PROMPT, lambda part: part.write_text(problem.prompt, encoding="utf-8"))
+    _write(path / METADATA[0], lambda part: part.write_text(json.dumps(metadata, indent=2), encoding="utf-8"))
+    return path
 
 
 def read_problem(folder: str | Path) -> VbvrProblem:
-    """Reads the folder of one problem, written here or by VBVR's own generators.
+    """Reads the folder of one problem, written by `write_problem` or by a generator of VBVR.
 
-    Raises ValueError when a file is missing or damaged, or is a link that leads out of the folder.
+    Raises InputError when a file is missing or damaged, or is a link that leads out of the folder.
     """
-    place = Path(folder)
-    if not place.is_dir():
-        raise InputError(f"{str(place)!r}: expected the folder of one problem, as in <task>/<task>_00000000")
-    note = next((name for name in METADATA if (place / name).is_file()), METADATA[0])
-    metadata = _read(place, note, lambda file: json.loads(file.read_text(encoding="utf-8")))
+    path = Path(folder)
+    if not path.is_dir():
+        raise InputError(f"{str(path)!r}: expected the folder of one problem, as in <task>/<task>_00000000")
+    note = next((name for name in METADATA if (path / name).is_file()), METADATA[0])
+    metadata = _read(path, note, lambda file: json.loads(file.read_text(encoding="utf-8")))
     parameters = metadata.get("parameters") if isinstance(metadata, dict) else None
     if not isinstance(parameters, dict):
-        raise InputError(f"{str(place / note)!r}: expected an object with `parameters`; export the problem again")
+        raise InputError(f"{str(path / note)!r}: expected a JSON object with `parameters`; export the problem again")
     answer = parameters.get("answer")
     if answer is not None and type(answer) is not int:
-        raise InputError(f"{str(place / note)!r}: parameters.answer={answer!r}: expected a whole number or null")
-    first, final = (_read(place, name, _picture) for name in (FIRST, FINAL))
-    video = _read(place, VIDEO, _decode) if (place / VIDEO).is_symlink() or (place / VIDEO).exists() else None
+        raise InputError(f"{str(path / note)!r}: parameters.answer={answer!r}: expected a whole number or null")
+    first, final = (_read(path, name, _picture) for name in (FIRST, FINAL))
+    video = _read(path, VIDEO, _decode) if (path / VIDEO).is_symlink() or (path / VIDEO).exists() else None
     if final.shape != first.shape or (video is not None and video.shape[1:] != first.shape):
-        raise InputError(f"{str(place)!r}: pictures and video differ in size; export the problem again")
-    prompt = _read(place, PROMPT, lambda file: file.read_text(encoding="utf-8")).strip()
-    return VbvrProblem(str(metadata.get("task_id", place.name)), prompt, answer, first, final, video, metadata)
+        raise InputError(f"{str(path)!r}: images and video differ in size; export the problem again")
+    prompt = _read(path, PROMPT, lambda file: file.read_text(encoding="utf-8")).strip()
+    return VbvrProblem(str(metadata.get("task_id", path.name)), prompt, answer, first, final, video, metadata)
 
 
 def _within(root: Path, path: Path) -> Path:
-    """`path`, if it lies below `root` once links and `..` are followed."""
+    """Returns `path`. Raises InputError unless it is inside `root` after links and `..` are resolved."""
     if root.resolve() not in path.resolve().parents:
-        raise InputError(f"{str(path)!r}: leads out of {str(root)!r}; expected a path inside it")
+        raise InputError(f"{str(path)!r}: points outside {str(root)!r}; expected a path inside it")
     return path
 
 
@@ -120,16 +126,16 @@ def _write(path: Path, save: Callable[[Path], Any]) -> None:
         save(_within(path.parent, part))
 
 
-def _read(place: Path, name: str, load: Callable[[Path], Any]) -> Any:
-    """`load(place / name)`; ValueError instead of whatever a file that is missing or damaged raises."""
-    file = _within(place, place / name)
+def _read(path: Path, name: str, load: Callable[[Path], Any]) -> Any:
+    """Returns `load(path / name)`. Raises InputError when the file is missing or damaged."""
+    file = _within(path, path / name)
     try:
         return load(file)
     except FileNotFoundError:
-        raise InputError(f"{str(place)!r}: expected a problem in VBVR's layout, found no {name}") from None
+        raise InputError(f"{str(path)!r}: expected a problem in VBVR's layout, found no {name}") from None
     except (OSError, ValueError, SyntaxError, av.FFmpegError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{str(file)!r}: cannot be read ({reason}); expected it as VBVR writes it") from error
+        raise InputError(f"{str(file)!r}: cannot be read ({reason}); expected a file as VBVR writes it") from error
 
 
 def _picture(file: Path) -> np.ndarray:
@@ -149,8 +155,8 @@ def _encode(path: Path, video: np.ndarray) -> None:
 def _decode(file: Path) -> np.ndarray:
     with av.open(str(file)) as film:
         if not film.streams.video:
-            raise InputError("no video in it")
+            raise InputError("it has no video stream")
         frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
     if not frames:
-        raise InputError("no frames in it")
+        raise InputError("it has no frames")
     return np.stack(frames)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import replace
-from importlib import import_module
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -9,23 +9,26 @@ import torch
 
 from cosprobe.activations.capture import capture
 from cosprobe.activations.collection import (
+    FORMAT,
+    NOT_DECODED,
     CaptureConfig,
+    StoreSettings,
     collect,
     decode_steps,
     input_parts,
-    settings,
     store_bytes,
     watch,
 )
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
+from cosprobe.activations.sampler import Sampler
+from cosprobe.activations.store import ActivationStore
 from cosprobe.models.pipelines import PipelineConfig, sample
 from cosprobe.tasks import HideConfig, MazeConfig
 from cosprobe.tasks.samples import draw_samples, fresh_problems, images, noise_seed
 from tests.examples.pipelines import wan
 
-module = import_module("cosprobe.activations.collection")  # the package names the function alike
-PROBE = CaptureConfig(layers="0,2", steps="all", pooling="region", frames=False, decode="auto", randomised=10)
+PROBE = CaptureConfig(layers="0,2", steps="all", pooling="region", frames=False, decode="auto", random_weights=10)
 TASK = MazeConfig(problems=20, frames=5)
 DRAWN = draw_samples(TASK.build(), TASK, 0)
 
@@ -43,14 +46,18 @@ def config(folder):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return wan()
+def sampler(config):
+    return Sampler(wan(), config, TASK.build())
 
 
 @pytest.fixture(scope="module")
-def store(model, config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "store"
-    return collect(model, config, TASK.build(), PROBE, DRAWN, settings(config, TASK, PROBE, 0), folder)
+def settings(config):
+    return StoreSettings.of(config, TASK, PROBE, 0)
+
+
+@pytest.fixture(scope="module")
+def store(sampler, settings, tmp_path_factory):
+    return collect(sampler, PROBE, DRAWN, settings, tmp_path_factory.mktemp("run") / "store")
 
 
 def test_problems_are_shared_out_and_the_seeds_of_one_stay_together():
@@ -93,31 +100,32 @@ def test_at_most_five_decodes_the_last_step_among_them():
         steps = decode_steps("auto", total)
         assert len(steps) <= 5 and steps[0] == 0 and steps[-1] == total - 1
     assert decode_steps("1,3", 4) == (1, 3)
-    with pytest.raises(ValueError, match="probe.decode='7': expected indices from 0 to 3"):
+    with pytest.raises(ValueError, match=r"probe\.decode='7'.*\b0\b.*\b3\b"):
         decode_steps("7", 4)
 
 
-def test_the_announced_size_is_the_size_on_disk(model, config, store):
+def test_the_announced_size_is_the_size_on_disk(sampler, store):
     tensors = store.read()[0]
     both = [tensors["features"], tensors["untrained.features"]]
     assert [len(features) for features in both] == [20, 10]
     inputs = [value for name, value in tensors.items() if name.startswith("input.") and name != "input.prompt.whole"]
     assert len(inputs) == 2 * 5  # noise, first frame, embed, x_t and x0-hat, in regions and over the whole frame
     size = sum(values.numel() * values.element_size() for values in (*both, *inputs))
-    assert size == store_bytes(model, config, TASK.build(), PROBE, 20, 10)
+    assert size == store_bytes(sampler, PROBE, 20, 10)
 
 
 @pytest.mark.parametrize(
     ("pooling", "frames", "guidance"), [("clip", False, 1.0), ("grid", False, 3.0), ("region", True, 3.0)]
 )
-def test_the_announced_size_follows_pooling_and_guidance(model, config, tmp_path, pooling, frames, guidance):
-    probe = replace(PROBE, pooling=pooling, frames=frames, steps="0,2", randomised=0)
-    guided, drawn = replace(config, guidance=guidance), DRAWN[:2]
-    store = collect(model, guided, TASK.build(), probe, drawn, settings(guided, TASK, probe, 0), tmp_path / "store")
+def test_the_announced_size_follows_pooling_and_guidance(sampler, tmp_path, pooling, frames, guidance):
+    probe = replace(PROBE, pooling=pooling, frames=frames, steps="0,2", random_weights=0)
+    guided = replace(sampler, config=replace(sampler.config, guidance=guidance))
+    settings = StoreSettings.of(guided.config, TASK, probe, 0)
+    store = collect(guided, probe, DRAWN[:2], settings, tmp_path / "store")
     tensors = store.read()[0]
     kept = [v for name, v in tensors.items() if name == "features" or name.startswith("input.")]
     size = sum(values.numel() * values.element_size() for values in kept) - tensors["input.prompt.whole"].numel() * 4
-    assert size == store_bytes(model, guided, TASK.build(), probe, 2)
+    assert size == store_bytes(guided, probe, 2)
 
 
 @pytest.mark.parametrize(
@@ -133,27 +141,32 @@ def test_an_input_is_kept_in_regions_and_cells(pooling, channels, parts):
     assert input_parts(pooling, channels) == parts
 
 
-def test_what_is_stored_is_what_capture_gives(model, config, store):
-    samples, inputs, experts = load_samples(store, TASK.build())
+def test_what_is_stored_is_what_capture_gives(sampler, store):
+    samples, inputs, experts = load_samples(store, sampler.task)
     assert experts == ["only"] * 3
+    model, task = sampler.model, sampler.task
     drawn = DRAWN[8:16]
     problems = [s.problem for s in drawn]
     with capture(model, ["2"], Pooling("region", boxes=[p.regions for p in problems]), "1", inputs=True) as cache:
         video = sample(
-            model, config, images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in drawn]
+            model, sampler.config, images(task, problems), [p.prompt for p in problems], [s.seed for s in drawn]
         )
-    cell = next(i for i, c in enumerate(samples.cells) if (c.step, c.site) == (1, "2"))
+    cell = next(i for i, c in enumerate(samples.cells) if (c.step, c.layer) == (1, 2))
     assert torch.equal(samples.features[8:16, cell], cache.features()[:, 0, 0, 0, 0])
     for name, values in cache.input_features().items():
         source, part = name.split(".")
         stored = getattr(inputs[source], part)[8:16]
         at = slice(1, 2) if stored.shape[1] == 3 else slice(0, 1)  # step 1, or all there is
         assert torch.equal(stored[:, at], values), name
-    assert {cell.site for cell in samples.cells} == {"0", "2"}  # no input is among what probes are fitted to
-    read = [TASK.build().readout(p, clip) for p, clip in zip(problems, video, strict=True)]
-    assert samples.choice[8:16].tolist() == [-1 if r.answer is None else r.answer for r in read]
-    np.testing.assert_allclose(samples.scores["final"][8:16], [r.scores for r in read], atol=1e-6)
-    np.testing.assert_allclose(samples.scores["x0_readout"][8:16, -1], [r.scores for r in read], atol=1e-6)
+    assert {cell.layer for cell in samples.cells} == {0, 2}  # no input is among what probes are fitted to
+    parsed = [task.parse(p, clip) for p, clip in zip(problems, video, strict=True)]
+    answers, scores = [-1 if one.answer is None else one.answer for one in parsed], [one.scores for one in parsed]
+    assert samples.model_answer[8:16].tolist() == answers
+    np.testing.assert_allclose(samples.scores["final"][8:16], scores, atol=1e-6)
+    np.testing.assert_allclose(samples.scores["x0_scores"][8:16, -1], scores, atol=1e-6)
+    x0_answer = store.read()[0]["x0_answer"]
+    assert x0_answer[8:16, -1].tolist() == answers
+    assert torch.equal(x0_answer == NOT_DECODED, torch.from_numpy(np.isnan(samples.scores["x0_scores"]).all(axis=2)))
 
 
 def test_labels_belong_to_their_kinds(store):
@@ -162,60 +175,72 @@ def test_labels_belong_to_their_kinds(store):
     assert (samples.labels["answer"].numpy()[one_exit] >= 0).all() and (
         samples.labels["answer"].numpy()[~one_exit] < 0
     ).all()
-    assert (samples.labels["choice"].numpy()[one_exit] < 0).all()
-    assert samples.labels["choice"].numpy()[~one_exit].tolist() == samples.choice[~one_exit].tolist()
+    assert (samples.labels["model_answer"].numpy()[one_exit] < 0).all()
+    assert samples.labels["model_answer"].numpy()[~one_exit].tolist() == samples.model_answer[~one_exit].tolist()
     problems = [s.problem for s in DRAWN]
     assert samples.labels["corridors"].tolist() == [list(p.labels["corridors"]) for p in problems]
     assert samples.keys.tolist() == [p.key[:15] for p in problems]
 
 
-def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, config, store, monkeypatch, capsys):
+def test_a_second_call_reuses_the_store_and_a_third_mends_it(sampler, settings, store, monkeypatch):
     before = store.read()[0]["features"]
 
     def refuse(*arguments, **named):
         raise AssertionError("sampled again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "sample", refuse)
-        again = collect(model, config, TASK.build(), PROBE, DRAWN, settings(config, TASK, PROBE, 0), store.folder)
+        patch.setattr(Sampler, "__call__", refuse)
+        again = collect(sampler, PROBE, DRAWN, settings, store.folder)
     assert again.fingerprint == store.fingerprint
     (store.folder / "shard-00001.safetensors").unlink()
-    mended = collect(model, config, TASK.build(), PROBE, DRAWN, settings(config, TASK, PROBE, 0), store.folder)
+    mended = collect(sampler, PROBE, DRAWN, settings, store.folder)
     assert torch.equal(mended.read()[0]["features"], before)
 
 
-def test_other_settings_do_not_share_a_folder(model, config, store):
+def test_other_settings_do_not_share_a_folder(sampler, store):
     other = MazeConfig(problems=20, frames=5, rooms=[4])
-    with pytest.raises(ValueError, match=r"was made with task.rooms=\[4, 5\], now task.rooms=\[4\]"):
-        drawn = draw_samples(other.build(), other, 0)
-        collect(model, config, other.build(), PROBE, drawn, settings(config, other, PROBE, 0), store.folder)
+    drawn, changed = draw_samples(other.build(), other, 0), replace(sampler, task=other.build())
+    settings = StoreSettings.of(sampler.config, other, PROBE, 0)
+    with pytest.raises(ValueError, match=r"task\.rooms=\[4, 5\].*task\.rooms=\[4\]"):
+        collect(changed, PROBE, drawn, settings, store.folder)
 
 
-def test_everything_that_shapes_a_store_is_in_its_fingerprint(config):
-    base = settings(config, TASK, PROBE, 0)
+def test_everything_that_shapes_a_store_is_in_its_fingerprint(config, settings, tmp_path):
     changed = [
-        settings(config, MazeConfig(problems=21, frames=5), PROBE, 0),
-        settings(config, TASK, replace(PROBE, layers="0"), 0),
-        settings(config, TASK, replace(PROBE, randomised=0), 0),
-        settings(config, TASK, PROBE, 1),
-        settings(PipelineConfig(path=config.path, steps=4, frames=5, batch=8), TASK, PROBE, 0),
-        settings(PipelineConfig(path=config.path, steps=3, frames=5, batch=4), TASK, PROBE, 0),
+        StoreSettings.of(config, MazeConfig(problems=21, frames=5), PROBE, 0),
+        StoreSettings.of(config, TASK, replace(PROBE, layers="0"), 0),
+        StoreSettings.of(config, TASK, replace(PROBE, random_weights=0), 0),
+        StoreSettings.of(config, TASK, PROBE, 1),
+        StoreSettings.of(replace(config, steps=4), TASK, PROBE, 0),
+        StoreSettings.of(replace(config, batch=4), TASK, PROBE, 0),
     ]
-    assert all(other != base for other in changed)
+    assert all(other != settings for other in changed)
+    prints = {ActivationStore(tmp_path, asdict(one), 1).fingerprint for one in (settings, *changed)}
+    assert len(prints) == 7
+    assert StoreSettings.of(replace(config, name="another"), TASK, PROBE, 0) == settings
+
+
+def test_settings_are_read_back_and_those_of_another_format_are_refused(settings):
+    saved = json.loads(json.dumps(asdict(settings)))
+    assert StoreSettings.from_json(saved) == settings
+    for other, found in ((saved | {"format": 1}, 1), ({"model": "none"}, None)):
+        with pytest.raises(ValueError, match=rf"format.*\b{found}\b.*\b{FORMAT}\b.*train\.py"):
+            StoreSettings.from_json(other)
 
 
 def test_too_few_problems():
-    with pytest.raises(ValueError, match="task.problems=5, task.seeds=1: expected at least 10 problems"):
+    with pytest.raises(ValueError, match=r"task\.problems=5.*task\.seeds=1.*\b10\b"):
         draw_samples(TASK.build(), MazeConfig(problems=5), 0)
-    with pytest.raises(ValueError, match="task.problems=1, task.seeds=1"):
+    with pytest.raises(ValueError, match=r"task\.problems=1\b.*task\.seeds=1\b.*\b10\b"):
         draw_samples(TASK.build(), MazeConfig(problems=1), 0)
 
 
-def test_watch_shows_the_finished_video_at_the_last_step(model, config):
+def test_watch_shows_the_finished_video_at_the_last_step(sampler):
     drawn = DRAWN[:2]
-    seen = watch(model, config, TASK.build(), drawn, (0, 2))
+    watched = watch(sampler, drawn, (0, 2))
     problems = [s.problem for s in drawn]
-    video = sample(model, config, images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in drawn])
-    assert seen.shape == (2, 2, 5, 64, 64, 3)
-    np.testing.assert_allclose(seen[:, 1], video, atol=1e-4)
-    assert abs(seen[:, 0] - video).max() > 0.01
+    prompts, seeds = [p.prompt for p in problems], [s.seed for s in drawn]
+    video = sample(sampler.model, sampler.config, images(sampler.task, problems), prompts, seeds)
+    assert watched.shape == (2, 2, 5, 64, 64, 3)
+    np.testing.assert_allclose(watched[:, 1], video, atol=1e-4)
+    assert abs(watched[:, 0] - video).max() > 0.01

@@ -12,7 +12,8 @@ from cosprobe.models.pipelines import PipelineConfig, sample
 from tests.examples.pipelines import CONFIG, PROMPT, wan
 
 IMAGES = torch.rand(2, 3, 32, 32)
-TOKENS, TEXT, WIDTH, FFN = 2 * 4 * 4, 32, 24, 32  # of tests/tiny.py: 5 frames of 32 x 32, 4 and 8 times smaller
+# of tests/examples/pipelines.py: 5 frames of 32 x 32, 4 and 8 times smaller
+TOKENS, TEXT, WIDTH, FFN = 2 * 4 * 4, 32, 24, 32
 
 
 def by_hand(layers: int, channels: int = 12, freq: int = 16, text: int = 64) -> tuple[list[int], int]:
@@ -70,7 +71,7 @@ def test_halting_is_cheaper_the_earlier():
     assert cost.run(4) == 1 + 10 + 4 * 5 + 100
     assert cost.until(0, 0) == 13
     assert cost.until(2, 1) == 11 + 2 * 5 + 3
-    with pytest.raises(ValueError, match="layer=3: expected a step from 0 on, and a layer from 0 to 2"):
+    with pytest.raises(ValueError, match=r"step=0, layer=3.*\b0\b.*\b2\b"):
         cost.until(0, 3)
 
 
@@ -88,5 +89,5 @@ def test_metering_leaves_no_hook_behind():
 
 
 def test_images_without_prompts_are_refused():
-    with pytest.raises(ValueError, match="2 images and 1 prompts: expected as many of one as of the other"):
+    with pytest.raises(ValueError, match=r"\b2 images.*\b1 prompts"):
         flops(wan(), CONFIG, IMAGES, [PROMPT])

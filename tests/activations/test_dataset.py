@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from cosprobe.activations.collection import CaptureConfig, collect, settings
-from cosprobe.activations.dataset import load_samples, nuisance_columns, relabelled
+from cosprobe.activations.collection import CaptureConfig, StoreSettings, collect
+from cosprobe.activations.dataset import difficulty_columns, load_samples, relabelled
 from cosprobe.activations.pooling import Pooling
+from cosprobe.activations.sampler import Sampler
 from cosprobe.activations.store import ActivationStore
-from cosprobe.cells import FIRST_FRAME, INPUTS, NOISE, NUISANCE, PROMPT, X0, Cell
+from cosprobe.cells import DIFFICULTY, FIRST_FRAME, INPUTS, NOISE, PROMPT, SPLIT_ORDER, X0, Cell
 from cosprobe.models.pipelines import PipelineConfig, sample
 from cosprobe.tasks import Maze, MazeConfig, Target
 from cosprobe.tasks.samples import draw_samples, images
 from tests.examples.pipelines import wan
 
-PROBE = CaptureConfig(layers="1", steps="0,2", pooling="region", frames=True, decode="0", randomised=0)
+PROBE = CaptureConfig(layers="1", steps="0,2", pooling="region", frames=True, decode="0", random_weights=0)
 TASK = MazeConfig(problems=20, frames=5)
 DRAWN = draw_samples(TASK.build(), TASK, 0)
 
@@ -39,7 +41,8 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def store(model, config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "store"
-    return collect(model, config, TASK.build(), PROBE, DRAWN, settings(config, TASK, PROBE, 0), folder)
+    settings = StoreSettings.of(config, TASK, PROBE, 0)
+    return collect(Sampler(model, config, TASK.build()), PROBE, DRAWN, settings, folder)
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +75,12 @@ def altered(store: ActivationStore, **changes) -> ActivationStore:
 
 
 def test_probes_are_fitted_to_layers_and_inputs_stand_beside_them(samples, inputs):
-    expected = {Cell(step, "1", "cond", place) for step in (0, 2) for place in ("all", "0", "1")}
+    expected = {Cell(step, 1, "cond", position) for step in (0, 2) for position in ("all", "0", "1")}
     assert set(samples.cells) == expected and len(samples.cells) == 6
     assert set(inputs) == {*INPUTS, X0}
     for name, source in inputs.items():
         changes = name in ("embed", "x_t", "x0_latent")
-        static = name in (PROMPT, NUISANCE)
+        static = name in (PROMPT, DIFFICULTY)
         assert source.whole.shape[:3] == (20, 2 if changes else 1, 1 if static else 2)
         if static:
             assert source.region is None and source.whole.shape[3] == 1
@@ -117,12 +120,12 @@ def test_first_frame_and_prompt_are_what_the_pipeline_was_given(model, config, i
     torch.testing.assert_close(inputs[PROMPT].whole[8:16].flatten(1), tokens.float().mean(1), atol=1e-5, rtol=1e-5)
 
 
-def test_the_nuisances_are_an_input_where_there_are_any(samples, inputs, store):
-    assert torch.equal(inputs[NUISANCE].whole[:, 0, 0, 0], nuisance_columns(samples))
+def test_the_difficulty_is_an_input_where_there_is_any(samples, inputs, store):
+    assert torch.equal(inputs[DIFFICULTY].whole[:, 0, 0, 0], difficulty_columns(samples))
     assert set(samples.difficulty) == {"rooms", "length", "reachable"}
     none = altered(store, **{f"difficulty.{name}": None for name in samples.difficulty})
     bare, others, _ = load_samples(none, TASK.build())
-    assert set(others) == set(inputs) - {NUISANCE}
+    assert set(others) == set(inputs) - {DIFFICULTY}
     assert torch.equal(bare.features, samples.features) and bare.cells == samples.cells
 
 
@@ -130,6 +133,7 @@ def test_the_nuisances_are_an_input_where_there_are_any(samples, inputs, store):
 
 
 def reasons(samples) -> dict[str, str]:
+    """Per target that is left out, what is said of it."""
     names = [target.name for target in TASK.build().targets]
     return {next(name for name in names if repr(name) in line): line for line in samples.left_out}
 
@@ -141,36 +145,37 @@ def test_a_target_that_a_split_lacks_is_left_out_and_named(store):
     )
     found, _, _ = load_samples(without, TASK.build())
     said = reasons(found)
-    assert "no sample of validation" in said["answer"]
-    assert "no sample of train and validation and test" in said["corridors"]
+    lacking = {name: [split for split in SPLIT_ORDER if split in line] for name, line in said.items()}
+    assert lacking["answer"] == ["validation"]
+    assert lacking["corridors"] == ["train", "validation", "test"]
     names = {target.name for target in found.targets}
     assert not names & {"answer", "answer_relabelled", "corridors"}
     assert {"start", "length", "control"} <= names and not {"start", "length", "control"} & set(said)
 
 
-def test_a_target_of_one_class_is_left_out_and_a_choice_says_whose_it_is(store):
+def test_a_target_of_one_class_is_left_out_and_a_model_answer_says_whose_it_is(store):
     train = torch.from_numpy(load_samples(store, TASK.build())[0].split == "train")
     same = altered(
         store,
-        choice=lambda y: torch.where(train, 2, torch.arange(len(y)) % 4),
+        model_answer=lambda y: torch.where(train, 2, torch.arange(len(y)) % 4),
         **{"label.length": lambda y: torch.where(train & (y >= 0), 1, y)},
     )
     found, _, _ = load_samples(same, TASK.build())
     said = reasons(found)
-    assert "the model settles on 1 class" in said["choice"]
-    assert "it has 1 class" in said["length"]
-    assert not {target.name for target in found.targets} & {"choice", "choice_relabelled", "length"}
-    two = altered(store, choice=lambda y: torch.arange(len(y)) // 2 % 4)
+    assert re.search(r"the model\b.*\b1 class\b.*\b2\b", said["model_answer"])
+    assert re.search(r"\b1 class\b.*\b2\b", said["length"]) and "the model" not in said["length"]
+    assert not {target.name for target in found.targets} & {"model_answer", "model_answer_relabelled", "length"}
+    two = altered(store, model_answer=lambda y: torch.arange(len(y)) // 2 % 4)
     found, _, _ = load_samples(two, TASK.build())
-    assert "choice" not in reasons(found)
-    assert "choice" in {target.name for target in found.targets}
+    assert "model_answer" not in reasons(found)
+    assert "model_answer" in {target.name for target in found.targets}
 
 
-def test_a_store_in_which_no_choice_is_made_has_all_other_targets(store):
-    found, _, _ = load_samples(altered(store, choice=lambda y: y * 0 - 1), TASK.build())
-    assert list(reasons(found)) == ["choice"]
+def test_a_store_in_which_the_model_answers_nothing_has_all_other_targets(store):
+    found, _, _ = load_samples(altered(store, model_answer=lambda y: y * 0 - 1), TASK.build())
+    assert list(reasons(found)) == ["model_answer"]
     assert [t.name for t in found.targets if t.role != "relabelled"] == [
-        t.name for t in TASK.build().targets if t.name != "choice"
+        t.name for t in TASK.build().targets if t.name != "model_answer"
     ]
 
 
@@ -178,8 +183,8 @@ def test_seeds_and_labels_come_along(samples):
     drawn = DRAWN
     assert samples.replica.tolist() == [s.replica for s in drawn]
     assert samples.difficulty["rooms"].tolist() == [s.problem.difficulty["rooms"] for s in drawn]
-    assert set(samples.scores) == {"x0_readout", "final", "solved"}
-    early, late = np.isnan(samples.scores["x0_readout"]).all(axis=2)[:, [0, 2]].T
+    assert set(samples.scores) == {"x0_scores", "final", "solved"}
+    early, late = np.isnan(samples.scores["x0_scores"]).all(axis=2)[:, [0, 2]].T
     assert early.tolist() == (samples.split == "train").tolist()  # decoded for validation and test only
     assert late.all()  # step 2 is not among `probe.decode`
 
@@ -195,7 +200,7 @@ def mazes() -> dict[str, torch.Tensor]:
     answer = torch.tensor([p.labels.get("answer", -1) for p in problems])
     return {
         "answer": answer,
-        "choice": torch.where(answer < 0, torch.arange(300) % 5 - 1, -1),
+        "model_answer": torch.where(answer < 0, torch.arange(300) % 5 - 1, -1),
         "start": torch.tensor([p.labels["start"] for p in problems]),
     }
 
@@ -204,10 +209,10 @@ def test_a_relabelling_is_a_function_of_the_attribute_whatever_the_split(mazes):
     controls, found = relabelled(Maze().targets, mazes)
     assert [(t.name, t.role, t.form, t.classes) for t in controls] == [
         ("answer_relabelled", "relabelled", "candidate", 4),
-        ("choice_relabelled", "relabelled", "candidate", 4),
+        ("model_answer_relabelled", "relabelled", "candidate", 4),
     ]
     assert [t.kinds for t in controls] == [("one_exit",), ("choice",)]
-    for name in ("answer", "choice"):
+    for name in ("answer", "model_answer"):
         labels = found[f"{name}_relabelled"]
         pairs = {(int(a), int(b)) for a, b in zip(mazes["start"], labels, strict=True) if b >= 0}
         assert len(pairs) == len({attribute for attribute, _ in pairs})  # one label for each attribute

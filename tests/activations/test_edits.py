@@ -54,8 +54,8 @@ def test_a_group_mean_is_what_a_loop_gives(back, weighted):
     for start in (0, 4):
         shares = torch.ones(4) if weights is None or start == 9 else weights[start : start + 4]
         mean = sum(w * v for w, v in zip(shares / shares.sum(), values[start : start + 4], strict=True))
-        for place in range(start, start + (4 if back == "all" else 1)):
-            expected[place] = mean
+        for row in range(start, start + (4 if back == "all" else 1)):
+            expected[row] = mean
     torch.testing.assert_close(group_mean(values, 4, back, weights), expected)
 
 
@@ -65,7 +65,7 @@ def test_a_group_without_weight_is_averaged_equally():
 
 
 def test_a_batch_that_is_not_whole_groups_is_refused():
-    with pytest.raises(ValueError, match="a batch of 5 samples is not whole groups of 3 seeds"):
+    with pytest.raises(ValueError, match=r"\b5 samples.*\b3 seeds"):
         group_mean(torch.zeros(5, 2), 3, "first")
 
 
@@ -218,10 +218,10 @@ def test_the_output_for_an_estimate_gives_that_estimate(kind):
 
 
 def test_what_cannot_be_averaged_is_refused_in_one_line_and_leaves_no_hook(pipeline):
-    outside = pytest.raises(ValueError, match=r"layers=\[1, 3\]: layer 3 is outside the model, expected 0 to 2")
+    outside = pytest.raises(ValueError, match=r"layers=\[1, 3\].*\blayer 3\b.*\b0\b.*\b2\b")
     with outside, average_blocks(pipeline, 3, (1, 3), (0,)):
         pass
-    unknown = pytest.raises(ValueError, match="back='some': expected one of first, all")
+    unknown = pytest.raises(ValueError, match="back='some'.*first.*all")
     with unknown, average_blocks(pipeline, 3, (1,), (0,), back="some"):
         pass
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipeline.transformer.modules())
@@ -234,7 +234,7 @@ def test_activations_that_are_not_finite_are_named(pipeline):
 
     hook = pipeline.transformer.blocks[1].register_forward_hook(poison)
     try:
-        message = r"layer 1 gave NaN or infinite activations at step 0 \(sample 4 of the batch"
+        message = r"\blayer 1\b.*\bstep 0\b.*\bsample 4\b"
         with pytest.raises(ValueError, match=message), average_blocks(pipeline, 3, (1,), (0,)):
             draw(pipeline)
     finally:

@@ -49,13 +49,13 @@ def test_frames_apart_against_plain_indexing():
     torch.testing.assert_close(region[:, :, 1], x[:, :, 2:, 4:].mean((2, 3)))
     coarse = Pooling("grid", across=2)
     torch.testing.assert_close(coarse.by_frame(tokens(), SIZE)[:, :, 1], x[:, :, :2, 4:].mean((2, 3)))
-    assert coarse.places(3) == ("r0c0", "r0c1", "r1c0", "r1c1")
+    assert coarse.positions(3) == ("r0c0", "r0c1", "r1c0", "r1c1")
 
 
 @pytest.mark.parametrize("pooling", poolings())
 def test_a_probe_reads_means_of_what_the_frames_hold(pooling):
     parts = pooling.by_frame(tokens(), SIZE)  # sample frame part channel
-    found = pooling(tokens(), SIZE)  # sample place region channel
+    found = pooling(tokens(), SIZE)  # sample position region channel
     whole = parts.mean(1)[:, :, None] if pooling.kind == "grid" else parts.mean(1, keepdim=True)
     expected = {"frame": parts, "region": torch.cat([whole, parts], 1) if pooling.frames else whole}
     torch.testing.assert_close(found, expected.get(pooling.kind, whole))
@@ -72,8 +72,8 @@ def test_the_whole_frame_is_as_fine_as_its_columns_allow(channels, across):
 
 
 @pytest.mark.parametrize("pooling", poolings())
-def test_shapes_and_places_agree(pooling):
-    assert pooling(tokens(), SIZE).shape == (2, len(pooling.places(3)), pooling.regions, 5)
+def test_shapes_and_positions_agree(pooling):
+    assert pooling(tokens(), SIZE).shape == (2, len(pooling.positions(3)), pooling.regions, 5)
 
 
 @given(seed=st.integers(0, 99), scale=st.floats(-3, 3))
@@ -104,11 +104,11 @@ def test_grid_cells_share_the_tokens_out():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="a block gave 96 tokens, expected 3 x 4 x 7"):
+    with pytest.raises(ValueError, match="96 tokens.*3 x 4 x 7"):
         Pooling("clip")(tokens(), (3, 4, 7))
-    with pytest.raises(ValueError, match="96 tokens, expected 3 x 4 x 7"):
+    with pytest.raises(ValueError, match="96 tokens.*3 x 4 x 7"):
         whole_frame(5).by_frame(tokens(), (3, 4, 7))
-    with pytest.raises(ValueError, match="boxes for 1 samples in a batch of 2"):
+    with pytest.raises(ValueError, match=r"boxes.*\b1\b.*\b2\b"):
         Pooling("region", boxes=BOXES[:1])(tokens(), SIZE)
-    with pytest.raises(ValueError, match="every sample needs the same number of regions"):
+    with pytest.raises(ValueError, match=r"probe\.pooling='region'.*regions"):
         Pooling("region", boxes=[BOXES[0], BOXES[0][:1]])

@@ -20,7 +20,7 @@ NOTES = {"steps": [0, 1]}
 
 def shard(index, dtype=torch.float32):
     values = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(index))
-    return {"features": values.to(dtype), "choice": torch.tensor([index, -1])}
+    return {"features": values.to(dtype), "model_answer": torch.tensor([index, -1])}
 
 
 def filled(folder, shards=3, **settings):
@@ -52,7 +52,7 @@ def test_round_trip(tmp_path):
     tensors, notes = store.read()
     assert notes == NOTES and store.complete
     assert torch.equal(tensors["features"], torch.cat([shard(i)["features"] for i in range(3)]))
-    assert tensors["choice"].tolist() == [0, -1, 1, -1, 2, -1]
+    assert tensors["model_answer"].tolist() == [0, -1, 1, -1, 2, -1]
 
 
 @given(dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), cut=st.integers(0, 4))
@@ -98,7 +98,7 @@ def test_killed_at_any_moment_it_goes_on_from_there(tmp_path):
         store = ActivationStore(folder, {"seed": 0}, 30)
         written = 30 - len(store.missing())
         if not store.complete:
-            with pytest.raises(ValueError, match="is half-written" if written else "half-written|missing"):
+            with pytest.raises(ValueError, match="half-written" if written else "half-written|missing"):
                 ActivationStore.open(folder)
     subprocess.run([sys.executable, "-c", WRITER, str(folder), os.getcwd()], check=True, stdout=subprocess.PIPE)
     tensors, _ = ActivationStore.open(folder).read()
@@ -118,11 +118,9 @@ def test_a_truncated_shard_is_named(tmp_path):
     store = filled(tmp_path / "store")
     path = tmp_path / "store" / "shard-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(
-        ValueError, match=r"shard-00001.safetensors' is damaged \(.*\): delete it and run train.py again"
-    ):
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors.*damaged.*train\.py"):
         store.missing()
-    with pytest.raises(ValueError, match="shard-00001"):
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors.*damaged.*train\.py"):
         store.read()
 
 
@@ -132,7 +130,7 @@ def test_a_flipped_bit_is_found(tmp_path):
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"shard-00002.safetensors' is damaged \(its checksum differs\)"):
+    with pytest.raises(ValueError, match=r"shard-00002\.safetensors.*checksum.*train\.py"):
         store.read()
 
 
@@ -141,37 +139,39 @@ def test_a_foreign_shard_is_named(tmp_path):
     other = filled(tmp_path / "other", seed=1)
     foreign = (other.folder / "shard-00000.safetensors").read_bytes()
     (store.folder / "shard-00000.safetensors").write_bytes(foreign)
-    with pytest.raises(ValueError, match="shard-00000.safetensors' belongs to another store: expected fingerprint"):
+    with pytest.raises(
+        ValueError, match=rf"shard-00000\.safetensors.*{store.fingerprint}.*{other.fingerprint}.*train\.py"
+    ):
         store.missing()
     swapped = (store.folder / "shard-00001.safetensors").read_bytes()
     (store.folder / "shard-00000.safetensors").write_bytes(swapped)
-    with pytest.raises(ValueError, match="shard-00000.safetensors' belongs to another store"):
+    with pytest.raises(ValueError, match=r"shard-00000\.safetensors.*train\.py"):
         store.read()
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(tmp_path):
     filled(tmp_path / "store", steps=20)
-    with pytest.raises(ValueError, match="was made with steps=20, now steps=10; choose another run_dir or delete"):
+    with pytest.raises(ValueError, match=r"run_dir.*\bsteps=20\b.*\bsteps=10\b"):
         ActivationStore(tmp_path / "store", {"seed": 0, "steps": 10}, 3).begin(10)
 
 
 def test_missing_and_half_written_stores(tmp_path):
-    with pytest.raises(ValueError, match="is missing: expected a manifest.json; run train.py again"):
+    with pytest.raises(ValueError, match=r"/none\b.*missing.*manifest\.json.*train\.py"):
         ActivationStore.open(tmp_path / "none")
     store = ActivationStore(tmp_path / "half", {}, 2)
     store.begin(10)
     store.write(0, shard(0), NOTES)
-    with pytest.raises(ValueError, match=r"lacks shards \[1\]"):
+    with pytest.raises(ValueError, match=r"/half\b.*\[1\].*\b2\b"):
         store.finish()
-    with pytest.raises(ValueError, match="is half-written"):
+    with pytest.raises(ValueError, match=r"/half\b.*half-written.*manifest\.json.*train\.py"):
         ActivationStore.open(tmp_path / "half")
     (tmp_path / "half" / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="manifest.json' is damaged"):
+    with pytest.raises(ValueError, match=r"/half/manifest\.json.*settings.*shards"):
         ActivationStore.open(tmp_path / "half")
 
 
 def test_a_store_too_large_for_the_disk_is_refused_before_it_is_written(tmp_path):
-    with pytest.raises(ValueError, match="the store needs 1000000.0 GB"):
+    with pytest.raises(ValueError, match=r"\b1000000\.0 GB.*GB.*store.*run_dir"):
         ActivationStore(tmp_path / "store", {}, 4).begin(10**15)
     assert not list((tmp_path / "store").glob("shard*"))
     assert not (tmp_path / "store" / "settings.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,16 +12,16 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from cosprobe.activations.capture import capture
-from cosprobe.early_exit.policy import Policy
-from cosprobe.early_exit.reader import attach, bank_policy, pooling_of
-from cosprobe.models.pipelines import PipelineConfig, load_pipeline, sample
-from cosprobe.probes.bank import ProbeBank
-from cosprobe.tasks import Maze, MazeConfig
+from cosprobe.activations.pooling import Pooling
+from cosprobe.early_exit.reader import attach, bank_policy
+from cosprobe.early_exit.threshold import Policy
+from cosprobe.models.pipelines import PipelineConfig, fingerprint, load_pipeline, sample
+from cosprobe.probes.bank import ProbeBank, Provenance
+from cosprobe.tasks import Maze
 from cosprobe.tasks.samples import images
-from tests.examples.banks import CELLS, bank_for, policy_at
+from tests.examples.banks import CELLS, TASK, bank_for, policy_at
 from tests.examples.pipelines import CONFIG, wan
 
-TASK = MazeConfig(frames=5).build()
 PROBLEMS = TASK.problems("test", 3, "one_exit")
 
 
@@ -48,41 +49,42 @@ def run(pipeline, config, problems=PROBLEMS, **changes):
 
 @pytest.fixture(scope="module")
 def proba(pipeline, config, bank) -> torch.Tensor:
-    """[look, sample, class] of a whole run."""
-    with capture(pipeline, ["0", "2"], pooling_of("region", False, PROBLEMS)) as cache:
+    """[exit_point, sample, class] of a whole run."""
+    with capture(pipeline, ["0", "2"], Pooling("region", False, [p.regions for p in PROBLEMS])) as cache:
         run(pipeline, config)
-    features = torch.stack([cache.parts[(c.step, c.site, "cond")][:, 0] for c in CELLS], dim=1)
+    features = torch.stack([cache.parts[(c.step, str(c.layer), "cond")][:, 0] for c in CELLS], dim=1)
     return bank.probabilities(features, "answer", CELLS)
 
 
-def test_every_look_is_told_and_the_run_is_finished_when_nothing_is_sure(pipeline, config, bank, proba):
+def test_every_exit_point_is_told_and_the_run_is_finished_when_nothing_is_sure(pipeline, config, bank, proba):
     told = []
     with attach(bank, pipeline, PROBLEMS, policy_at(math.inf), told.append) as reader:
         video = run(pipeline, config)
     assert np.array_equal(video, run(pipeline, config))
     assert [step for step, _, _ in told] == [c.step for c in CELLS]
-    assert [list(said) for _, said, _ in told] == proba.argmax(-1).tolist()
-    assert torch.equal(torch.tensor([sure for _, _, sure in told]), proba.amax(-1))
+    assert [list(predictions) for _, predictions, _ in told] == proba.argmax(-1).tolist()
+    assert torch.equal(torch.tensor([confidence for _, _, confidence in told]), proba.amax(-1))
     assert reader.answers == [None] * 3 and not reader.stopped
 
 
 def test_the_run_ends_when_every_problem_of_the_batch_has_an_answer(pipeline, config, bank, proba):
-    """The threshold is the lowest of each problem's best confidence: the last one answers at that very look."""
-    sure, threshold = proba.amax(-1), float(proba.amax(-1).amax(0).min())
-    first = [int((column >= threshold).nonzero()[0]) for column in sure.T]
+    """The threshold is the lowest of each problem's best confidence: the last one answers at that very exit point."""
+    confidence, threshold = proba.amax(-1), float(proba.amax(-1).amax(0).min())
+    first = [int((column >= threshold).nonzero()[0]) for column in confidence.T]
     finished = False
     with attach(bank, pipeline, PROBLEMS, policy_at(threshold)) as reader:
         run(pipeline, config)
         finished = True
     assert reader.stopped and not finished
     assert len(reader.readings) == max(first) + 1
-    for i, (answer, look) in enumerate(zip(reader.answers, first, strict=True)):
-        assert answer == (int(proba[look, i].argmax()), float(sure[look, i]), CELLS[look].step, int(CELLS[look].site))
+    for i, (answer, exit_point) in enumerate(zip(reader.answers, first, strict=True)):
+        cell, prediction = CELLS[exit_point], int(proba[exit_point, i].argmax())
+        assert answer == (prediction, float(confidence[exit_point, i]), cell.step, cell.layer)
 
 
 def test_the_bank_carries_its_policy(bank, pipeline, config, tmp_path):
     policy = policy_at(0.0)
-    bank.with_provenance(policies=[policy.described()]).save(tmp_path)
+    bank.with_provenance(policies=(policy.described(),)).save(tmp_path)
     again = ProbeBank.load(tmp_path)
     assert bank_policy(again, "one_exit") == policy
     with attach(again, pipeline, PROBLEMS) as reader:
@@ -97,48 +99,48 @@ def refused(bank: ProbeBank, pipeline, problems=PROBLEMS, policy: Policy | None 
 
 
 def test_another_model_or_scheduler_is_refused(bank, pipeline, config, tmp_path):
-    other = bank.with_provenance(store=bank.provenance["store"] | {"model": "beef"})
-    with pytest.raises(ValueError, match="this bank was made for model beef"):
+    other = bank.with_provenance(store=replace(bank.store, model="beef"))
+    with pytest.raises(ValueError, match=f"beef.*{fingerprint(config.folder)}"):
         refused(other, pipeline)
     changed = load_pipeline(config)
     changed.scheduler = UniPCMultistepScheduler.from_config(changed.scheduler.config)
-    with pytest.raises(
-        ValueError, match="a scheduler with _class_name=FlowMatchEuler.*, the pipeline's has _class_name=UniPC"
-    ):
+    with pytest.raises(ValueError, match="_class_name=FlowMatchEuler.*_class_name=UniPC"):
         refused(bank, changed)
     changed = load_pipeline(config)
     changed.scheduler.register_to_config(shift=5.0)
-    with pytest.raises(ValueError, match="shift=3.0, the pipeline's has shift=5.0; use the scheduler the model"):
+    with pytest.raises(ValueError, match=r"shift=3\.0.*shift=5\.0"):
         refused(bank, changed)
-    with pytest.raises(ValueError, match="the pipeline comes from no folder"):
+    with pytest.raises(ValueError, match="pipeline.*folder"):
         refused(bank, wan())
-    with pytest.raises(ValueError, match="does not say which model it was made for"):
-        refused(replace(bank, provenance={}), pipeline)
+    with pytest.raises(ValueError, match=r"model.*train\.py"):
+        refused(replace(bank, provenance=Provenance()), pipeline)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 4}, "made for steps=3, this run has steps=4; call the pipeline with num_inference_steps=3"),
-        ({"guidance": 2.0}, "made for guidance=1, this run has guidance=2; call the pipeline with guidance_scale=1"),
+        ({"steps": 4}, r"\bsteps=3\b.*\bsteps=4\b.*num_inference_steps=3\b"),
+        ({"guidance": 2.0}, r"guidance=1\b.*guidance=2\b.*guidance_scale=1\b"),
     ],
 )
-def test_another_call_is_refused_at_its_first_look(bank, pipeline, config, change, message):
+def test_another_call_is_refused_at_its_first_exit_point(bank, pipeline, config, change, message):
     with pytest.raises(ValueError, match=message):
         refused(bank, pipeline, call=lambda: run(pipeline, config, **change))
 
 
 def test_problems_it_does_not_know_are_refused(bank, pipeline):
-    with pytest.raises(ValueError, match="its task is 'hide', the stopping policy was calibrated for 'maze'"):
-        refused(bank, pipeline, [replace(PROBLEMS[0], task="hide")])
-    with pytest.raises(ValueError, match="its kind is 'choice', the stopping policy was calibrated for 'one_exit'"):
-        refused(bank, pipeline, Maze(frames=5).problems("test", 1, "choice"))
-    with pytest.raises(ValueError, match="2 regions, this bank was made for pooling over 4"):
-        refused(bank, pipeline, [replace(PROBLEMS[0], regions=PROBLEMS[0].regions[:2])])
-    with pytest.raises(ValueError, match="problems: none, expected one for every image"):
+    hide, choice = replace(PROBLEMS[0], task="hide"), Maze(frames=5).problems("test", 1, "choice")[0]
+    fewer = replace(PROBLEMS[0], regions=PROBLEMS[0].regions[:2])
+    with pytest.raises(ValueError, match=rf"{hide.name}\b.*task.*'hide'.*'maze'"):
+        refused(bank, pipeline, [hide])
+    with pytest.raises(ValueError, match=rf"{choice.name}\b.*kind.*'choice'.*'one_exit'"):
+        refused(bank, pipeline, [choice])
+    with pytest.raises(ValueError, match=rf"{fewer.name}\b.*\b2\b.*\b4\b"):
+        refused(bank, pipeline, [fewer])
+    with pytest.raises(ValueError, match="problems: none"):
         refused(bank, pipeline, [])
     with (
-        pytest.raises(ValueError, match=r"kind 'one_exit': this bank has no stopping policy .*\(it has: none\)"),
+        pytest.raises(ValueError, match="'one_exit'.*none.*use=early.*policy="),
         attach(bank, pipeline, PROBLEMS),
     ):
         pass
@@ -147,5 +149,5 @@ def test_problems_it_does_not_know_are_refused(bank, pipeline):
 def test_an_activation_that_is_not_finite_is_named(bank, pipeline, config):
     broken = load_pipeline(config)
     broken.transformer.blocks[1].ffn.net[2].bias.data[0] = math.nan
-    with pytest.raises(ValueError, match=r"activations at \(step 0, 2, cond, all\) are not finite"):
+    with pytest.raises(ValueError, match=re.escape(str(CELLS[1])) + ".*finite"):
         refused(bank, broken, policy=policy_at(math.inf), call=lambda: run(broken, config))

@@ -1,9 +1,10 @@
-"""What every method is run with: a toy pipeline, and probes of random weights."""
+"""What every strategy is run with: a toy pipeline, and probes of random weights."""
 
 from __future__ import annotations
 
 import pytest
 
+from cosprobe.activations.sampler import Sampler
 from cosprobe.ensembles.ensemble import RunContext
 from tests.examples.banks import TASK, scorer
 from tests.examples.pipelines import CONFIG, wan
@@ -11,4 +12,4 @@ from tests.examples.pipelines import CONFIG, wan
 
 @pytest.fixture(scope="module")
 def context() -> RunContext:
-    return RunContext(wan(), CONFIG, TASK, scorer())
+    return RunContext(Sampler(wan(), CONFIG, TASK), scorer())

@@ -17,13 +17,13 @@ from cosprobe.cells import Cell
 from cosprobe.ensembles.comparison import price
 from cosprobe.ensembles.ensemble import ensemble, run
 from cosprobe.ensembles.strategies import (
-    METHODS,
     PROBES,
-    Course,
+    STRATEGIES,
     Finished,
-    Plan,
+    Hyperparameters,
+    Strategy,
     agreeing,
-    course,
+    build_strategy,
     disagreement,
     majority,
     margin,
@@ -41,12 +41,12 @@ from tests.examples.banks import TASK
 from tests.examples.pipelines import CONFIG
 
 PROBLEMS = TASK.problems("test", 2)
-FREE = [m for m in METHODS if Candidate(m, Plan(3, layers=(1,))).free]
+FREE = [name for name in STRATEGIES if Candidate(name, Hyperparameters(3, layers=(1,))).free]
 
 
 @pytest.fixture(scope="module")
 def records(context):
-    return run(context, "vote", Plan(4), PROBLEMS, read=range(3))
+    return run(context, "vote", Hyperparameters(4), PROBLEMS, read=range(3))
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +54,12 @@ def whole(context):
     """Every run of both problems, finished by a plain call: [problem, seed, ...]."""
     samples = [p for p in PROBLEMS for _ in range(4)]
     seeds = [noise_seed(p, k, 0) for p in PROBLEMS for k in range(4)]
-    video = sample(context.model, CONFIG, images(TASK, samples), [p.prompt for p in samples], seeds)
+    video = sample(context.sampler.model, CONFIG, images(TASK, samples), [p.prompt for p in samples], seeds)
     return np.asarray(video).reshape(2, 4, *video.shape[1:])
 
 
-def plan(method, seeds=3, **more):
-    return Plan(seeds, **({"layers": (1,)} if method in ("hidden", "probe_weighted") else {}) | more)
+def params_of(name, seeds=3, **more):
+    return Hyperparameters(seeds, **({"layers": (1,)} if name in ("hidden", "probe_weighted") else {}) | more)
 
 
 finished = st.builds(
@@ -114,16 +114,17 @@ def test_disagreement_is_the_share_outside_the_largest_group():
     assert disagreement(answers).tolist() == [0.0, 0.5, 0.25, 0.75]
 
 
-def test_courses_say_how_many_steps_they_run():
-    def steps(method, k, total=20, **more):
-        return course(method, plan(method, k, **more), total).evaluations(total)
+def test_strategies_say_how_many_steps_they_run():
+    def steps(name, k, total=20, **more):
+        return build_strategy(name, params_of(name, k, **more), total).evaluations(total)
 
     assert steps("single", 3) == 60 and steps("single", 3, length=22) == 22
     assert steps("vote", 3) == steps("best_of", 3) == steps("hidden", 3, back="all") == 60
     assert steps("hidden", 3) == steps("x0", 3) == steps("latent", 3) == steps("probe_best", 3) == 22
     assert steps("probe_vote", 8, steps=(2,)) == 3 * 8 + 17
     assert steps("prune", 8) == 8 + 4 + 2 + 17 and steps("prune", 3, steps=(0, 2)) == 3 + 2 + 2 + 17
-    assert course("vote", Plan(5), 20).finished == 5 and course("prune", Plan(5), 20).finished == 1
+    assert build_strategy("vote", Hyperparameters(5), 20).finished == 5
+    assert build_strategy("prune", Hyperparameters(5), 20).finished == 1
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 8, 30, 40])
@@ -140,44 +141,46 @@ def test_probes_read_what_capture_pools(context, records):
     for i, problem in enumerate(PROBLEMS):
         seeds = [noise_seed(problem, k, 0) for k in range(4)]
         pooling = context.scorer.pooling([problem] * 4)
-        with capture(context.model, "all", pooling) as cache:
-            video = sample(context.model, CONFIG, images(TASK, [problem] * 4), [problem.prompt] * 4, seeds)
-        features, name = cache.features(), {"one_exit": "answer", "choice": "choice"}[problem.kind]
+        with capture(context.sampler.model, "all", pooling) as cache:
+            video = sample(context.sampler.model, CONFIG, images(TASK, [problem] * 4), [problem.prompt] * 4, seeds)
+        features, name = cache.features(), {"one_exit": "answer", "choice": "model_answer"}[problem.kind]
         for step, layer in layers.items():
-            cell = Cell(step, str(layer), "cond", "all")
+            cell = Cell(step, layer, "cond", "all")
             proba = context.scorer.bank.probabilities(features[:, step, layer, 0, 0][:, None], name, [cell])[0]
             torch.testing.assert_close(records.proba[step][i], proba, atol=1e-4, rtol=0)
-        read = [TASK.readout(problem, clip) for clip in video]
+        read = [TASK.parse(problem, clip) for clip in video]
         assert records.finished.answers[i].tolist() == [-1 if r.answer is None else r.answer for r in read]
     assert records.proba[0].amax(-1).std() > 0.01  # the runs can be told apart
 
 
-@pytest.mark.parametrize(("method", "seeds"), [*((m, 3) for m in FREE), ("prune", 4)])
-def test_a_replay_returns_what_a_run_returns(context, records, whole, method, seeds):
-    outcome = run(context, method, plan(method, seeds), PROBLEMS)
+@pytest.mark.parametrize(("name", "seeds"), [*((name, 3) for name in FREE), ("prune", 4)])
+def test_a_replay_returns_what_a_run_returns(context, records, whole, name, seeds):
+    outcome = run(context, name, params_of(name, seeds), PROBLEMS)
     part = Finished(records.finished.answers[:, :seeds], records.finished.scores[:, :seeds])
     proba = {step: value[:, :seeds] for step, value in records.proba.items()}
-    answers, which, begun = replay(course(method, plan(method, seeds), CONFIG.steps), part, proba)
+    answers, which, begun = replay(build_strategy(name, params_of(name, seeds), CONFIG.steps), part, proba)
     assert answers.tolist() == outcome.answers.tolist() and which.tolist() == outcome.run.tolist()
     assert begun.tolist() == outcome.begun.tolist()
     np.testing.assert_allclose(outcome.video, whole[np.arange(2), which.numpy()], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["retry", "probe_retry"])
-def test_another_run_is_made_only_while_the_last_one_is_not_believed(name):
+def test_another_run_is_made_only_while_the_last_one_is_not_accepted(name):
     """Against the loop in words, on random videos and readings."""
     draw = torch.Generator().manual_seed(3)
     answers = torch.randint(-1, 4, (200, 3), generator=draw)
     proba = (2 * torch.randn(200, 3, 4, generator=draw)).softmax(-1)
-    found = replay(course(name, Plan(3, (1,)), 20), Finished(answers, torch.zeros(200, 3, 4)), {1: proba})
+    found = replay(
+        build_strategy(name, Hyperparameters(3, (1,)), 20), Finished(answers, torch.zeros(200, 3, 4)), {1: proba}
+    )
     made = Counter()
-    for shown, read, answer, which, begun in zip(answers, proba, *found, strict=True):
+    for drawn, read, answer, which, begun in zip(answers, proba, *found, strict=True):
         for count in range(1, 4):
-            belief = [0.0 if a < 0 else 1.0 if name == "retry" else 4 * float(read[:count, a].mean()) for a in shown]
+            belief = [0.0 if a < 0 else 1.0 if name == "retry" else 4 * float(read[:count, a].mean()) for a in drawn]
             if belief[count - 1] >= 1:
                 break
         expected = count - 1 if belief[count - 1] >= 1 else max(range(3), key=lambda i: (belief[i], -i))
-        assert (int(which), int(answer), int(begun)) == (expected, int(shown[expected]), count)
+        assert (int(which), int(answer), int(begun)) == (expected, int(drawn[expected]), count)
         made[count, belief[count - 1] >= 1] += 1
     assert min(made[c, True] for c in (1, 2, 3)) > 3 and made[3, False] > 0  # every way to end
 
@@ -193,92 +196,96 @@ def test_only_problems_that_ask_for_another_run_get_one(context, records, whole,
         near = [[min(keys, key=lambda known: abs(known - value)) for value in row] for row in read]
         return torch.tensor([[float(value >= keys[value]) for value in row] for row in near])
 
-    path = Course(3, only, credit=rule, asks=(0,))
-    monkeypatch.setitem(METHODS, "probe_retry", lambda plan, steps: path)
-    outcome = run(context, "probe_retry", Plan(3), PROBLEMS)
+    strategy = Strategy(3, only, acceptance=rule, acceptance_steps=(0,))
+    monkeypatch.setitem(STRATEGIES, "probe_retry", lambda params, steps: strategy)
+    outcome = run(context, "probe_retry", Hyperparameters(3), PROBLEMS)
     first = 1 if float(sure[0, 0]) >= bar[0] else 2
     assert outcome.begun.tolist() == [first, 3] and outcome.run.tolist() == [first - 1, 0]
     assert outcome.disagreement.isnan().tolist() == [first == 1, False]
     np.testing.assert_allclose(outcome.video, whole[[0, 1], outcome.run.numpy()], atol=1e-4)
     part = Finished(records.finished.answers[:, :3], records.finished.scores[:, :3])
-    answers, which, begun = replay(path, part, {0: records.proba[0][:, :3]})
+    answers, which, begun = replay(strategy, part, {0: records.proba[0][:, :3]})
     assert (answers.tolist(), which.tolist(), begun.tolist()) == (
         outcome.answers.tolist(), outcome.run.tolist(), outcome.begun.tolist()
     )  # fmt: skip
 
 
 def test_what_changes_its_runs_cannot_be_replayed(records):
-    with pytest.raises(ValueError, match="this course changes what its runs compute"):
-        replay(course("hidden", plan("hidden"), 3), records.finished, records.proba)
+    with pytest.raises(ValueError, match="strategy"):
+        replay(build_strategy("hidden", params_of("hidden"), 3), records.finished, records.proba)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_price_is_what_is_counted(context, method):
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_price_is_what_is_counted(context, name):
     """Counted operations of a whole call equal the sum of its parts: what is dropped is not computed. Where probes
     read, pooling and probes come on top, which the price leaves out."""
-    candidate, problem = Candidate(method, plan(method, 4)), PROBLEMS[:1]
-    parts = costing.flops(context.model, CONFIG, images(TASK, problem), [problem[0].prompt])
+    candidate, problem = Candidate(name, params_of(name, 4)), PROBLEMS[:1]
+    parts = costing.flops(context.sampler.model, CONFIG, images(TASK, problem), [problem[0].prompt])
     with FlopCounterMode(display=False, custom_mapping=costing._ATTENTION) as counter:
-        begun = float(run(context, method, candidate.plan, problem).begun[0])
+        begun = float(run(context, name, candidate.params, problem).begun[0])
     counted, known = counter.get_total_flops(), price(candidate, CONFIG.steps, parts, begun)
-    assert known < counted < 1.005 * known if method in PROBES else counted == known
+    assert known < counted < 1.005 * known if name in PROBES else counted == known
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("single", "retry", "probe_retry")])
-def test_the_order_of_seeds_changes_nothing(context, method):
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in ("single", "retry", "probe_retry")])
+def test_the_order_of_seeds_changes_nothing(context, name):
     """Of all seeds, or of those beside the first where the first one's run goes on."""
-    first = method in ("hidden", "x0", "latent", "probe_weighted")
+    first = name in ("hidden", "x0", "latent", "probe_weighted")
     orders = ([0, 1, 2], [0, 2, 1]) if first else ([0, 1, 2], [2, 0, 1])
-    one, other = (run(context, method, plan(method), PROBLEMS, which=order) for order in orders)
+    one, other = (run(context, name, params_of(name), PROBLEMS, which=order) for order in orders)
     assert one.answers.tolist() == other.answers.tolist()
     assert [orders[0][i] for i in one.run] == [orders[1][i] for i in other.run]
     np.testing.assert_allclose(one.video, other.video, atol=1e-4)
 
 
 def test_a_problem_is_answered(context):
-    for method in ("prune", "hidden", "vote"):
-        found = ensemble(context.model, PROBLEMS[0], method, 3, probes=context.scorer, task=TASK, config=CONFIG)
-        same = run(context, method, plan(method, layers=(1,)), PROBLEMS[:1])
+    for name in ("prune", "hidden", "vote"):
+        found = ensemble(context.sampler.model, PROBLEMS[0], name, 3, probes=context.scorer, task=TASK, config=CONFIG)
+        same = run(context, name, params_of(name, layers=(1,)), PROBLEMS[:1])
         assert found.video.shape == (5, 64, 64, 3) and found.run == int(same.run[0])
-        assert found.choice == TASK.readout(PROBLEMS[0], found.video).answer
-        assert np.isnan(found.disagreement) if method == "hidden" else 0 <= found.disagreement < 1
+        assert found.answer == TASK.parse(PROBLEMS[0], found.video).answer
+        assert np.isnan(found.disagreement) if name == "hidden" else 0 <= found.disagreement < 1
     with pytest.raises(dataclasses.FrozenInstanceError):
-        found.choice = 3
+        found.answer = 3
     assert found.evaluations == 9
-    retried = ensemble(context.model, PROBLEMS[0], "probe_retry", 3, probes=context.scorer, task=TASK, config=CONFIG)
-    assert retried.evaluations == 3 * int(run(context, "probe_retry", plan("probe_retry"), PROBLEMS[:1]).begun[0])
+    retried = ensemble(
+        context.sampler.model, PROBLEMS[0], "probe_retry", 3, probes=context.scorer, task=TASK, config=CONFIG
+    )
+    assert retried.evaluations == 3 * int(run(context, "probe_retry", params_of("probe_retry"), PROBLEMS[:1]).begun[0])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seeds": 1}, "seeds=1: expected at least 2; one seed is no ensemble, use method='single'"),
-        ({"method": "bestof"}, "method='bestof': expected one of single, hidden, x0, latent, vote, best_of, retry, p"),
-        ({"method": "hidden", "layers": (2, 3)}, r"layers=\[2, 3\]: layer 3 is outside the model, expected 0 to 2"),
-        ({"method": "hidden", "layers": (0, -1)}, r"layer -1 is outside the model, expected 0 to 2"),
-        ({"method": "probe_weighted", "layers": (7,)}, "step 0, layer 7: no probes were trained there, expected steps"),
-        ({"steps": (3,)}, r"steps=\[3\]: expected step indices from 0 to 2"),
-        ({"steps": ()}, r"steps=\[\]: expected step indices from 0 on, each once"),
-        ({"back": "some"}, "back='some': expected one of first, all"),
-        ({"probes": None}, "method='prune' reads probes: pass those of a train.py run; without: vote, best_of, hidden"),
+        ({"seeds": 1}, r"seeds=1\b.*\b2\b.*strategy='single'"),
+        ({"strategy": "bestof"}, "strategy='bestof'.*" + ", ".join(STRATEGIES)),
+        ({"strategy": "hidden", "layers": ()}, "strategy='hidden'.*layers"),
+        ({"strategy": "hidden", "layers": (2, 3)}, r"layers=\[2, 3\].*layer 3\b.*\b0 to 2\b"),
+        ({"strategy": "hidden", "layers": (0, -1)}, r"layers=\[0, -1\].*layer -1\b.*\b0 to 2\b"),
+        ({"strategy": "probe_weighted", "layers": (7,)}, r"step 0, layer 7\b.*\[0, 1, 2\].*\[0, 1, 2\]"),
+        ({"steps": (3,)}, r"steps=\[3\].*\b0 to 2\b"),
+        ({"steps": ()}, r"steps=\[\]"),
+        ({"back": "some"}, "back='some'.*first, all"),
+        ({"probes": None}, "strategy='prune'.*probes.*vote, best_of, hidden"),
         ({"problem": HideConfig(frames=5).build().problems("test", 1)[0], "task": HideConfig(frames=5).build()},
-         "problem 'hide/hide/test/.*': these probes do not know it, expected task 'maze', kind choice or one_exit"),
-        ({"config": replace(CONFIG, steps=9)}, "pipeline.steps=9: these probes were trained at 3; sample as they were"),
+         "problem 'hide/hide/test/.*'.*task 'maze'.*choice.*one_exit"),
+        ({"config": replace(CONFIG, steps=9)}, r"pipeline\.steps=9\b.*\b3\b"),
+        ({"config": replace(CONFIG, guidance=2.0)}, r"pipeline\.guidance=2\.0\b.*\b1\.0\b"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_one_line(context, arguments, message):
     given = {"problem": PROBLEMS[0], "probes": context.scorer, "task": TASK, "config": CONFIG, "seeds": 3} | arguments
     with pytest.raises(ValueError, match=message) as caught:
-        ensemble(context.model, **given)
+        ensemble(context.sampler.model, **given)
     assert "\n" not in str(caught.value)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in context.model.transformer.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in context.sampler.model.transformer.modules())
 
 
-@pytest.mark.parametrize("method", [*PROBES, "hidden"])
-def test_activations_that_are_not_finite_are_named(context, method):
-    hook = context.model.transformer.blocks[0].register_forward_hook(lambda block, args, out: out * torch.nan)
+@pytest.mark.parametrize("name", [*PROBES, "hidden"])
+def test_activations_that_are_not_finite_are_named(context, name):
+    hook = context.sampler.model.transformer.blocks[0].register_forward_hook(lambda block, args, out: out * torch.nan)
     try:
-        with pytest.raises(ValueError, match=r"layer \d gave NaN or infinite activations at step 0"):
-            run(context, method, plan(method), PROBLEMS)
+        with pytest.raises(ValueError, match=r"layer \d\b.*NaN.*step 0\b"):
+            run(context, name, params_of(name), PROBLEMS)
     finally:
         hook.remove()

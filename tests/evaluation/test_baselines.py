@@ -33,7 +33,7 @@ FORMS = ("region, mean", "region, frames", "whole, mean", "whole, frames")
 def samples_of(
     targets: tuple[Target, ...],
     labels: dict[str, torch.Tensor],
-    places: tuple[str, ...] = ("all",),
+    positions: tuple[str, ...] = ("all",),
     keys: np.ndarray | None = None,
     regions: int = REGIONS,
     steps: int = STEPS,
@@ -41,7 +41,7 @@ def samples_of(
     """Samples without anything to read in their layers; train, validation and test are thirds."""
     count = len(next(iter(labels.values())))
     third = count // 3
-    cells = tuple(Cell(3 * step, "0", "cond", place) for step in range(steps) for place in places)
+    cells = tuple(Cell(3 * step, 0, "cond", position) for step in range(steps) for position in positions)
     return ProbeSamples(
         features=torch.zeros(count, len(cells), regions, 2),
         cells=cells,
@@ -78,12 +78,12 @@ def planted(where: str, labels: torch.Tensor, candidate: bool = True, strength: 
 
 
 def only(source: InputFeatures, samples: ProbeSamples, target: str = "answer", name: str = "x_t", **more):
-    given = {"kind": "newton", "lambdas": [0.01, 1.0]} | more
+    given = {"kind": "newton", "penalties": [0.01, 1.0]} | more
     return read_inputs(samples, {name: source}, **given)[target][name]
 
 
 def right(found: InputReading, samples: ProbeSamples, target: str = "answer", split: str = "test") -> np.ndarray:
-    """Share of right labels [step, place]."""
+    """Share of right labels [step, position]."""
     labels = samples.subset(split).labels[target].numpy()
     said = getattr(found, split)
     return (said == labels)[:, :, labels.reshape(len(labels), -1)[:, 0] >= 0].reshape(*said.shape[:2], -1).mean(axis=2)
@@ -110,7 +110,7 @@ def test_static_features_reach_a_shared_scorer_with_nothing_lost(family, counts,
                 for p in task.problems(split, n, target.kinds[0])]  # fmt: skip
     labels = torch.tensor([p.labels["answer"] for p in problems])
     assert set(labels[: counts[0]].tolist()) == set(labels.tolist())  # train has every class that is asked for
-    cells = (Cell(0, "0", "cond", "all"),)
+    cells = (Cell(0, 0, "cond", "all"),)
     samples = ProbeSamples(
         features=torch.zeros(len(problems), 1, task.regions, 2),
         cells=cells,
@@ -123,13 +123,13 @@ def test_static_features_reach_a_shared_scorer_with_nothing_lost(family, counts,
     rng = torch.Generator().manual_seed(5)
     code = torch.linalg.qr(torch.randn(64, 64, generator=rng))[0][: target.classes]
     prompt = code[labels] + 0.01 * torch.randn(len(labels), 64, generator=rng)
-    found = only(InputFeatures(prompt[:, None, None, None]), samples, name="prompt", kind=kind, lambdas=[1e-4, 1e-2])
+    found = only(InputFeatures(prompt[:, None, None, None]), samples, name="prompt", kind=kind, penalties=[1e-4, 1e-2])
     assert right(found, samples).item() == 1
     assert right(found, samples, split="validation").item() == 1
     assert found.accuracy.item() > 0.99
     assert found.form.item() == "whole, mean"
     shuffled = InputFeatures(prompt[torch.randperm(len(labels), generator=rng)][:, None, None, None])
-    told = right(only(shuffled, samples, name="prompt", kind=kind, lambdas=[1e-4, 1e-2]), samples).item()
+    told = right(only(shuffled, samples, name="prompt", kind=kind, penalties=[1e-4, 1e-2]), samples).item()
     assert told < 0.5  # what states another problem's answer does not
 
 
@@ -179,7 +179,7 @@ def test_a_scorer_shared_by_the_candidates_needs_fewer_samples_than_a_weight_for
     labels = drawn(120)
     samples = samples_of((ANSWER,), {"answer": labels})
     source = planted("region, mean", labels, strength=1.5)
-    beside = InputFeatures(source.region)  # the same numbers, told apart by place
+    beside = InputFeatures(source.region)  # the same numbers, told apart by position
     shared, apart = right(only(source, samples), samples).mean(), right(only(beside, samples), samples).mean()
     assert shared > apart + 0.05
 
@@ -226,14 +226,14 @@ def test_the_forms_of_an_input():
 
 def test_findings_have_to_beat_inputs_by_role():
     labels = drawn(120)
-    roles = ("answer", "choice", "memory", "perception", "nuisance", "control", "relabelled")
+    roles = ("answer", "model_answer", "memory", "perception", "nuisance", "control", "relabelled")
     targets = tuple(Target(role, REGIONS, "candidate", role, ("one",)) for role in roles)
     samples = samples_of(targets, dict.fromkeys(roles, labels), steps=1)
     static = InputFeatures(torch.randn(120, 1, 1, 1, 3))
-    inputs = {name: static if name in ("prompt", "nuisance") else noise(120, 1) for name in (*INPUTS, X0)}
+    inputs = {name: static if name in ("prompt", "difficulty") else noise(120, 1) for name in (*INPUTS, X0)}
     found = read_inputs(samples, inputs, "ridge", [1.0])
     assert {role: set(names) for role, names in found.items()} == {
-        "answer": {*INPUTS, X0}, "choice": {*INPUTS, X0}, "memory": {"noise", "first_frame", "embed", "x_t", X0},
+        "answer": {*INPUTS, X0}, "model_answer": {*INPUTS, X0}, "memory": {"noise", "first_frame", "embed", "x_t", X0},
     }  # fmt: skip
     assert set(MUST_BEAT) == set(found)
     fewer = read_inputs(samples, {"embed": noise(120, 1)}, "ridge", [1.0])
@@ -244,7 +244,7 @@ def test_findings_have_to_beat_inputs_by_role():
 def test_memory_gets_only_the_frame_and_region_that_is_read():
     """The label stands in latent frame 0 of the regions, and everywhere in the whole frame."""
     labels = drawn(300, 5)
-    samples = samples_of((ORIGIN, START), {"origin": labels, "start": labels}, places=("all", "0", "1"))
+    samples = samples_of((ORIGIN, START), {"origin": labels, "start": labels}, positions=("all", "0", "1"))
     source = noise(300)
     codes = 6 * torch.eye(CHANNELS)[:5]
     source.region[:, :, 0, 0] += codes[labels][:, None]
@@ -263,7 +263,7 @@ def test_memory_gets_only_the_frame_and_region_that_is_read():
 
 def test_what_does_not_change_along_the_steps_is_the_same_at_all_of_them():
     labels = drawn()
-    samples = samples_of((ANSWER,), {"answer": labels}, places=("all", "1"), steps=3)
+    samples = samples_of((ANSWER,), {"answer": labels}, positions=("all", "1"), steps=3)
     static = planted("region, frames", labels)
     once = InputFeatures(static.whole[:, :1], static.region[:, :1])
     found = only(once, samples, name="first_frame")
@@ -304,10 +304,10 @@ def test_problems_make_the_folds():
     values = torch.randn(problems, 1, 1, 1, width, generator=rng)[of]
     keys = np.array([f"problem {i}" for i in of.tolist()])
     samples = samples_of((ANSWER,), {"answer": labels}, keys=keys, steps=1)
-    found = only(InputFeatures(values), samples, name="prompt", lambdas=[0.01])
+    found = only(InputFeatures(values), samples, name="prompt", penalties=[0.01])
     assert found.accuracy.item() < 0.4
     samples = replace(samples, keys=np.array([f"{split} {i}" for i, split in enumerate(samples.split)]))
-    assert only(InputFeatures(values), samples, name="prompt", lambdas=[0.01]).accuracy.item() > 0.9  # what it guards
+    assert only(InputFeatures(values), samples, name="prompt", penalties=[0.01]).accuracy.item() > 0.9  # what it guards
 
 
 def test_folds_and_hence_accuracy_follow_the_seed_and_nothing_else_of_a_run():
@@ -345,12 +345,12 @@ def test_samples_without_a_label_take_no_part():
 @pytest.mark.parametrize("where", ["region, mean", "whole, mean"])
 @threadpool_limits.wrap(limits=1)
 def test_equals_a_plain_loop_of_sklearn_fits(kind, where):
-    lambdas, seed, classes = [0.003, 0.1, 3.0], 4, 5
+    penalties, seed, classes = [0.003, 0.1, 3.0], 4, 5
     labels, target = drawn(240, classes), START
     source = planted(where, labels, candidate=False, strength=2.0)
     source = InputFeatures(source.whole[:, :, :2], source.region[:, :, :2])  # two frames: fewer columns for sklearn
     samples = samples_of((target,), {"start": labels}, keys=np.array([f"k{i // 2}" for i in range(240)]))
-    found = only(source, samples, "start", kind=kind, lambdas=lambdas, seed=seed)
+    found = only(source, samples, "start", kind=kind, penalties=penalties, seed=seed)
     y = labels.numpy()
     known = samples.split != "test"
     train, validation, test = (samples.split == split for split in ("train", "validation", "test"))
@@ -368,8 +368,8 @@ def test_equals_a_plain_loop_of_sklearn_fits(kind, where):
             rows = form.rows[:, [step]]
             x = standardise(rows, *spread(rows[torch.from_numpy(train)]))[0].flatten(1).double().numpy()
             columns[form.name] = x
-            hits = np.zeros(len(lambdas))
-            for i, value in enumerate(lambdas):
+            hits = np.zeros(len(penalties))
+            for i, value in enumerate(penalties):
                 for fold in range(5):
                     inside, outside = (np.flatnonzero(known)[chosen] for chosen in (folds != fold, folds == fold))
                     fit = model(value, len(inside)).fit(x[inside], y[inside])
@@ -382,7 +382,7 @@ def test_equals_a_plain_loop_of_sklearn_fits(kind, where):
         if kind == "ridge":  # chosen by folds inside train, as every ridge probe
             inner = problem_folds(samples.keys[train], seed)
             score = []
-            for value in lambdas:
+            for value in penalties:
                 held = np.zeros(train.sum(), dtype=int)
                 for fold in range(5):
                     own = inner == fold
@@ -391,16 +391,16 @@ def test_equals_a_plain_loop_of_sklearn_fits(kind, where):
                     )  # fmt: skip
                 score.append((held == y[train]).sum())
         else:  # most right on validation, then the lowest cross-entropy
-            fits = [model(value, train.sum()).fit(x[train], y[train]) for value in lambdas]
+            fits = [model(value, train.sum()).fit(x[train], y[train]) for value in penalties]
             score = [
                 (fit.predict(x[validation]) == y[validation]).sum()
                 + 0.5 * np.log(fit.predict_proba(x[validation])[np.arange(80), y[validation]]).mean() / 10
                 for fit in fits
             ]
         chosen = float(found.penalty[step, 0])
-        kept = next(i for i, value in enumerate(lambdas) if value == pytest.approx(chosen))
+        kept = next(i for i, value in enumerate(penalties) if value == pytest.approx(chosen))
         assert score[kept] >= max(score) - (kind == "ridge")  # a tie may be broken by the squared error
-        oracle = model(lambdas[kept], train.sum()).fit(x[train], y[train])
+        oracle = model(penalties[kept], train.sum()).fit(x[train], y[train])
         for part, split in ((validation, "validation"), (test, "test")):
             assert (getattr(found, split)[step, 0] != oracle.predict(x[part])).sum() <= 1
 
@@ -420,7 +420,7 @@ def test_candidates_in_their_regions_equal_probes_on_the_same_columns(kind):
     labels, value = drawn(240), 0.05
     source = planted("region, frames", labels, strength=2.5)
     samples = samples_of((ANSWER,), {"answer": labels})
-    found = only(source, samples, kind=kind, lambdas=[value])
+    found = only(source, samples, kind=kind, penalties=[value])
     assert (found.form == "region, frames").all()
     rows = source.region.transpose(2, 3).flatten(3)
     train = torch.from_numpy(samples.split == "train")
@@ -444,9 +444,9 @@ def test_a_source_wider_than_the_training_samples_is_projected_at_no_loss(kind):
     samples = samples_of((ANSWER,), {"answer": labels}, steps=1)
     rng = torch.Generator().manual_seed(2)
     values = torch.randn(180, width, generator=rng) + 3 * torch.randn(REGIONS, width, generator=rng)[labels] / 4
-    found = only(InputFeatures(values[:, None, None, None]), samples, name="prompt", kind=kind, lambdas=[0.1])
+    found = only(InputFeatures(values[:, None, None, None]), samples, name="prompt", kind=kind, penalties=[0.1])
     assert (found.columns.item(), found.projected.item()) == (width, 60)
-    narrow = only(InputFeatures(values[:, None, None, None, :60]), samples, name="prompt", kind=kind, lambdas=[0.1])
+    narrow = only(InputFeatures(values[:, None, None, None, :60]), samples, name="prompt", kind=kind, penalties=[0.1])
     assert (narrow.columns.item(), narrow.projected.item()) == (60, 60)
     train, y = samples.split == "train", labels.numpy()
     x = (
@@ -470,12 +470,12 @@ def test_a_wide_input_of_regions_is_projected_by_all_of_them():
     rng = torch.Generator().manual_seed(4)
     region = torch.randn(90, 1, 1, REGIONS, 50, generator=rng)
     region[torch.arange(90), :, :, labels] += 0.8 * torch.randn(50, generator=rng)
-    found = only(InputFeatures(torch.randn(90, 1, 1, 1, 50, generator=rng), region), samples, lambdas=[0.1])
+    found = only(InputFeatures(torch.randn(90, 1, 1, 1, 50, generator=rng), region), samples, penalties=[0.1])
     assert found.form.item() == "region, mean"
     assert (found.columns.item(), found.projected.item()) == (50, 30)
     assert right(found, samples).item() > 0.8
     problem = samples_of((START,), {"start": labels}, steps=1)
-    joint = only(InputFeatures(torch.randn(90, 1, 1, 1, 50, generator=rng), region), problem, "start", lambdas=[0.1])
+    joint = only(InputFeatures(torch.randn(90, 1, 1, 1, 50, generator=rng), region), problem, "start", penalties=[0.1])
     assert (joint.columns.item(), joint.projected.item()) == (200, 30)  # side by side, then projected
 
 
@@ -484,8 +484,8 @@ def test_a_wide_input_of_regions_is_projected_by_all_of_them():
 
 def test_an_input_as_a_cell_of_its_own():
     labels = drawn(60)
-    samples = samples_of((ANSWER, ORIGIN), {"answer": labels, "origin": labels}, places=("all", "1"))
-    source, cell = noise(60), Cell(3, "x_t", "cond", "1")
+    samples = samples_of((ANSWER, ORIGIN), {"answer": labels, "origin": labels}, positions=("all", "1"))
+    source, cell = noise(60), Cell(3, 0, "cond", "1")
     for form in forms(source, ANSWER, None):
         made = input_samples(samples, source, "answer", cell, form.name)
         assert made.cells == (cell,) and made.labels is samples.labels

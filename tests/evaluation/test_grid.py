@@ -12,15 +12,16 @@ import xarray as xr
 from cosprobe.cells import INPUTS, X0, Cell
 from cosprobe.errors import InputError
 from cosprobe.evaluation.checks.suite import Checks
-from cosprobe.evaluation.grid import BASELINES, Grid
+from cosprobe.evaluation.grid import Grid
 from cosprobe.evaluation.intervals import difference_interval, effective_problems, share_interval
 from cosprobe.evaluation.latency import latency
 from cosprobe.evaluation.predictions import Evaluated, SplitPredictions, TargetPredictions
-from cosprobe.evaluation.scoring import MEANING, _shown, build_grid
+from cosprobe.evaluation.scoring import Rows, _x0_rows, build_grid
 from cosprobe.evaluation.significance import max_t_bootstrap, max_t_permutation, weakest_pair
+from cosprobe.evaluation.variables import MEANING
 from cosprobe.reporting.summary import ground, remarks
 from cosprobe.tasks import Target
-from tests.examples.grids import ANSWER, CHOICE, CONTROL, DOORS, ORIGIN, START, reading, synthetic
+from tests.examples.grids import ANSWER, CONTROL, DOORS, MODEL_ANSWER, ORIGIN, START, reading, synthetic
 
 NOTHING = Checks({}, (), (), (), {}, None, ())
 
@@ -28,30 +29,30 @@ NOTHING = Checks({}, (), (), (), {}, None, ())
 @pytest.fixture(scope="module")
 def grid() -> Grid:
     """8 layers x 6 steps, every form of target."""
-    evaluated = synthetic(steps=6, samples=120, targets=(ANSWER, CHOICE, START, DOORS, CONTROL))
+    evaluated = synthetic(steps=6, samples=120, targets=(ANSWER, MODEL_ANSWER, START, DOORS, CONTROL))
     return build_grid(evaluated, draws=200, provenance={"model": {"name": "mini"}, "seed": 0})
 
 
 def tiny(
-    right: dict[str, tuple[float, ...]], target: Target = ANSWER, samples: int = 20, steps: int = 1, **changes
+    right: dict[int | str, tuple[float, ...]], target: Target = ANSWER, samples: int = 20, steps: int = 1, **changes
 ) -> Evaluated:
-    """A grid whose cells are right on exactly these shares of (validation, test), x0_readout likewise if given.
-    An input has its accuracy in cross-validation as a third number; without one, that on validation."""
+    """A grid whose layers (by number) are right on exactly these shares of (validation, test), x0_parsed likewise if
+    given. An input has its accuracy in cross-validation as a third number; without one, that on validation."""
 
     def rows(share: float) -> np.ndarray:
         labels = np.zeros(samples, dtype=int)
         return np.where(np.arange(samples) < round(share * samples), labels, 1)
 
-    layers = [site for site in right if site.isdigit()]
-    named = [site for site in right if not site.isdigit() and site != "x0_readout"]
-    cells = tuple(Cell(t, site, "cond", "all") for t in range(steps) for site in layers)
+    layers = [name for name in right if isinstance(name, int)]
+    named = [name for name in right if isinstance(name, str) and name != "x0_parsed"]
+    cells = tuple(Cell(t, n, "cond", "all") for t in range(steps) for n in layers)
     labels, keys = np.zeros(samples, dtype=int), np.arange(samples)
     parts = []
     for i in (0, 1):
-        readout = np.tile(rows(right["x0_readout"][i]), (steps, 1)) if "x0_readout" in right else None
-        predicted = np.array([rows(right[cell.site][i]) for cell in cells], dtype=int).reshape(len(cells), samples)
+        x0_parsed = np.tile(rows(right["x0_parsed"][i]), (steps, 1)) if "x0_parsed" in right else None
+        predicted = np.array([rows(right[cell.layer][i]) for cell in cells], dtype=int).reshape(len(cells), samples)
         inputs = {name: np.tile(rows(right[name][i]), (steps, 1, 1)) for name in named}
-        parts.append(SplitPredictions(labels, keys, predicted, readout, None, inputs))
+        parts.append(SplitPredictions(labels, keys, predicted, x0_parsed, None, inputs))
     never = np.full(40, target.classes - 1)  # the majority guess is always wrong
     readings = {
         name: reading(parts[0].inputs[name], parts[1].inputs[name], right[name][2 if len(right[name]) > 2 else 0])
@@ -62,7 +63,7 @@ def tiny(
 
 
 def only(evaluated: Evaluated, draws: int = 50) -> xr.Dataset:
-    return build_grid(evaluated, draws=draws).dataset.isel(target=0, place=0)
+    return build_grid(evaluated, draws=draws).dataset.isel(target=0, position=0)
 
 
 def changed(evaluated: Evaluated, split: str = "test", **changes) -> Evaluated:
@@ -74,30 +75,31 @@ def changed(evaluated: Evaluated, split: str = "test", **changes) -> Evaluated:
 
 def test_names_that_others_script_against(grid):
     data = grid.dataset
-    assert dict(data.sizes) == {"target": 5, "step": 6, "layer": 8, "place": 1, "baseline": 12}
+    assert dict(data.sizes) == {"target": 5, "step": 6, "layer": 8, "position": 1, "baseline": 12}
     for name in (
-        "accuracy", "lower", "upper", "skill", "p_permutation", "p_guess", "p_inputs", "p_evidence", "excess",
-        "excess_lower", "excess_upper", "p_excess", "validation_accuracy", "lambda", "agreement", "knew", "selectivity",
-        "selectivity_lower", "selectivity_upper", "temperature", "ece", "ece_raw", "brier",
+        "accuracy", "lower", "upper", "skill", "p_permutation", "p_guess", "p_inputs", "p_evidence", "above_x0",
+        "above_x0_lower", "above_x0_upper", "p_x0", "validation_accuracy", "penalty", "agreement",
+        "correct_when_model_wrong", "selectivity", "selectivity_lower", "selectivity_upper", "temperature", "ece",
+        "ece_raw", "brier",
     ):  # fmt: skip
-        assert data[name].dims == ("target", "step", "layer", "place")
+        assert data[name].dims == ("target", "step", "layer", "position")
     counts = ("n_train", "n_validation", "n_test", "n_train_problems", "n_validation_problems", "n_test_problems")
-    for name in ("chance", "smallest_skill", "n_effective", "n_none", "n_wrong", *counts):
+    for name in ("chance", "smallest_detectable_skill", "n_effective", "n_no_answer", "n_model_wrong", *counts):
         assert data[name].dims == ("target",)
     for name in ("accuracy", "lower", "upper", "validation", "cross_validation", "form", "columns", "projected"):
-        assert data[f"baseline_{name}"].dims == ("target", "baseline", "step", "place")
-    for name in ("reference", "reference_source", "visible", "visible_source"):
-        assert data[name].dims == ("target", "step", "place")
+        assert data[f"baseline_{name}"].dims == ("target", "baseline", "step", "position")
+    for name in ("reference", "reference_source", "x0_accuracy", "x0_source"):
+        assert data[name].dims == ("target", "step", "position")
     assert data.baseline.values.tolist() == [
-        "chance", "majority", "noise", "first_frame", "prompt", "nuisance", "embed", "x_t", "x0_readout", "x0_latent",
+        "chance", "majority", "noise", "first_frame", "prompt", "difficulty", "embed", "x_t", "x0_parsed", "x0_latent",
         "permuted_weights", "fresh_weights",
     ]  # fmt: skip
-    for name in ("latency", "latency_lower", "latency_upper", "latency_at_most", "lag", "lag_lower", "lag_upper"):
-        assert data[name].dims == ("target", "layer", "place")
-    for name in ("visible_latency", "visible_latency_lower", "visible_latency_upper", "visible_latency_at_most"):
-        assert data[name].dims == ("target", "place")
+    for name in ("latency", "latency_lower", "latency_upper", "latency_censored", "lag", "lag_lower", "lag_upper"):
+        assert data[name].dims == ("target", "layer", "position")
+    for name in ("x0_latency", "x0_latency_lower", "x0_latency_upper", "x0_latency_censored"):
+        assert data[name].dims == ("target", "position")
     for name in ("depth", "depth_lower", "depth_upper"):
-        assert data[name].dims == ("target", "step", "place")
+        assert data[name].dims == ("target", "step", "position")
     assert set(MEANING) == set(data.data_vars)
     assert all(data[name].attrs["long_name"] == meaning for name, meaning in MEANING.items())
     assert data.layer.dtype.kind == "i"
@@ -107,26 +109,28 @@ def test_names_that_others_script_against(grid):
     assert grid.with_role("answer", "control") == ("answer", "control")
 
 
-def test_branches_and_places_are_dimensions_where_there_are_several():
-    evaluated = synthetic(2, 3, 40, places=("all", "0", "1"), branches=("cond", "uncond"), targets=(ANSWER,))
+def test_branches_and_positions_are_dimensions_where_there_are_several():
+    evaluated = synthetic(2, 3, 40, positions=("all", "0", "1"), branches=("cond", "uncond"), targets=(ANSWER,))
     built = build_grid(replace(evaluated, experts=("high", "high", "low")), draws=20)
-    assert built.dataset.accuracy.dims == ("target", "step", "layer", "branch", "place")
-    assert built.dataset.reference.dims == ("target", "step", "branch", "place")
+    assert built.dataset.accuracy.dims == ("target", "step", "layer", "branch", "position")
+    assert built.dataset.reference.dims == ("target", "step", "branch", "position")
     assert built.dataset.expert.values.tolist() == ["high", "high", "low"]
     test = evaluated.results[0].test
     for i, cell in enumerate(evaluated.cells):
         right = (test.predicted[i] == test.labels).mean()
         assert float(built.at("answer", cell).accuracy) == pytest.approx(right)
     for name, said in test.inputs.items():
-        found = built.dataset.baseline_accuracy.sel(target="answer", baseline=name).transpose("branch", "step", "place")
+        found = built.dataset.baseline_accuracy.sel(target="answer", baseline=name).transpose(
+            "branch", "step", "position"
+        )
         np.testing.assert_allclose(found, np.stack([(said == test.labels).mean(axis=2)] * 2))  # of either branch
-    assert built.plane("answer", place="1", branch="uncond").accuracy.dims == ("step", "layer")
+    assert built.plane("answer", position="1", branch="uncond").accuracy.dims == ("step", "layer")
     best = built.best("answer")
-    assert float(built.plane("answer").accuracy.sel(step=best.cell.step, layer=int(best.cell.site))) == best.accuracy
+    assert float(built.plane("answer").accuracy.sel(step=best.cell.step, layer=best.cell.layer)) == best.accuracy
 
 
-def test_intervals_and_p_are_those_of_metrics(grid):
-    evaluated = synthetic(steps=6, samples=120, targets=(ANSWER, CHOICE, START, DOORS, CONTROL))
+def test_intervals_and_p_are_those_of_the_rows_of_right_and_wrong(grid):
+    evaluated = synthetic(steps=6, samples=120, targets=(ANSWER, MODEL_ANSWER, START, DOORS, CONTROL))
     for result in evaluated.results:
         test, plane = result.test, grid.plane(result.target.name)
         p = max_t_permutation(test.predicted, test.labels, test.keys, 200, 0).p
@@ -151,35 +155,35 @@ def test_control_gives_evidence_in_one_grid_of_twenty_and_a_decodable_target_alw
 
 
 def test_the_reference_is_the_best_in_cross_validation_read_on_test():
-    data = only(tiny({"0": (0.9, 0.9), "embed": (0.4, 0.5, 0.6), "x_t": (0.9, 0.7, 0.5), "prompt": (1.0, 0.8, 0.59)}))
+    data = only(tiny({0: (0.9, 0.9), "embed": (0.4, 0.5, 0.6), "x_t": (0.9, 0.7, 0.5), "prompt": (1.0, 0.8, 0.59)}))
     assert str(data.reference_source.values[0]) == "embed"
     assert float(data.reference[0]) == 0.5
     assert float(data.skill[0, 0]) == pytest.approx((0.9 - 0.5) / (1 - 0.5))
-    tied = only(tiny({"0": (0.9, 0.9), "x_t": (0.9, 0.7, 0.6), "noise": (0.3, 0.4, 0.6)}))
+    tied = only(tiny({0: (0.9, 0.9), "x_t": (0.9, 0.7, 0.6), "noise": (0.3, 0.4, 0.6)}))
     assert str(tied.reference_source.values[0]) == "noise"  # of equals the first in the order of INPUTS
 
 
 def test_the_reference_is_never_below_chance():
-    data = only(tiny({"0": (0.9, 0.9), "embed": (0.9, 0.2, 0.9), "x_t": (0.1, 0.8, 0.1)}))
+    data = only(tiny({0: (0.9, 0.9), "embed": (0.9, 0.2, 0.9), "x_t": (0.1, 0.8, 0.1)}))
     assert str(data.reference_source.values[0]) == "chance"
     assert float(data.reference[0]) == float(data.chance) == 0.25
     assert float(data.skill[0, 0]) == pytest.approx((0.9 - 0.25) / 0.75)
-    level = only(tiny({"0": (0.9, 0.9), "embed": (0.9, 0.25, 0.9)}))
+    level = only(tiny({0: (0.9, 0.9), "embed": (0.9, 0.25, 0.9)}))
     assert str(level.reference_source.values[0]) == "embed"  # not below
-    often = only(tiny({"0": (0.9, 0.9), "embed": (0.9, 0.9, 0.9)}, train_labels=np.zeros(40, dtype=int)))
+    often = only(tiny({0: (0.9, 0.9), "embed": (0.9, 0.9, 0.9)}, train_labels=np.zeros(40, dtype=int)))
     assert (str(often.reference_source.values[0]), float(often.reference[0])) == ("majority", 1.0)
 
 
 def test_skill_is_undefined_where_the_inputs_leave_no_room():
-    assert np.isnan(only(tiny({"0": (1.0, 1.0), "x_t": (1.0, 1.0)})).skill).all()
-    assert np.isfinite(only(tiny({"0": (1.0, 1.0), "x_t": (0.95, 0.95)})).skill).all()
+    assert np.isnan(only(tiny({0: (1.0, 1.0), "x_t": (1.0, 1.0)})).skill).all()
+    assert np.isfinite(only(tiny({0: (1.0, 1.0), "x_t": (0.95, 0.95)})).skill).all()
 
 
 def test_roles_without_inputs_to_beat_are_held_against_chance_alone(grid):
-    data = only(tiny({"0": (0.9, 0.9)}, START, train_labels=np.repeat([3, 3, 0, 5], 10)))
+    data = only(tiny({0: (0.9, 0.9)}, START, train_labels=np.repeat([3, 3, 0, 5], 10)))
     assert str(data.reference_source.values[0]) == "chance"
     assert float(data.skill[0, 0]) == pytest.approx((0.9 - 1 / 9) / (1 - 1 / 9))
-    often = only(tiny({"0": (0.9, 0.9)}, START, train_labels=np.repeat([0, 3, 0, 5], 10)))
+    often = only(tiny({0: (0.9, 0.9)}, START, train_labels=np.repeat([0, 3, 0, 5], 10)))
     assert str(often.reference_source.values[0]) == "majority"
     for target in ("start", "corridors", "control"):
         here = grid.dataset.sel(target=target)
@@ -195,11 +199,13 @@ def test_labels_told_apart_no_more_often_than_by_the_most_frequent_one_are_no_ev
     labels = np.repeat([0, 1], [60, 40])
     found = np.concatenate([np.repeat([0, 1], [40, 20]), np.repeat([1, 0], [20, 20])])
     split = SplitPredictions(labels, np.arange(100), np.stack([found, labels]))
-    cells = (Cell(0, "0", "cond", "all"), Cell(0, "1", "cond", "all"))
+    cells = (Cell(0, 0, "cond", "all"), Cell(0, 1, "cond", "all"))
     train = np.repeat([0, 1], [120, 80])
     target = replace(START, classes=2)
     result = TargetPredictions(target, train, np.arange(200), split, split, np.ones(2))
-    data = build_grid(Evaluated(cells, ("transformer",), (result,)), draws=999).dataset.isel(target=0, place=0, step=0)
+    data = build_grid(Evaluated(cells, ("transformer",), (result,)), draws=999).dataset.isel(
+        target=0, position=0, step=0
+    )
     assert data.accuracy.values.tolist() == [0.6, 1.0]
     assert float(data.chance) == 0.6
     assert float(data.p_guess[0]) > 0.4 and float(data.p_guess[1]) <= 0.01
@@ -207,7 +213,7 @@ def test_labels_told_apart_no_more_often_than_by_the_most_frequent_one_are_no_ev
 
 
 def test_evidence_takes_both_more_than_chance_and_more_than_every_input(grid):
-    data = grid.dataset.sel(target=["answer", "choice"])
+    data = grid.dataset.sel(target=["answer", "model_answer"])
     assert np.isfinite(data.p_inputs).all()
     every = np.fmax(np.fmax(data.p_permutation, data.p_guess), data.p_inputs)
     np.testing.assert_array_equal(data.p_evidence, every)
@@ -218,25 +224,25 @@ def test_evidence_takes_both_more_than_chance_and_more_than_every_input(grid):
 
 
 def pairs(test: SplitPredictions, evaluated: Evaluated, others: dict[str, np.ndarray]) -> np.ndarray:
-    """Differences [cell, other, sample]; others: labels said [step, place, sample], -1 in steps without any."""
+    """Differences [cell, other, sample]; others: labels said [step, position, sample], -1 in steps without any."""
     right = (test.predicted == test.labels).astype(float)
     found = np.full((len(evaluated.cells), len(others), len(test.labels)), np.nan)
     for i, cell in enumerate(evaluated.cells):
         for j, said in enumerate(others.values()):
-            row = said[evaluated.steps.index(cell.step), evaluated.places.index(cell.place)]
+            row = said[evaluated.steps.index(cell.step), evaluated.positions.index(cell.position)]
             if (row >= 0).all():
                 found[i, j] = right[i] - (row == test.labels)
     return found
 
 
 def test_p_of_inputs_is_that_of_the_weakest_pair():
-    evaluated = synthetic(3, 4, 60, places=("all", "1"), branches=("cond", "uncond"), targets=(ANSWER,), seeds=2)
+    evaluated = synthetic(3, 4, 60, positions=("all", "1"), branches=("cond", "uncond"), targets=(ANSWER,), seeds=2)
     test = evaluated.results[0].test
     differences = pairs(test, evaluated, {name: test.inputs[name] for name in INPUTS if name in test.inputs})
     assert differences.shape[:2] == (48, 4)
     data = build_grid(evaluated, draws=99, seed=3).dataset.sel(target="answer")
     found = np.array([
-        float(data.p_inputs.sel(step=c.step, layer=int(c.site), branch=c.branch, place=c.place))
+        float(data.p_inputs.sel(step=c.step, layer=c.layer, branch=c.branch, position=c.position))
         for c in evaluated.cells
     ])  # fmt: skip
     np.testing.assert_allclose(found, weakest_pair(differences, test.keys, 99, 3).p)
@@ -247,24 +253,24 @@ def test_p_of_inputs_is_that_of_the_weakest_pair():
 
 def test_a_cell_that_ties_with_one_input_of_six_has_no_evidence():
     weak = dict.fromkeys(INPUTS, (0.3, 0.3))
-    beats = only(tiny({"0": (0.9, 0.9), **weak}))
+    beats = only(tiny({0: (0.9, 0.9), **weak}))
     assert float(beats.p_inputs[0, 0]) <= 0.05
     for name in INPUTS:  # whichever it is, and however poor it was where the reference is chosen
-        tied = only(tiny({"0": (0.9, 0.9), **weak, name: (0.3, 0.9, 0.1)}))
+        tied = only(tiny({0: (0.9, 0.9), **weak, name: (0.3, 0.9, 0.1)}))
         assert float(tied.p_inputs[0, 0]) == float(tied.p_evidence[0, 0]) == 1
         assert str(tied.reference_source.values[0]) != name
         assert float(tied.skill[0, 0]) == pytest.approx((0.9 - 0.3) / 0.7)
 
 
 def test_x0_hat_is_no_input():
-    data = only(tiny({"0": (0.9, 0.9), "embed": (0.3, 0.3), X0: (1.0, 0.9, 1.0)}))
+    data = only(tiny({0: (0.9, 0.9), "embed": (0.3, 0.3), X0: (1.0, 0.9, 1.0)}))
     assert str(data.reference_source.values[0]) == "embed"
-    assert float(data.p_inputs[0, 0]) <= 0.05 < float(data.p_excess[0, 0])
+    assert float(data.p_inputs[0, 0]) <= 0.05 < float(data.p_x0[0, 0])
 
 
-def test_memory_is_compared_place_by_place():
-    """At place 0 the inputs say nothing, at place 1 x_t says all that the layer does."""
-    evaluated = synthetic(2, 2, 60, places=("0", "1"), targets=(ORIGIN,))
+def test_memory_is_compared_position_by_position():
+    """At position 0 the inputs say nothing, at position 1 x_t says all that the layer does."""
+    evaluated = synthetic(2, 2, 60, positions=("0", "1"), targets=(ORIGIN,))
     result = evaluated.results[0]
 
     def right_on(count: int, labels: np.ndarray) -> np.ndarray:
@@ -289,15 +295,15 @@ def test_memory_is_compared_place_by_place():
     np.testing.assert_allclose(data.baseline_cross_validation.sel(baseline="embed"), [[0.33, 0.3]] * 2)
     assert data.reference_source.values.tolist() == [["embed", "x_t"]] * 2
     np.testing.assert_allclose(data.reference, [[20 / 60, 0.9]] * 2)
-    assert (data.p_inputs.sel(place="0") <= 0.05).all()
-    assert (data.p_inputs.sel(place="1") == 1).all()
+    assert (data.p_inputs.sel(position="0") <= 0.05).all()
+    assert (data.p_inputs.sel(position="1") == 1).all()
     every = np.fmax(np.fmax(data.p_permutation, data.p_guess), data.p_inputs)
     np.testing.assert_array_equal(data.p_evidence, every)
-    np.testing.assert_allclose(data.skill.sel(place="0"), (0.9 - 1 / 3) / (2 / 3))
+    np.testing.assert_allclose(data.skill.sel(position="0"), (0.9 - 1 / 3) / (2 / 3))
 
 
 def test_how_an_input_was_read_is_in_the_grid():
-    evaluated = tiny({"0": (0.9, 0.9), "embed": (0.5, 0.4, 0.6), "prompt": (0.3, 0.3, 0.2)}, steps=2)
+    evaluated = tiny({0: (0.9, 0.9), "embed": (0.5, 0.4, 0.6), "prompt": (0.3, 0.3, 0.2)}, steps=2)
     result = evaluated.results[0]
     form = np.array([["region, mean"], ["whole, frames"]])
     embed = replace(
@@ -315,7 +321,7 @@ def test_how_an_input_was_read_is_in_the_grid():
     lower, upper = share_interval((np.arange(20) < 8).astype(float)[None], np.arange(20))
     np.testing.assert_allclose(at.baseline_lower, [lower[0]] * 2)
     np.testing.assert_allclose(at.baseline_upper, [upper[0]] * 2)
-    others = data.sel(baseline=["chance", "noise", "x0_readout", "fresh_weights"])
+    others = data.sel(baseline=["chance", "noise", "x0_parsed", "fresh_weights"])
     assert (others.baseline_form == "").all() and np.isnan(others.baseline_columns).all()
     assert np.isnan(data.baseline_accuracy.sel(baseline=["noise", "x0_latent", "permuted_weights"])).all()
 
@@ -332,17 +338,26 @@ def with_few(problems: int, samples: int = 60) -> Evaluated:
 def test_eleven_test_problems_carry_no_p_and_no_difference_but_a_share():
     built = build_grid(with_few(11), draws=99)
     data = built.dataset.sel(target="answer")
-    for name in ("p_permutation", "p_inputs", "p_evidence", "p_excess", "excess_lower", "excess_upper", "latency",
-                 "depth", "lag", "visible_latency", "smallest_skill"):  # fmt: skip
+    for name in ("p_permutation", "p_inputs", "p_evidence", "p_x0", "above_x0_lower", "above_x0_upper", "latency",
+                 "depth", "lag", "x0_latency", "smallest_detectable_skill"):  # fmt: skip
         assert np.isnan(data[name]).all(), name
-    for name in ("accuracy", "lower", "upper", "skill", "excess", "reference", "visible", "knew_lower"):
+    for name in (
+        "accuracy",
+        "lower",
+        "upper",
+        "skill",
+        "above_x0",
+        "reference",
+        "x0_accuracy",
+        "correct_when_model_wrong_lower",
+    ):
         assert np.isfinite(data[name]).all(), name
     lines = [line for line in ground(built, "answer") if "test problems" in line]
     assert len(lines) == 1 and "answer" in lines[0] and {"11", "12"} <= set(re.findall(r"\d+", lines[0]))
     assert lines[0] in remarks(built, NOTHING)
     assert np.isnan(built.best("answer").p)
     twelve = build_grid(with_few(12), draws=99)
-    for name in ("p_evidence", "p_excess", "excess_lower", "excess_upper"):
+    for name in ("p_evidence", "p_x0", "above_x0_lower", "above_x0_upper"):
         assert np.isfinite(twelve.dataset[name]).all(), name
     assert not any("expected" in line for line in ground(twelve, "answer"))
 
@@ -354,7 +369,15 @@ def test_one_problem_with_nearly_all_seeds_is_no_twelve_problems():
     data = built.dataset.sel(target="answer")
     assert float(data.n_effective) == pytest.approx(60**2 / (41**2 + 19)) and float(data.n_effective) < 6
     assert int(data.n_test_problems) == 20
-    for name in ("p_permutation", "p_inputs", "p_evidence", "p_excess", "excess_lower", "latency", "smallest_skill"):
+    for name in (
+        "p_permutation",
+        "p_inputs",
+        "p_evidence",
+        "p_x0",
+        "above_x0_lower",
+        "latency",
+        "smallest_detectable_skill",
+    ):
         assert np.isnan(data[name]).all(), name
     assert np.isfinite(data.lower).all() and np.isfinite(data.upper).all()
     worth = f"{float(data.n_effective):.1f}"
@@ -390,22 +413,26 @@ def test_too_few_problems_of_another_split_are_named():
 
 def test_the_smallest_skill_is_that_of_the_critical_value():
     shares = np.arange(4, 21) / 20
-    evaluated = tiny({**{str(i): (s, s) for i, s in enumerate(shares)}, "embed": (0.25, 0.25), "noise": (0.2, 0.2)})
+    evaluated = tiny({**{i: (s, s) for i, s in enumerate(shares)}, "embed": (0.25, 0.25), "noise": (0.2, 0.2)})
     test = evaluated.results[0].test
     right = (test.predicted == test.labels).astype(float)
     others = np.stack([test.inputs[name][0, 0] == test.labels for name in ("noise", "embed")]).astype(float)
     critical = weakest_pair(right[:, None] - others, test.keys, 199, 0).critical
     data = only(evaluated, draws=199)
     assert 0 < critical < np.sqrt(20)
-    assert float(data.smallest_skill) == pytest.approx(critical**2 / 20 / (1 - 0.25))
+    assert float(data.smallest_detectable_skill) == pytest.approx(critical**2 / 20 / (1 - 0.25))
     # every layer is right wherever the inputs are: what exceeds it is evidence against them, what does not is none
     skill = data.skill.isel(step=0).values
-    np.testing.assert_array_equal(data.p_inputs.isel(step=0) <= 0.05, skill > float(data.smallest_skill) + 1e-9)
-    assert (skill > float(data.smallest_skill)).any() and (skill < float(data.smallest_skill)).any()
+    np.testing.assert_array_equal(
+        data.p_inputs.isel(step=0) <= 0.05, skill > float(data.smallest_detectable_skill) + 1e-9
+    )
+    assert (skill > float(data.smallest_detectable_skill)).any() and (
+        skill < float(data.smallest_detectable_skill)
+    ).any()
 
 
 def test_the_smallest_skill_without_inputs_is_that_of_the_permutation(grid):
-    evaluated = synthetic(steps=6, samples=120, targets=(ANSWER, CHOICE, START, DOORS, CONTROL))
+    evaluated = synthetic(steps=6, samples=120, targets=(ANSWER, MODEL_ANSWER, START, DOORS, CONTROL))
     for result in evaluated.results:
         test, data = result.test, grid.dataset.sel(target=result.target.name)
         chance, count = float(data.chance), effective_problems(test.keys)
@@ -415,9 +442,11 @@ def test_the_smallest_skill_without_inputs_is_that_of_the_permutation(grid):
             named = [name for name in INPUTS if name in test.inputs]
             differences = pairs(test, evaluated, {name: test.inputs[name] for name in named})
             needed = max(needed, weakest_pair(differences, test.keys, 200, 0).critical ** 2 / count)
-        assert float(data.smallest_skill) == pytest.approx(needed / (1 - chance))
-        said = [line for line in ground(grid, result.target.name) if f"{float(data.smallest_skill):.2f}" in line]
-        assert len(said) == (result.target.role in ("answer", "choice"))
+        assert float(data.smallest_detectable_skill) == pytest.approx(needed / (1 - chance))
+        said = [
+            line for line in ground(grid, result.target.name) if f"{float(data.smallest_detectable_skill):.2f}" in line
+        ]
+        assert len(said) == (result.target.role in ("answer", "model_answer"))
         assert all("120" in line and "0.05" in line for line in said)
 
 
@@ -431,8 +460,8 @@ def test_problems_of_several_seeds_count_once_in_the_smallest_skill():
         guess = np.bincount(evaluated.results[0].train_labels).argmax()
         more = (test.predicted == test.labels).astype(float) - (test.labels == guess)
         above = max_t_bootstrap(more, test.keys, 99, 0).critical ** 2 / count
-        assert float(here.smallest_skill) == pytest.approx(max(told, above) / (1 - chance))
-    assert float(data[1].smallest_skill) > 1.3 * float(data[0].smallest_skill)
+        assert float(here.smallest_detectable_skill) == pytest.approx(max(told, above) / (1 - chance))
+    assert float(data[1].smallest_detectable_skill) > 1.3 * float(data[0].smallest_detectable_skill)
 
 
 @pytest.mark.parametrize(("target", "blind"), [(ANSWER, 0.25), (START, 1 / 9), (DOORS, 0.5)])
@@ -441,7 +470,7 @@ def test_chance_and_majority_are_two_baselines_and_the_better_one_is_the_chance(
     for guess, share in ((0, 1.0), (1, 0.0)):  # every label is 0
         train = np.full((9, 4) if region else 9, guess)
         train[:4] = 1 - guess  # not more often than the guess
-        evaluated = tiny({"0": (1, 1)}, target, train_labels=train, train_keys=np.arange(9))
+        evaluated = tiny({0: (1, 1)}, target, train_labels=train, train_keys=np.arange(9))
         if region:
             parts = [evaluated.results[0].validation, evaluated.results[0].test]
             parts = [replace(p, labels=np.zeros((20, 4), int), predicted=np.zeros((1, 20, 4), int)) for p in parts]
@@ -454,7 +483,7 @@ def test_chance_and_majority_are_two_baselines_and_the_better_one_is_the_chance(
         for end in ("lower", "upper"):  # known exactly
             assert float(data[f"baseline_{end}"].sel(baseline="chance").isel(step=0)) == pytest.approx(blind)
     even = np.repeat([2, 1, 2, 1], 10)
-    tied = only(tiny({"0": (1, 1)}, train_labels=even))  # of equals the smallest
+    tied = only(tiny({0: (1, 1)}, train_labels=even))  # of equals the smallest
     assert float(tied.baseline_accuracy.sel(baseline="majority").isel(step=0)) == 0
 
 
@@ -462,31 +491,31 @@ def test_chance_and_majority_are_two_baselines_and_the_better_one_is_the_chance(
 
 
 def around(test: SplitPredictions) -> dict[str, np.ndarray]:
-    """What x0-hat shows at every step: its latents, and the readouts of the decoded steps around it."""
-    decoded = np.flatnonzero((test.readout >= 0).all(axis=1))
-    steps = np.arange(len(test.readout))
+    """What x0-hat shows at every step: its latents, and what is parsed at the decoded steps around it."""
+    decoded = np.flatnonzero((test.x0_parsed >= 0).all(axis=1))
+    steps = np.arange(len(test.x0_parsed))
     before = [max((d for d in decoded if d <= t), default=decoded[0]) for t in steps]
     after = [min((d for d in decoded if d >= t), default=decoded[-1]) for t in steps]
-    return {"before": test.readout[before][:, None], "after": test.readout[after][:, None], X0: test.inputs[X0]}
+    return {"before": test.x0_parsed[before][:, None], "after": test.x0_parsed[after][:, None], X0: test.inputs[X0]}
 
 
-def test_p_of_excess_is_that_of_the_weakest_of_all_that_is_shown(grid):
-    evaluated = synthetic(steps=6, samples=120, targets=(ANSWER, CHOICE, START, DOORS, CONTROL))
+def test_p_x0_is_that_of_the_weakest_of_all_that_x0_hat_shows(grid):
+    evaluated = synthetic(steps=6, samples=120, targets=(ANSWER, MODEL_ANSWER, START, DOORS, CONTROL))
     for result in evaluated.results[:2]:
         test, plane = result.test, grid.plane(result.target.name)
         expected = weakest_pair(pairs(test, evaluated, around(test)), test.keys, 200, 0).p
-        found = [float(plane.p_excess.sel(step=cell.step, layer=int(cell.site))) for cell in evaluated.cells]
+        found = [float(plane.p_x0.sel(step=cell.step, layer=cell.layer)) for cell in evaluated.cells]
         np.testing.assert_allclose(found, expected)
-    assert (grid.plane("answer").p_excess <= 0.05).any()
-    assert np.isnan(grid.plane("start").p_excess).all()
-    assert np.isnan(only(tiny({"0": (0.9, 0.9)})).p_excess).all()
+    assert (grid.plane("answer").p_x0 <= 0.05).any()
+    assert np.isnan(grid.plane("start").p_x0).all()
+    assert np.isnan(only(tiny({0: (0.9, 0.9)})).p_x0).all()
 
 
 @pytest.mark.parametrize("equal", ["before", "after", X0])
-def test_excess_has_to_be_over_all_that_is_shown(equal):
+def test_a_cell_has_to_be_above_all_that_x0_hat_shows(equal):
     """Of three steps the first and the last are decoded. At the middle one the layer beats two rows and ties with one,
     which validation and cross-validation think the poorest of them."""
-    evaluated = tiny({"0": (0.9, 0.9), X0: (0.5, 0.3, 0.5)}, steps=3)
+    evaluated = tiny({0: (0.9, 0.9), X0: (0.5, 0.3, 0.5)}, steps=3)
     first = evaluated.results[0]
     labels = first.test.labels
 
@@ -494,17 +523,21 @@ def test_excess_has_to_be_over_all_that_is_shown(equal):
         return np.where(np.arange(20) < round(share * 20), labels, 1)
 
     shares = {"before": 0.3, "after": 0.3, X0: 0.3} | {equal: 0.9}
-    readout = np.stack([said(shares["before"]), np.full(20, -1), said(shares["after"])])
-    trial = np.stack([said(0.2 if equal == "before" else 0.6), np.full(20, -1), said(0.2 if equal == "after" else 0.6)])
+    x0_parsed = np.stack([said(shares["before"]), np.full(20, -1), said(shares["after"])])
+    on_validation = np.stack(
+        [said(0.2 if equal == "before" else 0.6), np.full(20, -1), said(0.2 if equal == "after" else 0.6)]
+    )
     latent = np.stack([said(0.3), said(shares[X0]), said(0.3)])[:, None]
     cross = reading(first.readings[X0].validation, latent, 0.1)
-    test = replace(first.test, readout=readout, inputs={X0: latent})
-    result = replace(first, test=test, validation=replace(first.validation, readout=trial), readings={X0: cross})
+    test = replace(first.test, x0_parsed=x0_parsed, inputs={X0: latent})
+    result = replace(
+        first, test=test, validation=replace(first.validation, x0_parsed=on_validation), readings={X0: cross}
+    )
     data = only(replace(evaluated, results=(result,))).sel(step=1)
-    assert float(data.p_excess[0]) == 1
-    assert float(data.excess[0]) == pytest.approx(0.9 - 0.3)  # above what was chosen without test
-    readout[[0, 2]], latent[1] = said(0.3), said(0.3)
-    assert float(only(replace(evaluated, results=(result,))).sel(step=1).p_excess[0]) <= 0.05
+    assert float(data.p_x0[0]) == 1
+    assert float(data.above_x0[0]) == pytest.approx(0.9 - 0.3)  # above what was chosen without test
+    x0_parsed[[0, 2]], latent[1] = said(0.3), said(0.3)
+    assert float(only(replace(evaluated, results=(result,))).sel(step=1).p_x0[0]) <= 0.05
 
 
 def test_selectivity_is_the_distance_to_the_relabelled_control():
@@ -526,26 +559,26 @@ def test_selectivity_is_the_distance_to_the_relabelled_control():
     assert np.isnan(others.selectivity).all()
 
 
-def test_knew_counts_the_probe_where_the_model_drew_it_wrong():
-    evaluated = tiny({"0": (0.5, 0.5), "1": (0.9, 0.9)})  # right on the first ten, on the first eighteen
-    drawn = np.array([0] * 6 + [1] * 9 + [-1] * 5)
-    test = replace(evaluated.results[0].test, drawn=drawn)
+def test_correct_when_model_wrong_counts_the_probe_where_the_finished_video_is_wrong():
+    evaluated = tiny({0: (0.5, 0.5), 1: (0.9, 0.9)})  # right on the first ten, on the first eighteen
+    model_answer = np.array([0] * 6 + [1] * 9 + [-1] * 5)
+    test = replace(evaluated.results[0].test, model_answer=model_answer)
     data = only(replace(evaluated, results=(replace(evaluated.results[0], test=test),)))
-    assert int(data.n_wrong) == 14
-    np.testing.assert_allclose(data.knew.isel(step=0), [4 / 14, 12 / 14])
+    assert int(data.n_model_wrong) == 14
+    np.testing.assert_allclose(data.correct_when_model_wrong.isel(step=0), [4 / 14, 12 / 14])
     right = np.stack([np.arange(6, 20) < 10, np.arange(6, 20) < 18]).astype(float)
     lower, upper = share_interval(right, np.arange(6, 20))
-    np.testing.assert_allclose(data.knew_lower.isel(step=0), lower)
-    np.testing.assert_allclose(data.knew_upper.isel(step=0), upper)
-    choice = replace(evaluated.results[0], test=test, target=replace(ANSWER, role="choice"))
-    data = only(replace(evaluated, results=(choice,)))
-    assert np.isnan(data.knew).all()
-    assert int(data.n_wrong) == 0
+    np.testing.assert_allclose(data.correct_when_model_wrong_lower.isel(step=0), lower)
+    np.testing.assert_allclose(data.correct_when_model_wrong_upper.isel(step=0), upper)
+    own = replace(evaluated.results[0], test=test, target=replace(ANSWER, role="model_answer"))
+    data = only(replace(evaluated, results=(own,)))
+    assert np.isnan(data.correct_when_model_wrong).all()
+    assert int(data.n_model_wrong) == 0
 
 
 def test_what_is_known_of_probabilities_is_passed_on_by_cell():
-    trust = {"ece": np.array([0.1, 0.3]), "temperature": np.array([1.0, 3.0])}
-    data = only(tiny({"0": (0.9, 0.9), "embed": (0.5, 0.5), "4": (0.9, 0.9)}, trust=trust))
+    calibration = {"ece": np.array([0.1, 0.3]), "temperature": np.array([1.0, 3.0])}
+    data = only(tiny({0: (0.9, 0.9), "embed": (0.5, 0.5), 4: (0.9, 0.9)}, calibration=calibration))
     np.testing.assert_array_equal(data.ece.isel(step=0), [0.1, 0.3])
     np.testing.assert_array_equal(data.temperature.isel(step=0), [1.0, 3.0])
     assert np.isnan(data.brier).all()
@@ -553,23 +586,23 @@ def test_what_is_known_of_probabilities_is_passed_on_by_cell():
 
 def test_timing_is_that_of_the_targets_rows_with_evidence_from_validation():
     evaluated = synthetic(4, 8, 120, targets=(ANSWER, CONTROL))
-    data = build_grid(evaluated, draws=50).dataset.isel(place=0)
+    data = build_grid(evaluated, draws=50).dataset.isel(position=0)
     result, at = evaluated.results[0].test, {cell: i for i, cell in enumerate(evaluated.cells)}
     right = (result.predicted == result.labels).astype(float)
-    lines = np.stack([[right[at[Cell(t, str(n), "cond", "all")]] for t in range(8)] for n in range(4)])
-    here, trial = data.sel(target="answer"), evaluated.results[0].validation
-    p = max_t_permutation(trial.predicted, trial.labels, trial.keys, 50, 0).p
-    found = np.array([any(p[at[Cell(t, str(n), "cond", "all")]] <= 0.05 for t in range(8)) for n in range(4)])
+    lines = np.stack([[right[at[Cell(t, n, "cond", "all")]] for t in range(8)] for n in range(4)])
+    here, validation = data.sel(target="answer"), evaluated.results[0].validation
+    p = max_t_permutation(validation.predicted, validation.labels, validation.keys, 50, 0).p
+    found = np.array([any(p[at[Cell(t, n, "cond", "all")]] <= 0.05 for t in range(8)) for n in range(4)])
     majority = int(np.bincount(evaluated.results[0].train_labels).argmax())
     better = float(here.chance) != 0.25
     guess = (result.labels == majority).astype(float) if better else np.full(120, 0.25)
     expected = latency(lines, np.tile(guess, (4, 1)), range(8), result.keys, found, 50, 0)
     np.testing.assert_allclose(here.latency, expected.value)
     np.testing.assert_allclose(here.latency_upper, expected.upper)
-    np.testing.assert_array_equal(here.latency_at_most, expected.censored)
+    np.testing.assert_array_equal(here.latency_censored, expected.censored)
     assert np.isfinite(here.latency).any()
-    trial = evaluated.results[1].validation
-    assert (max_t_permutation(trial.predicted, trial.labels, trial.keys, 50, 0).p > 0.05).all()
+    validation = evaluated.results[1].validation
+    assert (max_t_permutation(validation.predicted, validation.labels, validation.keys, 50, 0).p > 0.05).all()
     assert np.isnan(data.latency.sel(target="control")).all()
 
 
@@ -581,53 +614,53 @@ def test_evidence_on_test_makes_no_latency():
     before, after = (build_grid(e, draws=99).dataset.isel(target=0) for e in (evaluated, blind))
     assert np.isfinite(before.latency).any() and np.isfinite(before.depth).any()
     np.testing.assert_array_equal(after.p_evidence, before.p_evidence)
-    for name in ("latency", "latency_lower", "depth", "lag", "visible_latency"):
+    for name in ("latency", "latency_lower", "depth", "lag", "x0_latency"):
         assert np.isnan(after[name]).all(), name
 
 
-def test_visible_is_the_stronger_of_readout_and_latent_without_looking_at_test():
-    data = only(tiny({"0": (0.9, 0.9), X0: (0.9, 0.8, 0.6), "x0_readout": (0.7, 0.5)}))
-    assert str(data.visible_source.values[0]) == "x0_readout"
-    assert float(data.visible[0]) == 0.5
-    assert float(data.excess[0, 0]) == pytest.approx(0.4)
-    data = only(tiny({"0": (0.9, 0.9), X0: (0.1, 0.8, 0.75), "x0_readout": (0.7, 0.9)}))
-    assert (str(data.visible_source.values[0]), float(data.visible[0])) == (X0, 0.8)
-    data = only(tiny({"0": (0.9, 0.9), X0: (0.6, 0.8)}))
-    assert (str(data.visible_source.values[0]), float(data.visible[0])) == (X0, 0.8)
-    data = only(tiny({"0": (0.9, 0.9)}))
-    assert str(data.visible_source.values[0]) == ""
-    assert np.isnan(data.excess).all()
-    assert np.isnan(data.excess_lower).all()
+def test_x0_accuracy_is_of_the_stronger_of_parser_and_latents_without_looking_at_test():
+    data = only(tiny({0: (0.9, 0.9), X0: (0.9, 0.8, 0.6), "x0_parsed": (0.7, 0.5)}))
+    assert str(data.x0_source.values[0]) == "x0_parsed"
+    assert float(data.x0_accuracy[0]) == 0.5
+    assert float(data.above_x0[0, 0]) == pytest.approx(0.4)
+    data = only(tiny({0: (0.9, 0.9), X0: (0.1, 0.8, 0.75), "x0_parsed": (0.7, 0.9)}))
+    assert (str(data.x0_source.values[0]), float(data.x0_accuracy[0])) == (X0, 0.8)
+    data = only(tiny({0: (0.9, 0.9), X0: (0.6, 0.8)}))
+    assert (str(data.x0_source.values[0]), float(data.x0_accuracy[0])) == (X0, 0.8)
+    data = only(tiny({0: (0.9, 0.9)}))
+    assert str(data.x0_source.values[0]) == ""
+    assert np.isnan(data.above_x0).all()
+    assert np.isnan(data.above_x0_lower).all()
 
 
-def test_excess_interval_is_paired():
+def test_the_interval_of_above_x0_is_paired():
     """The probe is right wherever the picture is, and on two samples more: the difference hardly varies."""
-    data = only(tiny({"0": (0.6, 0.6), X0: (0.5, 0.5)}))
+    data = only(tiny({0: (0.6, 0.6), X0: (0.5, 0.5)}))
     difference = (np.arange(20) >= 10) & (np.arange(20) < 12)
     lower, upper = difference_interval(difference[None].astype(float), np.arange(20))
-    assert float(data.excess_lower[0, 0]) == pytest.approx(lower[0])
-    assert float(data.excess_upper[0, 0]) == pytest.approx(upper[0])
+    assert float(data.above_x0_lower[0, 0]) == pytest.approx(lower[0])
+    assert float(data.above_x0_upper[0, 0]) == pytest.approx(upper[0])
     apart = share_interval((np.arange(20) < 12).astype(float)[None], np.arange(20))
     assert upper[0] - lower[0] < apart[1][0] - apart[0][0]  # narrower than that of the accuracy alone
 
 
-def test_steps_that_were_not_decoded_have_no_readout(grid):
-    readout = grid.dataset.baseline_accuracy.sel(baseline="x0_readout", place="all")
-    np.testing.assert_array_equal(np.isnan(readout.sel(target="answer")), [False, False, False, False, True, False])
-    assert np.isnan(readout.sel(target="start")).all()
+def test_nothing_is_parsed_at_steps_that_were_not_decoded(grid):
+    x0_parsed = grid.dataset.baseline_accuracy.sel(baseline="x0_parsed", position="all")
+    np.testing.assert_array_equal(np.isnan(x0_parsed.sel(target="answer")), [False, False, False, False, True, False])
+    assert np.isnan(x0_parsed.sel(target="start")).all()
 
 
-def test_a_step_that_was_not_decoded_is_held_against_the_readout_around_it(grid):
-    """Step 4 is not decoded: what x0-hat shows there is its latents, or the readout of step 3 or 5."""
-    data = grid.dataset.sel(target="answer", place="all")
+def test_a_step_that_was_not_decoded_is_held_against_what_is_parsed_around_it(grid):
+    """Step 4 is not decoded: what x0-hat shows there is its latents, or what is parsed at step 3 or 5."""
+    data = grid.dataset.sel(target="answer", position="all")
     latent = float(data.baseline_cross_validation.sel(baseline=X0, step=4))
-    near = {step: float(data.baseline_validation.sel(baseline="x0_readout", step=step)) for step in (3, 5)}
+    near = {step: float(data.baseline_validation.sel(baseline="x0_parsed", step=step)) for step in (3, 5)}
     assert max(near.values()) != latent
-    source, step = (X0, 4) if latent > max(near.values()) else ("x0_readout", max(near, key=near.get))
+    source, step = (X0, 4) if latent > max(near.values()) else ("x0_parsed", max(near, key=near.get))
     here = data.sel(step=4)
-    assert str(here.visible_source.values) == source
-    assert float(here.visible) == float(data.baseline_accuracy.sel(baseline=source, step=step))
-    np.testing.assert_allclose(here.excess, here.accuracy - here.visible)
+    assert str(here.x0_source.values) == source
+    assert float(here.x0_accuracy) == float(data.baseline_accuracy.sel(baseline=source, step=step))
+    np.testing.assert_allclose(here.above_x0, here.accuracy - here.x0_accuracy)
 
 
 @pytest.mark.parametrize(
@@ -639,14 +672,15 @@ def test_a_step_that_was_not_decoded_is_held_against_the_readout_around_it(grid)
     ],
 )
 def test_what_x0_hat_shows_between_decoded_steps(decoded, rows):
-    table = np.full((len(BASELINES), 5, 1, 1), -1)
-    table[BASELINES.index("x0_readout"), decoded, 0, 0] = decoded
-    table[BASELINES.index("x0_latent"), :, 0, 0] = 10 + np.arange(5)
-    np.testing.assert_array_equal(_shown(table)[..., 0, 0], [*rows, [10, 11, 12, 13, 14]])
+    parsed, latent = np.full((5, 1, 1), -1), 10 + np.arange(5).reshape(5, 1, 1)
+    parsed[decoded, 0, 0] = decoded
+    baseline = {"x0_parsed": parsed, "x0_latent": latent}
+    found = _x0_rows(Rows(np.zeros((15, 1)), np.arange(1), np.zeros((5, 1, 1, 1), dtype=int), baseline, (), ()))
+    np.testing.assert_array_equal(found[..., 0, 0], [*rows, [10, 11, 12, 13, 14]])
 
 
 def test_samples_without_a_label_change_nothing_but_are_not_counted():
-    clean = synthetic(3, 2, 40, targets=(CHOICE, DOORS))
+    clean = synthetic(3, 2, 40, targets=(MODEL_ANSWER, DOORS))
     rng = np.random.default_rng(9)
 
     def padded(split: SplitPredictions) -> SplitPredictions:
@@ -659,8 +693,8 @@ def test_samples_without_a_label_change_nothing_but_are_not_counted():
             np.concatenate([split.labels, missing])[at],
             np.concatenate([split.keys, split.keys])[at],
             np.concatenate([split.predicted, wild], axis=1)[:, at],
-            None if split.readout is None else np.concatenate([split.readout, split.readout * 0], axis=1)[:, at],
-            None if split.drawn is None else np.concatenate([split.drawn, split.drawn * 0])[at],
+            None if split.x0_parsed is None else np.concatenate([split.x0_parsed, split.x0_parsed * 0], axis=1)[:, at],
+            None if split.model_answer is None else np.concatenate([split.model_answer, split.model_answer * 0])[at],
             {name: np.concatenate([said, said * 0], axis=2)[:, :, at] for name, said in split.inputs.items()},
         )
 
@@ -675,24 +709,24 @@ def test_samples_without_a_label_change_nothing_but_are_not_counted():
     expected, found = build_grid(clean, draws=50).dataset, build_grid(replace(clean, results=results), draws=50).dataset
     xr.testing.assert_identical(found, expected)
     assert found.n_test.values.tolist() == [40, 40]
-    assert found.n_none.values.tolist() == [7, 0]
+    assert found.n_no_answer.values.tolist() == [7, 0]
 
 
 def test_best_is_chosen_on_validation_and_breaks_ties_by_step_then_layer():
-    best = build_grid(tiny({"0": (0.5, 1.0), "3": (0.9, 0.6), "7": (0.8, 0.9)}), draws=20).best("answer")
-    assert (best.cell, best.accuracy, best.validation_accuracy) == (Cell(0, "3", "cond", "all"), 0.6, 0.9)
-    tied = tiny({"10": (0.9, 0.6), "2": (0.9, 0.6)}, steps=3)
-    assert build_grid(tied, draws=20).best("answer").cell == Cell(0, "2", "cond", "all")
+    best = build_grid(tiny({0: (0.5, 1.0), 3: (0.9, 0.6), 7: (0.8, 0.9)}), draws=20).best("answer")
+    assert (best.cell, best.accuracy, best.validation_accuracy) == (Cell(0, 3, "cond", "all"), 0.6, 0.9)
+    tied = tiny({10: (0.9, 0.6), 2: (0.9, 0.6)}, steps=3)
+    assert build_grid(tied, draws=20).best("answer").cell == Cell(0, 2, "cond", "all")
     weak = replace(tied.results[0].validation, predicted=tied.results[0].validation.predicted.copy())
     weak.predicted[:2] = 3  # step 0 fails on validation: the next step wins
     later = replace(tied, results=(replace(tied.results[0], validation=weak),))
-    assert build_grid(later, draws=20).best("answer").cell == Cell(1, "2", "cond", "all")
+    assert build_grid(later, draws=20).best("answer").cell == Cell(1, 2, "cond", "all")
 
 
 def test_model_accuracy_counts_none_as_wrong_and_agreement_leaves_it_out():
-    evaluated = tiny({"0": (0.5, 0.5)})
-    drawn = np.array([0] * 8 + [1] * 4 + [-1] * 8)
-    test = replace(evaluated.results[0].test, drawn=drawn)
+    evaluated = tiny({0: (0.5, 0.5)})
+    model_answer = np.array([0] * 8 + [1] * 4 + [-1] * 8)
+    test = replace(evaluated.results[0].test, model_answer=model_answer)
     built = build_grid(replace(evaluated, results=(replace(evaluated.results[0], test=test),)), draws=50)
     assert built.dataset.attrs["model_accuracy"] == pytest.approx(8 / 20)
     assert built.dataset.attrs["model_accuracy_lower"] < 0.4 < built.dataset.attrs["model_accuracy_upper"]
@@ -701,9 +735,9 @@ def test_model_accuracy_counts_none_as_wrong_and_agreement_leaves_it_out():
 
 
 def test_cells_that_were_not_captured_are_empty():
-    evaluated = tiny({"0": (0.9, 0.9), "1": (0.8, 0.8)}, steps=2)
-    holes = replace(evaluated, cells=(*evaluated.cells[:3], Cell(5, "4", "cond", "all")))
-    data = build_grid(replace(holes, experts=("a",) * 3), draws=20).dataset.isel(target=0, place=0)
+    evaluated = tiny({0: (0.9, 0.9), 1: (0.8, 0.8)}, steps=2)
+    holes = replace(evaluated, cells=(*evaluated.cells[:3], Cell(5, 4, "cond", "all")))
+    data = build_grid(replace(holes, experts=("a",) * 3), draws=20).dataset.isel(target=0, position=0)
     assert data.step.values.tolist() == [0, 1, 5]
     assert data.layer.values.tolist() == [0, 1, 4]
     np.testing.assert_array_equal(np.isfinite(data.accuracy), [[1, 1, 0], [1, 0, 0], [0, 0, 1]])
@@ -715,21 +749,23 @@ def test_saved_grid_comes_back_the_same(grid, tmp_path):
     for place in (path, path.parent, path.parent.parent, str(path)):
         loaded = Grid.load(place)
         xr.testing.assert_identical(loaded.dataset, grid.dataset)
-        assert loaded.best("choice") == grid.best("choice")
+        assert loaded.best("model_answer") == grid.best("model_answer")
     grid.save(path)  # over an earlier one
     assert [p.name for p in path.parent.iterdir()] == ["grid.nc"]
 
 
 def test_missing_and_damaged_files_are_named(grid, tmp_path):
-    with pytest.raises(ValueError, match=r"grid '.*nowhere' is missing: expected grid.nc or a run folder"):
+    with pytest.raises(InputError, match=r"grid '.*/nowhere'.*missing.*grid\.nc"):
         Grid.load(tmp_path / "nowhere")
     path = grid.save(tmp_path / "grid.nc")
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"grid '.*grid.nc' is damaged"):
+    with pytest.raises(InputError, match=r"grid '.*/grid\.nc'.*damaged.*netCDF"):
         Grid.load(path)
-    xr.Dataset({"a": 1}).to_netcdf(path)
-    with pytest.raises(ValueError, match=r"grid '.*grid.nc' is damaged"):
-        Grid.load(path)
+    for name in ("position", "p_evidence", "x0_accuracy"):  # of an earlier version, or of something else
+        path.unlink()
+        grid.dataset.drop_vars(name).to_netcdf(path)
+        with pytest.raises(InputError, match=rf"grid '.*/grid\.nc'.*\b{name}\b.*version"):
+            Grid.load(path)
 
 
 def test_a_failed_save_leaves_nothing(grid, tmp_path, monkeypatch):
@@ -744,15 +780,15 @@ def test_a_failed_save_leaves_nothing(grid, tmp_path, monkeypatch):
 
 
 def test_bad_input_is_one_line_that_names_it(grid):
-    with pytest.raises(ValueError, match=r"^target='anwser': expected one of answer, choice, .*$"):
+    with pytest.raises(ValueError, match=r"^target='anwser'.* answer, model_answer, start, corridors, control"):
         grid.best("anwser")
-    with pytest.raises(ValueError, match=r"^target 'answer' has no test samples: expected at least 1"):
-        evaluated = tiny({"0": (1, 1)})
+    with pytest.raises(ValueError, match=r"^target 'answer'.*test.*\b1\b.*task\.problems"):
+        evaluated = tiny({0: (1, 1)})
         empty = replace(evaluated.results[0].test, labels=np.full(20, -1))
         build_grid(replace(evaluated, results=(replace(evaluated.results[0], test=empty),)))
-    with pytest.raises(ValueError, match="expected at least one layer"):
+    with pytest.raises(ValueError, match="^cells.*layer"):
         build_grid(tiny({"embed": (1, 1)}))
-    with pytest.raises(ValueError, match="2 experts: expected one per step, 1"):
-        build_grid(replace(tiny({"0": (1, 1)}), experts=("a", "b")))
-    with pytest.raises(ValueError, match=r"predictions of shape \(1, 20\), expected \(2, 20\)"):
-        build_grid(replace(tiny({"0": (1, 1)}), cells=(Cell(0, "0", "c", "all"), Cell(0, "1", "c", "all"))))
+    with pytest.raises(ValueError, match=r"2 experts.*\b1\b"):
+        build_grid(replace(tiny({0: (1, 1)}), experts=("a", "b")))
+    with pytest.raises(ValueError, match=r"^target 'answer'.*validation.*\(1, 20\).*\(2, 20\)"):
+        build_grid(replace(tiny({0: (1, 1)}), cells=(Cell(0, 0, "c", "all"), Cell(0, 1, "c", "all"))))

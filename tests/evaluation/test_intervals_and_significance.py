@@ -218,10 +218,10 @@ def test_intervals_hold_the_mean_and_are_blind_to_the_order_of_samples(keys, see
 
 def test_rounding_beyond_one_is_no_error_and_more_is():
     share_interval(one([1 + 1e-15, 0.5]), np.arange(2))
-    for values, shown in (([1.2, 0.5], "1.2"), ([0.1, -0.5], "-0.5"), ([np.nan, 0.5], "nan")):
-        with pytest.raises(ValueError, match=f"right={shown}: expected shares from 0 .wrong. to 1 .right."):
+    for values, first in (([1.2, 0.5], "1.2"), ([0.1, -0.5], "-0.5"), ([np.nan, 0.5], "nan")):
+        with pytest.raises(ValueError, match=rf"^right={first}\D.*\b0\b.*\b1\b"):
             share_interval(one(values), np.arange(2))
-    with pytest.raises(ValueError, match="difference=-1.5: expected differences of two shares, from -1 to 1"):
+    with pytest.raises(ValueError, match=r"^difference=-1\.5\D.*-1 .*\b1\b"):
         difference_interval(one([-1.5, 0.5]), np.arange(2))
 
 
@@ -417,8 +417,8 @@ def null_differences(rng: np.random.Generator, cells: int, problems: int, seeds:
     base = rng.random(problems)
     truth = np.where(rng.random((cells, problems)) < shared, base, rng.random((cells, problems)))
     probe = np.repeat(truth, seeds, axis=1) + 0.3 * rng.normal(size=(cells, problems * seeds))
-    visible = np.repeat(np.where(rng.random(problems) < shared, base, rng.random(problems)), seeds)
-    return (probe > 0.5) * 1.0 - (visible + 0.3 * rng.normal(size=problems * seeds) > 0.5)
+    baseline = np.repeat(np.where(rng.random(problems) < shared, base, rng.random(problems)), seeds)
+    return (probe > 0.5) * 1.0 - (baseline + 0.3 * rng.normal(size=problems * seeds) > 0.5)
 
 
 @pytest.mark.parametrize(("problems", "seeds", "shared"), [(60, 1, 0.0), (60, 1, 0.8), (40, 3, 0.5)])
@@ -536,7 +536,7 @@ def test_cells_without_any_input_have_no_p():
 def test_a_pair_that_is_missing_on_some_samples_is_refused():
     differences = np.zeros((2, 2, 20))
     differences[1, 0, 3] = np.nan
-    with pytest.raises(ValueError, match="cell 1, input 0: NaN on some samples, expected on all or none"):
+    with pytest.raises(ValueError, match="cell 1, input 0.*NaN"):
         weakest_pair(differences, np.arange(20))
 
 
@@ -562,13 +562,13 @@ def test_correctness_averages_over_regions_and_majority_skips_missing_labels():
 
 def test_no_samples_is_an_error():
     for interval in INTERVALS:
-        with pytest.raises(ValueError, match="no samples: expected at least one"):
+        with pytest.raises(ValueError, match="no samples"):
             interval(np.zeros((2, 0)), np.array([]))
-    with pytest.raises(ValueError, match="no samples: expected at least one"):
+    with pytest.raises(ValueError, match="no samples"):
         effective_problems(np.array([]))
-    with pytest.raises(ValueError, match="no samples: expected at least one"):
+    with pytest.raises(ValueError, match="no samples"):
         max_t_permutation(np.zeros((2, 0), dtype=int), np.zeros(0, dtype=int), np.array([]))
-    with pytest.raises(ValueError, match="no samples: expected at least one"):
+    with pytest.raises(ValueError, match="no samples"):
         max_t_bootstrap(np.zeros((2, 0)), np.array([]))
-    with pytest.raises(ValueError, match="no samples: expected at least one"):
+    with pytest.raises(ValueError, match="no samples"):
         weakest_pair(np.zeros((2, 1, 0)), np.array([]))

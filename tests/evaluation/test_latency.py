@@ -79,7 +79,7 @@ def test_no_latency_without_evidence():
     good, chance, below = logistic(5, 0.9), np.full(20, 0.25), np.full(20, 0.1)
     result = run(exact([good, good, chance, below]), found=np.array([True, False, True, True]))
     assert np.isfinite(result.value).tolist() == [True, False, False, False]
-    for part in (result.lower, result.upper, result.drawn[:, 0]):
+    for part in (result.lower, result.upper, result.bootstrap[:, 0]):
         assert np.isnan(part[1:]).all()
     assert not result.censored[1:].any()
     weak = np.zeros((1, 2, 30))
@@ -93,12 +93,12 @@ def slow(correct: np.ndarray, chance: np.ndarray, at: np.ndarray) -> float:
     best = max((height for _, height in points), default=0.0)
     if best <= 0:
         return np.nan
-    for i, (place, height) in enumerate(points):
+    for i, (position, height) in enumerate(points):
         if height >= best / 2 - 1e-9:
             if i == 0:
-                return place
+                return position
             left, low = points[i - 1]
-            return left + (place - left) * (best / 2 - low) / (height - low)
+            return left + (position - left) * (best / 2 - low) / (height - low)
     raise AssertionError
 
 
@@ -122,7 +122,7 @@ def test_bootstrap_equals_a_loop_over_lines_and_draws(fixed, monkeypatch):
     for chunk in (4096, 1):
         monkeypatch.setattr(module, "CHUNK", chunk)
         result = run(correct, chance, at, keys, draws=80, seed=11)
-        np.testing.assert_allclose(result.drawn, expected, atol=1e-9)
+        np.testing.assert_allclose(result.bootstrap, expected, atol=1e-9)
         np.testing.assert_allclose(result.value, [slow(c, g, at) for c, g in zip(correct, guess, strict=True)])
         for line, value in enumerate(result.value):  # bias-corrected percentiles, one line at a time
             below = np.mean(np.where(np.isclose(expected[line], value), 0.5, expected[line] < value))
@@ -174,27 +174,27 @@ def test_latency_ignores_the_scale_of_accuracy_and_follows_that_of_positions(see
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scaled = run(correct * scale, 0.3 * scale, at, keys, draws=20, seed=seed)
-    np.testing.assert_allclose(scaled.drawn, plain.drawn, atol=1e-6)
+    np.testing.assert_allclose(scaled.bootstrap, plain.bootstrap, atol=1e-6)
     moved = run(correct, 0.3, at * stretch + shift, keys, draws=20, seed=seed)
     np.testing.assert_allclose(moved.value, plain.value * stretch + shift, atol=1e-9)
     order = rng.permutation(24)
     shuffled = run(correct[:, :, order], 0.3, at, keys[order], draws=20, seed=seed)
-    np.testing.assert_allclose(shuffled.drawn, plain.drawn, atol=1e-9)
-    inside = plain.drawn[~np.isnan(plain.drawn)]
+    np.testing.assert_allclose(shuffled.bootstrap, plain.bootstrap, atol=1e-9)
+    inside = plain.bootstrap[~np.isnan(plain.bootstrap)]
     assert ((at[0] <= inside) & (inside <= at[-1])).all()
 
 
 def test_bad_input_is_named():
     correct = exact([[0.2, 0.9]])
-    with pytest.raises(ValueError, match=r"at=\[1, 0\]: expected 2 rising positions"):
+    with pytest.raises(ValueError, match=r"^at=\[1, 0\].*\b2\b"):
         run(correct, at=[1, 0])
-    with pytest.raises(ValueError, match=r"at=\[0\]: expected 2 rising positions"):
+    with pytest.raises(ValueError, match=r"^at=\[0\].*\b2\b"):
         run(correct, at=[0])
-    with pytest.raises(ValueError, match=r"chance\[1, 3\]: expected \[1\] or \[1, 6\]"):
+    with pytest.raises(ValueError, match=r"^chance\[1, 3\].*\[1\].*\[1, 6\]"):
         run(correct, chance=np.zeros((1, 3)), at=[0, 1])
-    with pytest.raises(ValueError, match="line 0, point 1: NaN on some samples"):
+    with pytest.raises(ValueError, match="line 0, point 1.*NaN"):
         run(np.where(np.arange(6) + np.arange(2)[:, None] == 6, np.nan, correct), at=[0, 1])
-    with pytest.raises(ValueError, match="no samples: expected at least one"):
+    with pytest.raises(ValueError, match="no samples"):
         run(correct[:, :, :0], at=[0, 1])
-    with pytest.raises(ValueError, match="2 first and 1 second lines: expected pairs"):
+    with pytest.raises(ValueError, match="2 first.*1 second"):
         lag(run(correct, at=[0, 1]), [0, 0], [0])

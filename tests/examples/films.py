@@ -19,6 +19,6 @@ def film(steps: int = 3) -> Film:
         last = problem.answer if title == "right" else ((problem.answer or 0) + 1) % 4
         picks = (*[((problem.answer or 0) + 2) % 4] * (steps - 1), last)
         frames = np.stack([np.full((64, 64, 3), 10 * i, dtype=np.uint8) for i in range(steps)])
-        drawn = None if title == "choice" else last
-        rows.append(FilmRow(title, task.image(problem), frames, picks, problem.regions, problem.answer, drawn))
+        model_answer = None if title == "choice" else last
+        rows.append(FilmRow(title, task.image(problem), frames, picks, problem.regions, problem.answer, model_answer))
     return Film(tuple(rows), tuple(range(0, 4 * steps, 4)))

@@ -12,40 +12,41 @@ from cosprobe.evaluation.predictions import Evaluated, InputReading, SplitPredic
 from cosprobe.tasks import Target
 
 ANSWER = Target("answer", 4, "candidate", "answer", ("one_exit",))
-CHOICE = Target("choice", 4, "candidate", "choice", ("choice",))
+MODEL_ANSWER = Target("model_answer", 4, "candidate", "model_answer", ("choice",))
 START = Target("start", 9, "problem", "perception", ("one_exit", "choice"))
 DOORS = Target("corridors", 2, "region", "perception", ("one_exit", "choice"))
 CONTROL = Target("control", 4, "candidate", "control", ("one_exit", "choice"))
 ORIGIN = Target("origin", 4, "problem", "memory", ("one_exit",))
-READ = ("noise", "nuisance", "embed", "x_t", X0)  # what the synthetic world has readings of
+READ = ("noise", "difficulty", "embed", "x_t", X0)  # what the synthetic world has readings of
 
 
-def truth(target: str, site: str, step: int, layers: int, steps: int) -> float:
-    """Share of samples a cell gets right in the synthetic world: the answer is computed in the middle layers of the
-    first step, the choice settles along steps, inputs and x0-hat follow."""
+def truth(target: str, source: int | str, step: int, layers: int, steps: int) -> float:
+    """Share of samples that a layer (by its number) or a baseline gets right in the synthetic world: the answer is
+    computed in the middle layers of the first step, the model settles on its own along steps, inputs and x0-hat
+    follow."""
     time = step / max(1, steps - 1)
     if target == "control":
         return 0.25
     if target in ("start", "corridors"):
-        return 0.95 - 0.4 * int(site) / layers
-    final, first = (0.93, 0.36) if target != "choice" else (0.97, 0.34)
-    if site in ("noise", "nuisance"):
+        return 0.95 - 0.4 * int(source) / layers
+    final, first = (0.93, 0.36) if target != "model_answer" else (0.97, 0.34)
+    if source in ("noise", "difficulty"):
         return 0.27
-    if site in ("embed", "x_t"):
-        return first - 0.06 * (site == "x_t") + 0.7 * (final - first) * time**2
-    if site in ("x0_latent", "x0_readout"):
-        lead = 0.72 if target != "choice" else 0.5
+    if source in ("embed", "x_t"):
+        return first - 0.06 * (source == "x_t") + 0.7 * (final - first) * time**2
+    if source in ("x0_latent", "x0_parsed"):
+        lead = 0.72 if target != "model_answer" else 0.5
         return lead + (final - lead) * min(1.0, 1.6 * time)
-    depth = int(site) / (layers - 1)
-    settled = 1 / (1 + np.exp(-14 * (depth - (0.62 if target != "choice" else 0.5) + 0.9 * time)))
-    ceiling = final if target != "choice" else 0.55 + 0.42 * (1 - np.exp(-6 * time))
+    depth = int(source) / (layers - 1)
+    settled = 1 / (1 + np.exp(-14 * (depth - (0.62 if target != "model_answer" else 0.5) + 0.9 * time)))
+    ceiling = final if target != "model_answer" else 0.55 + 0.42 * (1 - np.exp(-6 * time))
     return first + (ceiling - first) * settled
 
 
 def reading(
     validation: np.ndarray, test: np.ndarray, accuracy: float | np.ndarray, form: str = "region, mean", columns: int = 8
 ) -> InputReading:
-    """Of labels [step, place, *label]; accuracy in cross-validation of every step and place."""
+    """Of labels [step, position, *label]; accuracy in cross-validation of every step and position."""
     shape = validation.shape[:2]
     sizes = np.full(shape, columns)
     cross = np.broadcast_to(np.asarray(accuracy, dtype=float), shape)
@@ -53,11 +54,18 @@ def reading(
 
 
 def synthetic(
-    layers=8, steps=20, samples=196, places=("all",), branches=("cond",), targets=(ANSWER, CHOICE), seeds=1, seed=0
+    layers=8,
+    steps=20,
+    samples=196,
+    positions=("all",),
+    branches=("cond",),
+    targets=(ANSWER, MODEL_ANSWER),
+    seeds=1,
+    seed=0,
 ) -> Evaluated:
     """Predictions of a bank and of inputs on a world whose accuracies are `truth`, errors correlated between cells."""
     rng = np.random.default_rng(seed)
-    cells = tuple(Cell(t, str(n), b, p) for t in range(steps) for n in range(layers) for b in branches for p in places)
+    cells = tuple(Cell(t, n, b, p) for t in range(steps) for n in range(layers) for b in branches for p in positions)
     decoded = set(np.linspace(0, steps - 1, min(5, steps)).astype(int).tolist())
 
     def guesses(target: Target, labels: np.ndarray, shares: list[float]) -> np.ndarray:
@@ -70,23 +78,23 @@ def synthetic(
     def split(target: Target, count: int, name: str) -> SplitPredictions:
         keys = np.array([f"{name}{i // seeds}" for i in range(count)])
         labels = rng.integers(target.classes, size=(count, 4) if target.form == "region" else count)
-        shares = [truth(target.name, c.site, c.step, layers, steps) * (0.6 if c.place == "0" else 1) for c in cells]
+        shares = [truth(target.name, c.layer, c.step, layers, steps) * (0.6 if c.position == "0" else 1) for c in cells]
         named = [name for name in READ if name in (*MUST_BEAT.get(target.role, ()), X0) and target.role in MUST_BEAT]
-        apart = len(places) if target.role == "memory" else 1  # everything else is read wherever it serves best
+        apart = len(positions) if target.role == "memory" else 1  # everything else is read wherever it serves best
         shares += [truth(target.name, name, t, layers, steps) for name in named for t in range(steps * apart)
                    for t in [t // apart]]  # fmt: skip
         said = guesses(target, labels, shares)
         predicted, others = said[: len(cells)], said[len(cells) :].reshape(len(named), steps, apart, *labels.shape)
-        whole = (steps, len(places), *labels.shape)
+        whole = (steps, len(positions), *labels.shape)
         inputs = {name: np.broadcast_to(values, whole) for name, values in zip(named, others, strict=True)}
         if target.role == "control":
             predicted = rng.integers(target.classes, size=predicted.shape)
-        if target.role not in ("answer", "choice"):
+        if target.role not in ("answer", "model_answer"):
             return SplitPredictions(labels, keys, predicted, inputs=inputs)
-        shares = [truth(target.name, "x0_readout", t, layers, steps) for t in range(steps)]
-        readout = np.where(np.isin(np.arange(steps), list(decoded))[:, None], guesses(target, labels, shares), -1)
-        drawn = labels if target.role == "choice" else guesses(target, labels, [0.9])[0]
-        return SplitPredictions(labels, keys, predicted, readout, drawn, inputs)
+        shares = [truth(target.name, "x0_parsed", t, layers, steps) for t in range(steps)]
+        x0_parsed = np.where(np.isin(np.arange(steps), list(decoded))[:, None], guesses(target, labels, shares), -1)
+        model_answer = labels if target.role == "model_answer" else guesses(target, labels, [0.9])[0]
+        return SplitPredictions(labels, keys, predicted, x0_parsed, model_answer, inputs)
 
     def result(target: Target) -> TargetPredictions:
         train = rng.integers(target.classes, size=(300, 4) if target.form == "region" else 300)
@@ -94,9 +102,9 @@ def synthetic(
         readings = {}
         for name, said in test.inputs.items():
             cross = [truth(target.name, name, t, layers, steps) + rng.normal(scale=0.02) for t in range(steps)]
-            accuracy = np.repeat(np.clip(cross, 0, 1)[:, None], len(places), axis=1)
+            accuracy = np.repeat(np.clip(cross, 0, 1)[:, None], len(positions), axis=1)
             readings[name] = reading(validation.inputs[name], said, accuracy)
-        none = 7 * (target.role == "choice")
+        none = 7 * (target.role == "model_answer")
         return TargetPredictions(
             target, train, np.arange(300) // 2, validation, test, np.full(len(cells), 0.01), none, readings=readings
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -77,10 +78,8 @@ def test_a_card_names_families_kinds_and_misreadings(tmp_path):
     assert "| problems | one_exit | choice |" in text
     assert "| all | 1.000 [0.692, 1.000] of 10 | 0.000 [0.000, 0.308] of 10 |" in text
     assert "| rooms 4 |" in text and "| 5 frames | 1.000" in text
-    assert (
-        "3 of 500 reconstructed references read differently" in text
-        and "end on no answer, or on several: 0.500" in text
-    )
+    assert re.search(r"\b3 of 500\b", text)  # references that read differently when reconstructed
+    assert re.search(r"no answer.*\b0\.500\b", text)
 
 
 def test_other_words_name_something_else_in_the_same_picture(tmp_path):
@@ -96,7 +95,7 @@ def test_other_words_name_something_else_in_the_same_picture(tmp_path):
     right = solved(task, [1, 1, 1, 0])
     measured = Measured({"select": right}, {}, {"select": (0, 4)}, {"select": {"object": right}})
     text = write_card(tmp_path, measured, PipelineConfig()).read_text()
-    assert "Right when another object of the same picture is named: 0.750 [" in text
+    assert re.search(r"another object\b.*\b0\.750 \[", text)
 
 
 @pytest.mark.slow

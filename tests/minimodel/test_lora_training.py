@@ -72,11 +72,11 @@ def test_a_finished_run_is_not_trained_again(trained, monkeypatch):
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"experiment.layers=\['to_z'\]: no layer of the transformer has such a name"):
+    with pytest.raises(ValueError, match=r"experiment\.layers=\['to_z'\]"):
         train_adapter(wan(), replace(CONFIG, layers=["to_z"]), TASKS, tmp_path, "32-true")
-    with pytest.raises(ValueError, match=r"CogVideoXPipeline: expected an image-to-video pipeline that gives"):
+    with pytest.raises(ValueError, match=r"CogVideoXPipeline.*image-to-video"):
         train_adapter(cogvideox(), CONFIG, TASKS, tmp_path, "32-true")
-    with pytest.raises(ValueError, match=r"experiment.rank=0: expected at least 1"):
+    with pytest.raises(ValueError, match=r"experiment\.rank=0.*1"):
         replace(CONFIG, rank=0)
-    with pytest.raises(ValueError, match=r"pipeline.lora='nowhere': expected adapters of this model"):
+    with pytest.raises(ValueError, match=r"pipeline\.lora='nowhere'"):
         load_pipeline(PipelineConfig(lora="nowhere"))

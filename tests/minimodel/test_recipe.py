@@ -184,14 +184,14 @@ def test_no_problem_is_in_two_sets_and_families_are_weighted():
 
 
 def test_mistakes_in_the_recipe_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"experiment.families: 'mase' is no task; expected some of .*maze"):
+    with pytest.raises(ValueError, match=r"experiment\.families.*'mase'.*maze"):
         families(["mase"], TASK)
-    with pytest.raises(ValueError, match=r"experiment.clips=\[1\]: expected one number for each of lengths=\[5, 9\]"):
+    with pytest.raises(ValueError, match=r"experiment\.clips=\[1\].*lengths=\[5, 9\]"):
         replace(CONFIG, clips=[1])
-    with pytest.raises(ValueError, match=r"experiment.lengths=\[5, 8\]: expected 4k \+ 1 frames, at least 5"):
+    with pytest.raises(ValueError, match=r"experiment\.lengths=\[5, 8\].*4k \+ 1.*5"):
         replace(CONFIG, lengths=[5, 8])
     missing = replace(CONFIG, autoencoder=replace(CONFIG.autoencoder, start=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"experiment.autoencoder.start='.*': expected a diffusers folder with a vae"):
+    with pytest.raises(ValueError, match=r"experiment\.autoencoder\.start='.*'.*vae"):
         train_mini(missing, families(["maze"], TASK), tmp_path / "run", "32-true")
 
 

@@ -27,9 +27,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dtype": "fp8"}, "pipeline.dtype='fp8': expected one of float32, bfloat16, float16"),
-        ({"steps": 0}, "pipeline.steps=0: expected at least 1"),
-        ({"guidance": 0.5}, r"pipeline.guidance=0.5: expected 1 \(off\) or more"),
+        ({"dtype": "fp8"}, r"pipeline\.dtype='fp8'.*float32, bfloat16, float16"),
+        ({"steps": 0}, r"pipeline\.steps=0.*1"),
+        ({"guidance": 0.5}, r"pipeline\.guidance=0\.5.*1"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -38,24 +38,24 @@ def test_bad_settings(settings, message):
 
 
 def test_a_missing_folder_and_one_that_is_no_pipeline(tmp_path, folder):
-    with pytest.raises(ValueError, match="expected a diffusers folder with a model_index.json"):
+    with pytest.raises(ValueError, match=r"pipeline\.path='.*none'.*model_index\.json"):
         load_pipeline(PipelineConfig(path=str(tmp_path / "none")))
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     shutil.rmtree(broken / "transformer")
-    with pytest.raises(ValueError, match="not a complete diffusers pipeline") as caught:
+    with pytest.raises(ValueError, match=r"pipeline\.path='.*/broken'.*config\.json") as caught:
         load_pipeline(PipelineConfig(path=str(broken)))
     assert "\n" not in str(caught.value)
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut)
     weights = next((cut / "transformer").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="not a complete diffusers pipeline"):
+    with pytest.raises(ValueError, match=r"pipeline\.path='.*/cut'.*\(.+\)"):
         load_pipeline(PipelineConfig(path=str(cut)))
     other = tmp_path / "other"
     other.mkdir()
     (other / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
-    with pytest.raises(ValueError, match="not a complete diffusers pipeline"):
+    with pytest.raises(ValueError, match=r"pipeline\.path='.*/other'.*NoSuchPipeline"):
         load_pipeline(PipelineConfig(path=str(other)))
 
 
@@ -65,7 +65,7 @@ def test_weights_that_are_not_safetensors_are_not_loaded(tmp_path, folder):
     weights = next((pickled / "transformer").glob("*.safetensors"))
     torch.save({}, weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(ValueError, match="not a complete diffusers pipeline"):
+    with pytest.raises(ValueError, match=r"pipeline\.path='.*/pickled'.*safetensors"):
         load_pipeline(PipelineConfig(path=str(pickled)))
 
 
@@ -91,9 +91,7 @@ def test_fingerprint_follows_weights_and_configs(tmp_path, folder):
 
 
 def test_a_prompt_that_would_be_cut_off_is_refused():
-    with pytest.raises(
-        ValueError, match=r"prompt 'draw draw.*'... has 41 tokens: expected at most 32; shorten it or raise"
-    ):
+    with pytest.raises(ValueError, match=r"'draw draw.*41 tokens.*32.*pipeline\.prompt_tokens"):
         sample(wan(), CONFIG, IMAGES[:1], ["draw " * 40], [0])
 
 
@@ -145,7 +143,7 @@ def test_a_pipeline_that_encodes_other_than_expected_is_refused(monkeypatch):
     pipeline = wan()
     original = pipeline.prepare_latents
     monkeypatch.setattr(pipeline, "prepare_latents", lambda *a: (original(*a)[0], original(*a)[1][:1]))
-    with pytest.raises(RuntimeError, match="the pipeline encoded 1 of 2 images: expected each once"):
+    with pytest.raises(RuntimeError, match="1 of 2 images"):
         sample(pipeline, CONFIG, IMAGES, [PROMPT] * 2, [1, 2])
 
 
@@ -203,5 +201,5 @@ def test_samples_can_leave_a_running_batch(experts, guidance, multistep):
 def test_samples_that_go_one_by_one_cannot_leave():
     pipeline = wan()
     pipeline.transformer.register_to_config(image_dim=8)
-    with pytest.raises(ValueError, match="this transformer is given a CLIP image embedding .Wan2.1.: expected one"):
+    with pytest.raises(ValueError, match=r"WanImageToVideoPipeline.*Wan2\.1.*Wan2\.2"):
         sample(pipeline, CONFIG, IMAGES, [PROMPT] * 2, [1, 2], filter_batch=lambda step: None)

@@ -4,7 +4,7 @@
 
 Prints how far every number is from `report/grid.nc`. Nothing of the project is imported: each rule is written out here
 a second time, as plainly as possible. For targets of the form `candidate` or `problem` in runs with one noise seed per
-problem, one guidance branch, pooling by region with one place, and probes fitted with `logistic` or `newton`.
+problem, one guidance branch, pooling by region with one position, and probes fitted with `logistic` or `newton`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from scipy.stats import beta
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 
-INPUTS = ("noise", "first_frame", "prompt", "nuisance", "embed", "x_t")
+INPUTS = ("noise", "first_frame", "prompt", "difficulty", "embed", "x_t")
 DRAWS, LEVEL, FOLDS = 4000, 0.025, 5
 
 
@@ -141,7 +141,7 @@ def weakest(right: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def by_permutation(said: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """p of every cell above chance: labels change places, the largest standardised accuracy of a draw counts."""
+    """p of every cell above chance: labels move between samples, the largest standardised accuracy of a draw counts."""
     rng, flat = np.random.default_rng(98), said.reshape(-1, len(y))
     hits = np.stack([(flat == labels).sum(axis=1) for labels in [y, *(rng.permutation(y) for _ in range(DRAWS))]])
     spread = hits.std(axis=0)
@@ -156,21 +156,21 @@ def derive(folder: Path, target: str, seed: int = 0) -> dict[str, np.ndarray]:
     bank = load_file(folder / "probes" / "bank.safetensors")
     about = json.loads((folder / "probes" / "bank.json").read_text())
     described = next(t for t in about["targets"] if t["name"] == target)
-    penalties, shared = about["provenance"]["probe"]["lambdas"], described["form"] == "candidate"
-    y = data.get(f"label.{target}", data["choice"])
-    if target == "choice":  # of problems with several right answers, which carry no label of the answer
+    penalties, shared = about["provenance"]["probe"]["penalties"], described["form"] == "candidate"
+    y = data.get(f"label.{target}", data["model_answer"])
+    if target == "model_answer":  # of problems with several right answers, which carry no label of the answer
         y = np.where(data["label.answer"] < 0, y, -1)
     whole = [(y >= 0) & (data["split"] == i) for i in range(3)]
     everything, (train, validation, test) = data["split"] == 0, whole
-    columns = [v[:, None] for k, v in data.items() if k.startswith("difficulty.")]
+    columns = [v[:, None, None, None, None] for k, v in data.items() if k.startswith("difficulty.")]
     columns = [(v - v[everything].mean()) / (v[everything].std() or np.inf) for v in columns]
-    data["input.nuisance.whole"] = np.concatenate([v**k for v in columns for k in (1, 2)], axis=1)[:, None, None, None]
+    data["input.difficulty.whole"] = np.concatenate([v**k for v in columns for k in (1, 2)], axis=-1)
 
     # the frozen probes, applied as the bank says
-    steps, layers = len(notes["steps"]), len(notes["sites"])
+    steps, layers = len(notes["steps"]), len(notes["hook_points"])
     said = np.empty((steps, layers, len(y)), dtype=int)
-    for i, (step, site, _, _) in enumerate(about["cells"]):
-        at = notes["steps"].index(step), notes["sites"].index(site)
+    for i, (step, layer, _, _) in enumerate(about["cells"]):
+        at = notes["steps"].index(step), notes["hook_points"].index(str(layer))
         x = (data["features"][:, at[0], at[1], 0, 0] - bank["mean"][i]) / np.where(
             bank["std"][i] > 0, bank["std"][i], np.inf
         )
@@ -214,21 +214,20 @@ def derive(folder: Path, target: str, seed: int = 0) -> dict[str, np.ndarray]:
     if better:
         frequent = np.broadcast_to(y[test] == usual, (steps, 1, n))
         out["p_evidence"] = np.maximum(out["p_evidence"], weakest(right, frequent))
-    scored = data["x0_readout"][test][:, notes["steps"]]  # sample, step, candidate; NaN at steps that were not decoded
+    scored = data["x0_scores"][test][:, notes["steps"]]  # sample, step, candidate; NaN at steps that were not decoded
     decoded = [s for s in range(steps) if not np.isnan(scored[:, s]).any()]
-    drawn = {s: np.argmax(scored[:, s], axis=1) == y[test] for s in decoded}
+    parsed = {s: np.argmax(scored[:, s], axis=1) == y[test] for s in decoded}
     before = [max((d for d in decoded if d <= s), default=decoded[0]) for s in range(steps)]
     after = [min((d for d in decoded if d >= s), default=decoded[-1]) for s in range(steps)]
-    shown = np.stack([[drawn[before[s]], drawn[after[s]], read_[s, -1]] for s in range(steps)])
-    out["p_excess"] = weakest(right, shown)
+    of_x0 = np.stack([[parsed[before[s]], parsed[after[s]], read_[s, -1]] for s in range(steps)])
+    out["p_x0"] = weakest(right, of_x0)
     return out
 
 
 def compare(folder: Path, target: str) -> dict[str, float]:
     """Of every number the largest distance to the grid; of p in standard errors of the draws of both."""
-    plane = (
-        xr.load_dataset(folder / "report" / "grid.nc").sel(target=target).isel(place=0).transpose("step", "layer", ...)
-    )
+    plane = xr.load_dataset(folder / "report" / "grid.nc").sel(target=target).isel(position=0)
+    plane = plane.transpose("step", "layer", ...)
     distances = {}
     for name, value in derive(folder, target).items():
         kind, _, source = name.partition(" of ")

@@ -20,7 +20,7 @@ from cosprobe.probes.logistic import ProbeConfig, fit
 from cosprobe.runtime import TrainerConfig
 from cosprobe.tasks import Target
 
-RECIPE = {"lambdas": [0.01, 1.0], "epochs": 6, "batch": 101, "memory": 2e-3}  # memory: two chunks of the cells
+RECIPE = {"penalties": [0.01, 1.0], "epochs": 6, "batch": 101, "memory": 2e-3}  # memory: two chunks of the cells
 TARGETS = (
     Target("answer", 3, "candidate", "answer", ("one",)),
     Target("doors", 2, "region", "perception", ("one", "two")),
@@ -48,7 +48,7 @@ def planted(count: int = 700, regions: int = 3, channels: int = 10, cells: int =
     third = count // 3
     return ProbeSamples(
         features=x * 3 + 1,
-        cells=tuple(Cell(0, str(layer), "cond", "all") for layer in range(cells)),
+        cells=tuple(Cell(0, layer, "cond", "all") for layer in range(cells)),
         targets=TARGETS,
         labels={
             "answer": torch.where(torch.arange(count) % 2 == 0, answer, -1),

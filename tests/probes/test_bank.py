@@ -1,23 +1,37 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+from cosprobe.activations.collection import CaptureConfig, StoreSettings
 from cosprobe.cells import Cell
-from cosprobe.probes.bank import ProbeBank, load_probes
+from cosprobe.models.pipelines import PipelineConfig
+from cosprobe.probes.bank import FORMAT, ProbeBank, Provenance, load_probes
 from cosprobe.probes.linalg import affine, classes_last
 from cosprobe.tasks import Target
 from cosprobe.tasks.task import readable_targets
 
 REGIONS, CHANNELS = 3, 4
-CELLS = tuple(Cell(step, str(layer), "cond", "all") for step in range(2) for layer in range(2))
+CELLS = tuple(Cell(step, layer, "cond", "all") for step in range(2) for layer in range(2))
 TARGETS = (
     Target("answer", 3, "candidate", "answer", ("one",)),
     Target("doors", 2, "region", "perception", ("one", "two")),
     Target("start", 5, "problem", "perception", ("one",)),
+)
+PROVENANCE = Provenance(
+    store=StoreSettings("tiny", 3, PipelineConfig(steps=2), {"frames": 5}, CaptureConfig(steps="last"), {"torch": "2"}),
+    probe={"kind": "newton", "penalties": [0.1]},
+    trainer={"devices": 1},
+    seed=3,
+    train=12,
+    validation=4,
+    converged={"answer": (4, 4), "doors": (3, 4)},
+    gap={"answer": 1e-9},
+    policies=({"target": "answer", "threshold": 0.7},),
 )
 
 
@@ -33,8 +47,8 @@ def bank() -> ProbeBank:
         std=torch.rand(4, CHANNELS, generator=rng) + 0.5,
         weights={name: torch.randn(4, *shape, generator=rng) for name, shape in shapes.items()},
         biases={name: torch.randn(4, shape[1], generator=rng) for name, shape in shapes.items()},
-        lambdas={name: torch.full((4,), 0.1) for name in shapes},
-        provenance={"model": "tiny", "seed": 3},
+        penalties={name: torch.full((4,), 0.1) for name in shapes},
+        provenance=PROVENANCE,
     )
 
 
@@ -56,7 +70,7 @@ def test_decision_is_the_scalar_definition_of_each_form(bank, features):
     assert torch.allclose(start[c, n], x.flatten() @ bank.weights["start"][c] + bank.biases["start"][c], **close)
 
 
-def test_settings_stay_between_samples_and_classes(bank, features):
+def test_penalties_stay_between_samples_and_classes(bank, features):
     rows = features.transpose(0, 1)
     weight = torch.stack([bank.weights["doors"], 2 * bank.weights["doors"]], dim=2)
     bias = torch.stack([bank.biases["doors"], 2 * bank.biases["doors"]], dim=1)
@@ -83,8 +97,8 @@ def test_selected_cells_decide_as_in_the_whole_bank(bank, features):
     expected = bank.decision(features, "answer")[[3, 1]]
     assert torch.equal(bank.select(some).decision(features[:, [3, 1]], "answer"), expected)
     assert torch.equal(bank.decision(features[:, [3, 1]], "answer", some), expected)
-    with pytest.raises(ValueError, match=r"cell \(step 9, 0, cond, all\): not among the 4 cells"):
-        bank.select([Cell(9, "0", "cond", "all")])
+    with pytest.raises(ValueError, match=f"{re.escape(str(Cell(9, 0, 'cond', 'all')))}.*4 cells"):
+        bank.select([Cell(9, 0, "cond", "all")])
 
 
 def test_joined_parts_are_the_bank(bank, features):
@@ -94,7 +108,7 @@ def test_joined_parts_are_the_bank(bank, features):
 
 
 def test_features_of_another_shape_are_refused(bank, features):
-    with pytest.raises(ValueError, match=r"features\[7, 3, 3, 4\]: expected \[sample, cell, region, channel\]"):
+    with pytest.raises(ValueError, match=r"features\[7, 3, 3, 4\].*\[4, 3, 4\]"):
         bank.decision(features[:, :3], "answer")
 
 
@@ -114,24 +128,24 @@ def test_a_bank_survives_the_disk(bank, features, tmp_path):
     for path in (tmp_path / "run", tmp_path / "run" / "probes"):
         loaded = load_probes(path)
         assert (loaded.cells, loaded.targets, loaded.regions) == (bank.cells, bank.targets, bank.regions)
-        assert loaded.provenance == {"model": "tiny", "seed": 3}
-        assert torch.equal(loaded.lambdas["start"], bank.lambdas["start"])
+        assert loaded.provenance == PROVENANCE
+        assert torch.equal(loaded.penalties["start"], bank.penalties["start"])
         assert torch.equal(loaded.decision(features, "start"), bank.decision(features, "start"))
     assert sorted(p.name for p in (tmp_path / "run" / "probes").iterdir()) == ["bank.json", "bank.safetensors"]
 
 
 def test_a_missing_bank_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"bank\.json is missing; fit the probes first"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*bank\.json.*missing"):
         load_probes(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: (d / "bank.safetensors").unlink(), r"bank\.safetensors is missing"),
-        (lambda d: (d / "bank.safetensors").write_bytes(b"half"), "damaged or from another fit"),
-        (lambda d: (d / "bank.json").write_text('{"format": 1,'), "not the description of a probe bank"),
-        (lambda d: (d / "bank.json").write_text("[]"), "not the description of a probe bank"),
+        (lambda d: (d / "bank.safetensors").unlink(), r"bank\.safetensors.*missing"),
+        (lambda d: (d / "bank.safetensors").write_bytes(b"half"), r"bank\.safetensors.*damaged.*bank\.json"),
+        (lambda d: (d / "bank.json").write_text('{"format": 1,'), r"bank\.json"),
+        (lambda d: (d / "bank.json").write_text("[]"), r"bank\.json"),
     ],
 )
 def test_damage_is_found_and_named(bank, tmp_path, damage, message):
@@ -145,7 +159,7 @@ def test_tensors_of_another_fit_are_found(bank, tmp_path):
     bank.save(tmp_path / "a")
     replace(bank, mean=bank.mean + 1).save(tmp_path / "b")
     (tmp_path / "a" / "bank.safetensors").write_bytes((tmp_path / "b" / "bank.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="from another fit"):
+    with pytest.raises(ValueError, match=r"bank\.safetensors.*another fit"):
         load_probes(tmp_path / "a")
 
 
@@ -153,5 +167,5 @@ def test_another_format_is_refused(bank, tmp_path):
     bank.save(tmp_path)
     description = json.loads((tmp_path / "bank.json").read_text())
     (tmp_path / "bank.json").write_text(json.dumps(description | {"format": 99}))
-    with pytest.raises(ValueError, match="bank format 99, expected 3"):
+    with pytest.raises(ValueError, match=rf"format 99\b.*\b{FORMAT}\b"):
         load_probes(tmp_path)

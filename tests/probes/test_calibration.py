@@ -175,16 +175,16 @@ def test_brier_is_that_of_sklearn():
 def test_bad_input_is_named():
     p, labels = torch.full((2, 4, 3), 1 / 3), torch.tensor([0, 1, 2, -1])
     for score in (temperatures, ece, brier):
-        with pytest.raises(ValueError, match="labels: none among 4 rows, expected at least 1"):
+        with pytest.raises(ValueError, match="labels.*4 rows.*1"):
             score(p, torch.full((4,), -1))
-        with pytest.raises(ValueError, match="labels: 3, expected -1 to 2"):
+        with pytest.raises(ValueError, match="labels.*3.*-1 to 2"):
             score(p, labels + 1)
     for score in (ece, brier):
         for wrong in (3 * p, p - 1, p * torch.nan):
-            with pytest.raises(ValueError, match="probabilities: expected rows of at least 0 that add up to 1"):
+            with pytest.raises(ValueError, match="probabilities.*0.*1"):
                 score(wrong, labels)
-    with pytest.raises(ValueError, match="decision: values that are not finite"):
+    with pytest.raises(ValueError, match="decision.*finite"):
         temperatures(p / 0, labels)
     for bins in (0, 4):
-        with pytest.raises(ValueError, match=f"bins={bins}: expected 1 to 3, the number of labelled rows"):
+        with pytest.raises(ValueError, match=f"bins={bins}.*1 to 3"):
             reliability(p[0], labels, bins)

@@ -24,7 +24,7 @@ def samples() -> ProbeSamples:
     rng, count = torch.Generator().manual_seed(0), 20
     return ProbeSamples(
         features=torch.randn(count, 2, 3, 4, generator=rng),
-        cells=(Cell(0, "0", "cond", "all"), Cell(0, "1", "cond", "all")),
+        cells=(Cell(0, 0, "cond", "all"), Cell(0, 1, "cond", "all")),
         targets=TARGETS,
         labels={
             "answer": torch.arange(count) % 3,
@@ -34,7 +34,7 @@ def samples() -> ProbeSamples:
         keys=np.array([f"k{i // 2}" for i in range(count)]),
         kinds=np.array(["one"] * count),
         scores={"final": np.arange(count * 3, dtype=np.float32).reshape(count, 3)},
-        choice=np.arange(count) % 3,
+        model_answer=np.arange(count) % 3,
         replica=np.arange(count) % 2,
         difficulty={"rooms": np.arange(count) % 5},
     )
@@ -47,25 +47,25 @@ def test_subset_takes_the_same_samples_of_everything(samples):
     assert torch.equal(part.labels["doors"], samples.labels["doors"][12:16])
     assert part.keys.tolist() == samples.keys[12:16].tolist()
     assert np.array_equal(part.scores["final"], samples.scores["final"][12:16])
-    assert part.choice.tolist() == samples.choice[12:16].tolist()
+    assert part.model_answer.tolist() == samples.model_answer[12:16].tolist()
     assert part.replica.tolist() == samples.replica[12:16].tolist()
     assert part.difficulty["rooms"].tolist() == samples.difficulty["rooms"][12:16].tolist()
-    with pytest.raises(ValueError, match="split='dev': expected one of train, validation, test"):
+    with pytest.raises(ValueError, match="split='dev'.*train, validation, test"):
         samples.subset("dev")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cells": (Cell(0, "0", "cond", "all"),)}, "expected 1 cells on axis 1"),
-        ({"keys": np.array(["k"])}, "keys: 1 entries, expected one for each of 20 samples"),
+        ({"cells": (Cell(0, 0, "cond", "all"),)}, r"features\[20, 2, 3, 4\].*1 cells"),
+        ({"keys": np.array(["k"])}, "keys.*1.*20 samples"),
         ({"split": np.array(["dev"] * 20)}, "split='dev'"),
         (
             {"split": np.array(["train"] * 11 + ["test"] * 9)},
-            r"problems k5 stand in more than one split \(test and train\): expected each canonical problem in one",
+            r"k5.*test and train",
         ),
-        ({"difficulty": {"rooms": np.zeros(3)}}, "rooms: 3 entries, expected one for each of 20 samples"),
-        ({"labels": {"answer": torch.zeros(20, dtype=torch.long)}}, "target 'doors': no labels"),
+        ({"difficulty": {"rooms": np.zeros(3)}}, "rooms.*3.*20 samples"),
+        ({"labels": {"answer": torch.zeros(20, dtype=torch.long)}}, "target 'doors'.*label"),
     ],
 )
 def test_samples_that_disagree_are_refused(samples, change, message):
@@ -74,9 +74,9 @@ def test_samples_that_disagree_are_refused(samples, change, message):
 
 
 def test_labels_out_of_range_or_shape_are_refused(samples):
-    with pytest.raises(ValueError, match="target 'answer': label 3, expected -1 to 2"):
+    with pytest.raises(ValueError, match="target 'answer'.*3.*-1 to 2"):
         replace(samples, labels=samples.labels | {"answer": torch.full((20,), 3)})
-    with pytest.raises(ValueError, match=r"target 'doors': labels\[20\], expected \[20, 3\]"):
+    with pytest.raises(ValueError, match=r"target 'doors'.*\[20\].*\[20, 3\]"):
         replace(samples, labels=samples.labels | {"doors": torch.zeros(20, dtype=torch.long)})
 
 
@@ -84,12 +84,12 @@ def test_targets_without_two_classes_or_validation_labels_are_named(samples):
     train, validation = samples.subset("train"), samples.subset("validation")
     check_targets(TARGETS, train, validation)
     same = replace(train, labels=train.labels | {"answer": torch.full((12,), 2)})
-    with pytest.raises(ValueError, match="target 'answer': 1 classes among 12 training samples"):
+    with pytest.raises(ValueError, match="target 'answer'.*1 class.*12 training.*2"):
         check_targets(TARGETS, same, validation)
     empty = replace(validation, labels=validation.labels | {"answer": torch.full((4,), -1)})
-    with pytest.raises(ValueError, match="target 'answer': no label among 4 validation samples"):
+    with pytest.raises(ValueError, match="target 'answer'.*4 validation.*1"):
         check_targets(TARGETS, train, empty)
-    with pytest.raises(ValueError, match="targets: none can be read"):
+    with pytest.raises(ValueError, match="targets.*region"):
         check_targets((), train, validation)
 
 
@@ -136,10 +136,10 @@ def test_coordinates_keep_lengths_and_candidates_lose_what_they_share(samples):
 
 
 def test_an_empty_batch_size_is_refused(samples):
-    with pytest.raises(ValueError, match=r"probe\.batch=0: expected at least 1 sample"):
+    with pytest.raises(ValueError, match=r"probe\.batch=0.*1"):
         ProbeData(samples, samples, batch=0, seed=0)
 
 
 def test_work_is_not_divided_without_processes():
-    (result,) = shared(lambda part: (torch.arange(5)[part],), 5)
-    assert result.tolist() == [0, 1, 2, 3, 4]
+    result = shared(lambda part: {"number": torch.arange(5)[part]}, 5)
+    assert {name: values.tolist() for name, values in result.items()} == {"number": [0, 1, 2, 3, 4]}

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from cosprobe.probes.linalg import (
     Chosen,
-    best_setting,
+    best_penalty,
     blocks,
     check_penalties,
     curvature,
@@ -87,16 +89,16 @@ def test_axes_of_fp64_rows_keep_what_fp32_could_not(rng):
     assert torch.allclose((x - double.mean[:, None]) @ double.basis @ double.basis.mT + double.mean[:, None], x)
 
 
-def test_the_best_setting_is_right_most_often_and_ties_go_to_the_lower_loss():
+def test_the_best_penalty_is_right_most_often_and_ties_go_to_the_lower_loss():
     right = torch.tensor([[3, 5, 5], [9, 1, 1], [2, 2, 2]])
     loss = torch.tensor([[0.1, 0.9, 0.4], [9.0, 0.0, 0.0], [0.5, 0.5, 0.7]])
-    best = best_setting(right, loss)
+    best = best_penalty(right, loss)
     assert best.tolist() == [2, 0, 0]
     weight, bias = torch.arange(18.0).view(3, 2, 3, 1), torch.arange(9.0).view(3, 3, 1)
     chosen = Chosen.of(weight, bias, [0.1, 1.0, 10.0], best)
     assert torch.equal(chosen.weights[:, :, 0], torch.tensor([[2.0, 5.0], [6.0, 9.0], [12.0, 15.0]]))
     assert torch.equal(chosen.biases[:, 0], torch.tensor([2.0, 3.0, 6.0]))
-    assert torch.allclose(chosen.lambdas, torch.tensor([10.0, 0.1, 0.1]))
+    assert torch.allclose(chosen.penalties, torch.tensor([10.0, 0.1, 0.1]))
 
 
 @pytest.mark.parametrize(("numbers", "sizes"), [(1, [7]), (2**24, [2, 2, 2, 1]), (2**30, [1] * 7)])
@@ -106,10 +108,10 @@ def test_blocks_cover_all_cells_within_the_memory(numbers, sizes):
     assert [i for part in parts for i in range(7)[part]] == list(range(7))
 
 
-@pytest.mark.parametrize("lambdas", [[], [1.0, 0.0], [-1.0]])
-def test_penalties_must_be_positive(lambdas):
-    with pytest.raises(ValueError, match="expected one or more penalties above 0"):
-        check_penalties(lambdas)
+@pytest.mark.parametrize("penalties", [[], [1.0, 0.0], [-1.0]])
+def test_penalties_must_be_positive(penalties):
+    with pytest.raises(ValueError, match=f"{re.escape(f'penalties={penalties}')}.*above 0"):
+        check_penalties(penalties)
 
 
 @pytest.mark.parametrize("form", ["candidate", "problem"])

@@ -47,8 +47,7 @@ def test_a_heat_map_per_matrix_with_rows_trained_on_and_columns_read_on(made):
         assert mesh.get_clim() == (0, 1)
         assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first row stands on top, as in a table
         assert matrix.target in axes.get_title(loc="left").replace("\\", "")
-        assert axes.get_title(loc="left").endswith(f"by {matrix.axis}")
-        assert axes.get_xlabel() == f"read on {matrix.axis}"
+        assert axes.get_xlabel() == f"tested on {matrix.axis}"
         assert axes.get_ylabel() == f"trained on {matrix.axis}"
         assert [t.get_text() for t in axes.get_xticklabels()] == list(matrix.test)
         assert [t.get_text() for t in axes.get_yticklabels()] == list(matrix.train)
@@ -86,7 +85,7 @@ def test_learning_curves_are_those_of_the_description_lengths(made):
             assert (at.min(), at.max()) == (low, high)
         assert [t.get_text() for t in row[0].get_xticklabels()] == ["12", "24", "48"]
         cell = made.checks.best[length.target]
-        assert f"layer {cell.site}, step {cell.step}" in row[0].get_title(loc="left")
+        assert f"layer {cell.layer}, step {cell.step}" in row[0].get_title(loc="left")
 
 
 def test_reliability_with_and_without_the_temperature(made):
@@ -123,7 +122,7 @@ def test_latency_by_layer_with_the_picture_beside_it(made):
         ends = np.array([segment[:, 1] for segment in bars.get_segments()])
         np.testing.assert_allclose(ends[:, 0], plane.latency_lower.values[known])
         np.testing.assert_allclose(ends[:, 1], plane.latency_upper.values[known])
-        assert set(lines(row[3])["x0-hat"][:, 1]) == {float(plane.visible_latency)}
+        assert set(lines(row[3])["x0-hat"][:, 1]) == {float(plane.x0_latency)}
         assert [tick.get_text() for tick in row[3].get_xticklabels()] == ["0", "1", "2"]
 
 
@@ -134,7 +133,7 @@ def test_what_is_missing_says_so(made):
         assert words(row[1]) == []
     blind = made.grid.dataset.copy(deep=True)
     blind.latency.loc[{"target": "answer"}] = np.nan
-    blind.visible_latency.loc[{"target": "choice"}] = np.nan
+    blind.x0_latency.loc[{"target": "model_answer"}] = np.nan
     none, alone = panels(check_panels(Grid(blind), made.checks), 4)[:, 3]
     assert len(words(none)) == 1
     assert "x0-hat" not in lines(alone)

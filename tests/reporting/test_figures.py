@@ -8,12 +8,16 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.collections import LineCollection, QuadMesh
+from matplotlib.patches import Patch
 
 from cosprobe.evaluation.grid import Grid
 from cosprobe.evaluation.scoring import build_grid
+from cosprobe.evaluation.variables import X0_PARSED
 from cosprobe.reporting.figures import (
+    BASELINE_STYLE,
     LAYER_LABEL,
     OUTLINE,
+    QUESTIONS,
     STEP_LABEL,
     UNDEFINED,
     WORST,
@@ -27,18 +31,18 @@ from cosprobe.reporting.figures import (
     ticks,
 )
 from tests.examples.figures import apart, check_words
-from tests.examples.grids import ANSWER, CHOICE, CONTROL, DOORS, START, synthetic
+from tests.examples.grids import ANSWER, CONTROL, DOORS, MODEL_ANSWER, START, synthetic
 
 
 @pytest.fixture(scope="module")
 def grid() -> Grid:
-    return build_grid(synthetic(steps=12, targets=(ANSWER, CHOICE, START, DOORS, CONTROL)), draws=200)
+    return build_grid(synthetic(steps=12, targets=(ANSWER, MODEL_ANSWER, START, DOORS, CONTROL)), draws=200)
 
 
 @pytest.fixture(scope="module")
 def framed() -> Grid:
-    places, branches = ("all", "0", "1", "2"), ("cond", "uncond")
-    return build_grid(synthetic(4, 5, 80, places, branches, targets=(ANSWER, CHOICE)), draws=100)
+    positions, branches = ("all", "0", "1", "2"), ("cond", "uncond")
+    return build_grid(synthetic(4, 5, 80, positions, branches, targets=(ANSWER, MODEL_ANSWER)), draws=100)
 
 
 def panels(figure):
@@ -51,7 +55,7 @@ def texts(figure) -> list[str]:
 
 def test_map_shows_the_skill_of_every_cell(grid):
     first, second = panels(headline(grid))
-    for axes, target in ((first, "answer"), (second, "choice")):
+    for axes, target in ((first, "answer"), (second, "model_answer")):
         (mesh,) = [c for c in axes.collections if type(c) is QuadMesh]
         drawn = np.ma.filled(mesh.get_array(), np.nan).reshape(8, 12)
         np.testing.assert_array_equal(drawn, grid.plane(target).skill.transpose("layer", "step").values)
@@ -61,13 +65,13 @@ def test_map_shows_the_skill_of_every_cell(grid):
 
 
 def test_title_says_what_is_decoded_from_how_many_of_what(grid):
-    answer, choice = (axes.get_title(loc="left") for axes in panels(headline(grid)))
-    assert "which candidate is right?" in answer
+    answer, model_answer = (axes.get_title(loc="left") for axes in panels(headline(grid)))
+    assert QUESTIONS["answer"] in answer
     assert "kind one-exit, n = 196" in answer
     assert f"best accuracy {grid.best('answer').accuracy:.2f}" in answer
-    assert "which one will the model pick?" in choice
+    assert QUESTIONS["model_answer"] in model_answer
     (control,) = (axes.get_title(loc="left") for axes in panels(maps(grid, ["control"])))
-    assert "must be hatched" in control
+    assert QUESTIONS["control"] in control
     assert "all problems" in control
     assert "no evidence" in control
 
@@ -77,11 +81,11 @@ def test_star_stands_on_the_best_cell_and_only_where_there_is_evidence(grid):
         (axes,) = panels(maps(grid, [target]))
         stars = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "*"]
         cell = grid.best(target).cell
-        assert stars == ([[[cell.step + 0.5, int(cell.site) + 0.5]]] if target == "answer" else [])
+        assert stars == ([[[cell.step + 0.5, cell.layer + 0.5]]] if target == "answer" else [])
 
 
 def test_hatched_cells_are_those_without_evidence(grid):
-    for target in ("choice", "control"):
+    for target in ("model_answer", "control"):
         (axes,) = panels(maps(grid, [target]))
         (hatched,) = [c for c in axes.collections if c.get_hatch()]
         assert hatched.get_array().count() == int((grid.plane(target).p_evidence > 0.05).sum())
@@ -100,7 +104,7 @@ def test_cells_without_any_p_are_hatched_too():
 
 def test_outline_holds_the_cells_that_read_more_than_the_picture_shows(grid):
     plane = grid.plane("answer").transpose("layer", "step", ...)
-    inside = ((plane.p_excess <= 0.05) & (plane.p_evidence <= 0.05)).values
+    inside = ((plane.p_x0 <= 0.05) & (plane.p_evidence <= 0.05)).values
     assert 0 < inside.sum() < inside.size
     (axes,) = panels(maps(grid, ["answer"]))
     (outline,) = [c for c in axes.collections if isinstance(c, LineCollection)]
@@ -122,12 +126,24 @@ def test_border_of_one_cell_is_its_four_sides():
 
 
 def test_legend_explains_only_what_occurs(grid):
-    assert any("no evidence" in text for text in texts(maps(grid, ["control"])))
-    assert not any("best cell" in text for text in texts(maps(grid, ["control"])))
-    assert not any("no evidence" in text for text in texts(maps(grid, ["start"])))
+    hatch, star, grey = "hatched: no evidence", "star: the best cell", "grey: no skill"
+
+    def explained(shown: Grid, target: str) -> set[str]:
+        (legend,) = maps(shown, [target]).legends
+        assert all(text.get_text() for text in legend.get_texts())
+        found = set()
+        for mark in legend.legend_handles:
+            if isinstance(mark, Patch):
+                found.add(hatch if mark.get_hatch() else grey)
+            else:
+                found.add(star if mark.get_marker() == "*" else "outline")
+        return found
+
+    assert hatch in explained(grid, "control") and star not in explained(grid, "control")
+    assert star in explained(grid, "start") and not {hatch, grey} & explained(grid, "start")
     blank = grid.dataset.copy(deep=True)
     blank.skill.loc[{"target": "start", "step": 3}] = np.nan
-    assert any("undefined" in text for text in texts(maps(Grid(blank), ["start"])))
+    assert grey in explained(Grid(blank), "start")
 
 
 def test_lightness_falls_on_either_side_of_zero():
@@ -142,26 +158,31 @@ def test_lightness_falls_on_either_side_of_zero():
     assert matplotlib.colors.to_hex(colours(np.nan)) == UNDEFINED
 
 
-def test_curves_are_the_accuracies_and_readouts_only_where_decoded(grid):
-    figure = curves(grid, ["answer", "choice"], layers=[0, 7])
-    for axes, target in zip(panels(figure), ("answer", "choice"), strict=True):
+def test_curves_are_the_accuracies_and_parsed_answers_only_where_decoded(grid):
+    figure = curves(grid, ["answer", "model_answer"], layers=[0, 7])
+    for axes, target in zip(panels(figure), ("answer", "model_answer"), strict=True):
         lines = {line.get_label(): line for line in axes.lines}
         plane = grid.plane(target)
         for layer in (0, 7):
             np.testing.assert_array_equal(lines[f"probe on layer {layer}"].get_ydata(), plane.accuracy.sel(layer=layer))
-        readout = lines["forced-choice readout of decoded x0-hat"]
-        assert readout.get_xdata().tolist() == [0, 2, 5, 8, 11]
+        parsed = lines[BASELINE_STYLE[X0_PARSED][0]]
+        np.testing.assert_array_equal(
+            parsed.get_ydata(), plane.baseline_accuracy.sel(baseline=X0_PARSED).dropna("step")
+        )
+        assert parsed.get_xdata().tolist() == [0, 2, 5, 8, 11]
         assert len(axes.collections) == 2  # an interval band per layer
-        np.testing.assert_array_equal(lines["strongest input, where skill is 0"].get_ydata(), plane.reference)
+        others = lines.keys() - {label for label, _ in BASELINE_STYLE.values()}  # one may be the best input throughout
+        assert sum(np.array_equal(lines[name].get_ydata(), plane.reference) for name in others) == 1
         assert set(lines["chance"].get_ydata()) == {float(plane.chance)}
-        assert ("the model's own final answer" in lines) == (target == "answer")
+        own = [line for line in axes.lines if set(line.get_ydata()) == {grid.dataset.attrs["model_accuracy"]}]
+        assert len(own) == (target == "answer")
         assert axes.get_xlabel() == STEP_LABEL
     assert len(texts(figure)) == len(set(texts(figure))) == 2 + 6 + 1
 
 
 def test_default_layers_spread_and_hold_the_best(grid):
-    chosen = default_layers(grid, ["answer", "choice"])
-    assert {0, 7, int(grid.best("answer").cell.site), int(grid.best("choice").cell.site)} <= set(chosen)
+    chosen = default_layers(grid, ["answer", "model_answer"])
+    assert {0, 7, grid.best("answer").cell.layer, grid.best("model_answer").cell.layer} <= set(chosen)
     assert len(chosen) <= 6
 
 
@@ -170,15 +191,15 @@ def test_frame_maps_cross_at_the_best_cell(framed):
     cell = framed.best("answer").cell
     data = framed.dataset.sel(target="answer", branch=cell.branch)
     meshes = [next(c for c in axes.collections if type(c) is QuadMesh).get_array() for axes in (left, right)]
-    np.testing.assert_array_equal(meshes[0].data, data.skill.sel(step=cell.step).transpose("layer", "place"))
-    np.testing.assert_array_equal(meshes[1].data, data.skill.sel(layer=int(cell.site)).transpose("place", "step"))
+    np.testing.assert_array_equal(meshes[0].data, data.skill.sel(step=cell.step).transpose("layer", "position"))
+    np.testing.assert_array_equal(meshes[1].data, data.skill.sel(layer=cell.layer).transpose("position", "step"))
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["all", "0", "1", "2"]
     assert "latent frame" in left.get_xlabel()
     assert "latent frame" in right.get_ylabel()
 
 
-def test_frame_maps_need_several_places(grid):
-    with pytest.raises(ValueError, match="the grid has one place, 'all': expected several; use probe=frames"):
+def test_frame_maps_need_several_positions(grid):
+    with pytest.raises(ValueError, match="position.*'all'.*probe=frames"):
         frame_maps(grid, "answer")
 
 
@@ -201,8 +222,8 @@ def test_every_word_is_legible_and_inside_the_picture(grid, framed, draw):
     figure = {
         "headline": lambda: headline(grid),
         "others": lambda: maps(grid, ["start", "corridors", "control"]),
-        "curves": lambda: curves(grid, ["answer", "choice"]),
-        "frames": lambda: frame_maps(framed, "choice"),
+        "curves": lambda: curves(grid, ["answer", "model_answer"]),
+        "frames": lambda: frame_maps(framed, "model_answer"),
         "one": lambda: maps(framed, ["answer"]),
     }[draw]()
     drawn = check_words(figure)

@@ -17,24 +17,34 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from cosprobe.cells import INPUTS
 from cosprobe.evaluation.checks.suite import Checks
-from cosprobe.evaluation.grid import GUESSES, Grid
+from cosprobe.evaluation.grid import Grid
 from cosprobe.evaluation.scoring import build_grid
+from cosprobe.evaluation.variables import GUESSES
 from cosprobe.reporting import report
 from cosprobe.reporting.report import log_tensorboard, write_report
-from cosprobe.reporting.summary import check_table, ground, print_summary, remarks, summarise, summary_markdown
+from cosprobe.reporting.summary import (
+    FRAMES_CAPTION,
+    check_table,
+    ground,
+    print_summary,
+    remarks,
+    summarise,
+    summary_markdown,
+)
 from tests.examples.films import film
-from tests.examples.grids import ANSWER, CHOICE, CONTROL, START, reading, synthetic
+from tests.examples.grids import ANSWER, CONTROL, MODEL_ANSWER, START, reading, synthetic
 from tests.examples.runs import examined, small, world
 from tests.examples.runs import run as small_run
 
 FIGURES = {"headline.png", "curves.png", "others.png", "film.png"}
 NOTHING = Checks({}, (), (), (), {}, None, ())
+PROVENANCE = {"probe": {"kind": "logistic", "penalties": [0.1, 1.0]}, "seed": 3}
 
 
 @pytest.fixture(scope="module")
 def grid() -> Grid:
-    evaluated = synthetic(3, 4, 120, targets=(ANSWER, CHOICE, START, CONTROL))
-    return build_grid(evaluated, draws=100, provenance={"model": {"name": "mini"}, "seed": 3})
+    evaluated = synthetic(3, 4, 120, targets=(ANSWER, MODEL_ANSWER, START, CONTROL))
+    return build_grid(evaluated, draws=100, provenance=PROVENANCE)
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +67,18 @@ def test_report_holds_grid_summary_and_figures_and_nothing_half_written(grid, ru
     assert Grid.load(run).best("answer") == grid.best("answer")
     text = (run / "report" / "summary.md").read_text()
     assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == FIGURES
-    assert "* `model.name`: mini" in text
+    assert "* `probe.kind`: logistic" in text
     assert "* `seed`: 3" in text
 
 
-def test_a_grid_with_several_places_gets_frame_maps(tmp_path):
-    framed = build_grid(synthetic(2, 2, 60, places=("all", "0", "1"), targets=(ANSWER,)), draws=30)
+def test_a_grid_with_several_positions_gets_frame_maps(tmp_path):
+    framed = build_grid(synthetic(2, 2, 60, positions=("all", "0", "1"), targets=(ANSWER,)), draws=30)
     folder = write_report(framed, NOTHING, tmp_path)
     assert {p.name for p in folder.iterdir()} == {
         "grid.nc", "summary.md", "headline.png", "curves.png", "frames_answer.png",
     }  # fmt: skip
-    assert "Where in the video `answer` can be read" in (folder / "summary.md").read_text()
-    assert "place " in summarise(framed)[0].where
+    assert FRAMES_CAPTION.format("`answer`") in (folder / "summary.md").read_text()
+    assert "position " in summarise(framed)[0].where
 
 
 def test_a_kill_while_drawing_leaves_no_summary_and_no_half_figure(grid, tmp_path, monkeypatch):
@@ -84,7 +94,7 @@ def test_a_kill_while_drawing_leaves_no_summary_and_no_half_figure(grid, tmp_pat
 def test_summary_rows_are_the_grids_numbers(grid):
     for row in summarise(grid):
         target, cell = row.best.target, row.best.cell
-        plane = grid.dataset.sel(target=target, step=cell.step, place=cell.place)
+        plane = grid.dataset.sel(target=target, step=cell.step, position=cell.position)
         baselines = plane.baseline_accuracy
         assert row.best == grid.best(target)
         assert row.chance == float(plane.chance)
@@ -96,7 +106,7 @@ def test_summary_rows_are_the_grids_numbers(grid):
             assert row.inputs[1] == best if not below else row.inputs[1] in GUESSES
         else:
             assert row.inputs[1] in GUESSES and row.cells()[4] == "-"  # a guess is no input
-        np.testing.assert_equal(row.visible, (float(plane.visible), str(plane.visible_source.values)))
+        np.testing.assert_equal(row.x0, (float(plane.x0_accuracy), str(plane.x0_source.values)))
         assert (row.samples, row.problems) == (120, 120)
         assert row.found == (row.best.p <= 0.05)
 
@@ -115,19 +125,25 @@ def test_targets_without_evidence_say_so(grid):
     weak.p_evidence.loc[{"target": "answer"}] = 0.051
     assert not summarise(Grid(weak))[0].found
     assert "no evidence" in summarise(Grid(weak))[0].cells()
-    assert not any("reaches" in line for line in remarks(Grid(weak), NOTHING))
+    where = f"layer {best.cell.layer}, step {best.cell.step}"
+    assert any(where in line for line in remarks(grid, NOTHING))
+    assert not any(where in line for line in remarks(Grid(weak), NOTHING))
 
 
 def test_remarks_tell_model_accuracy_samples_left_out_and_control(grid):
     text = "\n".join(remarks(grid, NOTHING))
-    own = grid.dataset.attrs["model_accuracy"]
-    assert f"own final answer is right on {own:.2f} [" in text
-    assert f"is right on {grid.best('answer').accuracy:.2f}" in text
-    assert "choice: 7 samples left out" in text
-    assert "control (random labels) is decodable in 0 cells after correction, as it should." in text
+    own, lower, upper = (grid.dataset.attrs[f"model_accuracy{end}"] for end in ("", "_lower", "_upper"))
+    assert f"{own:.2f} [{lower:.2f}, {upper:.2f}]" in text
+    best = grid.best("answer")
+    assert re.search(rf"answer.*layer {best.cell.layer}, step {best.cell.step}.*{best.accuracy:.2f}", text)
+    assert re.search(r"^model_answer.*\b7 samples", text, re.MULTILINE)
+    (good,) = (line for line in text.splitlines() if line.startswith("control"))
+    assert re.search(r"\b0 cells", good)
     false = grid.dataset.copy(deep=True)
     false.p_permutation.loc[{"target": "control", "layer": 1}] = 0.01
-    assert "decodable in 4 cells after correction, which should not be" in "\n".join(remarks(Grid(false), NOTHING))
+    (bad,) = (line for line in remarks(Grid(false), NOTHING) if line.startswith("control"))
+    assert re.search(r"\b4 cells", bad)
+    assert bad.partition("4 cells")[2] != good.partition("0 cells")[2]  # one is as it should be, the other is not
 
 
 def test_printed_table_is_aligned_and_whole_where_there_is_no_terminal(grid, run):
@@ -144,8 +160,8 @@ def test_printed_table_is_aligned_and_whole_where_there_is_no_terminal(grid, run
 def test_printed_paths_are_never_broken(grid, tmp_path):
     deep = tmp_path / ("a-very-long-name-" * 12)
     text = printed(grid, deep)
-    assert f"report: {deep}/report/summary.md\n" in text
-    assert f"TensorBoard: tensorboard --logdir {deep}/tensorboard\n" in text
+    assert f"{deep}/report/summary.md\n" in text
+    assert f"tensorboard --logdir {deep}/tensorboard\n" in text
 
 
 # with checks
@@ -154,17 +170,17 @@ def test_printed_paths_are_never_broken(grid, tmp_path):
 def test_a_run_with_checks_reports_them(tmp_path):
     made = small_run()
     folder = write_report(made.grid, made.checks, tmp_path)
-    drawn = {"headline.png", "curves.png", "others.png", "checks.png", "generalisation.png"}
-    assert {p.name for p in folder.iterdir()} == {"grid.nc", "summary.md"} | drawn
+    figures = {"headline.png", "curves.png", "others.png", "checks.png", "generalisation.png"}
+    assert {p.name for p in folder.iterdir()} == {"grid.nc", "summary.md"} | figures
     text = (folder / "summary.md").read_text()
-    assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == drawn
+    assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == figures
     head, rows = check_table(made.grid, made.checks)
-    section = text.split("## What the best cells survive")[1]
+    section = text[text.index(head[0]) - 2 :]
     for cells in (head, *rows):
         assert "| " + " | ".join(cells) + " |" in section
     assert Grid.load(folder).dataset.bits.notnull().any()
     out = printed(made.grid, tmp_path, made.checks)
-    lines = out[out.index(head[0]) : out.index("The model's own")].splitlines()[2:]
+    lines = out[out.index(head[0]) : out.index(remarks(made.grid, made.checks)[0].split(".")[0])].splitlines()[2:]
     starts = [lines.index(line) for row in rows for line in lines if line.strip().startswith(f"{row[0]} ")]
     assert len(starts) == len(rows)
     for row, start, end in zip(rows, starts, [*starts[1:], len(lines)], strict=True):
@@ -176,29 +192,28 @@ def test_a_run_with_checks_reports_them(tmp_path):
 def test_what_was_left_out_and_what_random_weights_cost_is_said():
     few, made = small(), small_run()
     text = "\n".join(remarks(few.grid, few.checks))
-    for reason in few.checks.skipped:
-        assert f"Left out of the checks: {reason}." in text
-    assert "Permuted and fresh" not in text
-    text = "\n".join(remarks(made.grid, made.checks))
-    assert "asked about 60 samples" in text and "1234 more network evaluations, 8 s when they were sampled" in text
-    assert "Left out" not in text
+    assert few.checks.skipped and not made.checks.skipped
+    assert all(reason in text for reason in few.checks.skipped)
+    assert "network evaluations" not in text
+    (line,) = (line for line in remarks(made.grid, made.checks) if "network evaluations" in line)
+    assert re.search(r"\b60 samples.*\b1234\b.*\b8 s\b", line)
 
 
 def test_fits_that_missed_their_optimum_are_counted():
     grid = small_run().grid
-    provenance = json.dumps({"converged": {"answer": [477, 480], "choice": [480, 480]}})
+    provenance = json.dumps({"converged": {"answer": [477, 480], "model_answer": [480, 480]}})
     lines = remarks(Grid(grid.dataset.assign_attrs(provenance=provenance)), NOTHING)
-    assert [line for line in lines if "3 of 480 fits" in line and line.startswith("answer")]
-    assert not [line for line in lines if "480 of 480" in line or line.startswith("choice: 0")]
+    (line,) = (line for line in lines if "fits" in line)  # nothing of those that all reached it
+    assert re.search(r"^answer\b.*\b3 of 480\b", line)
 
 
 def test_relabelled_controls_stay_out_of_tables_figures_and_charts(tmp_path):
     made = small_run()
-    assert {"answer_relabelled", "choice_relabelled"} <= set(made.grid.targets)
-    assert [row.best.target for row in summarise(made.grid)] == ["answer", "choice", "start", "length", "control"]
+    assert {"answer_relabelled", "model_answer_relabelled"} <= set(made.grid.targets)
+    assert [row.best.target for row in summarise(made.grid)] == ["answer", "model_answer", "start", "length", "control"]
     assert "relabelled" not in summary_markdown(made.grid, made.checks)
     assert "relabelled" not in printed(made.grid, Path("run"), made.checks)
-    tags = EventAccumulator(str(log_tensorboard(made.grid, tmp_path, {}))).Reload().Tags()
+    tags = EventAccumulator(str(log_tensorboard(made.grid, tmp_path))).Reload().Tags()
     assert not any("relabelled" in tag for tag in (*tags["scalars"], *tags["images"]))
 
 
@@ -210,7 +225,7 @@ def test_the_best_input_is_chosen_among_all_that_need_no_block():
             continue
         row, cell = shown[result.target.name], made.grid.at(result.target.name, made.grid.best(result.target.name).cell)
         assert row.inputs[0] == float(cell.baseline_accuracy.sel(baseline=row.inputs[1]))
-        if result.target.role in ("answer", "choice"):
+        if result.target.role in ("answer", "model_answer"):
             assert set(result.readings) == {*INPUTS, "x0_latent"}
             step = row.best.cell.step
             best = max(INPUTS, key=lambda name, read=result.readings, at=step: read[name].accuracy[at, 0])
@@ -225,10 +240,12 @@ def test_the_best_input_is_chosen_among_all_that_need_no_block():
 
 
 def test_targets_that_were_left_out_are_named():
-    evaluated = replace(synthetic(2, 2, 60, targets=(ANSWER,)), left_out=("target 'choice' is left out: reason 7",))
+    evaluated = replace(
+        synthetic(2, 2, 60, targets=(ANSWER,)), left_out=("target 'model_answer' is left out: reason 7",)
+    )
     built = build_grid(evaluated, draws=30)
-    assert "target 'choice' is left out: reason 7." in remarks(built, NOTHING)
-    assert "target 'choice' is left out: reason 7." in summary_markdown(built, NOTHING)
+    (line,) = (line for line in remarks(built, NOTHING) if "reason 7" in line)
+    assert evaluated.left_out[0] in line and line in summary_markdown(built, NOTHING)
 
 
 def test_an_input_that_was_projected_is_named_with_its_columns():
@@ -246,45 +263,44 @@ def test_an_input_that_was_projected_is_named_with_its_columns():
     assert not any("columns" in line for line in ground(built, "start"))
 
 
-def test_the_smallest_skill_is_said_of_every_answer_and_choice(grid):
+def test_the_smallest_skill_is_said_of_every_answer_and_model_answer(grid):
     lines = remarks(grid, NOTHING)
     for target in grid.targets:
         data = grid.dataset.sel(target=target)
-        assert 0 < float(data.smallest_skill) < 1
-        said = [line for line in lines if line.startswith(target) and "smallest skill" in line]
-        assert len(said) == (target in ("answer", "choice"))
-        assert all(f"{float(data.smallest_skill):.2f}" in line and "120 test problems" in line for line in said)
+        smallest = float(data.smallest_detectable_skill)
+        assert 0 < smallest < 1
+        said = [line for line in lines if re.match(rf"{target}\b.*\b120 test problems.*\b{smallest:.2f}\b", line)]
+        assert len(said) == (target in ("answer", "model_answer"))
 
 
 def test_a_run_of_few_problems_says_what_it_cannot_show(tmp_path):
     few = small()  # 8 test problems of each kind, 6 of validation, 12 of train
     text = summary_markdown(few.grid, few.checks)
-    for target in ("answer", "choice"):
+    for target in ("answer", "model_answer"):
         for count, split in ((8, "test"), (6, "validation")):
-            assert any(f"{target}: {count} {split} problems" in line and "12" in line for line in text.splitlines())
-        assert f"{target}: 12 train" not in text
+            assert re.search(rf"^\* {target}\b.*\b{count} {split} problems.*\b12\b", text, re.MULTILINE)
+        assert not re.search(rf"^\* {target}\b.*\b12 train", text, re.MULTILINE)
         assert not any(row.found for row in summarise(few.grid) if row.best.target == target)
-    assert "start: 8" not in text  # all 16 problems have a start
+    assert not re.search(r"^\* start\b.*\b8 test", text, re.MULTILINE)  # all 16 problems have a start
     assert write_report(few.grid, few.checks, tmp_path).is_dir()  # figures of maps without any p
 
 
-def test_a_grid_without_an_answer_or_a_choice_has_no_checks_to_draw(tmp_path):
+def test_a_grid_without_an_answer_or_a_model_answer_has_no_checks_to_draw(tmp_path):
     samples, inputs = world({"train": 24, "validation": 12, "test": 16})
     plain = tuple(t for t in samples.targets if t.role in ("perception", "control"))
     made = examined(replace(samples, targets=plain), inputs, None)
     assert made.checks.best == {}
     folder = write_report(made.grid, made.checks, tmp_path)
     assert {p.name for p in folder.iterdir()} == {"grid.nc", "summary.md", "headline.png", "curves.png"}
-    assert "survive" not in (folder / "summary.md").read_text()
-    assert "survive" not in printed(made.grid, tmp_path, made.checks)
+    for text in ((folder / "summary.md").read_text(), printed(made.grid, tmp_path, made.checks)):
+        assert "best cell" in text and "selectivity" not in text  # the table of best cells, and none of checks
 
 
 @pytest.fixture(scope="module")
 def events(grid, tmp_path_factory) -> EventAccumulator:
     folder = tmp_path_factory.mktemp("tensorboard")
-    settings = {"probe": {"kind": "logistic", "lambdas": [0.1, 1.0]}, "seed": 0}
-    log_tensorboard(grid, folder, settings)
-    run = log_tensorboard(grid, folder, settings)  # a second report replaces the first
+    log_tensorboard(grid, folder)
+    run = log_tensorboard(grid, folder)  # a second report replaces the first
     assert [p.name for p in folder.iterdir()] == ["grid"]
     return EventAccumulator(str(run)).Reload()
 
@@ -295,7 +311,7 @@ def test_tensorboard_has_one_curve_per_layer_over_steps(grid, events):
         assert [event.step for event in curve] == [0, 1, 2, 3]
         expected = grid.plane("answer").accuracy.sel(layer=layer).values
         np.testing.assert_allclose([event.value for event in curve], expected, rtol=1e-6)
-    known = np.isfinite(grid.dataset.baseline_accuracy).any(["step", "place"]).sum(dtype=int)
+    known = np.isfinite(grid.dataset.baseline_accuracy).any(["step", "position"]).sum(dtype=int)
     assert len(events.Tags()["scalars"]) == 4 * 3 + int(known) + 4  # layers, baselines that exist, best cells
 
 
@@ -319,7 +335,7 @@ def test_tensorboard_holds_maps_and_hparams(grid, events):
         if content.HasField("session_start_info"):
             hparams = dict(content.session_start_info.hparams)
     assert hparams["probe.kind"].string_value == "logistic"
-    assert hparams["probe.lambdas"].string_value == "[0.1, 1.0]"
-    assert hparams["seed"].number_value == 0
+    assert hparams["probe.penalties"].string_value == "[0.1, 1.0]"
+    assert hparams["seed"].number_value == 3
     best = events.Scalars("best/answer")[0].value
     assert best == pytest.approx(grid.best("answer").accuracy, rel=1e-6)

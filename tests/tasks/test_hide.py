@@ -1,4 +1,4 @@
-"""The hiding task: labels, pictures, readout, and that nothing gives the answer away."""
+"""The hiding task: labels, pictures, parsing, and that nothing gives the answer away."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def test_labels_follow_from_the_scene(problems):
 
 
 def test_labels_stay_within_their_classes_and_fill_them(problems):
-    assert [t.name for t in TASK.targets[:2]] == [t.role for t in TASK.targets[:2]] == ["answer", "choice"]
+    assert [t.name for t in TASK.targets[:2]] == [t.role for t in TASK.targets[:2]] == ["answer", "model_answer"]
     for target in TASK.targets:
-        if target.role == "choice":  # the model's own answer is known only after it has drawn
+        if target.role == "model_answer":  # the model's own answer is known only after it has drawn
             assert all(target.name not in p.labels for p in problems)
             continue
         values = np.array([p.labels[target.name] for p in problems])
@@ -215,40 +215,40 @@ def test_any_resolution_shows_the_same_problem(size):
         assert small_one == large_one and small_one.layout == large_one.layout
         video = large.video(large_one)
         assert video.shape == (13, size, size, 3)
-        assert large.readout(large_one, video / np.float32(255)).answer == small_one.answer
+        assert large.parse(large_one, video / np.float32(255)).answer == small_one.answer
         assert large.hidden_frames(large_one) == tuple(np.flatnonzero(~of_objects(video).any((1, 2))))
         if size == 128:  # but for the slopes of the arrow, which are finer
             assert np.array_equal(video[1:], TASK.video(small_one)[1:].repeat(2, axis=1).repeat(2, axis=2))
 
 
-# readout
+# parsing
 
 
 @pytest.mark.parametrize("frames", LENGTHS)
-def test_readout_survives_noise_and_blur(problems, frames, rng):
+def test_parsing_survives_noise_and_blur(problems, frames, rng):
     task = Hide(frames=frames)
     for problem in problems[:100]:
         video = played(task, problem)
         noisy = video + rng.normal(0, 0.08, video.shape).astype(np.float32)
         for damaged in (noisy, blurred(video), blurred(noisy)):
-            read = task.readout(problem, damaged)
+            read = task.parse(problem, damaged)
             assert read.answer == read.forced == problem.answer
             assert read.path == 1.0
 
 
-def test_readout_survives_objects_a_pixel_off(problems):
+def test_parsing_survives_objects_a_pixel_off(problems):
     for problem in problems[:100]:
         video = played(TASK, problem)
         exits = video[:, :, 48:60].copy()
         for axis, shift in product((1, 2), (-1, 1)):
             video[:, :, 48:60] = np.roll(exits, shift, axis)
-            read = TASK.readout(problem, video)
+            read = TASK.parse(problem, video)
             assert read.answer == read.forced == problem.answer
 
 
 def test_a_grey_video_reads_as_none_and_still_has_scores(problems, rng):
     for value in (0.0, 0.5, 1.0, rng.uniform(size=(3, 64, 64, 3))):
-        read = TASK.readout(problems[0], np.full((3, 64, 64, 3), value, dtype=np.float32))
+        read = TASK.parse(problems[0], np.full((3, 64, 64, 3), value, dtype=np.float32))
         assert read.answer is None
         assert read.forced in TASK.plausible_answers(problems[0])
         assert np.isfinite(read.scores).all()
@@ -257,9 +257,9 @@ def test_a_grey_video_reads_as_none_and_still_has_scores(problems, rng):
 def test_a_faint_video_keeps_the_order_of_the_scores(problems):
     for problem in problems[:100]:
         video = played(TASK, problem)
-        read = TASK.readout(problem, 0.25 * video + 0.75 * video[:1])
+        read = TASK.parse(problem, 0.25 * video + 0.75 * video[:1])
         assert (read.answer, read.forced) == (None, problem.answer)
-        grey = TASK.readout(problem, 0.25 * video + 0.75 * 0.5)
+        grey = TASK.parse(problem, 0.25 * video + 0.75 * 0.5)
         assert grey.answer in (None, problem.answer)
 
 
@@ -268,7 +268,7 @@ def test_videos_of_a_wrong_answer_read_that_answer(problems):
     for problem in problems[:300]:
         for shift in range(3):
             drawn = replace(problem.layout, shift=shift)
-            read = TASK.readout(problem, played(TASK, replace(problem, layout=drawn)))
+            read = TASK.parse(problem, played(TASK, replace(problem, layout=drawn)))
             came_out = drawn.inside[drawn.marked]
             assert read.answer == (None if came_out == NONE else came_out)
             assert (read.path == 1.0) == (drawn.inside == problem.layout.inside)
@@ -281,19 +281,19 @@ def test_what_cannot_be_reads_as_none(problems):
         scene, lane = problem.layout, problem.layout.marked
         absent = next(i for i in range(NONE) if i not in scene.objects)
         swapped = tuple(absent if i == problem.answer else i for i in scene.objects)
-        new = TASK.readout(problem, played(TASK, replace(problem, layout=replace(scene, objects=swapped))))
+        new = TASK.parse(problem, played(TASK, replace(problem, layout=replace(scene, objects=swapped))))
         assert new.answer is None and new.forced != absent
         video = played(TASK, problem)
         twice, torn = video.copy(), video.copy()
         other = (lane + 1) % LANES
         twice[:, 16 * other : 16 * other + 16, 48:60] = video[:, 16 * lane : 16 * lane + 16, 48:60]
-        assert TASK.readout(problem, twice).answer is None  # the same object at two exits
+        assert TASK.parse(problem, twice).answer is None  # the same object at two exits
         colour = 0 if problem.answer // 3 == 2 else 2  # blue beside all others, red beside blue
         torn[:, 16 * lane + 2 : 16 * lane + 14, 54:60] = PAINT[colour] / 255
-        assert TASK.readout(problem, torn).answer is None  # halves of two objects
+        assert TASK.parse(problem, torn).answer is None  # halves of two objects
         left = video.copy()
         left[-REST:, :, :12] = video[0, :, :12]
-        read = TASK.readout(problem, left)  # all objects came out, and stayed at the start as well
+        read = TASK.parse(problem, left)  # all objects came out, and stayed at the start as well
         assert (read.answer, read.path) == (problem.answer, 0.5)
 
 
@@ -313,22 +313,21 @@ def test_every_object_is_as_likely_whatever_the_marked_lane(problems):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 70}, "task.image_size=70: expected a multiple of 16, at least 64"),
-        ({"image_size": 48}, "task.image_size=48: expected a multiple of 16, at least 64"),
-        ({"frames": 12}, "task.frames=12: expected 4k + 1 frames, at least 5"),
-        ({"frames": 1}, "task.frames=1: expected 4k + 1 frames, at least 5"),
-        ({"objects": []}, "task.objects=[]: expected whole numbers from 2 to 4"),
-        ({"objects": [1, 2]}, "task.objects=[1, 2]: expected whole numbers from 2 to 4"),
-        ({"walls": [5]}, "task.walls=[5]: expected whole numbers from 2 to 4"),
-        ({"problems": 0}, "task.problems=0: expected at least 1"),
-        ({"seeds": 0}, "task.seeds=0: expected at least 1"),
-        ({"seed": -1}, "task.seed=-1: expected at least 0"),
+        ({"image_size": 70}, r"task\.image_size=70.*\b16\b.*\b64\b"),
+        ({"image_size": 48}, r"task\.image_size=48.*\b16\b.*\b64\b"),
+        ({"frames": 12}, r"task\.frames=12.*4k \+ 1.*\b5\b"),
+        ({"frames": 1}, r"task\.frames=1.*4k \+ 1.*\b5\b"),
+        ({"objects": []}, r"task\.objects=\[\].*\b2 to 4\b"),
+        ({"objects": [1, 2]}, r"task\.objects=\[1, 2\].*\b2 to 4\b"),
+        ({"walls": [5]}, r"task\.walls=\[5\].*\b2 to 4\b"),
+        ({"problems": 0}, r"task\.problems=0.*\b1\b"),
+        ({"seeds": 0}, r"task\.seeds=0.*\b1\b"),
+        ({"seed": -1}, r"task\.seed=-1.*\b0\b"),
     ],
 )
 def test_a_world_that_cannot_be_built_is_refused_at_once(settings, message):
-    with pytest.raises(ValueError, match="expected") as caught:
+    with pytest.raises(ValueError, match=message):
         HideConfig(**settings)
-    assert str(caught.value) == message
 
 
 def test_settings_build_the_task_they_describe():

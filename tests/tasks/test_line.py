@@ -1,4 +1,4 @@
-"""Rows to complete: labels, pictures, readout, and that no crowd of pieces gives the answer away."""
+"""Rows to complete: labels, pictures, parsing, and that no crowd of pieces gives the answer away."""
 
 from __future__ import annotations
 
@@ -95,10 +95,10 @@ def test_labels_agree_with_the_board(task):
 
 
 def test_labels_stay_within_their_classes_and_use_them(problems):
-    assert [t.name for t in TASK.targets[:2]] == [t.role for t in TASK.targets[:2]] == ["answer", "choice"]
+    assert [t.name for t in TASK.targets[:2]] == [t.role for t in TASK.targets[:2]] == ["answer", "model_answer"]
     for target in TASK.targets:
         carried = [p.labels[target.name] for p in problems if target.name in p.labels]
-        if target.role != "choice":  # the model's own answer is known only after it has drawn
+        if target.role != "model_answer":  # the model's own answer is known only after it has drawn
             values = np.array(carried).ravel()
             assert {p.kind for p in problems if target.name in p.labels} == set(target.kinds)
             assert values.min() >= 0 and values.max() < target.classes
@@ -199,7 +199,7 @@ def test_reference_video_fills_a_cell_turns_its_row_gold_and_rests(task, frames)
         assert (np.diff(gold.sum((1, 2))) >= 0).all()
         new = [(a != b).any() for a, b in zip(video[:-3], video[1:-2], strict=True)]
         assert all(new), "moves in every frame before it rests"
-        assert task.readout(problem, video / np.float32(255)).answer == problem.layout.cell
+        assert task.parse(problem, video / np.float32(255)).answer == problem.layout.cell
 
 
 def test_pieces_are_bold_and_regions_hold_them(problems):
@@ -227,29 +227,29 @@ def test_any_resolution_shows_the_same_problem():
     large = Line(image_size=480, frames=5)
     for ours, theirs in zip(TASK.problems("test", 6), large.problems("test", 6), strict=True):
         assert ours == theirs and ours.layout == theirs.layout
-        assert large.readout(theirs, played(large, theirs)).answer == ours.layout.cell
+        assert large.parse(theirs, played(large, theirs)).answer == ours.layout.cell
 
 
-# readout
+# parsing
 
 
-def test_readout_bears_noise_and_blur(problems, rng):
+def test_parsing_bears_noise_and_blur(problems, rng):
     for problem in problems[:200]:
         video = played(TASK, problem)
         noisy = video[-3:] + rng.normal(0, 0.08, video[-3:].shape).astype(np.float32)
         wide = np.pad(video[-1], ((1, 1), (1, 1), (0, 0)), mode="edge")
         blurred = sum(wide[i : i + 64, j : j + 64] for i in range(3) for j in range(3)) / 9
         for spoilt in (noisy, blurred[None], noisy[-1:] * 0.5 + blurred * 0.5):
-            read = TASK.readout(problem, spoilt)
+            read = TASK.parse(problem, spoilt)
             assert (read.answer, read.forced, read.path) == (problem.layout.cell, problem.layout.cell, 1.0)
         still = video[:1] + rng.normal(0, 0.08, video[:1].shape).astype(np.float32)
-        assert TASK.readout(problem, still).answer is None
+        assert TASK.parse(problem, still).answer is None
 
 
 def test_a_wrong_answer_reads_as_that_answer(problems):
     for problem in problems[:100]:
         for cell in TASK.plausible_answers(problem)[::3]:
-            read = TASK.readout(problem, played(TASK, filling(problem, cell)))
+            read = TASK.parse(problem, played(TASK, filling(problem, cell)))
             assert read.answer == read.forced == cell
             assert (read.path == 1.0) == (cell in TASK.solutions(problem))
 
@@ -273,19 +273,19 @@ def test_what_the_rules_forbid_reads_as_none(problems):
             video = played(TASK, problem)
             x0, y0, x1, y1 = (round(64 * edge) for edge in problem.regions[cell])
             video[-1, y0:y1, x0:x1] = PALETTE[colour] / np.float32(255)
-            read = TASK.readout(problem, video)
+            read = TASK.parse(problem, video)
             assert read.answer is None, name
             assert 0 < read.path < 1, name
 
 
 def test_any_video_has_scores(problems):
     for value in (0.0, 0.3, 0.5, 0.8, 1.0):
-        read = TASK.readout(problems[0], np.full((3, 64, 64, 3), value, dtype=np.float32))
+        read = TASK.parse(problems[0], np.full((3, 64, 64, 3), value, dtype=np.float32))
         assert read.answer is None
         assert len(read.scores) == 36 and np.isfinite(read.scores).all()
         assert read.forced in TASK.plausible_answers(problems[0])
     for problem in problems[:60]:
-        read = TASK.readout(problem, 0.15 * played(TASK, problem) + 0.85 * 0.5)
+        read = TASK.parse(problem, 0.15 * played(TASK, problem) + 0.85 * 0.5)
         assert read.answer is None
         assert read.forced == problem.layout.cell
 
@@ -323,8 +323,8 @@ def test_crowds_of_pieces_tell_little(many, rng):
     down, right = np.abs(row[:, None] - row), np.abs(column[:, None] - column)
     near = (np.maximum(down, right) == 1).astype(float)
     in_line = ((np.minimum(down, right) == 0) | (down == right)) & (down + right > 0) & (np.maximum(down, right) < 4)
-    for place, weight in product((near, in_line.astype(float)), (-1, 0, 1)):
-        crowd = (marks == 1) @ place + weight * ((marks == 2) @ place)
+    for near_by, weight in product((near, in_line.astype(float)), (-1, 0, 1)):
+        crowd = (marks == 1) @ near_by + weight * ((marks == 2) @ near_by)
         for sign in (-1, 1):
             score = np.where(marks == 0, sign * crowd + 1e-3 * rng.random(crowd.shape), -99)
             assert (score.argmax(1) == [p.answer for p in many]).mean() < guess(many) + 0.05
@@ -336,30 +336,29 @@ def test_crowds_of_pieces_tell_little(many, rng):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 70}, "task.image_size=70: expected a multiple of 16, at least 64"),
-        ({"image_size": 48}, "task.image_size=48: expected a multiple of 16, at least 64"),
-        ({"frames": 4}, "task.frames=4: expected at least 5 frames"),
-        ({"size": 7}, "task.size=7: expected 3 to 6 cells a side"),
-        ({"size": 2}, "task.size=2: expected 3 to 6 cells a side"),
-        ({"row": 2}, "task.row=2: expected 3 to task.size=6 in a row"),
-        ({"row": 7}, "task.row=7: expected 3 to task.size=6 in a row"),
-        ({"pieces": [4, 10]}, "task.pieces=(4, 10): expected fewest and most, from 5 to 33"),
-        ({"pieces": [20, 34]}, "task.pieces=(20, 34): expected fewest and most, from 5 to 33"),
-        ({"pieces": [22, 21]}, "task.pieces=(22, 21): expected fewest and most, from 5 to 33"),
-        ({"pieces": [20]}, "task.pieces=[20]: expected [fewest, most]"),
-        ({"problems": 0}, "task.problems=0: expected at least 1"),
-        ({"seeds": 0}, "task.seeds=0: expected at least 1"),
-        ({"seed": -1}, "task.seed=-1: expected at least 0"),
+        ({"image_size": 70}, r"task\.image_size=70.*\b16\b.*\b64\b"),
+        ({"image_size": 48}, r"task\.image_size=48.*\b16\b.*\b64\b"),
+        ({"frames": 4}, r"task\.frames=4.*\b5\b"),
+        ({"size": 7}, r"task\.size=7.*\b3 to 6\b"),
+        ({"size": 2}, r"task\.size=2.*\b3 to 6\b"),
+        ({"row": 2}, r"task\.row=2.*\b3\b.*task\.size=6\b"),
+        ({"row": 7}, r"task\.row=7.*\b3\b.*task\.size=6\b"),
+        ({"pieces": [4, 10]}, r"task\.pieces=\(4, 10\).*fewest.*most.*\b5 to 33\b"),
+        ({"pieces": [20, 34]}, r"task\.pieces=\(20, 34\).*fewest.*most.*\b5 to 33\b"),
+        ({"pieces": [22, 21]}, r"task\.pieces=\(22, 21\).*fewest.*most.*\b5 to 33\b"),
+        ({"pieces": [20]}, r"task\.pieces=\[20\].*fewest.*most"),
+        ({"problems": 0}, r"task\.problems=0.*\b1\b"),
+        ({"seeds": 0}, r"task\.seeds=0.*\b1\b"),
+        ({"seed": -1}, r"task\.seed=-1.*\b0\b"),
     ],
 )
 def test_a_board_that_cannot_be_built_is_refused_at_once(settings, message):
-    with pytest.raises(ValueError, match="expected") as caught:
+    with pytest.raises(ValueError, match=message):
         LineConfig(**settings)
-    assert str(caught.value) == message
 
 
 def test_a_board_too_full_to_be_drawn_is_refused():
-    with pytest.raises(ValueError, match=r"task.pieces=\(33, 33\): no board found with 1 to 1 .* expected fewer"):
+    with pytest.raises(ValueError, match=r"task\.pieces=\(33, 33\).*\b1 to 1\b"):
         Line(row=3, pieces=(33, 33)).problems("model", 1, "one")
 
 

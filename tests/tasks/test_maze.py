@@ -1,4 +1,4 @@
-"""The maze task: labels, pictures, readout, and that nothing gives the answer away."""
+"""The maze task: labels, pictures, parsing, and that nothing gives the answer away."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_any_resolution_shows_the_same_problem():
         assert small_one == large_one
         assert small_one.layout == large_one.layout
         for task, problem in ((TASK, small_one), (large, large_one)):
-            assert task.readout(problem, played(task, problem)).answer == reference_answer(problem)
+            assert task.parse(problem, played(task, problem)).answer == reference_answer(problem)
     double = Maze(image_size=128)
     problem = TASK.problems("test", 1)[0]
     assert np.array_equal(double.image(problem), TASK.image(problem).repeat(2, axis=0).repeat(2, axis=1))
@@ -160,13 +160,13 @@ def test_every_room_lies_in_a_tile_of_its_own():
             assert (inside == np.array([52, 102, 214])).all(-1).sum() == 16, corner
 
 
-# readout
+# parsing
 
 
 def test_a_blurred_video_keeps_the_order_of_the_scores(problems):
     for problem in problems[:40]:
         faint = 0.15 * played(TASK, problem) + 0.85 * 0.5
-        read = TASK.readout(problem, faint)
+        read = TASK.parse(problem, faint)
         assert read.answer is None
         assert read.forced == reference_answer(problem)
 
@@ -177,7 +177,7 @@ def test_a_trail_with_a_gap_reads_as_none(problems):
         cells = trail_cells(problem.layout.solutions[problem.layout.exit])
         gap = TASK._pixels(problem.layout, cells[0])
         video[-1][gap] = TASK.image(problem)[gap] / np.float32(255)
-        read = TASK.readout(problem, video)
+        read = TASK.parse(problem, video)
         assert read.answer is None
         assert read.forced == reference_answer(problem)
         assert 0 <= read.path < 1
@@ -188,9 +188,9 @@ def test_a_trail_to_two_exits_reads_as_none(problems):
         ways = [replace(problem, layout=replace(problem.layout, exit=end)) for end in problem.layout.solutions]
         first, second = (played(TASK, way) for way in ways[:2])
         both = np.where((TASK.video(ways[1]) == PALETTE[TRAIL]).all(-1)[..., None], second, first)
-        assert TASK.readout(problem, both).answer is None
+        assert TASK.parse(problem, both).answer is None
         for way in ways:  # either alone is a right solution
-            read = TASK.readout(problem, played(TASK, way))
+            read = TASK.parse(problem, played(TASK, way))
             assert (read.answer, read.path) == (reference_answer(way), 1.0)
 
 
@@ -209,7 +209,7 @@ def test_a_trail_through_walls_is_read_where_it_ends(problems):
         frame = TASK.image(problem).copy()
         for cell in trail_cells(tuple(walk)):
             frame[TASK._pixels(layout, cell)] = PALETTE[TRAIL]
-        read = TASK.readout(problem, frame[None] / np.float32(255))
+        read = TASK.parse(problem, frame[None] / np.float32(255))
         assert read.answer == (problem.answer + 1) % 4
         assert read.path < 1
         read_wrong += 1
@@ -270,24 +270,23 @@ def test_the_place_of_the_start_tells_nothing(many):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 70}, "task.image_size=70: expected a multiple of 16, at least 64"),
-        ({"image_size": 48}, "task.image_size=48: expected a multiple of 16, at least 64"),
-        ({"rooms": [2]}, "task.rooms=[2]: expected rooms per side from 4 to 8"),
-        ({"rooms": [4, 9]}, "task.rooms=[4, 9]: expected rooms per side from 4 to 8"),
-        ({"rooms": []}, "task.rooms=[]: expected rooms per side from 4 to 8"),
-        ({"length": [5, 4]}, "task.length=[5, 4]: expected [shortest, longest] with 1 <= shortest"),
-        ({"length": [0, 4]}, "task.length=[0, 4]: expected [shortest, longest] with 1 <= shortest"),
-        ({"length": [4]}, "task.length=[4]: expected [shortest, longest]"),
-        ({"frames": 1}, "task.frames=1: expected at least 2 frames"),
-        ({"problems": 0}, "task.problems=0: expected at least 1"),
-        ({"seeds": 0}, "task.seeds=0: expected at least 1"),
-        ({"seed": -1}, "task.seed=-1: expected at least 0"),
+        ({"image_size": 70}, r"task\.image_size=70.*\b16\b.*\b64\b"),
+        ({"image_size": 48}, r"task\.image_size=48.*\b16\b.*\b64\b"),
+        ({"rooms": [2]}, r"task\.rooms=\[2\].*\b4 to 8\b"),
+        ({"rooms": [4, 9]}, r"task\.rooms=\[4, 9\].*\b4 to 8\b"),
+        ({"rooms": []}, r"task\.rooms=\[\].*\b4 to 8\b"),
+        ({"length": [5, 4]}, r"task\.length=\[5, 4\].*shortest.*longest.*\b1\b"),
+        ({"length": [0, 4]}, r"task\.length=\[0, 4\].*shortest.*longest.*\b1\b"),
+        ({"length": [4]}, r"task\.length=\[4\].*shortest.*longest"),
+        ({"frames": 1}, r"task\.frames=1.*\b2\b"),
+        ({"problems": 0}, r"task\.problems=0.*\b1\b"),
+        ({"seeds": 0}, r"task\.seeds=0.*\b1\b"),
+        ({"seed": -1}, r"task\.seed=-1.*\b0\b"),
     ],
 )
 def test_a_world_that_cannot_be_built_is_refused_at_once(settings, message):
-    with pytest.raises(ValueError, match="expected") as caught:
+    with pytest.raises(ValueError, match=message):
         MazeConfig(**settings)
-    assert str(caught.value) == message
 
 
 def test_settings_build_the_task_they_describe():

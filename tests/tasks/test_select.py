@@ -1,4 +1,4 @@
-"""The task of moving a named object into a named box: labels, pictures, readout, and that only the text tells."""
+"""The task of moving a named object into a named box: labels, pictures, parsing, and that only the text tells."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from cosprobe.tasks.select import (
     canonical_key,
     draw_scene,
 )
-from cosprobe.tasks.task import Problem, Readout, Task, split_of
+from cosprobe.tasks.splits import split_of
+from cosprobe.tasks.task import ParsedAnswer, Problem, Task
 
 TASK = Select()
 LIGHT = PALETTE[-1]
@@ -45,8 +46,8 @@ def played(problem: Problem, task: Select = TASK) -> np.ndarray:
     return task.video(problem) / np.float32(255)
 
 
-def read(problem: Problem, video: np.ndarray, task: Select = TASK) -> Readout:
-    return task.readout(problem, video)
+def read(problem: Problem, video: np.ndarray, task: Select = TASK) -> ParsedAnswer:
+    return task.parse(problem, video)
 
 
 def identity(problem: Problem) -> int:
@@ -93,7 +94,7 @@ def fit(features: np.ndarray, labels: np.ndarray) -> float:
 def test_it_is_a_task(problems):
     assert isinstance(TASK, Task)
     assert (TASK.regions, TASK.candidates) == (4, 4)
-    assert [t.name for t in TASK.targets[:2]] == [t.role for t in TASK.targets[:2]] == ["answer", "choice"]
+    assert [t.name for t in TASK.targets[:2]] == [t.role for t in TASK.targets[:2]] == ["answer", "model_answer"]
     assert problems[0].name.startswith("select/select/train/")
     assert TASK.problems("train", 20, "select") == problems[:20]
 
@@ -120,7 +121,7 @@ def test_labels_agree_with_prompt_and_picture(problems):
 def test_labels_stay_within_their_classes(problems):
     for target in TASK.targets:
         values = np.array([p.labels[target.name] for p in problems if target.name in p.labels])
-        if target.role == "choice":  # the model's own answer is known only after it has drawn
+        if target.role == "model_answer":  # the model's own answer is known only after it has drawn
             assert not values.size
             continue
         assert values.shape == ((1000, 4) if target.form == "region" else (1000,))
@@ -263,10 +264,10 @@ def test_shapes_are_bold_and_differ(problems):
             assert (one != two).any(-1).sum() == COVERED[SHAPES[a % 3]]
 
 
-# readout
+# parsing
 
 
-def test_readout_stands_noise_and_blur(problems, rng):
+def test_parsing_stands_noise_and_blur(problems, rng):
     for problem in problems[:80]:
         video = played(problem)
         still = np.repeat(video[:1], TASK.frames, 0)
@@ -363,7 +364,7 @@ def test_swapped_names_another_object_or_box_of_the_same_picture(problems):
 @pytest.mark.parametrize("swap", [{"object": 5}, {"object": -1}, {"box": 4}, {"box": -1}])
 def test_what_is_not_there_cannot_be_named(problems, swap):
     (name, value), *_ = swap.items()
-    with pytest.raises(ValueError, match=f"{name}={value}: expected one of the problem's, 0 to "):
+    with pytest.raises(ValueError, match=rf"{name}={value}\b.*\b0 to \d"):
         TASK.swapped(problems[0], **swap)
 
 
@@ -399,24 +400,23 @@ def test_neither_picture_nor_prompt_alone_gives_the_answer_away(many):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 70}, "task.image_size=70: expected a multiple of 16, at least 64"),
-        ({"image_size": 48}, "task.image_size=48: expected a multiple of 16, at least 64"),
-        ({"frames": 4}, "task.frames=4: expected 4k + 1 frames, at least 5"),
-        ({"frames": 1}, "task.frames=1: expected 4k + 1 frames, at least 5"),
-        ({"frames": 12}, "task.frames=12: expected 4k + 1 frames, at least 5"),
-        ({"objects": [1, 3]}, "task.objects=[1, 3]: expected [fewest, most], from 2 to 5"),
-        ({"objects": [4, 3]}, "task.objects=[4, 3]: expected [fewest, most], from 2 to 5"),
-        ({"objects": [2, 6]}, "task.objects=[2, 6]: expected [fewest, most], from 2 to 5"),
-        ({"objects": [3]}, "task.objects=[3]: expected [fewest, most], from 2 to 5"),
-        ({"problems": 0}, "task.problems=0: expected at least 1"),
-        ({"seeds": 0}, "task.seeds=0: expected at least 1"),
-        ({"seed": -1}, "task.seed=-1: expected at least 0"),
+        ({"image_size": 70}, r"task\.image_size=70.*\b16\b.*\b64\b"),
+        ({"image_size": 48}, r"task\.image_size=48.*\b16\b.*\b64\b"),
+        ({"frames": 4}, r"task\.frames=4.*4k \+ 1.*\b5\b"),
+        ({"frames": 1}, r"task\.frames=1.*4k \+ 1.*\b5\b"),
+        ({"frames": 12}, r"task\.frames=12.*4k \+ 1.*\b5\b"),
+        ({"objects": [1, 3]}, r"task\.objects=\[1, 3\].*fewest.*most.*\b2 to 5\b"),
+        ({"objects": [4, 3]}, r"task\.objects=\[4, 3\].*fewest.*most.*\b2 to 5\b"),
+        ({"objects": [2, 6]}, r"task\.objects=\[2, 6\].*fewest.*most.*\b2 to 5\b"),
+        ({"objects": [3]}, r"task\.objects=\[3\].*fewest.*most.*\b2 to 5\b"),
+        ({"problems": 0}, r"task\.problems=0.*\b1\b"),
+        ({"seeds": 0}, r"task\.seeds=0.*\b1\b"),
+        ({"seed": -1}, r"task\.seed=-1.*\b0\b"),
     ],
 )
 def test_a_world_that_cannot_be_built_is_refused_at_once(settings, message):
-    with pytest.raises(ValueError, match="expected") as caught:
+    with pytest.raises(ValueError, match=message):
         SelectConfig(**settings)
-    assert str(caught.value) == message
 
 
 def test_settings_build_the_task_they_describe():

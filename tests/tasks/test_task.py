@@ -18,7 +18,7 @@ from scipy.stats import chi2_contingency, chisquare
 from sklearn.linear_model import LogisticRegression
 
 from cosprobe.config import TrainRun, load
-from cosprobe.tasks import FAMILIES, SPLITS, Maze, MazeConfig, Problem, Readout, Task, find_families, split_of
+from cosprobe.tasks import FAMILIES, SPLITS, Maze, MazeConfig, ParsedAnswer, Problem, Task, find_families, split_of
 from cosprobe.tasks.hide import HideConfig
 from cosprobe.tasks.task import check_request, distinct
 
@@ -69,11 +69,8 @@ def test_a_module_that_names_its_settings_is_a_family():
 
 
 def test_two_families_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="expected a name of its own") as caught:
+    with pytest.raises(ValueError, match=r"\bb\b.*'maze'.*cosprobe\.tasks\.maze"):
         find_families([module("a", FAMILY=MazeConfig), module("b", FAMILY=MazeConfig)])
-    assert str(caught.value) == (
-        "b: its task is named 'maze', as is that of cosprobe.tasks.maze; expected a name of its own"
-    )
 
 
 def test_the_families_are_those_of_the_package():
@@ -95,30 +92,29 @@ def test_it_is_a_task_with_settings_of_its_own(family, task):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 70}, "task.image_size=70: expected a multiple of 16, at least 64"),
-        ({"image_size": 48}, "task.image_size=48: expected a multiple of 16, at least 64"),
-        ({"frames": 1}, "task.frames=1: expected "),
-        ({"problems": 0}, "task.problems=0: expected at least 1"),
-        ({"seeds": 0}, "task.seeds=0: expected at least 1"),
-        ({"seed": -1}, "task.seed=-1: expected at least 0"),
+        ({"image_size": 70}, r"task\.image_size=70.*\b16\b.*\b64\b"),
+        ({"image_size": 48}, r"task\.image_size=48.*\b16\b.*\b64\b"),
+        ({"frames": 1}, r"task\.frames=1\b"),
+        ({"problems": 0}, r"task\.problems=0.*\b1\b"),
+        ({"seeds": 0}, r"task\.seeds=0.*\b1\b"),
+        ({"seed": -1}, r"task\.seed=-1.*\b0\b"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_at_once(family, settings, message):
-    with pytest.raises(ValueError, match="expected") as caught:
+    with pytest.raises(ValueError, match=message):
         FAMILIES[family](**settings)
-    assert str(caught.value).startswith(message)
 
 
 def test_targets_start_with_answer_and_choice(task):
-    assert [t.name for t in task.targets[:2]] == [t.role for t in task.targets[:2]] == ["answer", "choice"]
+    assert [t.name for t in task.targets[:2]] == [t.role for t in task.targets[:2]] == ["answer", "model_answer"]
     assert len({t.name for t in task.targets}) == len(task.targets)
     for target in task.targets:
         assert target.form in ("candidate", "region", "problem")
-        assert target.role in ("answer", "choice", "perception", "memory", "nuisance", "control")
+        assert target.role in ("answer", "model_answer", "perception", "memory", "nuisance", "control")
         assert set(target.kinds) <= set(task.kinds)
         if target.form == "candidate":  # the label is the index of a region
             assert target.classes == task.regions
-        if target.role in ("answer", "choice"):
+        if target.role in ("answer", "model_answer"):
             assert target.classes == task.candidates
     assert {"perception", "nuisance", "control"} <= {t.role for t in task.targets}
 
@@ -126,7 +122,7 @@ def test_targets_start_with_answer_and_choice(task):
 def test_labels_stay_within_their_classes(task, problems):
     for target in task.targets:
         carried = [p for p in problems if target.name in p.labels]
-        if target.role == "choice":  # the model's own answer is known only after it has drawn
+        if target.role == "model_answer":  # the model's own answer is known only after it has drawn
             assert not carried
             continue
         assert {p.kind for p in carried} >= set(target.kinds)
@@ -163,7 +159,7 @@ def test_kinds_take_turns_and_fewer_problems_are_the_first_of_more(task, problem
         assert {p.kind for p in more} == ({kind} if kind else set(task.kinds))
         for count in (1, 2, 7):
             assert task.problems("test", count, kind) == more[:count]
-    with pytest.raises(ValueError, match=rf"kind='other': expected one of {', '.join(task.kinds)}, or None"):
+    with pytest.raises(ValueError, match=rf"kind='other'.*{', '.join(task.kinds)}.*None"):
         task.problems("test", 1, "other")
 
 
@@ -232,15 +228,15 @@ def test_reference_video_starts_at_the_image_moves_and_rests(family, size, frame
         mask = task.workspace(p)
         assert mask.shape == (size, size) and mask.dtype == bool
         assert not ((video != image).any((0, -1)) & ~mask).any()
-        assert task.readout(p, played(task, p)).answer in task.solutions(p)
+        assert task.parse(p, played(task, p)).answer in task.solutions(p)
 
 
-# readout
+# parsing
 
 
-def test_readout_of_the_reference_is_a_right_solution(task, problems):
+def test_parsing_of_the_reference_is_a_right_solution(task, problems):
     for p in problems:
-        read = task.readout(p, played(task, p))
+        read = task.parse(p, played(task, p))
         assert read.answer == read.forced
         assert read.answer in task.solutions(p)
         assert read.path == 1.0
@@ -251,14 +247,14 @@ def test_a_still_video_reads_as_none(task, problems):
     for p in problems[:200]:
         first = played(task, p)[:1]
         for video in (first, np.repeat(first, task.frames, axis=0)):
-            read = task.readout(p, video)
+            read = task.parse(p, video)
             assert (read.answer, read.path) == (None, 0.0)
             assert np.isfinite(read.scores).all()
 
 
 def test_a_grey_video_reads_as_none_and_still_has_scores(task, problems):
     for value in (0.0, 0.5, 1.0):
-        read = task.readout(problems[0], np.full((task.frames, 64, 64, 3), value, dtype=np.float32))
+        read = task.parse(problems[0], np.full((task.frames, 64, 64, 3), value, dtype=np.float32))
         assert read.answer is None
         assert read.path < 1
         assert len(read.scores) == task.candidates and np.isfinite(read.scores).all()
@@ -268,8 +264,8 @@ def test_a_grey_video_reads_as_none_and_still_has_scores(task, problems):
 def test_a_faint_video_keeps_the_order_of_the_scores(task, problems):
     for p in problems[:100]:
         video = played(task, p)
-        faint = task.readout(p, 0.25 * video + 0.75 * video[:1])
-        assert faint.forced == task.readout(p, video).answer
+        faint = task.parse(p, 0.25 * video + 0.75 * video[:1])
+        assert faint.forced == task.parse(p, video).answer
 
 
 # what must not give the answer away
@@ -349,30 +345,28 @@ def test_distinct_keeps_the_first_of_each_key_of_its_split():
 
 
 def test_distinct_says_when_a_difficulty_has_too_few_problems():
-    with pytest.raises(ValueError, match="task.problems=3: only 1 distinct problems exist in split 'train'") as caught:
+    with pytest.raises(ValueError, match=r"task\.problems=3.*\b1 distinct.*'train'.*difficulty"):
         distinct(iter([problem("a")] * 50), "train", 3, patience=10)
-    assert "widen the difficulty of the task" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("split", "count", "kind", "message"),
     [
-        ("dev", 3, None, "split='dev': expected one of model, train, validation, calibration, test"),
-        ("train", 0, None, "task.problems=0: expected at least 1 problem; ask for more"),
-        ("train", -2, None, "task.problems=-2: expected at least 1 problem; ask for more"),
-        ("train", 3, "two", "kind='two': expected one of one_exit, choice, or None"),
+        ("dev", 3, None, "split='dev'.*model, train, validation, calibration, test"),
+        ("train", 0, None, r"task\.problems=0.*\b1\b"),
+        ("train", -2, None, r"task\.problems=-2.*\b1\b"),
+        ("train", 3, "two", "kind='two'.*one_exit, choice.*None"),
     ],
 )
 def test_requests_that_make_no_sense(split, count, kind, message):
-    with pytest.raises(ValueError, match="expected") as caught:
+    with pytest.raises(ValueError, match=message):
         check_request(split, count, kind, Maze().kinds)
-    assert str(caught.value) == message
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=message):
         Maze().problems(split, count, kind)
 
 
 def test_forced_choice_is_the_highest_score():
-    assert Readout(None, (0.1, -0.2, 0.4, 0.0), 0.0).forced == 2
+    assert ParsedAnswer(None, (0.1, -0.2, 0.4, 0.0), 0.0).forced == 2
 
 
 def test_a_problem_has_a_name_that_says_where_it_comes_from():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_what_is_written_is_read_back(task, tmp_path):
         assert back.metadata["param_hash"] == problem.key
         assert back.video.shape == video.shape
         assert np.abs(back.video.astype(int) - video).mean() < 4  # lossy
-        read = task.readout(problem, back.video / np.float32(255))
+        read = task.parse(problem, back.video / np.float32(255))
         assert read.answer in task.solutions(problem)
         assert read.path == 1.0
 
@@ -91,7 +92,7 @@ def test_metadata_comes_last_so_a_folder_with_metadata_is_complete(tmp_path, mon
         write_problem(task, problem, tmp_path)
     (folder,) = (tmp_path / "hide").iterdir()
     assert not (folder / "metadata.json").exists()
-    with pytest.raises(ValueError, match="found no metadata.json"):
+    with pytest.raises(ValueError, match=r"metadata\.json"):
         read_problem(folder)
     monkeypatch.undo()
     assert write_problem(task, problem, tmp_path) == folder
@@ -117,7 +118,7 @@ def test_an_export_without_labels_has_no_answer(tmp_path):
 def test_a_name_that_leaves_the_root_is_refused(tmp_path, field, name):
     task, root = Hide(), tmp_path / "deep" / "root"
     problem = replace(task.problems("test", 1)[0], **{field: name})
-    with pytest.raises(ValueError, match="leads out of"):
+    with pytest.raises(ValueError, match=re.escape(name)):
         write_problem(task, problem, root)
     assert not list(tmp_path.rglob("*.png"))
 
@@ -128,7 +129,7 @@ def test_a_link_that_leaves_the_root_is_refused_when_writing(tmp_path):
     root.mkdir()
     outside.mkdir()
     (root / "hide").symlink_to(outside)
-    with pytest.raises(ValueError, match="leads out of"):
+    with pytest.raises(ValueError, match=f"{root}/hide.*{root}'"):
         write_problem(task, problem, root)
     (root / "hide").unlink()
     folder = write_problem(task, problem, root)
@@ -137,7 +138,7 @@ def test_a_link_that_leaves_the_root_is_refused_when_writing(tmp_path):
     for name in ("prompt.txt", f".prompt.{os.getpid()}.txt"):
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(kept)
-        with pytest.raises(ValueError, match="leads out of"):
+        with pytest.raises(ValueError, match=f"{folder}/{re.escape(name)}.*{folder}'"):
             write_problem(task, problem, root)
         (folder / name).unlink(missing_ok=True)
     assert kept.read_text() == "mine"
@@ -148,21 +149,21 @@ def test_a_link_that_leaves_the_root_is_refused_when_writing(tmp_path):
 def test_a_link_that_leaves_the_folder_is_refused_when_reading(written, tmp_path, name):
     (written / name).rename(tmp_path / name)
     (written / name).symlink_to(tmp_path / name)
-    with pytest.raises(ValueError, match="leads out of"):
+    with pytest.raises(ValueError, match=f"{written}/{re.escape(name)}.*{written}'"):
         read_problem(written)
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"ground_truth.mp4"}))
 def test_a_file_that_is_missing_is_named(written, name):
     (written / name).unlink()
-    with pytest.raises(ValueError, match=f"found no {name}"):
+    with pytest.raises(ValueError, match=f"{written}.*{re.escape(name)}"):
         read_problem(written)
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_a_file_that_is_damaged_is_named(written, name):
     (written / name).write_bytes(b"\xff\xfe not what it was")
-    with pytest.raises(ValueError, match=f"{name}.*cannot be read"):
+    with pytest.raises(ValueError, match=rf"{written}/{re.escape(name)}.*\(.+\)"):
         read_problem(written)
 
 
@@ -170,17 +171,17 @@ def test_a_file_that_is_damaged_is_named(written, name):
 def test_half_a_file_is_damaged(written, name):
     content = (written / name).read_bytes()
     (written / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=f"{name}.*cannot be read"):
+    with pytest.raises(ValueError, match=rf"{written}/{re.escape(name)}.*\(.+\)"):
         read_problem(written)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "expected an object with `parameters`"),
-        ('{"parameters": 3}', "expected an object with `parameters`"),
-        ('{"parameters": {"answer": "red"}}', "parameters.answer='red': expected a whole number or null"),
-        ('{"parameters": {"answer": true}}', "parameters.answer=True: expected a whole number or null"),
+        ("[]", r"metadata\.json.*`parameters`"),
+        ('{"parameters": 3}', r"metadata\.json.*`parameters`"),
+        ('{"parameters": {"answer": "red"}}', r"metadata\.json.*parameters\.answer='red'.*whole number or null"),
+        ('{"parameters": {"answer": true}}', r"metadata\.json.*parameters\.answer=True.*whole number or null"),
     ],
 )
 def test_metadata_that_makes_no_sense(written, content, message):
@@ -192,10 +193,10 @@ def test_metadata_that_makes_no_sense(written, content, message):
 def test_pictures_of_different_sizes_are_refused(tmp_path):
     folder = foreign(tmp_path / "a", answer=1)
     Image.fromarray(np.zeros((16, 8, 3), dtype=np.uint8)).save(folder / "final_frame.png")
-    with pytest.raises(ValueError, match="differ in size"):
+    with pytest.raises(ValueError, match=f"{folder}.*size"):
         read_problem(folder)
 
 
 def test_a_place_that_is_no_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected the folder of one problem"):
+    with pytest.raises(ValueError, match=str(tmp_path / "none")):
         read_problem(tmp_path / "none")

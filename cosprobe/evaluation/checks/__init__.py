@@ -1,4 +1,4 @@
-"""What a map has to survive: the best cells refitted, read elsewhere, freed of confounds, set beside random weights."""
+"""Checks of the best cells of a map: generalisation, description length, confounds, random weights."""
 
 from cosprobe.evaluation.checks.generalisation import Matrix
 from cosprobe.evaluation.checks.suite import Checks, examine

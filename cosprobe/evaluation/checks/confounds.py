@@ -1,11 +1,14 @@
-"""What a probe reads beyond nuisances: their part of the features is removed, and the probe fitted anew.
+"""Accuracy of a probe after confounds are regressed out of the features.
 
-A target may be decodable because it goes along with something plain, such as how long the path is. Every channel of
-every region is regressed on the nuisances over the training samples (never on test samples: removing with them what
-they share by chance biases what is left), as recommended by Snoek, Miletic and Scholte (2019), "How to control for
-confounds in decoding analyses of neuroimaging data". A linear probe can then find on the training samples
-nothing of any sum of functions of single nuisances. What is not removed: interactions of several nuisances, and what
-they do to spread rather than mean.
+A target may be decodable only because it is correlated with a confound, such as the length of the path. Every channel
+of every region is regressed on the confounds, and the probe is refitted to the residuals. The regression is fitted to
+training samples only: if test samples took part, chance correlations in them would bias the test accuracy. This
+procedure is recommended by Snoek, Miletic and Scholte (2019), "How to control for confounds in decoding analyses of
+neuroimaging data".
+
+On the training samples, the residuals are uncorrelated with every sum of functions of single confounds, so a linear
+probe cannot read such a sum from them. Two effects are not removed: interactions of several confounds, and effects of
+confounds on the variance of the features rather than their mean.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cosprobe.activations import ProbeSamples, nuisance_columns
+from cosprobe.activations import ProbeSamples, difficulty_columns
 from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.refitting import (
     Estimate,
@@ -37,21 +40,22 @@ from cosprobe.evaluation.checks.refitting import (
 from cosprobe.probes import affine, classes_last, design, fit_newton, spread, standardise, validated
 from cosprobe.tasks import Target
 
-RARE = 10  # values with fewer training problems are joined with their neighbours
-RANK = 1e-9  # directions of the nuisances below this share of the largest do not exist (one-hot columns add up to 1)
+RARE = 10  # values with fewer training problems are merged with neighbouring values
+RANK = 1e-9  # singular values below this share of the largest count as 0 (one-hot columns add up to 1)
 
 
 @dataclass(frozen=True)
 class Residualised:
-    """Test accuracy of refitted probes with and without what nuisances explain of the features.
+    """Test accuracy of refitted probes before and after confounds are regressed out of the features.
 
-    nuisances: names of those that vary. difference: after - before, its interval paired. alone: a probe that sees
-    nothing but the nuisances. n: test samples. converged: whether both fits of a cell met their tolerance.
+    confounds: names of the confounds that vary. difference: after - before, with a paired interval. alone: accuracy of
+    a probe on the confounds alone. n: number of test samples. converged: whether both fits of a cell met their
+    tolerance.
     """
 
     target: str
     cells: tuple[Cell, ...]
-    nuisances: tuple[str, ...]
+    confounds: tuple[str, ...]
     before: Estimate
     after: Estimate
     difference: Estimate
@@ -64,30 +68,31 @@ def residualised(
     samples: ProbeSamples,
     target: str,
     cells: Sequence[Cell],
-    lambdas: Float[Tensor, " penalty"],
+    penalties: Float[Tensor, " penalty"],
 ) -> Residualised:
-    """Refits `target` at each cell, before and after nuisances (every column of `samples.difficulty`) are removed.
+    """Refits `target` at each cell, before and after confounds (the columns of `samples.difficulty`) are regressed out.
 
-    lambdas: the penalty of each cell, for both fits: features are standardised once, before the removal, and keep
-    their scale. The probe of nuisances alone has the one of these penalties that is best on validation.
-    Raises ValueError for an unknown target or cell, not one penalty per cell, or when no nuisance varies among the
-    training samples of the target.
+    penalties: the penalty of each cell, used for both fits. Features are standardised once, before confounds are
+    regressed out. The probe on confounds alone uses the one of these penalties that is best on validation.
+    Raises InputError for an unknown target or cell, or a number of penalties other than one per cell. Raises
+    NotEnoughSamples when a split has no sample with a label of the target, or no confound varies among its training
+    samples.
     """
     kind = readable(samples, target)
     train, test = (labelled(samples, kind, cells, split) for split in ("train", "test"))
     names, columns, other_columns = _one_hot(samples, train, test, target)
     stats = statistics(samples, cells)
     x, held = standardise(train.features, *stats), standardise(test.features, *stats)
-    before = refit(x, train.labels, kind, lambdas)
+    before = refit(x, train.labels, kind, penalties)
     left, held_left = partial_out(x, columns, held, other_columns)
-    after = refit(left, train.labels, kind, lambdas)
+    after = refit(left, train.labels, kind, penalties)
     hits = right(decide(held, before, kind.form), test.labels)
     hits_left = right(decide(held_left, after, kind.form), test.labels)
-    alone = _alone(samples, kind, names, train, test, lambdas)
+    alone = _alone(samples, kind, names, train, test, penalties)
     return Residualised(
         target=target,
         cells=tuple(cells),
-        nuisances=names,
+        confounds=names,
         before=estimate_share(hits, test.keys),
         after=estimate_share(hits_left, test.keys),
         difference=estimate_difference(hits_left - hits, test.keys),
@@ -99,30 +104,30 @@ def residualised(
 
 def partial_out(
     x: Float[Tensor, "cell sample region channel"],
-    nuisances: Float[Tensor, "sample column"],
+    confounds: Float[Tensor, "sample column"],
     other: Float[Tensor, "cell other region channel"],
-    other_nuisances: Float[Tensor, "other column"],
+    other_confounds: Float[Tensor, "other column"],
 ) -> tuple[Float[Tensor, "cell sample region channel"], Float[Tensor, "cell other region channel"]]:
-    """What ordinary least squares with an intercept, fitted to (nuisances, x), leaves of `x` and of `other`.
+    """Residuals of `x` and of `other` under ordinary least squares with an intercept, fitted to (confounds, x).
 
-    In fp64, by the pseudo-inverse of the small design: columns that depend on each other do no harm.
+    Computed in fp64 with the pseudo-inverse of the confounds, so columns may be linearly dependent.
     """
-    level = nuisances.double().mean(dim=0)
+    level = confounds.double().mean(dim=0)
     mean = x.double().mean(dim=1, keepdim=True)
-    inverse = torch.linalg.pinv(nuisances.double() - level, rtol=RANK)
+    inverse = torch.linalg.pinv(confounds.double() - level, rtol=RANK)
     slope = torch.einsum("qs,csrd->cqrd", inverse, x.double() - mean)
 
     def left(values: Tensor, columns: Tensor) -> Tensor:
         explained = mean + torch.einsum("sq,cqrd->csrd", columns.double() - level, slope)
         return (values.double() - explained).to(values.dtype)
 
-    return left(x, nuisances), left(other, other_nuisances)
+    return left(x, confounds), left(other, other_confounds)
 
 
 def _one_hot(
     samples: ProbeSamples, train: Labelled, test: Labelled, target: str
 ) -> tuple[tuple[str, ...], Float[Tensor, "train column"], Float[Tensor, "test column"]]:
-    """The nuisances that vary, and their values in train and test as one-hot columns, rare ones joined."""
+    """Names of the confounds that vary, and their one-hot columns in train and test, with rare values merged."""
     names, columns = [], []
     for name, column in samples.difficulty.items():
         values = [np.asarray(column)[part.where] for part in (train, test)]
@@ -132,7 +137,7 @@ def _one_hot(
             columns.append([np.eye(len(bins.names))[bins.index(value)] for value in values])
     if not names:
         raise NotEnoughSamples(
-            f"target {target!r}: none of {len(samples.difficulty)} nuisances varies among its {len(train)} training "
+            f"target {target!r}: none of {len(samples.difficulty)} confounds varies among its {len(train)} training "
             "samples, expected at least one that does; widen the task's difficulty"
         )
     joined = [torch.from_numpy(np.concatenate(parts, axis=1)) for parts in zip(*columns, strict=True)]
@@ -145,21 +150,24 @@ def _alone(
     names: tuple[str, ...],
     train: Labelled,
     test: Labelled,
-    lambdas: Float[Tensor, " penalty"],
+    penalties: Float[Tensor, " penalty"],
 ) -> Float[np.ndarray, " test"]:
-    """Right and wrong on test of a probe of the nuisances; its penalty, one of `lambdas`, chosen on validation as the
-    bank chooses: most right, then the lowest cross-entropy."""
-    rows = nuisance_columns(samples, names)[:, None, None]
-    if target.form == "region":  # a label for each region, all of which see the same
+    """1 where a probe on the confounds alone is right on test, 0 where it is wrong.
+
+    Its penalty is the one of `penalties` with the highest validation accuracy, on a tie with the lowest cross-entropy,
+    as for the probes of a bank.
+    """
+    rows = difficulty_columns(samples, names)[:, None, None]
+    if target.form == "region":  # one label per region; all regions have the same confounds
         rows = rows.expand(-1, -1, samples.regions, -1)
     else:
         target = replace(target, form="problem")
-    trial = labelled(samples, target, (), "validation")
+    validation = labelled(samples, target, (), "validation")
     at = torch.from_numpy(train.where)
     stats = spread(rows[at])
-    penalties = lambdas.unique().tolist()
-    fit = fit_newton(standardise(rows[at], *stats), train.labels, target, penalties)
-    held, seen = (standardise(rows[torch.from_numpy(part.where)], *stats) for part in (trial, test))
-    kept = validated(held, trial.labels, target.form, fit.weight, fit.bias, penalties)
+    tried = penalties.unique().tolist()
+    fit = fit_newton(standardise(rows[at], *stats), train.labels, target, tried)
+    held, seen = (standardise(rows[torch.from_numpy(part.where)], *stats) for part in (validation, test))
+    kept = validated(held, validation.labels, target.form, fit.weight, fit.bias, tried)
     decision = classes_last(affine(design(seen, target.form), kept.weights, kept.biases), target.form)
     return right(decision, test.labels)[0]

@@ -1,22 +1,25 @@
-"""How much data a probe needs: the online description length of labels given features, and accuracy against problems.
+"""How much data a probe needs: online description length of the labels, and accuracy by number of training problems.
 
-Accuracy alone does not say how hard the labels are to extract: a large probe on many problems may reach it anywhere.
-The online code (Voita and Titov 2020, "Information-theoretic probing with minimum description length", section 3.2,
-arXiv 2003.12298; after Blier and Ollivier 2018, "The description length of deep learning models") sends the labels in
-blocks: the first at log2 K bits a label, every other one with the probe fitted to all blocks before it. Few bits
-mean that few problems were enough.
+Accuracy alone does not show how many training problems a probe needs to reach it. The online (prequential) code of
+Voita and Titov (2020), "Information-theoretic probing with minimum description length", section 3.2, arXiv 2003.12298
+(after Blier and Ollivier 2018, "The description length of deep learning models") measures this. Labels are encoded in
+blocks. The first block costs log2 K bits per label for K classes. Every later block is encoded with the probe that is
+fitted to all blocks before it. A short code means that few problems were enough.
 
-Departures: blocks are of whole problems, so that no label is sent with its twin known, and double in size; and a
-probe that saw n labels says (n p + 1/K) / (n + 1) instead of p, one uniform pseudo-label, without which a class absent
-from an early block would cost without bound. Features are standardised by all training samples (their labels are
-not used, so the code stays decodable by whoever holds the features), and the penalty is the same at every size: it was
-chosen at full size, so early blocks cost rather more than they could.
+Departures from the paper:
+
+* Blocks consist of whole problems, so samples of one problem are never in two blocks. Every block
+  doubles the number of problems encoded so far.
+* A probe fitted to n labels assigns the probability (n p + 1/K) / (n + 1) instead of p. This is one uniform
+  pseudo-label. Without it, a class that is absent from the early blocks would have unbounded cost.
+* Features are standardised by all training samples. This uses no labels, so a receiver who has the features can decode.
+* All sizes use the penalty that was chosen at full size. Early blocks may therefore cost more than necessary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,22 +43,26 @@ from cosprobe.evaluation.checks.refitting import (
 )
 from cosprobe.probes import standardise
 
-FIRST = 10  # problems: the first block has at least as many, and fewer than twice
+FIRST = 10  # the first block has at least this many problems, and fewer than twice as many
 
 
 @dataclass(frozen=True)
 class DescriptionLength:
-    """The code length of one target's training labels at some cells.
+    """Code length of one target's training labels at some cells.
 
-    sizes: training problems seen by each probe, the last all of them. bits: per label, with its interval by problem
-    (order of problems and fitted probes taken as given). uniform: log2 K bits, what a label costs with no probe.
-    compression: uniform / bits. prior: bits per label of the same code when the only thing learnt is how frequent each
-    label is. accuracy: on test, of the probe of every size. labels, n: labels sent, test samples. converged: whether
-    every fit of a cell met its tolerance.
+    names: names of the cells; after `side_by_side` names such as `best` and those of inputs.
+    sizes: number of training problems of each probe, the last one all of them.
+    bits, lower, upper: bits per label with a 95 % interval by problem, given the order of problems and the probes.
+    uniform: log2 K bits, the cost of a label without a probe.
+    compression: uniform / bits.
+    prior: bits per label of the same code if only the label frequencies are learnt.
+    accuracy: test accuracy of the probe of every size.
+    labels, n: number of encoded labels and of test samples.
+    converged: whether every fit of a cell met its tolerance.
     """
 
     target: str
-    cells: tuple[Cell, ...]
+    names: tuple[str, ...]
     sizes: tuple[int, ...]
     bits: Float[np.ndarray, " cell"]
     lower: Float[np.ndarray, " cell"]
@@ -73,34 +80,35 @@ def description_length(
     samples: ProbeSamples,
     target: str,
     cells: Sequence[Cell],
-    lambdas: Float[Tensor, " penalty"],
+    penalties: Float[Tensor, " penalty"],
     seed: int = 0,
 ) -> DescriptionLength:
     """Bits per label of `target` at each cell, and test accuracy against the number of training problems.
 
-    lambdas: the penalty of each cell. seed: of the order of problems, the same for every cell.
-    Raises ValueError for an unknown target or cell, not one penalty per cell, or fewer training problems than make two
+    penalties: the penalty of each cell. seed: seed of the order of problems, which is the same for every cell.
+    Raises InputError for an unknown target or cell, or a number of penalties other than one per cell. Raises
+    NotEnoughSamples when a split has no sample with a label of the target, or training problems do not suffice for two
     blocks.
     """
     kind = readable(samples, target)
     train, test = (labelled(samples, kind, cells, split) for split in ("train", "test"))
     problems, problem = np.unique(train.keys, return_inverse=True)
     sizes = doubling(len(problems), target)
-    place = np.random.default_rng(seed).permutation(len(problems))[problem]
+    position = np.random.default_rng(seed).permutation(len(problems))[problem]
     stats = statistics(samples, cells)
     x, held = standardise(train.features, *stats), standardise(test.features, *stats)
     classes = samples.regions if kind.form == "candidate" else kind.classes
     uniform = math.log2(classes)
-    bits = np.full((len(cells) + 1, len(train)), uniform)  # one row more: the prior
+    bits = np.full((len(cells) + 1, len(train)), uniform)  # the last row is the prior
     hits, converged = [], np.full(len(cells), True)
     for size, following in zip(sizes, (*sizes[1:], 0), strict=True):
-        seen = torch.from_numpy(place < size)
+        seen = torch.from_numpy(position < size)
         known = train.labels[seen]
-        probes = refit(x[:, seen], known, kind, lambdas)
+        probes = refit(x[:, seen], known, kind, penalties)
         converged &= probes.converged
         hits.append(right(decide(held, probes, kind.form), test.labels))
         if size < following:
-            block = (place >= size) & (place < following)
+            block = (position >= size) & (position < following)
             at = torch.from_numpy(block)
             coming = train.labels[at]
             frequency = known.flatten().bincount(minlength=classes).double() / known.numel()
@@ -109,7 +117,7 @@ def description_length(
     length = estimate_mean(bits, train.keys)
     return DescriptionLength(
         target=target,
-        cells=tuple(cells),
+        names=tuple(map(str, cells)),
         sizes=sizes,
         bits=length.value[:-1],
         lower=length.lower[:-1],
@@ -124,9 +132,9 @@ def description_length(
     )
 
 
-def side_by_side(lengths: Sequence[DescriptionLength]) -> DescriptionLength:
-    """One result of several that were measured on the same labels of one target, in this order."""
-    first = lengths[0]
+def side_by_side(named: Mapping[str, DescriptionLength]) -> DescriptionLength:
+    """Joins results of one cell each into one result with these names. All must be of the same labels of one target."""
+    lengths = list(named.values())
     bits, lower, upper, compression, converged = (
         np.concatenate([getattr(one, name) for one in lengths])
         for name in ("bits", "lower", "upper", "compression", "converged")
@@ -134,13 +142,14 @@ def side_by_side(lengths: Sequence[DescriptionLength]) -> DescriptionLength:
     accuracy = Estimate(*(np.concatenate([getattr(one.accuracy, name) for one in lengths])
                           for name in ("value", "lower", "upper")))  # fmt: skip
     return replace(
-        first, cells=tuple(cell for one in lengths for cell in one.cells), bits=bits, lower=lower, upper=upper,
+        lengths[0], names=tuple(named), bits=bits, lower=lower, upper=upper,
         compression=compression, accuracy=accuracy, converged=converged,
     )  # fmt: skip
 
 
 def doubling(problems: int, target: str) -> tuple[int, ...]:
-    """Sizes that double up to all `problems`, from at least FIRST. Raises ValueError when that is a single one."""
+    """Numbers of problems that double from at least FIRST up to `problems`. Raises NotEnoughSamples for a single
+    size."""
     sizes = [problems]
     while sizes[0] // 2 >= FIRST:
         sizes.insert(0, sizes[0] // 2)
@@ -155,8 +164,10 @@ def doubling(problems: int, target: str) -> tuple[int, ...]:
 def code_length(
     decision: Float[Tensor, "cell sample *region out"], labels: Int[Tensor, " sample *region"], seen: int
 ) -> Float[np.ndarray, "cell sample"]:
-    """Bits per label that probabilities softmax(decision), mixed with one uniform pseudo-label after `seen` real
-    ones, need for `labels`; the mean over regions where labels have them."""
+    """Bits per label under the probabilities softmax(decision), with one uniform pseudo-label added to `seen` labels.
+
+    The mean over regions for region labels.
+    """
     proba = decision.double().softmax(dim=-1)
     of_label = proba.gather(-1, labels.expand(proba.shape[:-1])[..., None])[..., 0]
     bits = -((seen * of_label + 1 / proba.shape[-1]) / (seen + 1)).log2()

@@ -1,12 +1,13 @@
-"""Generalisation matrices: does what was learnt in one place hold in another?
+"""Generalisation matrices: test accuracy of a probe that is trained at one cell and applied at another.
 
-A frozen probe of one cell is read on the features of another cell of the same problems (King and Dehaene 2014,
-"Characterizing the dynamics of mental representations: the temporal generalization method"; `GeneralizingEstimator`
-of MNE-Python). A square that is high everywhere means one lasting code; a high diagonal alone means a code that changes
-from cell to cell, although every cell by itself decodes the target.
+The probe of one cell is applied without refitting to the features of another cell, on the same problems (King and
+Dehaene 2014, "Characterizing the dynamics of mental representations: the temporal generalization method";
+`GeneralizingEstimator` of MNE-Python). If accuracy is high in the whole matrix, the cells share one representation of
+the target. If it is high on the diagonal only, every cell decodes the target, but the representation changes from cell
+to cell.
 
-The probe is applied as it is, standardised by the statistics of *its own* training rows, not of the cell it is read on:
-a shift or another scale of the features there counts as a difference of code, as it would for a probe in use.
+Features are standardised with the mean and standard deviation of the cell that the probe was trained at, not of the
+cell it is applied to. A shift or another scale of the features therefore counts as a change of representation.
 """
 
 from __future__ import annotations
@@ -35,20 +36,23 @@ from cosprobe.evaluation.checks.refitting import (
 from cosprobe.probes import ProbeBank, affine, classes_last, design, spread, standardise
 from cosprobe.tasks import Target
 
-EVERYTHING = "all"  # the first row where probes are refitted: trained on every group
-TRAIN_PROBLEMS, TEST_PROBLEMS = 20, 8  # fewer problems make no group of their own
-MOST_BINS = 3  # of one difficulty
+EVERYTHING = "all"  # first row of matrices with refitted probes: trained on all groups
+TRAIN_PROBLEMS, TEST_PROBLEMS = 20, 8  # the least number of problems in a group
+MOST_BINS = 3  # the largest number of groups of one difficulty
 
-CHUNK = 2**26  # numbers standardised at a time, 256 MB in fp32
+CHUNK = 2**26  # values standardised at a time, 256 MB in fp32
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Test accuracy of the probe of every row on what every column names, with 95 % intervals by problem.
+    """Test accuracy of probes, by what they were trained on (rows) and tested on (columns), with 95 % intervals.
 
     axis: `step` (sampler step index), `layer`, `branch`, `expert`, `seed` or the name of a difficulty.
-    trained: training samples behind each row: rows of few are weaker for that reason too. n: test samples of each
-    column. converged: whether every refit met its tolerance (true where the probes are those of the bank)."""
+    train, test: names of rows and columns.
+    trained: number of training samples of each row. Fewer training samples also make a row less accurate.
+    n: number of test samples of each column.
+    converged: whether every refit met its tolerance (true for probes of the bank).
+    """
 
     target: str
     axis: str
@@ -64,7 +68,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class _Frozen:
-    """Probes in the order of rows, with what their features are standardised by."""
+    """Probes in the order of rows, with the mean and standard deviation that features are standardised by."""
 
     mean: Float[Tensor, "train channel"]
     std: Float[Tensor, "train channel"]
@@ -78,16 +82,23 @@ def matrices(
     best: Mapping[str, Cell],
     experts: Mapping[int, str],
 ) -> list[Matrix]:
-    """Every matrix there is material for, per target of `best` (its cell, chosen on validation).
+    """Computes all matrices for which there are enough samples, for every target of `best`.
 
-    step, layer, branch: frozen probes of the bank along that axis through the best cell (sources are no layers); an
-    axis with one entry makes no matrix. expert: mean of the blocks of the step matrix, steps of the same expert in one
-    block, its diagonal included; experts: the transformer of each step. seed: train on samples with one noise seed,
-    test on another. A difficulty: train on problems of one kind, test on another; neighbouring values are joined until
-    each group has 20 training and 8 test problems, three groups at most. For the last two the probe of the best cell
-    is refitted per group with the penalty of the bank, in a first row `all` on all groups; a group with a single class
-    of the target, or a single group, makes no matrix.
-    Raises ValueError for a target or cell that bank or samples do not hold, or a step whose expert is not given.
+    best: the best cell of each target, chosen on validation. experts: the transformer of each step.
+
+    Axes:
+
+    * `step`, `layer`, `branch`: probes of the bank at the cells that differ from the best cell in this axis only. There
+      is no matrix for an axis with one entry.
+    * `expert`: means over blocks of the step matrix. The steps of one expert form one block, diagonal included.
+    * `seed`: trained on samples with one noise seed, tested on samples with another.
+    * a difficulty: trained on problems with some values of it, tested on problems with others. Neighbouring values are
+      merged until each group has 20 training and 8 test problems, with three groups at most.
+
+    For seeds and difficulties the probe of the best cell is refitted in each group with the penalty of the bank. The
+    first row `all` is trained on all groups. There is no matrix if there is only one group, or if a group has only one
+    class of the target.
+    Raises InputError for a target or cell that the bank or the samples do not hold, or a step without an expert.
     """
     found = []
     for name, cell in best.items():
@@ -106,6 +117,7 @@ def _between_cells(
     best: Cell,
     experts: Mapping[int, str],
 ) -> Iterator[Matrix]:
+    """Matrices by step, layer, branch and expert, from the probes of the bank."""
     trained = len(labelled(samples, target, [best], "train"))
     for axis, cells in _lines(bank.cells, best).items():
         if len(cells) < 2:
@@ -114,7 +126,7 @@ def _between_cells(
         part = bank.select(cells)
         probes = _Frozen(part.mean, part.std, part.weights[target.name], part.biases[target.name])
         hits = _cross(probes, test, target)
-        names = tuple(str(getattr(cell, "site" if axis == "layer" else axis)) for cell in cells)
+        names = tuple(str(getattr(cell, axis)) for cell in cells)
         yield _matrix(target, axis, names, estimate_share(hits, test.keys), trained, len(test))
         if axis != "step":
             continue
@@ -130,17 +142,17 @@ def _between_cells(
 
 
 def _lines(cells: tuple[Cell, ...], best: Cell) -> dict[str, list[Cell]]:
-    """The cells that differ from the best one in step, layer or branch alone."""
-    layers = [cell for cell in cells if cell.is_layer]
+    """The cells that differ from the best cell in step only, in layer only, or in branch only."""
     return {
         "step": sorted((c for c in cells if replace(c, step=best.step) == best), key=lambda c: c.step),
-        "layer": sorted((c for c in layers if replace(c, site=best.site) == best), key=lambda c: int(c.site)),
+        "layer": sorted((c for c in cells if replace(c, layer=best.layer) == best), key=lambda c: c.layer),
         "branch": [c for c in cells if replace(c, branch=best.branch) == best],
     }
 
 
 def _between_groups(samples: ProbeSamples, bank: ProbeBank, target: Target, best: Cell) -> Iterator[Matrix]:
-    penalty = bank.select([best]).lambdas[target.name]
+    """Matrices by noise seed and by difficulty, from refitted probes."""
+    penalty = bank.select([best]).penalties[target.name]
     train, test = (labelled(samples, target, [best], split) for split in ("train", "test"))
     for axis, (names, of_train, of_test) in _groups(samples, train, test).items():
         chosen = [np.isin(of_train, range(len(names))), *(of_train == group for group in range(len(names)))]
@@ -177,9 +189,9 @@ def _between_groups(samples: ProbeSamples, bank: ProbeBank, target: Target, best
 def _groups(
     samples: ProbeSamples, train: Labelled, test: Labelled
 ) -> dict[str, tuple[tuple[str, ...], Int[np.ndarray, " train"], Int[np.ndarray, " test"]]]:
-    """Per axis the names of its groups, and the group of every training and test sample; -1 for none."""
+    """For each axis the names of its groups, and the group index of every training and test sample; -1 for none."""
     found: dict[str, tuple[tuple[str, ...], np.ndarray, np.ndarray]] = {}
-    if samples.replica is not None:  # a noise seed has no neighbours to be joined with
+    if samples.replica is not None:  # noise seeds are not ordered, so they are not merged
         of = [np.asarray(samples.replica)[part.where] for part in (train, test)]
         enough = [
             value
@@ -187,8 +199,8 @@ def _groups(
             if len(np.unique(train.keys[of[0] == value])) >= TRAIN_PROBLEMS
             and len(np.unique(test.keys[of[1] == value])) >= TEST_PROBLEMS
         ]
-        place = {int(value): group for group, value in enumerate(enough)}
-        groups = [np.array([place.get(int(value), -1) for value in values]) for values in of]
+        position = {int(value): group for group, value in enumerate(enough)}
+        groups = [np.array([position.get(int(value), -1) for value in values]) for values in of]
         found["seed"] = (tuple(str(value) for value in enough), groups[0], groups[1])
     for name, column in samples.difficulty.items():
         of = [np.asarray(column)[part.where] for part in (train, test)]
@@ -198,16 +210,16 @@ def _groups(
 
 
 def _cross(probes: _Frozen, test: Labelled, target: Target) -> Float[np.ndarray, "train cell sample"]:
-    """Right and wrong of every probe on every cell of `test`.
+    """1 where a probe is right on a sample at a cell of `test`, 0 where it is wrong.
 
-    Standardisation goes into the weights, so that one product serves all pairs; in fp64, because the mean of raw
-    features may be large beside their spread.
+    Standardisation is folded into the weights, so one matrix product computes all pairs. It runs in fp64, because the
+    mean of raw features may be large compared to their standard deviation.
     """
     regions = test.features.shape[2] if target.form == "problem" else 1
     scale = torch.where(probes.std > 0, 1 / probes.std.double(), 0.0).repeat(1, regions)
     weight = probes.weight.double() * scale[..., None]
     bias = probes.bias.double() - torch.einsum("iw,iwo->io", probes.mean.double().repeat(1, regions), weight)
-    weight, bias = weight.movedim(0, 1)[None], bias[None]  # train probes are the settings of each cell
+    weight, bias = weight.movedim(0, 1)[None], bias[None]  # probes take the place of the penalties of each cell
     each = test.features[:, 0].numel() + len(probes.mean) * test.labels.numel() * weight.shape[-1]
     size = max(1, CHUNK // (2 * each))
     values = []
@@ -215,7 +227,7 @@ def _cross(probes: _Frozen, test: Labelled, target: Target) -> Float[np.ndarray,
         rows = design(test.features[:, start : start + size].transpose(0, 1).double(), target.form)
         cells = len(rows)
         scores = affine(rows, weight.expand(cells, -1, -1, -1), bias.expand(cells, -1, -1))
-        last = classes_last(scores, target.form)  # train stands before the classes, regions of a sample before it
+        last = classes_last(scores, target.form)  # axes: cell, sample, regions, probe, class
         values.append(last.movedim(-2, 1).flatten(0, 1))
     hits = np.concatenate([right(value, test.labels) for value in values])
     return np.moveaxis(hits.reshape(test.features.shape[1], len(probes.mean), -1), 0, 1)

@@ -1,7 +1,7 @@
-"""What the analyses of chosen cells share: samples that carry a target, bins of difficulty, refits, right and wrong.
+"""Shared parts of the checks: samples with labels of a target, bins of difficulty, refits, accuracy with intervals.
 
-Refits are `fit_newton` at the penalty each cell already has, so they differ from each other in data alone, not in
-how far an optimiser came.
+Probes are refitted by `fit_newton` to convergence, at the penalty that the cell already has. Refits therefore differ in
+their data only.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from cosprobe.tasks import Target, readable_targets
 
 
 class NotEnoughSamples(ValueError):
-    """These samples are too few, or too much alike, for a check; the others can still be made."""
+    """A check lacks samples, or its samples do not vary enough. Other checks may still be possible."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """The samples of one split that carry a target, at some cells. where: their rows in the samples they come from."""
+    """The samples of one split with a label of a target, at some cells. where: their indices in the original
+    samples."""
 
     features: Float[Tensor, "sample cell region channel"]
     labels: Int[Tensor, " sample *region"]
@@ -46,7 +47,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over samples with its 95 % interval, which counts problems rather than samples."""
+    """A mean over samples with its 95 % interval by problem."""
 
     value: Float[np.ndarray, "*axes"]
     lower: Float[np.ndarray, "*axes"]
@@ -64,18 +65,19 @@ class Refit:
 
 @dataclass(frozen=True)
 class Bins:
-    """Neighbouring whole numbers joined. names: `4`, or `1-3` for the values seen in a bin; last: its largest one."""
+    """Bins of neighbouring integers. names: such as `4`, or `1-3` for a range. last: the largest value of each bin."""
 
     names: tuple[str, ...]
     last: Int[np.ndarray, " bin"]
 
     def index(self, values: Int[np.ndarray, " sample"]) -> Int[np.ndarray, " sample"]:
-        """The bin of each value; values never seen go to the next bin above, or to the highest."""
+        """The bin of each value. A value between two bins goes to the upper one, a value above all bins to the last."""
         return np.minimum(np.searchsorted(self.last, values), len(self.last) - 1)
 
 
 def readable(samples: ProbeSamples, name: str) -> Target:
-    """The target of that name, in the form these features are fitted in. Raises ValueError when there is none."""
+    """The target of this name, in the form in which these features are fitted. Raises InputError for an unknown
+    name."""
     known = {t.name: t for t in readable_targets(samples.targets, samples.regions)}
     if name not in known:
         raise InputError(f"target={name!r}: no such labels; expected one of {', '.join(known)}")
@@ -83,18 +85,18 @@ def readable(samples: ProbeSamples, name: str) -> Target:
 
 
 def columns_of(samples: ProbeSamples, cells: Sequence[Cell]) -> Int[Tensor, " cell"]:
-    """Where the cells stand on the cell axis of the features. Raises ValueError for one that is not there."""
-    place = {cell: i for i, cell in enumerate(samples.cells)}
-    if missing := [cell for cell in cells if cell not in place]:
-        raise InputError(f"cell ({missing[0]}): not among the {len(place)} cells captured; pick one of them")
-    return torch.tensor([place[cell] for cell in cells], dtype=torch.long)
+    """Indices of the cells along the cell axis of the features. Raises InputError for a cell that is not there."""
+    position = {cell: i for i, cell in enumerate(samples.cells)}
+    if missing := [cell for cell in cells if cell not in position]:
+        raise InputError(f"cell ({missing[0]}): not among the {len(position)} cells captured; pick one of them")
+    return torch.tensor([position[cell] for cell in cells], dtype=torch.long)
 
 
 def labelled(samples: ProbeSamples, target: Target, cells: Sequence[Cell], split: str) -> Labelled:
-    """The samples of a split that carry the target.
+    """The samples of a split that have a label of the target.
 
-    Raises ValueError for an unknown cell, when there is no such sample, or when a sample has labels of some of its
-    regions only.
+    Raises InputError for an unknown cell, or a sample with labels in some of its regions only. Raises NotEnoughSamples
+    when there is no such sample.
     """
     known = samples.labels[target.name].numpy() >= 0
     whole = known.reshape(len(known), -1).all(axis=1)
@@ -113,7 +115,7 @@ def labelled(samples: ProbeSamples, target: Target, cells: Sequence[Cell], split
 def statistics(
     samples: ProbeSamples, cells: Sequence[Cell]
 ) -> tuple[Float[Tensor, "cell channel"], Float[Tensor, "cell channel"]]:
-    """Mean and standard deviation of every training sample, with the target or without: what a bank standardises by."""
+    """Mean and standard deviation over all training samples, with or without a label, as in a bank."""
     rows = torch.from_numpy(np.flatnonzero(np.asarray(samples.split) == "train"))
     return spread(samples.features[rows[:, None], columns_of(samples, cells)])
 
@@ -122,20 +124,20 @@ def refit(
     x: Float[Tensor, "cell sample region channel"],
     labels: Int[Tensor, " sample *region"],
     target: Target,
-    lambdas: Float[Tensor, " penalty"],
+    penalties: Float[Tensor, " penalty"],
 ) -> Refit:
-    """A probe per cell of standardised features, each at its own penalty; cells of one penalty are fitted together.
+    """Fits one probe per cell to standardised features, each at its own penalty.
 
-    Raises ValueError when there is not one penalty per cell.
+    Raises InputError when there is not one penalty per cell.
     """
-    if len(lambdas) != len(x):
-        raise InputError(f"lambdas: {len(lambdas)} penalties, expected one for each of {len(x)} cells")
-    parts, places = [], []
-    for value in lambdas.unique():
-        at = torch.nonzero(lambdas == value)[:, 0]
+    if len(penalties) != len(x):
+        raise InputError(f"penalties: {len(penalties)} penalties, expected one for each of {len(x)} cells")
+    parts, positions = [], []
+    for value in penalties.unique():
+        at = torch.nonzero(penalties == value)[:, 0]
         parts.append(fit_newton(x[at], labels, target, [float(value)]))
-        places.append(at)
-    back = torch.cat(places).argsort()
+        positions.append(at)
+    back = torch.cat(positions).argsort()
     return Refit(
         torch.cat([part.weight[:, :, 0] for part in parts])[back],
         torch.cat([part.bias[:, 0] for part in parts])[back],
@@ -146,29 +148,29 @@ def refit(
 def decide(
     x: Float[Tensor, "cell sample region channel"], probes: Refit, form: str
 ) -> Float[Tensor, "cell sample *region out"]:
-    """Decision values of refitted probes, classes (or candidates) last."""
+    """Decision values of refitted probes, with classes (or candidates) on the last axis."""
     return classes_last(affine(design(x, form), probes.weight.to(x.dtype), probes.bias.to(x.dtype)), form)
 
 
 def right(
     decision: Float[Tensor, "cell sample *region out"], labels: Int[Tensor, " sample *region"]
 ) -> Float[np.ndarray, "cell sample"]:
-    """1 where the largest decision value is the label's, 0 elsewhere; the mean over regions where labels have them."""
+    """1 where the label has the largest decision value, 0 elsewhere. The mean over regions for region labels."""
     return correctness(decision.argmax(dim=-1).numpy(), labels.numpy())
 
 
 def estimate_share(right: Float[np.ndarray, "*axes sample"], keys: Shaped[np.ndarray, " sample"]) -> Estimate:
-    """Shares of right answers; every sample between 0 (wrong) and 1 (right)."""
+    """Shares of right answers. Each sample is between 0 (wrong) and 1 (right)."""
     return _shaped(right, share_interval(right.reshape(-1, right.shape[-1]), keys))
 
 
 def estimate_difference(difference: Float[np.ndarray, "*axes sample"], keys: Shaped[np.ndarray, " sample"]) -> Estimate:
-    """Mean differences of two shares on the same samples; every sample between -1 and 1."""
+    """Mean differences of two shares on the same samples. Each sample is between -1 and 1."""
     return _shaped(difference, difference_interval(difference.reshape(-1, difference.shape[-1]), keys))
 
 
 def estimate_mean(values: Float[np.ndarray, "*axes sample"], keys: Shaped[np.ndarray, " sample"]) -> Estimate:
-    """Means of what is neither a share nor a difference of shares."""
+    """Means of unbounded values."""
     return _shaped(values, mean_interval(values.reshape(-1, values.shape[-1]), keys))
 
 
@@ -180,11 +182,14 @@ def _shaped(values: Float[np.ndarray, "*axes sample"], bounds: tuple[np.ndarray,
 def join_rare(
     parts: Sequence[tuple[Int[np.ndarray, " _sample"], Shaped[np.ndarray, " _sample"], int]], most: int | None = None
 ) -> Bins:
-    """Bins of neighbouring values that each hold enough problems in every part.
+    """Bins of neighbouring values, each with enough problems in every part.
 
-    parts: (values, keys, the least number of problems a bin must hold), per split for example. From the smallest value
-    upwards a bin is closed as soon as it holds enough; a rest that never does joins the last bin. Where that makes more
-    than `most` bins, they end at the quantiles k / most of the first part instead. Counts only: no label is looked at.
+    parts: (values, keys, least number of problems in a bin), for example one for each split.
+    most: the largest number of bins.
+
+    From the smallest value upwards, a bin ends as soon as it holds enough problems. Values left over at the end join
+    the last bin. If there are more than `most` bins, they end at the quantiles k / most of the first part instead.
+    Labels are not used.
     """
     values = np.unique(np.concatenate([value for value, _, _ in parts]))
     counts = np.zeros((len(parts), len(values)), dtype=int)
@@ -202,7 +207,8 @@ def join_rare(
 
 
 def _closed(counts: Int[np.ndarray, "part value"], least: Int[np.ndarray, " part"], share: float) -> list[int]:
-    """The place of the last value of every bin; the k-th bin ends no sooner than k shares of the first part."""
+    """Index of the last value of every bin. The k-th bin holds at least k * `share` problems of the first part so
+    far."""
     ends: list[int] = []
     held = np.zeros_like(least)
     for value, so_far in enumerate(counts[0].cumsum()):

@@ -1,12 +1,12 @@
-"""What a map must survive: analyses of its chosen cells, each against one way of fooling oneself.
+"""Checks of the best cells of a map, each against another explanation of a high accuracy.
 
-Cells were chosen on validation; every number here is read on test. The results become variables of the grid.
+Cells are chosen on validation. Checks are measured on test, and their results become variables of the grid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from typing import TypeVar
@@ -26,23 +26,24 @@ from cosprobe.evaluation.checks.generalisation import Matrix, matrices
 from cosprobe.evaluation.checks.refitting import NotEnoughSamples
 from cosprobe.evaluation.checks.untrained import WEIGHTS, WeightsTable
 from cosprobe.probes import ProbeBank, Reliability, reliability
-from cosprobe.tasks import HEADLINE
+from cosprobe.tasks import ANSWER_ROLES
 
-BINS = 8  # points of a reliability curve, when there are rows enough for them
-ROWS = 5  # rows a point needs
+BINS = 8  # largest number of points of a reliability curve
+ROWS = 5  # least number of labels per point
 MEANING = {
     "transfer": "test accuracy of the probe of one {axis} on another",
     "bits": "prequential description length of the training labels, bits per label",
     "bits_lower": "lower end of the 95 % interval of bits", "bits_upper": "upper end of the 95 % interval of bits",
-    "bits_uniform": "bits per label without a probe", "bits_prior": "bits per label when only frequencies are learnt",
+    "bits_uniform": "bits per label without a probe",
+    "bits_prior": "bits per label if only label frequencies are learnt",
     "learning": "test accuracy of the best cell's probe by number of training problems",
     "learning_lower": "lower end of its 95 % interval", "learning_upper": "upper end of its 95 % interval",
     "residual_before": "test accuracy of the best cell, refitted",
-    "residual_after": "the same after nuisances were regressed out of the features",
+    "residual_after": "the same after confounds are regressed out of the features",
     "residual_lower": "lower end of the paired 95 % interval of after - before",
     "residual_upper": "upper end of the paired 95 % interval of after - before",
-    "nuisance_alone": "test accuracy of a probe that sees the nuisances only",
-    "weights_accuracy": "test accuracy on few samples, by the weights the transformer had",
+    "difficulty_alone": "test accuracy of a probe on the confounds alone",
+    "weights_accuracy": "test accuracy on few samples, by weights of the transformer",
     "weights_lower": "lower end of the 95 % interval of weights_accuracy",
     "weights_upper": "upper end of the 95 % interval of weights_accuracy",
 }  # fmt: skip
@@ -51,9 +52,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Checks:
-    """Per answer or choice: its best cell and what was done with it. lengths: the best cell first, then the input of
-    block 0 and the latents of x0-hat at its step, in the forms that serve them best. reliability: with and without the
-    temperature. skipped: why something is missing, one line each.
+    """Results of the checks, for every target of role `answer` or `model_answer`.
+
+    best: the best cell of each target.
+    lengths: description lengths of the best cell, of `embed` and of the latents of x0-hat at its step. The latter two
+    are read in the form that was kept in cross-validation.
+    reliability: reliability curves of the best cell with and without the temperature.
+    weights: accuracy by weights of the transformer, None if no other weights were sampled.
+    skipped: a sentence for each check that is missing that gives the reason.
     """
 
     best: dict[str, Cell]
@@ -74,19 +80,24 @@ def examine(
     seed: int = 0,
     draws: int = 1000,
 ) -> tuple[Grid, Checks]:
-    """The grid of a bank, and all analyses of its best cells that there is material for, in the grid as well.
+    """Computes the grid of a bank and all checks of its best cells for which there are enough samples.
 
-    samples: those the bank was fitted and evaluated on. inputs: of these samples. draws: as in `build_grid`.
+    evaluated: predictions of the bank.
+    samples: the samples that the bank was fitted and evaluated on.
+    inputs: features of the inputs of these samples, by name.
+    weights: results with other weights of the transformer, if any.
+    seed, draws: as in `build_grid`.
+    Returns the grid, which includes the checks as variables, and the checks.
     """
-    grid = build_grid(evaluated, draws, seed, bank.provenance)
-    best = {target: grid.best(target).cell for target in grid.with_role(*HEADLINE)}
+    grid = build_grid(evaluated, draws, seed, asdict(bank.provenance))
+    best = {target: grid.best(target).cell for target in grid.with_role(*ANSWER_ROLES)}
     skipped: list[str] = []
     lengths: list[DescriptionLength] = []
     residuals: list[Residualised] = []
     curves: dict[str, tuple[Reliability, Reliability]] = {}
     readings = {result.target.name: result.readings for result in evaluated.results}
     for name, cell in best.items():
-        penalty = bank.select([cell]).lambdas[name]
+        penalty = bank.select([cell]).penalties[name]
         lengths += _tried(skipped, partial(_lengths, samples, inputs, readings[name], name, cell, penalty, seed))
         residuals += _tried(skipped, partial(residualised, samples, name, [cell], penalty))
         curves[name] = _curves(samples, bank, name, cell)
@@ -105,19 +116,19 @@ def _lengths(
     penalty: Float[Tensor, " one"],
     seed: int,
 ) -> DescriptionLength:
-    """Of a cell, and of the input of block 0 and the latents of x0-hat at its step, where they were read."""
-    found = [description_length(samples, target, [cell], penalty, seed)]
+    """Description lengths of a cell, and of `embed` and the latents of x0-hat at its step where they have readings."""
+    found = {"best": description_length(samples, target, [cell], penalty, seed)}
     step = sorted({c.step for c in samples.cells}).index(cell.step)
-    place = tuple(dict.fromkeys(c.place for c in samples.cells)).index(cell.place)
+    position = tuple(dict.fromkeys(c.position for c in samples.cells)).index(cell.position)
     for name in (name for name in (EMBED, X0) if name in readings):
-        form, value = (getattr(readings[name], field)[step, place] for field in ("form", "penalty"))
-        of_input = input_samples(samples, inputs[name], target, replace(cell, site=name), str(form))
-        found.append(description_length(of_input, target, of_input.cells, torch.tensor([value]), seed))
+        form, value = (getattr(readings[name], field)[step, position] for field in ("form", "penalty"))
+        of_input = input_samples(samples, inputs[name], target, cell, str(form))
+        found[name] = description_length(of_input, target, of_input.cells, torch.tensor([value]), seed)
     return side_by_side(found)
 
 
 def _tried(skipped: list[str], analysis: Callable[[], Result]) -> list[Result]:
-    """The result, or nothing and a line that says why: a small run lacks the samples some analyses need."""
+    """The result in a list; if there are too few samples, an empty list, and the reason is appended to `skipped`."""
     try:
         return [analysis()]
     except NotEnoughSamples as error:
@@ -126,6 +137,7 @@ def _tried(skipped: list[str], analysis: Callable[[], Result]) -> list[Result]:
 
 
 def _curves(samples: ProbeSamples, bank: ProbeBank, target: str, cell: Cell) -> tuple[Reliability, Reliability]:
+    """Reliability curves of a cell on test, with and without the temperature."""
     test = samples.subset("test")
     features = test.features[:, [samples.cells.index(cell)]]
     labels = test.labels[target].flatten()
@@ -137,7 +149,7 @@ def _curves(samples: ProbeSamples, bank: ProbeBank, target: str, cell: Cell) -> 
 
 
 def with_checks(grid: Grid, checks: Checks) -> Grid:
-    """The grid with every check that is a number as a variable; NaN for targets it was not made for."""
+    """Adds the checks to the grid as variables. NaN for targets without a check."""
     parts = [*map(_matrix, checks.matrices), *map(_length, checks.lengths), *map(_residual, checks.residuals)]
     dataset = grid.dataset
     if checks.weights is not None:
@@ -147,7 +159,7 @@ def with_checks(grid: Grid, checks: Checks) -> Grid:
 
 
 def _matrix(matrix: Matrix) -> xr.Dataset:
-    """Variables `transfer_<axis>`, `_lower` and `_upper`, with axes train_<axis> and test_<axis>."""
+    """Variables `transfer_<axis>`, `transfer_<axis>_lower` and `_upper`, with axes train_<axis> and test_<axis>."""
     axes = (f"train_{matrix.axis}", f"test_{matrix.axis}")
     coordinates: dict[str, list] = {
         axis: list(names) for axis, names in zip(axes, (matrix.train, matrix.test), strict=True)
@@ -161,35 +173,34 @@ def _matrix(matrix: Matrix) -> xr.Dataset:
 
 
 def _length(length: DescriptionLength) -> xr.Dataset:
-    sources = ["best", *(cell.site for cell in length.cells[1:])]
     learning = {"": length.accuracy.value, "_lower": length.accuracy.lower, "_upper": length.accuracy.upper}
     variables = {
         "bits": (("source",), length.bits), "bits_lower": (("source",), length.lower),
         "bits_upper": (("source",), length.upper), "bits_uniform": ((), np.asarray(length.uniform)),
         "bits_prior": ((), np.asarray(length.prior)),
     } | {f"learning{end}": (("problems",), values[0]) for end, values in learning.items()}  # fmt: skip
-    return _dataset(length.target, variables, {"source": sources, "problems": list(length.sizes)})
+    return _dataset(length.target, variables, {"source": list(length.names), "problems": list(length.sizes)})
 
 
 def _residual(found: Residualised) -> xr.Dataset:
     values = {
         "residual_before": found.before.value, "residual_after": found.after.value,
         "residual_lower": found.difference.lower, "residual_upper": found.difference.upper,
-        "nuisance_alone": found.alone.value,
+        "difficulty_alone": found.alone.value,
     }  # fmt: skip
     return _dataset(found.target, {name: ((), np.ravel(value)[0]) for name, value in values.items()}, {})
 
 
 def _with_weights(dataset: xr.Dataset, table: WeightsTable) -> xr.Dataset:
-    """`weights_accuracy` by layer and step, and the two baselines: the layer that is best on validation."""
-    steps, layers, places = (
-        sorted({cell.step for cell in table.cells}), sorted({int(cell.site) for cell in table.cells}),
-        list(dict.fromkeys(cell.place for cell in table.cells)),
+    """Adds `weights_accuracy` by layer and step, and the two baselines: accuracy at the layer best on validation."""
+    steps, layers, positions = (
+        sorted({cell.step for cell in table.cells}), sorted({cell.layer for cell in table.cells}),
+        list(dict.fromkeys(cell.position for cell in table.cells)),
     )  # fmt: skip
-    shape = (len(table.targets), len(WEIGHTS), len(steps), len(layers), len(places))
-    axes = ("target", "weights", "step", "layer", "place")
+    shape = (len(table.targets), len(WEIGHTS), len(steps), len(layers), len(positions))
+    axes = ("target", "weights", "step", "layer", "position")
     coordinates = {"target": list(table.targets), "weights": list(WEIGHTS), "step": steps, "layer": layers}
-    coordinates["place"] = places
+    coordinates["position"] = positions
     values = {"accuracy": table.accuracy, "lower": table.lower, "upper": table.upper, "validation": table.validation}
     arrays = {name: xr.DataArray(value.reshape(shape), coordinates, axes) for name, value in values.items()}
     chosen = arrays["validation"].argmax("layer")
@@ -213,7 +224,7 @@ def _with_weights(dataset: xr.Dataset, table: WeightsTable) -> xr.Dataset:
 
 
 def _dataset(target: str, variables: dict, coordinates: dict) -> xr.Dataset:
-    """One target's variables, (axes, values[, meaning]) each."""
+    """A dataset of one target. variables: by name (axes, values) or (axes, values, meaning)."""
     table = {
         name: (("target", *axes), np.asarray(values)[None], {"long_name": meaning[0] if meaning else MEANING[name]})
         for name, (axes, values, *meaning) in variables.items()

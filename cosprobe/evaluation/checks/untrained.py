@@ -1,7 +1,7 @@
-"""What untrained transformers of the same shape would let a probe read: permuted and fresh weights.
+"""Accuracy of probes on transformers of the same shape without trained weights: permuted and fresh weights.
 
-They need further network evaluations, so they are asked about few samples and few steps (`collect`), and the trained
-transformer is judged again on exactly those: its probes too are refitted on the few.
+Other weights need further network evaluations, so `collect` samples them on few samples and at few steps. For a fair
+comparison, probes on the trained transformer are refitted on the same samples and steps.
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from cosprobe.activations import RANDOMISED, UNTRAINED, ActivationStore, ProbeSamples
+from cosprobe.activations import RANDOM_WEIGHTS, UNTRAINED, ActivationStore, ProbeSamples
 from cosprobe.cells import SPLIT_ORDER, Cell
 from cosprobe.evaluation import correctness, share_interval
 from cosprobe.probes import ProbeConfig, fit
 from cosprobe.runtime import TrainerConfig
-from cosprobe.tasks import HEADLINE
+from cosprobe.tasks import ANSWER_ROLES
 
 TRAINED = "trained"
-WEIGHTS = (TRAINED, *RANDOMISED)
+WEIGHTS = (TRAINED, *RANDOM_WEIGHTS)
 
 
 @dataclass(frozen=True)
 class WeightsTable:
-    """Test accuracy by transformer weights, on the same few samples. validation: for choosing a layer.
-    samples: how many, over all splits; evaluations: forward passes of the transformer that were added for it."""
+    """Test accuracy by weights of the transformer, all on the same samples.
+
+    accuracy, lower, upper: test accuracy with its 95 % interval. validation: validation accuracy, for choosing a layer.
+    samples: number of samples of all splits. evaluations, seconds: cost of the other weights in forward passes of the
+    transformer and in wall time.
+    """
 
     targets: tuple[str, ...]
     cells: tuple[Cell, ...]
@@ -42,23 +46,25 @@ class WeightsTable:
 def weights_table(
     store: ActivationStore, samples: ProbeSamples, probe: ProbeConfig, trainer: TrainerConfig, folder: Path, seed: int
 ) -> WeightsTable | None:
-    """Probes of every answer and choice, fitted to each kind of weights and read on test; samples: of the main run.
+    """Fits probes of every target of role `answer` or `model_answer` to each kind of weights.
 
-    Targets with fewer than two classes among the few training samples are left out; None when none is left, or
-    when no other weights were tried.
+    store: activation store of the run. samples: samples of the run. probe, trainer, seed: settings of the fits. folder:
+    folder of the trainer.
+    Targets with fewer than two classes among the training samples used here are left out, and so are targets without a
+    label in one of the splits. Returns None if no target is left, or if no other weights were sampled.
     """
     tensors, notes = store.read(UNTRAINED)
     if not tensors:
         return None
     few = samples.rows(tensors[f"{UNTRAINED}sample"].numpy())
-    targets = tuple(t for t in samples.targets if t.role in HEADLINE and _enough(few, t.name))
+    targets = tuple(t for t in samples.targets if t.role in ANSWER_ROLES and _enough(few, t.name))
     if not targets:
         return None
     cells = tuple(
-        Cell(step, site, "cond", place)
+        Cell(step, int(layer), "cond", position)
         for step in notes["untrained_steps"]
-        for site in notes["sites"]
-        for place in notes["places"]
+        for layer in notes["hook_points"]
+        for position in notes["positions"]
     )
     scores = {split: np.full((len(targets), len(WEIGHTS), len(cells)), np.nan) for split in ("validation", "test")}
     lower, upper = np.full_like(scores["test"], np.nan), np.full_like(scores["test"], np.nan)
@@ -85,6 +91,7 @@ def weights_table(
 
 
 def _enough(samples: ProbeSamples, target: str) -> bool:
+    """Whether the target has two classes in train and a label in every split."""
     labels = samples.labels[target].numpy()
     seen = {split: labels[(samples.split == split) & (labels >= 0)] for split in SPLIT_ORDER}
     return len(np.unique(seen["train"])) > 1 and all(len(values) for values in seen.values())

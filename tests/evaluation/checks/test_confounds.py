@@ -1,4 +1,4 @@
-"""Removal of nuisances against scikit-learn, and against what it must do to planted signals."""
+"""Removal of confounds against scikit-learn, and against what it must do to planted signals."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.preprocessing import OneHotEncoder
 
-from cosprobe.activations.dataset import ProbeSamples, nuisance_columns
+from cosprobe.activations.dataset import ProbeSamples, difficulty_columns
 from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.confounds import partial_out, residualised
 from cosprobe.probes.linalg import spread, standardise
 from cosprobe.tasks import Target
 
-CELLS = tuple(Cell(step, "3", "cond", "all") for step in range(2))
+CELLS = tuple(Cell(step, 3, "cond", "all") for step in range(2))
 PENALTIES = torch.tensor([0.01, 0.1])
 TARGETS = (
-    Target("length", 3, "problem", "nuisance", ("one",)),  # a nuisance itself
+    Target("length", 3, "problem", "nuisance", ("one",)),  # a confound itself
     Target("start", 3, "problem", "perception", ("one",)),  # nothing to do with one
     Target("answer", 4, "candidate", "answer", ("one",)),
     Target("doors", 2, "region", "perception", ("one",)),
@@ -29,7 +29,7 @@ TARGETS = (
 
 
 def confounded(count: int = 600, seed: int = 0) -> ProbeSamples:
-    """Every target is planted in every cell, and so are the nuisances."""
+    """Every target is planted in every cell, and so are the confounds."""
     rng = torch.Generator().manual_seed(seed)
     length, start, rooms = (torch.randint(0, 3, (count,), generator=rng) for _ in range(3))
     answer = torch.randint(0, 4, (count,), generator=rng)
@@ -61,9 +61,9 @@ def samples() -> ProbeSamples:
     return confounded()
 
 
-def test_a_target_that_is_a_nuisance_falls_to_chance(samples):
+def test_a_target_that_is_a_confound_falls_to_chance(samples):
     found = residualised(samples, "length", CELLS, PENALTIES)
-    assert found.nuisances == ("length", "rooms")
+    assert found.confounds == ("length", "rooms")
     assert found.converged.all()
     assert (found.before.value > 0.95).all()
     assert (found.after.value < 0.45).all()
@@ -81,7 +81,7 @@ def test_a_signal_that_is_independent_of_them_survives(samples, target):
     assert abs(found.alone.value - 1 / classes) < 0.12
 
 
-def test_an_answer_that_follows_a_nuisance_is_read_from_it_even_by_a_shared_scorer(samples):
+def test_an_answer_that_follows_a_confound_is_read_from_it_even_by_a_shared_scorer(samples):
     follows = torch.from_numpy(samples.difficulty["length"] - 4) + 1
     x = torch.randn(600, 2, 4, 12, generator=torch.Generator().manual_seed(5))
     x[torch.arange(600), :, follows, 0] += 5
@@ -98,9 +98,9 @@ def test_equals_sklearn_regression_then_classification(samples):
     train, test = samples.subset("train"), samples.subset("test")
     stats = spread(train.features)
     rows = [standardise(s.features, *stats)[cell].flatten(1).double().numpy() for s in (train, test)]
-    nuisances = [np.stack([s.difficulty["length"], s.difficulty["rooms"]], axis=1) for s in (train, test)]
-    code = OneHotEncoder(drop="first", sparse_output=False).fit(nuisances[0])
-    columns = [code.transform(n) for n in nuisances]
+    confounds = [np.stack([s.difficulty["length"], s.difficulty["rooms"]], axis=1) for s in (train, test)]
+    code = OneHotEncoder(drop="first", sparse_output=False).fit(confounds[0])
+    columns = [code.transform(n) for n in confounds]
     line = LinearRegression().fit(columns[0], rows[0])
     left = [x - line.predict(z) for x, z in zip(rows, columns, strict=True)]
     label = [s.labels["start"].numpy() for s in (train, test)]
@@ -130,7 +130,7 @@ def test_removal_leaves_nothing_linear_and_takes_nothing_twice(seed, levels):
 
 
 def test_what_is_explained_entirely_is_not_blown_up_again(samples):
-    """Rounding that is left of a channel that was a nuisance and nothing else must not come back at unit variance."""
+    """Rounding that is left of a channel that was a confound and nothing else must not come back at unit variance."""
     x = samples.features.clone()
     x[..., 6] = torch.from_numpy(samples.difficulty["length"]).float()[:, None, None] * 1000
     found = residualised(replace(samples, features=x), "length", CELLS, PENALTIES)
@@ -146,24 +146,24 @@ def test_rare_values_have_a_column_together():
     assert (found.after.value < 0.5).all()
 
 
-def test_nuisance_columns_are_values_and_squares_standardised_by_train(samples):
-    columns = nuisance_columns(samples)
+def test_confound_columns_are_values_and_squares_standardised_by_train(samples):
+    columns = difficulty_columns(samples)
     assert columns.shape == (600, 6)
     train = samples.split == "train"
     for at, name in enumerate(("length", "rooms")):
         values = samples.difficulty[name].astype(float)
         score = (values - values[train].mean()) / values[train].std()
         np.testing.assert_allclose(columns[:, 2 * at : 2 * at + 2].numpy(), np.stack([score, score**2], 1), atol=1e-5)
-    assert (columns[:, 4:] == 0).all()  # a nuisance that does not vary
-    assert torch.equal(nuisance_columns(samples, ["rooms"]), columns[:, 2:4])
+    assert (columns[:, 4:] == 0).all()  # a confound that does not vary
+    assert torch.equal(difficulty_columns(samples, ["rooms"]), columns[:, 2:4])
 
 
 def test_a_constant_in_train_says_nothing_elsewhere(samples):
     length = np.where(samples.split == "train", 5, samples.difficulty["length"])
-    assert (nuisance_columns(replace(samples, difficulty={"length": length})) == 0).all()
+    assert (difficulty_columns(replace(samples, difficulty={"length": length})) == 0).all()
 
 
-def test_a_probe_of_nuisances_alone_prefers_the_common_candidate(samples):
+def test_a_probe_of_confounds_alone_prefers_the_common_candidate(samples):
     often = torch.where(torch.arange(600) % 5 > 0, 2, samples.labels["answer"])
     found = residualised(replace(samples, labels=samples.labels | {"answer": often}), "answer", CELLS, PENALTIES)
     test = samples.split == "test"
@@ -172,12 +172,12 @@ def test_a_probe_of_nuisances_alone_prefers_the_common_candidate(samples):
 
 
 def test_bad_requests_are_named(samples):
-    with pytest.raises(ValueError, match="difficulty: no nuisance is known"):
-        nuisance_columns(replace(samples, difficulty={}))
+    with pytest.raises(ValueError, match="^difficulty"):
+        difficulty_columns(replace(samples, difficulty={}))
     constant = replace(samples, difficulty={"rooms": np.ones(600, dtype=int)})
-    with pytest.raises(ValueError, match="'start': none of 1 nuisances varies among its 200 training samples"):
+    with pytest.raises(ValueError, match=r"'start'.*\b1\b.*\b200\b"):
         residualised(constant, "start", CELLS, PENALTIES)
     unseen = samples.labels["start"].clone()
     unseen[200:400] = -1
-    with pytest.raises(ValueError, match="'start' has no validation samples"):
+    with pytest.raises(ValueError, match=r"'start'.*validation.*\b1\b.*task\.problems"):
         residualised(replace(samples, labels=samples.labels | {"start": unseen}), "start", CELLS, PENALTIES)

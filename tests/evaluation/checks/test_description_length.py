@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from cosprobe.activations.dataset import ProbeSamples
 from cosprobe.cells import Cell
-from cosprobe.evaluation.checks import description_length as efficiency
+from cosprobe.evaluation.checks import description_length as module
 from cosprobe.evaluation.checks.description_length import FIRST, code_length, description_length, doubling, side_by_side
 from cosprobe.probes.linalg import design, spread, standardise
 from cosprobe.tasks import Target
@@ -42,7 +42,7 @@ def graded(problems: int = 240, replicas: int = 1, seed: int = 0) -> ProbeSample
     x[:, :, 0, 2:] += strength[:, None] * torch.eye(4)[start][:, None]
     return ProbeSamples(
         features=x,
-        cells=tuple(Cell(0, str(layer), "cond", "all") for layer in range(len(STRENGTHS))),
+        cells=tuple(Cell(0, layer, "cond", "all") for layer in range(len(STRENGTHS))),
         targets=TARGETS,
         labels={"answer": answer, "start": start, "doors": doors},
         split=np.repeat(["train", "validation", "test"], count // 3),
@@ -113,7 +113,7 @@ def test_frequent_labels_are_cheap_without_features():
 def test_blocks_are_of_whole_problems(monkeypatch):
     """Seeds of a problem that are exact copies must not pay for each other: bits stay those of one copy."""
     whole = partial(code_length, seen=10**6)  # two copies are twice the labels, which the pseudo-label would notice
-    monkeypatch.setattr(efficiency, "code_length", lambda decision, labels, seen: whole(decision, labels))
+    monkeypatch.setattr(module, "code_length", lambda decision, labels, seen: whole(decision, labels))
     one = graded()
     twice = torch.arange(240).repeat_interleave(2)
     at = twice.numpy()
@@ -160,7 +160,7 @@ def test_code_length_by_hand():
 def test_sizes_double_up_to_all_problems():
     assert doubling(180, "answer") == (11, 22, 45, 90, 180)
     assert doubling(2 * FIRST, "answer") == (FIRST, 2 * FIRST)
-    with pytest.raises(ValueError, match="target 'answer': 19 training problems, expected at least 20"):
+    with pytest.raises(ValueError, match=r"target 'answer'.*\b19\b.*\b20\b.*task\.problems"):
         doubling(19, "answer")
 
 
@@ -168,10 +168,13 @@ def test_sizes_double_up_to_all_problems():
 def test_results_side_by_side_are_those_of_one_call(target):
     samples = graded()
     whole = description_length(samples, target, samples.cells, PENALTIES, seed=1)
-    parts = (samples.cells[2:], samples.cells[:2])
-    joined = side_by_side([description_length(samples, target, p, PENALTIES[: len(p)], seed=1) for p in parts])
-    order = [2, 3, 0, 1]
-    assert joined.cells == tuple(samples.cells[i] for i in order)
+    order = {"third": 2, "last": 3, "first": 0, "second": 1}
+    joined = side_by_side({
+        name: description_length(samples, target, [samples.cells[i]], PENALTIES[:1], seed=1)
+        for name, i in order.items()
+    })  # fmt: skip
+    assert whole.names == tuple(map(str, samples.cells)) and joined.names == tuple(order)
+    order = list(order.values())
     for name in ("bits", "lower", "upper", "compression", "converged"):
         np.testing.assert_allclose(getattr(joined, name), getattr(whole, name)[order], rtol=1e-6)
     for name in ("value", "lower", "upper"):
@@ -182,7 +185,7 @@ def test_results_side_by_side_are_those_of_one_call(target):
 
 def test_bad_requests_are_named():
     samples = graded()
-    with pytest.raises(ValueError, match="target='exit'"):
+    with pytest.raises(ValueError, match="target='exit'.*answer, start, doors"):
         description_length(samples, "exit", samples.cells, PENALTIES)
-    with pytest.raises(ValueError, match="3 penalties, expected one for each of 4 cells"):
+    with pytest.raises(ValueError, match=r"^penalties.*\b3\b.*\b4\b"):
         description_length(samples, "start", samples.cells, PENALTIES[:3])

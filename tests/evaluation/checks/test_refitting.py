@@ -67,10 +67,10 @@ def test_bins_by_hand():
 def test_a_refit_is_the_fit_of_each_cell_at_its_own_penalty(samples):
     target = readable(samples, "doors")
     x = standardise(samples.features, *spread(samples.features))
-    lambdas = torch.tensor([0.5, 0.02, 0.5, 0.1, 0.02, 3.0])
-    probes = refit(x, samples.labels["doors"], target, lambdas)
+    penalties = torch.tensor([0.5, 0.02, 0.5, 0.1, 0.02, 3.0])
+    probes = refit(x, samples.labels["doors"], target, penalties)
     assert probes.converged.all()
-    for cell, value in enumerate(lambdas.tolist()):
+    for cell, value in enumerate(penalties.tolist()):
         alone = fit_newton(x[[cell]], samples.labels["doors"], target, [value])
         torch.testing.assert_close(probes.weight[cell], alone.weight[0, :, 0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(probes.bias[cell], alone.bias[0, 0], atol=1e-5, rtol=1e-4)
@@ -102,19 +102,19 @@ def test_a_single_region_makes_candidates_classes_of_the_whole(samples):
 
 
 def test_bad_requests_are_named(samples):
-    with pytest.raises(ValueError, match="target='door'.*expected one of answer, doors, start, control"):
+    with pytest.raises(ValueError, match="target='door'.*answer, doors, start, control"):
         readable(samples, "door")
-    with pytest.raises(ValueError, match=r"cell \(step 9, 0, cond, all\): not among the 6 cells"):
-        columns_of(samples, [Cell(9, "0", "cond", "all")])
+    with pytest.raises(ValueError, match=r"step 9, layer 0, cond, all.*\b6\b"):
+        columns_of(samples, [Cell(9, 0, "cond", "all")])
     answer = readable(samples, "answer")
     empty = replace(samples, labels=samples.labels | {"answer": torch.full((120,), -1)})
-    with pytest.raises(ValueError, match="'answer' has no validation samples"):
+    with pytest.raises(ValueError, match=r"'answer'.*validation.*\b1\b.*task\.problems"):
         labelled(empty, answer, samples.cells, "validation")
     torn = samples.labels["doors"].clone()
     torn[0, 1] = -1
-    with pytest.raises(ValueError, match="'doors': expected -1 in every region of a sample or in none"):
+    with pytest.raises(ValueError, match="target 'doors'.*-1"):
         labelled(replace(samples, labels=samples.labels | {"doors": torn}), readable(samples, "doors"), (), "train")
-    with pytest.raises(ValueError, match="2 penalties, expected one for each of 6 cells"):
+    with pytest.raises(ValueError, match=r"^penalties.*\b2\b.*\b6\b"):
         refit(samples.features.transpose(0, 1), samples.labels["doors"], readable(samples, "doors"), torch.ones(2))
 
 
@@ -127,9 +127,9 @@ def test_estimates_keep_the_axes_and_are_the_intervals_of_each_row(estimate, int
     values = np.random.default_rng(0).integers(0, 2, (2, 3, 24)).astype(float)
     found = estimate(values, keys)
     np.testing.assert_allclose(found.value, values.mean(axis=-1))
-    for place in np.ndindex(2, 3):
-        lower, upper = interval(values[place][None], keys)
-        assert (found.lower[place], found.upper[place]) == (lower[0], upper[0])
+    for at in np.ndindex(2, 3):
+        lower, upper = interval(values[at][None], keys)
+        assert (found.lower[at], found.upper[at]) == (lower[0], upper[0])
     alone = estimate(values[0, 0], keys)
     assert alone.value.shape == alone.lower.shape == () and alone.lower == found.lower[0, 0]
 

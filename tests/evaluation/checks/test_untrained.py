@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collection import UNTRAINED, CaptureConfig, collect, few_samples, few_steps, settings
+from cosprobe.activations.collection import UNTRAINED, CaptureConfig, StoreSettings, collect, few_samples, few_steps
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
-from cosprobe.activations.random_weights import RANDOMISED, randomised, replay
+from cosprobe.activations.random_weights import RANDOM_WEIGHTS, replay, with_random_weights
+from cosprobe.activations.sampler import Sampler
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import Cell
 from cosprobe.evaluation.checks.untrained import weights_table
@@ -33,7 +34,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 TASK = MazeConfig(problems=40, frames=5)
 DRAWN = draw_samples(TASK.build(), TASK, 0)
-PROBE = ProbeConfig(layers="0,2", lambdas=[0.1], randomised=30)
+PROBE = ProbeConfig(layers="0,2", penalties=[0.1], random_weights=30)
 TRAINER = TrainerConfig(precision="32-true")
 PROBLEM = Maze().problems("train", 1)[0]
 
@@ -56,7 +57,8 @@ def store(model, pipeline, tmp_path_factory) -> ActivationStore:
 
 
 def asked(model, pipeline, probe, folder) -> ActivationStore:
-    return collect(model, pipeline, TASK.build(), probe, DRAWN, settings(pipeline, TASK, probe, 0), folder)
+    settings = StoreSettings.of(pipeline, TASK, probe, 0)
+    return collect(Sampler(model, pipeline, TASK.build()), probe, DRAWN, settings, folder)
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +74,20 @@ def test_few_samples_keep_the_proportions_and_the_first_of_every_split(problems,
     counts = {"train": problems // 2, "validation": problems // 5, "test": problems // 3}
     names = [split for split, count in counts.items() for _ in range(count * seeds)]
     drawn = [Sample(replace(PROBLEM, split=split), i) for i, split in enumerate(names)]
-    places = few_samples(drawn, most)
-    assert len(places) <= most
-    assert places == sorted(set(places))
+    few = few_samples(drawn, most)
+    assert len(few) <= most
+    assert few == sorted(set(few))
     least = min(int(count * seeds * min(1, most / len(names))) for count in counts.values())
-    assert (places == []) == (least == 0)
-    if not places:
+    assert (few == []) == (least == 0)
+    if not few:
         return
     for split in counts:
-        of_split, kept = [[i for i in among if names[i] == split] for among in (range(len(names)), places)]
+        of_split, kept = [[i for i in among if names[i] == split] for among in (range(len(names)), few)]
         assert kept == of_split[: len(kept)]
         exact = len(of_split) * min(1, most / len(names))
         assert exact - 1 - 1e-6 <= len(kept) <= exact + 1e-6
     if most >= len(names):
-        assert places == list(range(len(names)))
+        assert few == list(range(len(names)))
 
 
 @pytest.mark.parametrize(
@@ -104,10 +106,9 @@ def test_few_steps_are_kept_decoded_and_in_the_first_half(steps, decode, total, 
 
 
 def test_no_other_weights_are_tried_when_turned_off_or_when_a_split_would_be_empty(model, pipeline, tmp_path, capsys):
-    said = "random weights are left out: probe.randomised=3 of 40 samples is too few"
     for count in (0, 3):
-        store = asked(model, pipeline, replace(PROBE, randomised=count), tmp_path / str(count))
-        assert (said in capsys.readouterr().out) == (count == 3)
+        store = asked(model, pipeline, replace(PROBE, random_weights=count), tmp_path / str(count))
+        assert ("probe.random_weights=3 of 40 samples" in capsys.readouterr().out) == (count == 3)
         assert store.read(UNTRAINED)[0] == {}
         samples, _, _ = load_samples(store, TASK.build())
         assert weights_table(store, samples, PROBE, TRAINER, tmp_path, 0) is None
@@ -119,26 +120,26 @@ def test_no_other_weights_are_tried_when_turned_off_or_when_a_split_would_be_emp
 def test_other_weights_answer_the_very_calls_the_trained_ones_did(model, pipeline, store, samples):
     tensors, notes = store.read(UNTRAINED)
     assert notes["untrained_steps"] == [0, 1, 2]
-    places = tensors["untrained.sample"].tolist()
-    assert places == few_samples(DRAWN, 30)
-    assert [sum(samples.split[places] == split) for split in ("train", "validation", "test")] == [15, 6, 9]
+    few = tensors["untrained.sample"].tolist()
+    assert few == few_samples(DRAWN, 30)
+    assert [sum(samples.split[few] == split) for split in ("train", "validation", "test")] == [15, 6, 9]
     features = tensors["untrained.features"]
-    assert features.shape == (30, 2, 3, 2, 1, 4, 24)  # sample, weights, step, layer, place, region, channel
+    assert features.shape == (30, 2, 3, 2, 1, 4, 24)  # sample, weights, step, layer, position, region, channel
     assert not torch.equal(features[:, 0], features[:, 1])
-    some = places[16:24]  # validation and test samples, of two batches: here all in one, run again from the start
+    some = few[16:24]  # validation and test samples, of two batches: here all in one, run again from the start
     chunk, problems = [DRAWN[i] for i in some], [DRAWN[i].problem for i in some]
     pooling = Pooling("region", boxes=[p.regions for p in problems])
     given = (images(TASK.build(), problems), [p.prompt for p in problems], [s.seed for s in chunk])
     with capture(model, "0,2", pooling, "0:3", record=(0, 1, 2)) as cache:
         sample(model, pipeline, *given, output_type="latent")
     trained = cache.features()[:, :, :, 0]
-    for w, how in enumerate(RANDOMISED):
-        with randomised(model, how, 0):
+    for w, how in enumerate(RANDOM_WEIGHTS):
+        with with_random_weights(model, how, 0):
             expected = replay(model, cache, (0, 2), pooling)
         torch.testing.assert_close(features[16:24, w], expected, atol=1e-5, rtol=1e-5)
         assert (features[16:24, w] - trained).abs().mean() > 0.1 * trained.abs().mean()
     for s, step in enumerate((0, 1, 2)):
-        for k, layer in enumerate("02"):
+        for k, layer in enumerate((0, 2)):
             cell = samples.cells.index(Cell(step, layer, "cond", "all"))
             torch.testing.assert_close(samples.features[some, cell], trained[:, s, k, 0], atol=1e-5, rtol=1e-5)
 
@@ -162,17 +163,18 @@ def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, pipeline, st
         raise AssertionError("sampled again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("cosprobe.activations.collection"), "sample", refuse)
+        patch.setattr(import_module("cosprobe.activations.sampler"), "sample", refuse)
         again = asked(model, pipeline, PROBE, store.folder)
     assert again.fingerprint == store.fingerprint
-    assert "40 samples, permuted and fresh weights on 30 of them are already in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "40 samples" in said and "30 of them" in said and str(store.folder) in said
     (store.folder / "shard-00002.safetensors").unlink()  # as if it had been killed before that shard
     (store.folder / "manifest.json").unlink()
     mended = asked(model, pipeline, PROBE, store.folder)
-    assert "4 of 5 shards are there" in capsys.readouterr().out
+    assert "4 of 5" in capsys.readouterr().out
     assert torch.equal(mended.read(UNTRAINED)[0]["untrained.features"], before)
-    with pytest.raises(ValueError, match="was made with probe.randomised=30, now probe.randomised=20"):
-        asked(model, pipeline, replace(PROBE, randomised=20), store.folder)
+    with pytest.raises(ValueError, match=r"probe\.random_weights=30.*probe\.random_weights=20"):
+        asked(model, pipeline, replace(PROBE, random_weights=20), store.folder)
 
 
 # what is read
@@ -184,8 +186,8 @@ def test_the_table_is_that_of_separate_fits_on_the_few(store, samples, tmp_path)
         table = weights_table(store, samples, PROBE, TRAINER, tmp_path, 0)
         tensors, _ = store.read(UNTRAINED)
         few = samples.rows(tensors["untrained.sample"].numpy())
-        assert table.targets == ("answer",)  # a random model settles on nothing: no choice
-        assert table.cells == tuple(Cell(s, n, "cond", "all") for s in (0, 1, 2) for n in "02")
+        assert table.targets == ("answer",)  # a random model settles on no answer
+        assert table.cells == tuple(Cell(s, n, "cond", "all") for s in (0, 1, 2) for n in (0, 2))
         assert (table.samples, table.evaluations) == (30, 180)
         target = next(t for t in samples.targets if t.name == "answer")
         for w in range(3):

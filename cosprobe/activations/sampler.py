@@ -1,0 +1,63 @@
+"""A pipeline together with the task whose problems it samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cosprobe.models import PipelineConfig, decode, sample
+from cosprobe.tasks import Problem, Sample, Task, images
+
+
+@dataclass(frozen=True, eq=False)
+class Parsed:
+    """Parsed answers of one video per problem. answers: -1 for none. scores: one per candidate."""
+
+    answers: Int[Tensor, " sample"]
+    scores: Float[Tensor, "sample candidate"]
+
+    @property
+    def forced(self) -> Int[Tensor, " sample"]:
+        """The candidate with the highest score."""
+        return self.scores.argmax(dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """A loaded diffusers pipeline (`model`), its settings, and the task whose problems it samples."""
+
+    model: Any
+    config: PipelineConfig
+    task: Task
+
+    def __call__(self, samples: Sequence[Sample], **overrides: Any) -> np.ndarray | Tensor:
+        """Samples videos: float [sample, frame, height, width, 3] in [0, 1]. overrides: see `models.sample`."""
+        problems = [s.problem for s in samples]
+        prompts, seeds = [p.prompt for p in problems], [s.seed for s in samples]
+        return sample(self.model, self.config, images(self.task, problems), prompts, seeds, **overrides)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Decodes latents into videos, with the axes and range of finished videos."""
+        return decode(self.model, latents)
+
+    def parse(self, problems: Sequence[Problem], video: np.ndarray | Tensor) -> Parsed:
+        """Parses the answer of every video."""
+        read = [self.task.parse(problem, clip) for problem, clip in zip(problems, np.asarray(video), strict=True)]
+        answers = torch.tensor([-1 if r.answer is None else r.answer for r in read])
+        return Parsed(answers, torch.tensor([r.scores for r in read]))
+
+    def batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """Divides the samples into batches of `pipeline.batch`."""
+        size = self.config.batch
+        return [list(samples[start : start + size]) for start in range(0, len(samples), size)]
+
+    @property
+    def latent_frames(self) -> int:
+        """Number of latent frames of a video."""
+        return (self.config.frames - 1) // self.model.vae_scale_factor_temporal + 1

@@ -1,0 +1,55 @@
+"""Every architecture keeps the protocol, and what it says agrees with diffusers."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from cosprobe.models.architectures import ARCHITECTURES, Architecture, TokenGrid, architecture
+from tests.examples.pipelines import wan
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=lambda one: type(one).__name__)
+def known(request) -> Architecture:
+    return request.param
+
+
+def test_it_stands_for_classes_of_diffusers_that_no_other_one_stands_for(known):
+    for name in known.transformers:
+        assert issubclass(getattr(diffusers, name), nn.Module)
+        assert [one for one in ARCHITECTURES if name in one.transformers] == [known]
+
+
+def test_video_tokens_can_be_replaced_and_nothing_else_changes(known):
+    tokens, text, other = torch.randn(2, 6, 4), torch.randn(2, 3, 4), torch.randn(2, 6, 4)
+    output = tokens if known.video_tokens(tokens) is tokens else (tokens, text)
+    assert known.video_tokens(output) is tokens
+    changed = known.with_video_tokens(output, other)
+    assert known.video_tokens(changed) is other
+    assert type(changed) is type(output)
+    if isinstance(output, tuple):
+        assert changed[1] is text and output[0] is tokens
+
+
+def test_channels_are_where_the_layout_says(known):
+    assert sorted(known.layout.split()) == sorted(["b", "c", "f", "h", "w"])
+    assert known.layout.split()[known.channel_axis] == "c"
+
+
+def test_blocks_and_tokens_of_wan_are_those_of_the_transformer():
+    model = wan().transformer
+    family = architecture(model)
+    assert family.blocks(model) == list(model.blocks)
+    latent = torch.randn(2, model.config.in_channels, 2, 4, 4)
+    embedded = model.patch_embedding(latent)  # batch, channel, frame, row, column
+    assert family.token_grid(model, latent) == TokenGrid(*embedded.shape[2:])
+    tokens, columns = family.latent_tokens(model, latent), family.patch_columns(model)
+    assert tokens.shape == (2, embedded[0, 0].numel(), columns.noisy + columns.condition)
+    assert columns.noisy * model.config.in_channels == tokens.shape[2] * model.config.out_channels
+
+
+def test_an_unknown_transformer_is_named_with_those_that_are_known():
+    with pytest.raises(ValueError, match="Linear.*WanTransformer3DModel"):
+        architecture(nn.Linear(1, 1))
