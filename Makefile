@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/python train.py probe=layers
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ ones."""
 from typing import Any
 
 from cosprobe.ensembles.comparison import EnsembleConfig
-from cosprobe.ensembles.ensemble import ensemble
+from cosprobe.ensembles.run import ensemble
 
 __all__ = ["EnsembleConfig", "ensemble", "ensembles"]
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cosprobe.activations import Cost, flops
-from cosprobe.ensembles.ensemble import RunContext
+from cosprobe.ensembles.run import RunContext
 from cosprobe.ensembles.strategies import PROBES, STRATEGIES, Hyperparameters, build_strategy, windows
 from cosprobe.ensembles.trajectories import READS, Candidate, Trajectories
 from cosprobe.errors import InputError

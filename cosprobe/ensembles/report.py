@@ -25,8 +25,8 @@ from cosprobe.ensembles.comparison import (
     error_correlation,
     oracle,
 )
-from cosprobe.ensembles.ensemble import RunContext
 from cosprobe.ensembles.probe_scorer import ProbeScorer
+from cosprobe.ensembles.run import RunContext
 from cosprobe.ensembles.strategies import PROBES
 from cosprobe.ensembles.trajectories import Candidate
 from cosprobe.evaluation import Grid

@@ -2,7 +2,7 @@
 
 A strategy defines what is averaged over the runs of a problem, which runs go on after which step, and which finished
 video is returned. These decisions depend on probabilities of probes and on parsed answers only. A strategy that
-averages nothing therefore gives the same result when it is run (`ensemble.run`) and when it is replayed on whole runs
+averages nothing therefore gives the same result when it is run (`run.run`) and when it is replayed on whole runs
 (`replay`).
 
 The order of the seeds does not matter, with two exceptions: `hidden`, `x0`, `latent` and `probe_weighted` continue the

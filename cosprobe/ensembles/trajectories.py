@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cosprobe.activations import ActivationStore
-from cosprobe.ensembles.ensemble import RunContext, run
+from cosprobe.ensembles.run import RunContext, run
 from cosprobe.ensembles.strategies import STRATEGIES, Finished, Hyperparameters, Strategy, build_strategy, replay
 from cosprobe.runtime import progress
 from cosprobe.tasks import Problem

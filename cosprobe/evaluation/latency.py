@@ -92,7 +92,7 @@ def latency(
     if (missing.any(axis=2) != missing.all(axis=2)).any():
         line, point = np.argwhere(missing.any(axis=2) != missing.all(axis=2))[0]
         raise InputError(
-            f"curve {line}, point {point}: NaN on some samples, expected on all or none; leave the point out"
+            f"line {line}, point {point}: NaN on some samples, expected on all or none; leave the point out"
         )
     guess = np.asarray(chance, dtype=np.float64)
     if guess.shape not in ((lines,), (lines, samples)):

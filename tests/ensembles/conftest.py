@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cosprobe.activations.sampler import Sampler
-from cosprobe.ensembles.ensemble import RunContext
+from cosprobe.ensembles.run import RunContext
 from tests.examples.banks import TASK, scorer
 from tests.examples.pipelines import CONFIG, wan
 

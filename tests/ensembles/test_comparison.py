@@ -24,8 +24,8 @@ from cosprobe.ensembles.comparison import (
     oracle,
     price,
 )
-from cosprobe.ensembles.ensemble import run
 from cosprobe.ensembles.report import figure, numbers, remarks, write_ensemble
+from cosprobe.ensembles.run import run
 from cosprobe.ensembles.strategies import STRATEGIES, Hyperparameters
 from cosprobe.ensembles.trajectories import Candidate, Trajectories
 from cosprobe.tasks.samples import fresh_problems, images

@@ -196,5 +196,5 @@ def test_bad_input_is_named():
         run(np.where(np.arange(6) + np.arange(2)[:, None] == 6, np.nan, correct), at=[0, 1])
     with pytest.raises(ValueError, match="no samples"):
         run(correct[:, :, :0], at=[0, 1])
-    with pytest.raises(ValueError, match="2 first.*1 second"):
+    with pytest.raises(ValueError, match="first.*second.*2 and 1"):
         lag(run(correct, at=[0, 1]), [0, 0], [0])

@@ -15,7 +15,7 @@ from cosprobe.activations import cost as costing
 from cosprobe.activations.capture import capture
 from cosprobe.cells import Cell
 from cosprobe.ensembles.comparison import price
-from cosprobe.ensembles.ensemble import ensemble, run
+from cosprobe.ensembles.run import ensemble, run
 from cosprobe.ensembles.strategies import (
     PROBES,
     STRATEGIES,
