@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cosprobe.activations import Sampler
 from cosprobe.minimodel.accuracy import solve
 from cosprobe.minimodel.card import rate, rewordings
 from cosprobe.models.pipelines import PipelineConfig, load_pipeline
@@ -24,7 +25,7 @@ def shipped():
 def test_most_problems_are_solved(shipped, name):
     task = FAMILIES[name]().build()
     problems = [p for kind in task.kinds for p in task.problems("test", 8, kind)]
-    solved = solve(shipped, CONFIG, task, problems, 0)
+    solved = solve(Sampler(shipped, CONFIG, task), problems, 0)
     print(f"{name}: {rate(solved)}")  # noqa: T201
     assert solved.right.mean() >= 0.7
 
@@ -33,6 +34,6 @@ def test_most_problems_are_solved(shipped, name):
 def test_other_words_make_another_video_of_the_same_picture(shipped):
     task = Select()
     for what, asked in rewordings(task, task.problems("test", 24)):
-        solved = solve(shipped, CONFIG, task, asked, 0)
+        solved = solve(Sampler(shipped, CONFIG, task), asked, 0)
         print(f"another {what} named: {rate(solved)}")  # noqa: T201
         assert solved.right.mean() >= 0.7

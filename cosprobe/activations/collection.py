@@ -21,7 +21,7 @@ from cosprobe.activations.sampler import Parsed, Sampler
 from cosprobe.activations.store import ActivationStore, fill
 from cosprobe.cells import SPLIT_ORDER, X0, parse_selection
 from cosprobe.errors import InputError
-from cosprobe.models import PipelineConfig, architecture, block_list, experts, fingerprint
+from cosprobe.models import PipelineConfig, architecture, experts, fingerprint
 from cosprobe.runtime import say
 from cosprobe.tasks import Problem, Sample, Task, TaskConfig
 
@@ -53,6 +53,10 @@ class CaptureConfig:
             raise InputError(f"probe.pooling={self.pooling!r}: expected one of {', '.join(POOLINGS)}")
         if self.random_weights < 0:
             raise InputError(f"probe.random_weights={self.random_weights}: expected 0 or more samples")
+
+    def layers_kept(self, depth: int) -> tuple[int, ...]:
+        """The captured layers of a transformer with `depth` blocks."""
+        return parse_selection(self.layers, depth, "probe.layers")
 
     def steps_kept(self, total: int) -> tuple[int, ...]:
         """The captured step indices, for a sampler with `total` steps."""
@@ -169,7 +173,7 @@ def store_bytes(sampler: Sampler, probe: CaptureConfig, samples: int, few: int =
     """Size of the store in bytes, computed from the shapes alone. few: number of samples for random weights."""
     pipeline, regions = sampler.config, sampler.task.regions
     transformer = next(iter(experts(sampler.model).values()))
-    layers = parse_selection(probe.layers, len(block_list(transformer)), "probe.layers")
+    layers = probe.layers_kept(sampler.depth)
     steps, config = probe.steps_kept(pipeline.steps), transformer.config
     width = config.num_attention_heads * config.attention_head_dim
     pooling = Pooling(probe.pooling, probe.frames, [[(0.0, 0.0, 1.0, 1.0)] * regions])
@@ -201,8 +205,7 @@ def _collect_batch(
     problems, total = [s.problem for s in batch], sampler.config.steps
     decoded, few = probe.steps_decoded(total), few_steps(probe, total)
     before_last = [step for step in decoded if step < total - 1]
-    depth = len(block_list(next(iter(experts(sampler.model).values()))))
-    layers = parse_selection(probe.layers, depth, "probe.layers")
+    layers = probe.layers_kept(sampler.depth)
     with capture(
         sampler.model, list(map(str, layers)), probe.pool(problems), probe.steps, before_last, few if rows else (),
         inputs=True,

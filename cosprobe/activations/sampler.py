@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cosprobe.models import PipelineConfig, decode, sample
+from cosprobe.models import PipelineConfig, block_list, decode, experts, sample
 from cosprobe.tasks import Problem, Sample, Task, images
 
 
@@ -56,6 +56,11 @@ class Sampler:
         """Divides the samples into batches of `pipeline.batch`."""
         size = self.config.batch
         return [list(samples[start : start + size]) for start in range(0, len(samples), size)]
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks; with several experts the smallest."""
+        return min(len(block_list(model)) for model in experts(self.model).values())
 
     @property
     def latent_frames(self) -> int:

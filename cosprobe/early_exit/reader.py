@@ -118,8 +118,7 @@ def probabilities(
         raise InputError(
             f"activations at ({where}) are not finite, expected finite values; run in float32 or check the model"
         )
-    wider = bank.mean.shape[1] - features.shape[-1]
-    return bank.probabilities(torch.nn.functional.pad(features, (0, wider)), target, cells)
+    return bank.probabilities(features, target, cells)
 
 
 def bank_policy(bank: ProbeBank, kind: str) -> Policy:

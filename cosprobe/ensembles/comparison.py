@@ -160,7 +160,7 @@ def price(candidate: Candidate, steps: int, cost: Cost, begun: float | None = No
 
 def candidates(context: RunContext, size: Size) -> list[Candidate]:
     """All candidates that are tried on validation, in order of preference on ties."""
-    parts, reads = windows(context.depth), range(min(READS, context.sampler.config.steps))
+    parts, reads = windows(context.sampler.depth), range(min(READS, context.sampler.config.steps))
     found = [Candidate(m, Hyperparameters(k)) for k in range(2, size.seeds + 1) for m in ("vote", "best_of", "retry")]
     if context.scorer is not None:
         found += [
@@ -200,7 +200,7 @@ def compare(
     cost = flops(sampler.model, sampler.config, images(sampler.task, first), [p.prompt for p in first])
     trajectories = Trajectories(context, problems, size.seeds, seed, folder, identity)
 
-    options, parts = candidates(context, size), windows(context.depth)
+    options, parts = candidates(context, size), windows(context.sampler.depth)
     swept = {name: Candidate("hidden", replace(PAPER, layers=parts[name])) for name in size.windows}
     paper = price(Candidate("hidden", replace(PAPER, layers=parts["middle"])), steps, cost)
     budgets = {"the paper's": paper, "three runs'": price(Candidate("vote", Hyperparameters(3)), steps, cost)}

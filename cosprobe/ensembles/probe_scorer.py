@@ -97,6 +97,5 @@ class ProbeScorer:
         for name in sorted(set(targets)):
             rows = features(cells[name]).float()
             check_finite(rows, cells[name].step, cells[name].layer)
-            rows = torch.nn.functional.pad(rows, (0, self.bank.mean.shape[1] - rows.shape[-1]))
             proba[name] = self.bank.probabilities(rows[:, None], name, [cells[name]])[0]
         return torch.stack([proba[name][i] for i, name in enumerate(targets)])

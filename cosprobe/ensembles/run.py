@@ -37,7 +37,7 @@ from cosprobe.ensembles.strategies import (
     windows,
 )
 from cosprobe.errors import InputError
-from cosprobe.models import PipelineConfig, block_list, experts
+from cosprobe.models import PipelineConfig
 from cosprobe.tasks import FAMILIES, Problem, Sample, Task, noise_seed
 
 
@@ -58,11 +58,6 @@ class RunContext:
                     f"pipeline.{name}={given}: these probes were trained at {trained}; use pipeline.{name}={trained}, "
                     "or train other probes"
                 )
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks; with several experts the smallest."""
-        return min(len(block_list(model)) for model in experts(self.sampler.model).values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +126,7 @@ def ensemble(
     config = config or (PipelineConfig(frames=task.frames) if made_for is None else made_for.pipeline)
     context = RunContext(Sampler(pipeline, config, task), scorer)
     if strategy in WINDOWED:
-        hyperparameters.setdefault("layers", windows(context.depth)["middle"])
+        hyperparameters.setdefault("layers", windows(context.sampler.depth)["middle"])
     params = Hyperparameters(seeds, **hyperparameters)
     outcome = run(context, strategy, params, [problem], seed)
     answer, chosen = int(outcome.answers[0]), build_strategy(strategy, params, config.steps)

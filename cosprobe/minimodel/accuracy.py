@@ -12,9 +12,10 @@ import lightning as L
 import numpy as np
 from rich.progress import track
 
-from cosprobe.models import PipelineConfig, sample
+from cosprobe.activations import Sampler
+from cosprobe.models import PipelineConfig
 from cosprobe.runtime import whole_file
-from cosprobe.tasks import Problem, Task, images, noise_seed
+from cosprobe.tasks import Problem, Task, with_noise
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,15 @@ class Solved:
     path: np.ndarray
 
 
-def solve(
-    model: Any, pipeline: PipelineConfig, task: Task, problems: Sequence[Problem], seed: int, progress: bool = False
-) -> Solved:
-    """Samples every problem once and parses the answer from the video. Videos have `pipeline.frames` frames."""
-    task = cast(Task, replace(cast(Any, task), frames=pipeline.frames))
+def solve(sampler: Sampler, problems: Sequence[Problem], seed: int, progress: bool = False) -> Solved:
+    """Samples every problem once and parses the answer from the video. Videos have `sampler.config.frames` frames."""
+    task = cast(Task, replace(cast(Any, sampler.task), frames=sampler.config.frames))
     right, none, path = [], [], []
-    batches = [problems[i : i + pipeline.batch] for i in range(0, len(problems), pipeline.batch)]
     title = f"{task.name}: {len(problems)} unseen problems"
-    for batch in track(batches, title, disable=not progress):
-        seeds = [noise_seed(p, 0, seed) for p in batch]
-        video = sample(model, pipeline, images(task, batch), [p.prompt for p in batch], seeds)
-        for problem, clip in zip(batch, video, strict=True):
-            read = task.parse(problem, clip)
-            right.append(read.answer in task.solutions(problem))
+    for batch in track(sampler.batches(with_noise(problems, seed)), title, disable=not progress):
+        for one, clip in zip(batch, np.asarray(sampler(batch)), strict=True):
+            read = task.parse(one.problem, clip)
+            right.append(read.answer in task.solutions(one.problem))
             none.append(read.answer is None)
             path.append(read.path)
     return Solved(list(problems), np.array(right), np.array(none), np.array(path))
@@ -79,7 +75,7 @@ class LearningCurve(L.Callback):
         model, settings = self.pipeline_of(module, step)
         for name, task in self.tasks.items():
             for kind in task.kinds:
-                solved = solve(model, settings, task, task.problems("validation", self.problems, kind), 0)
+                solved = solve(Sampler(model, settings, task), task.problems("validation", self.problems, kind), 0)
                 row = {"step": step, "family": name, "kind": kind, "frames": settings.frames}
                 noted.append(row | {"right": int(solved.right.sum()), "of": len(solved.right)})
                 module.log(f"solved/{name}_{kind}", float(solved.right.mean()))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from cosprobe.activations import Sampler
 from cosprobe.evaluation import share_interval
 from cosprobe.minimodel.accuracy import Solved, solve
 from cosprobe.minimodel.autoencoding import to_model_range, video_of
@@ -80,12 +81,13 @@ def measure(
     for name, task in tasks.items():
         problems = [p for kind in task.kinds for p in task.problems("test", counts[0], kind)]
         few = [p for kind in task.kinds for p in task.problems("test", max(1, counts[1]), kind)]
-        solved[name] = solve(model, pipeline, task, problems, seed, progress=True)
+        sampler = Sampler(model, pipeline, task)
+        solved[name] = solve(sampler, problems, seed, progress=True)
         for length in lengths:
             if length != pipeline.frames and counts[1]:
-                elsewhere[name, length] = solve(model, replace(pipeline, frames=length), task, few, seed)
+                elsewhere[name, length] = solve(replace(sampler, config=replace(pipeline, frames=length)), few, seed)
         if isinstance(task, Select):
-            reworded[name] = {w: solve(model, pipeline, task, new, seed) for w, new in rewordings(task, problems)}
+            reworded[name] = {w: solve(sampler, new, seed) for w, new in rewordings(task, problems)}
         references = counts[2] * len(task.kinds)
         misread[name] = (count_misread(model, pipeline, task, references), references)
     return Measured(solved, elsewhere, misread, reworded)
@@ -254,7 +256,7 @@ def compare(
     for name, task in tasks.items():
         for kind in task.kinds:
             problems = task.problems("test", config.card, kind)
-            base, adapted = (solve(model, pipeline, task, problems, seed, progress=True) for model in models)
+            base, adapted = (solve(Sampler(model, pipeline, task), problems, seed, progress=True) for model in models)
             changed = [(adapted.right & ~base.right).sum(), (base.right & ~adapted.right).sum()]
             rates = [rate(solved) for solved in (base, adapted)]
             rows.append(f"| {name}, {kind} | {' | '.join([*rates, *map(str, changed)])} |")

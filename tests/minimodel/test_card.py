@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cosprobe.activations import Sampler
 from cosprobe.minimodel.accuracy import Solved, solve
 from cosprobe.minimodel.card import Measured, difficulties, measure, rate, rewordings, speed, write_card
 from cosprobe.models.pipelines import PipelineConfig
@@ -116,7 +117,7 @@ def test_what_is_measured_is_what_the_videos_show(monkeypatch):
             n: (replace(task, frames=n).video(problem) if solves else np.repeat(task.image(problem)[None], n, 0)) / 255
             for n in (5, 9)
         }
-    monkeypatch.setattr("cosprobe.minimodel.accuracy.sample", draw)
+    monkeypatch.setattr("cosprobe.activations.sampler.sample", draw)
     found = measure(wan(), config, {"maze": task}, [5, 9], (6, 3, 2), 0)
     for result in (found.solved["maze"], found.elsewhere["maze", 9]):
         assert (result.right == [p.index % 2 == 0 for p in result.problems]).all()
@@ -128,6 +129,6 @@ def test_what_is_measured_is_what_the_videos_show(monkeypatch):
 def test_a_pipeline_is_asked_once_for_every_problem():
     task = Maze()
     config = replace(CONFIG, steps=1, batch=2)
-    result = solve(wan(), config, task, task.problems("test", 3), 0)
+    result = solve(Sampler(wan(), config, task), task.problems("test", 3), 0)
     assert result.right.shape == result.none.shape == result.path.shape == (3,)
     assert not (result.right & result.none).any()
