@@ -1,7 +1,7 @@
 """The film strip: the decoded x0-hat at several steps, for a few problems.
 
 One row per problem: the given first frame, then the last frame of the decoded x0-hat at each decoded step. A box marks
-the forced choice, which is the candidate with the highest parser score. Candidates are named by their index in the
+the candidate with the highest parser score. Candidates are named by their index in the
 task.
 """
 
@@ -33,7 +33,7 @@ PER_ROW = 8  # images per row; if there are more steps, some are left out
 class FilmRow:
     """One problem.
 
-    title: such as `right`, `wrong`, `choice`.
+    title: such as `right`, `wrong`, `several right`.
     first_frame: the given image.
     frames: last frame of x0-hat at each decoded step.
     picks: the candidate with the highest parser score at each decoded step.
@@ -73,7 +73,7 @@ def record(sampler: Sampler, drawn: Sequence[Sample], samples: ProbeSamples, pro
     task = sampler.task
     several = np.array([len(task.solutions(sample.problem)) > 1 for sample in drawn])
     solved = samples.scores["solved"].astype(bool)
-    sorts = {"right": solved & ~several, "wrong": ~solved & ~several, "choice": solved & several}
+    sorts = {"right": solved & ~several, "wrong": ~solved & ~several, "several right": solved & several}
     given = samples.model_answer
     ends = [None] * len(drawn) if given is None else [None if answer < 0 else int(answer) for answer in given]
     test = samples.split == "test"
@@ -150,8 +150,8 @@ def film_strip(rows: Sequence[FilmRow], steps: Sequence[int]) -> Figure:
 
 
 def _ending(row: FilmRow) -> str:
-    drew = "drew none" if row.model_answer is None else f"drew {row.model_answer}"
-    return drew if row.answer is None else f"answer {row.answer}, {drew}"
+    video = "video none" if row.model_answer is None else f"video {row.model_answer}"
+    return video if row.answer is None else f"answer {row.answer}, {video}"
 
 
 def _image(axes: Axes, image: UInt8[np.ndarray, "height width 3"]) -> None:
@@ -173,10 +173,10 @@ def _box(box: Box, image: UInt8[np.ndarray, "height width 3"], colour: str) -> R
 def _legend(figure: Figure, rows: Sequence[FilmRow]) -> None:
     known, free = any(row.answer is not None for row in rows), any(row.answer is None for row in rows)
     entries = [
-        (known, "black", "the right candidate"),
-        (known, RIGHT, "forced choice, right"),
-        (known, WRONG, "forced choice, wrong"),
-        (free, FREE, "forced choice, several are right"),
+        (known, "black", "right candidate"),
+        (known, RIGHT, "highest score: right"),
+        (known, WRONG, "highest score: wrong"),
+        (free, FREE, "highest score: several are right"),
     ]
     handles = [Line2D([], [], color=colour, linewidth=2, label=label) for show, colour, label in entries if show]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)

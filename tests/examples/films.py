@@ -14,11 +14,11 @@ from cosprobe.tasks import Maze
 def film(steps: int = 3) -> Film:
     """A right, a wrong and a choice row on real mazes, with frames that grow brighter."""
     task, rows = Maze(), []
-    for title, kind in (("right", "one_exit"), ("wrong", "one_exit"), ("choice", "choice")):
+    for title, kind in (("right", "one_exit"), ("wrong", "one_exit"), ("several right", "choice")):
         problem = task.problems("test", 1, kind)[0]
         last = problem.answer if title == "right" else ((problem.answer or 0) + 1) % 4
         picks = (*[((problem.answer or 0) + 2) % 4] * (steps - 1), last)
         frames = np.stack([np.full((64, 64, 3), 10 * i, dtype=np.uint8) for i in range(steps)])
-        model_answer = None if title == "choice" else last
+        model_answer = None if title == "several right" else last
         rows.append(FilmRow(title, task.image(problem), frames, picks, problem.regions, problem.answer, model_answer))
     return Film(tuple(rows), tuple(range(0, 4 * steps, 4)))

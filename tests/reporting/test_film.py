@@ -23,7 +23,7 @@ def test_rows_are_problems_and_columns_steps():
     figure = film_strip(strip.rows, strip.steps)
     panels = np.array(figure.axes).reshape(3, 4)
     assert [axes.get_title() for axes in panels[0]] == ["first frame", "x0-hat, step 0", "step 4", "step 8"]
-    assert [axes.get_ylabel() for axes in panels[:, 0]] == ["right", "wrong", "choice"]
+    assert [axes.get_ylabel() for axes in panels[:, 0]] == ["right", "wrong", "several right"]
     for row, line in zip(strip.rows, panels, strict=True):
         np.testing.assert_array_equal(line[0].images[0].get_array(), row.first_frame)
         for i, axes in enumerate(line[1:]):
@@ -40,8 +40,8 @@ def test_boxes_show_what_is_read_and_whether_it_is_right():
             x0, y0 = row.regions[row.picks[i]][:2]
             assert boxes(line[i + 1]) == [(colour, (x0 * 64 - 0.5, y0 * 64 - 0.5))]
         assert len(boxes(line[0])) == (row.answer is not None)
-    assert panels[0, 0].get_xlabel() == f"answer {strip.rows[0].answer}, drew {strip.rows[0].answer}"
-    assert panels[2, 0].get_xlabel() == "drew none"
+    assert panels[0, 0].get_xlabel() == f"answer {strip.rows[0].answer}, video {strip.rows[0].answer}"
+    assert panels[2, 0].get_xlabel() == "video none"
 
 
 def test_without_regions_the_words_remain():
