@@ -13,21 +13,24 @@ FOLDER is the run folder of a finished train.py run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from cosprobe.config import UseRun, command, read_run
-from cosprobe.early_exit import EarlyConfig, PredictConfig, answer_early, predict
-from cosprobe.ensembles import EnsembleConfig, ensembles
-from cosprobe.probes import load_probes
-
-USES: dict[type, Callable[..., None]] = {PredictConfig: predict, EarlyConfig: answer_early, EnsembleConfig: ensembles}
+from cosprobe.command import command, read_run
+from cosprobe.config import EarlyConfig, EnsembleConfig, PredictConfig, UseRun
 
 
 def use(run: UseRun) -> None:
     """Reads the settings and probes of a finished run and does what `run.use` selects."""
     trained = read_run(run.run)
-    USES[type(run.use)](trained.pipeline, trained.task, load_probes(run.run), run.use, run.seed, Path(run.run))
+    # imported here, so that --help does not wait for torch and diffusers
+    from cosprobe.early_exit import answer_early, predict
+    from cosprobe.ensembles import ensembles
+    from cosprobe.probes import load_probes
+
+    uses: dict[type, Any] = {PredictConfig: predict, EarlyConfig: answer_early, EnsembleConfig: ensembles}
+    uses[type(run.use)](trained.pipeline, trained.task, load_probes(run.run), run.use, run.seed, Path(run.run))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,20 +10,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cosprobe.activations import Sampler, StoreSettings, collect, load_samples
-from cosprobe.config import ProbeExperiment, TrainRun, command, save_config
-from cosprobe.evaluation import evaluate, read_inputs
-from cosprobe.evaluation.checks import examine, weights_table
-from cosprobe.minimodel import train_and_describe
-from cosprobe.models import load_pipeline
-from cosprobe.probes import fit
-from cosprobe.reporting import log_tensorboard, print_summary, record, write_report
-from cosprobe.runtime import launch
-from cosprobe.tasks import draw_samples
+from cosprobe.command import command, save_config
+from cosprobe.config import ProbeExperiment, TrainRun
 
 
 def train(run: TrainRun) -> None:
     """Collects activations, trains the probes, evaluates them on held-out problems and writes the report."""
+    # imported here, so that --help does not wait for torch and diffusers
+    from cosprobe.activations import Sampler, StoreSettings, collect, load_samples
+    from cosprobe.evaluation import evaluate, read_inputs
+    from cosprobe.evaluation.checks import examine, weights_table
+    from cosprobe.minimodel import train_and_describe
+    from cosprobe.models import load_pipeline
+    from cosprobe.probes import fit
+    from cosprobe.reporting import log_tensorboard, print_summary, record, write_report
+    from cosprobe.runtime import launch, say
+    from cosprobe.tasks import draw_samples
+
     task, folder = run.task.build(), Path(run.run_dir)
     if not isinstance(run.experiment, ProbeExperiment):  # train a video model, or LoRA adapters of one
         save_config(run, folder)
@@ -32,6 +35,7 @@ def train(run: TrainRun) -> None:
 
     fabric = launch(run.trainer)  # one process per device from here on
     sampler = Sampler(load_pipeline(run.pipeline, str(fabric.device)), run.pipeline, task)
+    say(f"{task.name}: drawing {run.task.problems} problems")
     drawn = draw_samples(task, run.task, run.seed)
     settings = StoreSettings.of(run.pipeline, run.task, run.probe, run.seed)
     store = collect(sampler, run.probe, drawn, settings, folder / "store")

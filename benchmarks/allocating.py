@@ -14,9 +14,9 @@ from typing import Any
 
 from benchmarks.learning import gradients, learner, noise_batch
 from benchmarks.pairs import Pair, side_by_side
-from cosprobe.config import TrainRun, load
+from cosprobe.command import keep_freed_memory, load
+from cosprobe.config import TrainRun
 from cosprobe.models import load_pipeline
-from cosprobe.runtime import keep_freed_memory
 
 
 def measure(repeats: int = 7, batches: int = 4, frames: int = 13, settings: Sequence[str] = ()) -> list[Pair]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.pairs import Pair, side_by_side
-from cosprobe.activations import ActivationCache, Pooling, capture
-from cosprobe.config import TrainRun, load
+from cosprobe.activations import ActivationCache, Pooling, capture, images
+from cosprobe.command import load
+from cosprobe.config import TrainRun
 from cosprobe.models import block_list, experts, load_pipeline, sample
-from cosprobe.tasks import draw_samples, images
+from cosprobe.tasks import draw_samples
 
 
 def measure(repeats: int = 7, batch: int = 16, steps: int = 20) -> list[Pair]:

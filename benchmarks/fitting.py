@@ -42,10 +42,9 @@ from benchmarks.pairs import Pair, side_by_side
 from cosprobe.activations import ProbeSamples
 from cosprobe.activations.dataset import relabelled
 from cosprobe.cells import Cell
-from cosprobe.probes import ProbeBank, ProbeConfig, design, fit, problem_folds, spread, standardise
-from cosprobe.probes.logistic import KINDS
+from cosprobe.config import KINDS, ProbeConfig, TrainerConfig
+from cosprobe.probes import ProbeBank, design, fit, problem_folds, spread, standardise
 from cosprobe.probes.newton import PROMISED, relative_gaps
-from cosprobe.runtime import TrainerConfig
 from cosprobe.tasks import Maze, Target
 
 SIZES = {"train": 300, "validation": 120, "test": 180}

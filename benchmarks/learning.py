@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.pairs import Pair, side_by_side
-from cosprobe.config import TrainRun, load
-from cosprobe.minimodel import MiniConfig
+from cosprobe.command import load
+from cosprobe.config import MiniConfig, TrainRun
 from cosprobe.minimodel.encoding import TEXT_TOKENS, TEXT_WIDTH
 from cosprobe.minimodel.flow_matching import Batch, FlowMatching
 from cosprobe.models import load_pipeline

@@ -23,10 +23,11 @@ from torch import Tensor
 
 import train
 from benchmarks.pairs import Pair, side_by_side
-from cosprobe.activations import decode_steps
-from cosprobe.config import TrainRun, load
+from cosprobe.activations import images
+from cosprobe.command import load
+from cosprobe.config import TrainRun, decode_steps
 from cosprobe.models import decode, load_pipeline, sample
-from cosprobe.tasks import draw_samples, images
+from cosprobe.tasks import draw_samples
 
 DEMO = 600  # number of problems of the demo
 

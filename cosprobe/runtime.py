@@ -1,48 +1,74 @@
-"""Processes, memory, files and the terminal.
+"""Processes, devices, memory and the terminal.
 
 There is one process per device. Every process runs the same script.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cosprobe.config import TrainerConfig
 from cosprobe.errors import InputError
 
-# Parameters of `mallopt` and the values set by `keep_freed_memory`. Source: malloc.h of the GNU C library.
-TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
-KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26}
 
+def build_trainer(config: TrainerConfig, **fixed: Any) -> L.Trainer:
+    """The Lightning trainer that the settings name. fixed: further arguments of `L.Trainer`; they take precedence.
 
-@dataclass
-class TrainerConfig:
-    """Where probes are fitted.
-
-    accelerator, precision: as in Lightning's `Trainer`. devices: number of devices, with one process each.
+    With several processes, DDP synchronises parameters only: buffers are equal in all of them. Raises InputError, in
+    one line, for devices that do not exist and for an accelerator or strategy that Lightning does not know.
     """
+    given: dict[str, Any] = {
+        "accelerator": accelerator(config),
+        "devices": config.devices,
+        "num_nodes": config.num_nodes,
+        "strategy": _strategy(config),
+        "precision": config.precision,
+        "deterministic": config.deterministic,
+        "enable_progress_bar": config.enable_progress_bar,
+        "limit_predict_batches": config.limit_predict_batches,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
+    with _device_errors(config):
+        return L.Trainer(**(given | fixed))
 
-    accelerator: str = "cpu"
-    devices: int = 1
-    precision: str = "32-true"
 
-    def __post_init__(self) -> None:
-        if self.devices < 1:
-            raise InputError(f"trainer.devices={self.devices}: expected at least 1")
+def build_logger(config: TrainerConfig, folder: Path) -> Logger:
+    """The Lightning logger that the settings name, with its files in `folder`.
+
+    Raises InputError when wandb is chosen and not installed.
+    """
+    if config.logger == "csv":
+        return CSVLogger(folder, name="", version="")
+    if config.logger == "wandb":
+        try:
+            return WandbLogger(save_dir=folder)
+        except ModuleNotFoundError as error:
+            raise InputError("trainer.logger='wandb': wandb is not installed; pip install wandb, or use csv") from error
+    return TensorBoardLogger(folder, name="", version="")
+
+
+def accelerator(config: TrainerConfig) -> str:
+    """The accelerator of Lightning. `auto` is never `mps`, because Newton steps need fp64, which mps lacks."""
+    if config.accelerator != "auto":
+        return config.accelerator
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def launch(config: TrainerConfig) -> Fabric:
@@ -51,26 +77,44 @@ def launch(config: TrainerConfig) -> Fabric:
     Each process runs the script from the beginning and returns from this function. The Lightning trainer that fits the
     probes later uses the same processes.
     """
-    strategy: Any = DDPStrategy(process_group_backend=backend(config)) if config.devices > 1 else "auto"
-    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=strategy)
-    fabric.launch()
-    return fabric
+    with _device_errors(config):
+        fabric = Fabric(
+            accelerator=accelerator(config),
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=_strategy(config),
+        )
+        fabric.launch()
+        return fabric
 
 
-def backend(config: TrainerConfig) -> str | None:
-    """The process group backend of DDP: `gloo` on the CPU, else None (the default of Lightning)."""
-    return "gloo" if config.accelerator == "cpu" else None
+def _strategy(config: TrainerConfig) -> Any:
+    """Lightning's strategy; DDP gets the timeout, and gloo on CPUs."""
+    if config.devices == "auto":
+        count = torch.cuda.device_count() if accelerator(config) in ("gpu", "cuda") else 1
+    else:
+        count = len([part for part in config.devices.strip("[]").split(",") if part.strip()])
+        count = int(config.devices) if config.devices.isdigit() else count
+    if config.strategy not in ("auto", "ddp") or count * config.num_nodes == 1:
+        return config.strategy
+    return DDPStrategy(
+        process_group_backend="gloo" if accelerator(config) == "cpu" else None,
+        broadcast_buffers=False,
+        timeout=timedelta(seconds=config.timeout),
+    )
 
 
-def keep_freed_memory() -> None:
-    """Lets this process reuse up to 2 GiB of freed memory for later tensors.
-
-    By default the GNU C library returns such memory to the kernel. Every tensor of several megabytes then gets new
-    pages, and the kernel has to zero each of them. Does nothing with other C libraries.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        for name, value in KEPT.items():
-            ctypes.CDLL(None).mallopt(name, value)
+@contextmanager
+def _device_errors(config: TrainerConfig) -> Iterator[None]:
+    """Raises InputError in place of Lightning's errors for devices."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"trainer.accelerator={config.accelerator!r}, trainer.devices={config.devices!r}, "
+            f"trainer.strategy={config.strategy!r}: not possible on this machine ({reason})"
+        ) from error
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -100,43 +144,6 @@ def progress() -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, disable=rank_and_world()[0] != 0)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Writes a file atomically: afterwards `path` is either complete or unchanged.
-
-    Yields a temporary name in the same folder, different in every process. The temporary file is renamed to `path` when
-    the block ends, and deleted when the block fails.
-    Raises InputError when it cannot be written (a full or read-only disk).
-    """
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        with writable(path):
-            yield part
-            part.replace(path)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-@contextmanager
-def writable(path: Path) -> Iterator[None]:
-    """Raises InputError in place of an OSError in the block that writes `path`."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise InputError(
-            f"{str(path)!r}: cannot be written ({reason}); free some space, or choose another folder"
-        ) from error
-
-
-def make_folder(path: Path) -> Path:
-    """Creates the folder and its missing parents, and returns it. Raises InputError when it cannot be created."""
-    with writable(path):
-        path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 @contextmanager

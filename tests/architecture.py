@@ -14,8 +14,10 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
     *(
         "errors",
         "cells",
-        "runtime",
+        "files",
         "tasks",
+        "config",
+        "runtime",
         "models.architectures",
         "models",
         "activations",
@@ -23,7 +25,7 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
         "evaluation",
         "evaluation.checks",
     ),
-    *("reporting", "early_exit", "ensembles", "minimodel", "config"),
+    *("reporting", "early_exit", "ensembles", "minimodel", "command"),
 )
 ENTRIES = ("cosprobe", "train", "probe")  # the package itself and the commands import rooms, and no room imports them
 FILES = sorted((ROOT / "cosprobe").rglob("*.py")) + [ROOT / "train.py", ROOT / "probe.py"]

@@ -13,9 +13,9 @@ import pytest
 from tests.architecture import ENTRIES, FILES, ROOMS, ROOT, arrows, drawing, imports, inside, module_of, room_of
 
 ONLY_IN = {  # library: the rooms that may import it
-    "hydra": {"config"},
-    "omegaconf": {"config"},
-    "yaml": {"config"},
+    "hydra": {"command"},
+    "omegaconf": {"command"},
+    "yaml": {"command"},
     "matplotlib": {"reporting", "early_exit", "ensembles"},
     "lightning": {"runtime", "probes", "minimodel"},
     "peft": {"minimodel"},
@@ -78,17 +78,24 @@ def test_libraries_stay_in_their_rooms(path):
         assert allowed is None or room in allowed, f"{module_of(path)} imports {module}"
 
 
-def test_the_package_works_without_hydra():
-    """`from cosprobe import ...` is for notebooks: it must not reach the settings."""
-    assert "config" not in arrows()["cosprobe"]
+def test_only_the_commands_need_the_command_line():
+    assert {room for room, others in arrows().items() if "command" in others} == {"train", "probe"}
 
 
-def test_the_package_loads_no_figures():
-    said = subprocess.run(
-        [sys.executable, "-c", "import sys, cosprobe; print('cosprobe.reporting' in sys.modules)"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert said.stdout.strip() == "False"
+def test_importing_is_fast_and_changes_nothing():
+    """The package loads its names on first access, and the settings load neither torch nor diffusers."""
+    code = (
+        "import os, sys, warnings, logging\n"
+        "before = dict(os.environ), list(warnings.filters), list(logging.root.handlers)\n"
+        "import cosprobe\n"
+        "assert before == (dict(os.environ), list(warnings.filters), list(logging.root.handlers))\n"
+        "import cosprobe.command\n"
+        "heavy = {'torch', 'lightning', 'diffusers', 'transformers', 'xarray', 'matplotlib'}\n"
+        "print(sorted(heavy & set(sys.modules)), set(cosprobe.__all__) <= set(dir(cosprobe)))\n"
+        "print(all(getattr(cosprobe, name).__name__ == name for name in cosprobe.__all__))\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.split("\n")[:2] == ["[] True", "True"]
 
 
 def test_modules_are_named_by_what_they_hold(path):

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from benchmarks import allocating, capturing, fitting, learning, pairs, running
 from benchmarks.__main__ import main, table
-from cosprobe.config import TrainRun, load
+from cosprobe.command import load
+from cosprobe.config import ProbeConfig, TrainRun
 from cosprobe.models.pipelines import load_pipeline
-from cosprobe.probes.logistic import ProbeConfig
 from cosprobe.probes.newton import PROMISED
 
 SMALL = {"train": 60, "validation": 30, "test": 10}

@@ -19,17 +19,14 @@ import train
 from cosprobe.activations import collection
 from cosprobe.activations.collection import StoreSettings
 from cosprobe.activations.store import ActivationStore, flattened
-from cosprobe.config import SCHEMAS, TrainRun, UseRun, command, load, read_run, save_config
+from cosprobe.command import command, job_name, load, read_run, save_config
+from cosprobe.config import SCHEMAS, FlowConfig, PipelineConfig, ProbeConfig, TrainerConfig, TrainRun, UseRun
 from cosprobe.errors import InputError
 from cosprobe.evaluation.grid import Grid
 from cosprobe.evaluation.scoring import build_grid
-from cosprobe.minimodel.flow_matching import FlowConfig
-from cosprobe.models.pipelines import PipelineConfig
 from cosprobe.probes import bank
 from cosprobe.probes.bank import load_probes
-from cosprobe.probes.logistic import ProbeConfig
 from cosprobe.reporting import compare
-from cosprobe.runtime import TrainerConfig
 from cosprobe.tasks import MazeConfig
 from tests.examples.banks import bank_for
 from tests.examples.grids import ANSWER, synthetic
@@ -65,15 +62,14 @@ MISTAKES = [
     ("sed=3", rf"seed\?.*{TOP}"),
     ("prob=layers", rf"probe\?.*{TOP}"),
     ("xyzzy=1", rf"[^?]*{TOP}"),  # nothing is near: no question
-    ("hydra.run.dir=x", rf"run_dir\?.*{TOP}"),
     ("seed.x=1", rf"[^?]*{TOP}"),
     ("experiment.clips=9", "[^?]*experiment"),
     # choices
     ("probe=layerz", r"probe=layers\?.*frames, layers"),
-    ("+probe=layerz", r"probe=layers\?.*frames, layers"),
+    ("+probe=frames", r"\bprobe=frames\b"),
     ("probe=", r"[^?]*frames, layers"),
     ("task=maize", rf"task=maze\?.*{', '.join(TASKS)}"),
-    ("trainer=tpu", r"trainer=cpu\?.*cpu, gpu"),
+    ("trainer=tpu", r"trainer=cpu\?.*auto, cpu, gpu"),
     ("experiment=minni", r"experiment=mini\?.*lora, mini, mini_small, probes"),
     # types, and the value as it is
     ("seed=x", r"a whole number\b.*\b0"),
@@ -82,18 +78,18 @@ MISTAKES = [
     ("seed=", r"a whole number\b.*\b0"),
     ("task.problems=many", r"a whole number\b.*\b600"),
     ("task.rooms=4", r"a list of whole numbers\b.*\[4, 5\]"),
-    ("task.rooms=[4", r"a list of whole numbers\b.*\[4, 5\]"),
+    ("task.rooms=[4", r"name=value.*task\.rooms='"),
     ("task.rooms=[4,x]", r"a list of whole numbers\b.*\[4, 5\]"),
     ("pipeline.guidance=high", r"a number\b.*\b1\.0"),
     ("probe.frames=maybe", r"true or false\b.*\bfalse"),
-    ("run_dir=${seed}", "interpolation"),
-    ("run_dir=???", "interpolation"),
+    ("run_dir=${sed}", "sed"),
+    ("probe.steps=0,10,20", r"-m\b.*\"probe\.steps='0,10,20'\""),
     # form
     ("+seed=3", r"\bseed=3\b"),
     ("~seed", "name=value"),
     ("layers", "name=value"),
-    ("=3", "name=value"),
-    ("--multirun", "--help, --cfg.*name=value"),
+    ("=3", TOP),
+    ("--multirum", "-m, "),
     # values
     ("seed=-1", r"\b0\b"),
     ("task.problems=0", r"\b1\b"),
@@ -119,8 +115,9 @@ def check_told(said: str, *fragments: str) -> None:
 
 
 @pytest.mark.parametrize(("argument", "message"), MISTAKES, ids=[argument for argument, _ in MISTAKES])
-def test_a_mistake_is_one_line_and_leaves_nothing_behind(argument, message, here, capsys):
-    assert train.main([argument, "probe=layers"]) == 2
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(argument, message, here, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda run: pytest.fail(f"{argument} was accepted"))
+    assert train.main([argument]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     check_told(said.err, AS_READ.get(argument, argument), message)
@@ -141,7 +138,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(argument, message, here
         (["run=x", "use=early", "use.against=truth"], "use.against=truth", "error_reference"),
         (["run=x", "use=early", "use.calibration=58"], "use.calibration=58", r"\b59\b.*\b0\.05\b.*\b0\.95\b"),
         (["run=x", "use=ensemble", "use.size=huge"], "use.size='huge'", "quick, full"),
-        (["run=x", "task.problems=3"], "task.problems=3", r"use\.problems\?.*run, seed, use"),
+        (["run=x", "task.problems=3"], "task.problems=3", r"use\.problems\?.*run, seed, trainer, use"),
     ],
 )
 def test_mistakes_in_using_a_run(arguments, first, message, here, capsys):
@@ -204,7 +201,7 @@ def test_help_shows_purpose_groups_and_two_examples(here, capsys):
             f"task        {tasks}",
             "pipeline    mini*",
             "probe       frames, layers*",
-            "trainer     cpu*, gpu",
+            "trainer     auto*, cpu, gpu",
         ):
             assert f"\n  {group}\n" in text
     assert probe.main(["--help"]) == 0
@@ -226,10 +223,10 @@ def test_examples_of_the_help_are_valid(capsys):
 
 
 def test_cfg_prints_every_setting(here, capsys):
-    assert train.main(["--cfg", "seed=5"]) == 0
+    assert train.main(["--cfg", "job", "seed=5"]) == 0
     text = capsys.readouterr().out
     assert "\nseed: 5\n" in text
-    assert "\nrun_dir: runs/maze-layers\n" in text
+    assert "\n  problems: 600\n" in text
     assert list(here.iterdir()) == []
 
 
@@ -331,3 +328,81 @@ def test_activations_of_an_earlier_version_are_kept_and_named(here, name, capsys
     check_told(f"{said}\n", "run_dir", re.escape(str(store.folder)), rf"\b4\b.*\b{collection.FORMAT}\b")
     assert [path.name for path in (here / "run").rglob("*")] == ["store", name]
     assert json.loads((store.folder / name).read_text()) == content
+
+
+# sweeps
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["seed=1", "probe.kind=ridge"], "seed-1-kind-ridge"),
+        (["probe.batch=8", "pipeline.batch=2"], "probe-batch-8-pipeline-batch-2"),  # two names that end alike
+        (["seed=1", "trainer.devices=2", "run_dir=x"], "seed-1"),
+        (["pipeline.steps=4"], "steps-4"),
+    ],
+)
+def test_a_job_is_named_by_what_differs(overrides, name):
+    assert job_name(overrides) == name
+
+
+def test_names_of_jobs_need_no_quotes_and_differ_as_the_jobs_do():
+    values = ["0:20:5", "0:20,5", "0,20,5", "[1, 2]", "[1,2]", "a/b", "a b", "1e-3", "all"]
+    found = [job_name([f"probe.steps='{value}'"]) for value in values]
+    assert len(set(found)) == len(values)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["probe.kindd=ridge,newton"], r"probe\.kindd=ridge: .*probe\.kind\?"),
+        (["seed=1,x"], r"seed=x.*a whole number"),
+        (["seed=1,-2"], r"seed=-2.*\b0\b"),
+        (["probe=layers,framez"], r"probe=framez.*probe=frames\?"),
+        (["seed=1,2", "run_dir=runs/same"], r"run_dir=runs/same.*seed=1.*seed=2"),
+        (["seed=1,1"], r"run_dir=runs/maze-layers-seed-1\b.*seed=1.*seed=1"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_told_before_its_first_job(arguments, message, here, capfd):
+    assert train.main(["-m", *arguments]) == 2
+    said = capfd.readouterr()
+    assert re.fullmatch(rf"error: {message}.*\n", said.err), said.err
+    assert said.out == "" and list(here.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_every_job_of_a_sweep_has_its_run_folder(here):
+    """And a job that fails does not stop the others."""
+    script = here / "print_run_dir.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom cosprobe.command import command\n"
+        "from cosprobe.config import TrainRun\nfrom cosprobe.errors import InputError\n"
+        "def body(run):\n"
+        "    if run.seed == 2:\n        raise InputError(f'seed={run.seed}: no')\n"
+        "    print(run.run_dir, run.seed, run.probe.kind)\n"
+        "if __name__ == '__main__':\n    sys.exit(command(TrainRun, body, ''))\n"
+    )
+    arguments = [sys.executable, str(script), "-m", "seed=1,2,3", "probe.kind=ridge"]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=here)
+    assert ended.returncode == 2
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("runs/")]
+    assert lines == [f"runs/maze-layers-seed-{n}-kind-ridge {n} ridge" for n in (1, 3)]
+    told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert told[0] == "error: seed=2: no" and "seed=2" in told[-1] and len(told) == 2
+    assert sorted(path.name for path in here.iterdir()) == ["print_run_dir.py", "runs"]
+
+
+@pytest.mark.slow
+def test_options_of_a_folder_of_ones_own(here, capsys):
+    (here / "mine" / "probe").mkdir(parents=True)
+    (here / "mine" / "probe" / "few.yaml").write_text("steps: '0'\nlayers: last\n")
+    seen = []
+    assert command(TrainRun, seen.append, "", ["--config-dir", str(here / "mine"), "probe=few"]) == 0
+    assert (seen[0].probe.steps, seen[0].probe.layers, seen[0].run_dir) == ("0", "last", "runs/maze-few")
+    assert command(TrainRun, seen.append, "", ["seed=4", "run_dir=runs/s-${seed}"]) == 0
+    assert seen[1].run_dir == "runs/s-4"
+    for flag in (["--info", "searchpath"], ["--cfg", "job", "-p", "probe"], ["--shell-completion", "install=bash"]):
+        assert command(TrainRun, seen.append, "", flag) == 0, flag
+        assert capsys.readouterr().out
+    assert len(seen) == 2

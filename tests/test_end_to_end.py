@@ -17,7 +17,7 @@ import probe
 from cosprobe import Grid, ensemble, load_pipeline, load_probes
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.store import ActivationStore
-from cosprobe.config import read_run
+from cosprobe.command import read_run
 from cosprobe.ensembles.comparison import SIZES, Size
 from cosprobe.ensembles.strategies import STRATEGIES
 from cosprobe.models.pipelines import fingerprint

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from cosprobe.errors import InputError
-from cosprobe.runtime import enough_memory, make_folder, whole_file
+from cosprobe.files import make_folder, whole_file
+from cosprobe.runtime import enough_memory
 
 PAGES = """
 import resource, sys, torch
-from cosprobe.runtime import keep_freed_memory
+from cosprobe.command import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 def faults():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cosprobe.activations import Sampler
+from cosprobe.config import PipelineConfig
 from cosprobe.minimodel.accuracy import solve
 from cosprobe.minimodel.card import rate, rewordings
-from cosprobe.models.pipelines import PipelineConfig, load_pipeline
+from cosprobe.models.pipelines import load_pipeline
 from cosprobe.tasks import FAMILIES, Select
 
 CONFIG = PipelineConfig()

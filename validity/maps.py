@@ -23,10 +23,10 @@ import xarray as xr
 from cosprobe.activations import InputFeatures, ProbeSamples
 from cosprobe.activations.dataset import relabelled
 from cosprobe.cells import DIFFICULTY, EMBED, FIRST_FRAME, INPUTS, NOISE, PROMPT, X0, X_T, Cell
+from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.evaluation import ALPHA, evaluate, read_inputs
 from cosprobe.evaluation.checks import examine
-from cosprobe.probes import ProbeConfig, fit
-from cosprobe.runtime import TrainerConfig
+from cosprobe.probes import fit
 from cosprobe.tasks import Target
 from validity.rows import Row, alarms, shares_covered
 

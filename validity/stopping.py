@@ -5,15 +5,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from cosprobe.early_exit.threshold import (
-    ERROR_REFERENCES,
-    first_exit,
-    fixed_sequence,
-    outcomes,
-    p_values,
-    starting_point,
-    thresholds,
-)
+from cosprobe.config import ERROR_REFERENCES
+from cosprobe.early_exit.threshold import first_exit, fixed_sequence, outcomes, p_values, starting_point, thresholds
 from cosprobe.evaluation import difference_interval, share_interval
 from validity.rows import Row, alarms, coverage
 

@@ -1,24 +1,22 @@
 """Captures, pools, edits and stores activations while a pipeline samples, and loads them as samples for probes."""
 
 from cosprobe.activations.capture import ActivationCache, capture
-from cosprobe.activations.collection import UNTRAINED, CaptureConfig, StoreSettings, collect, decode_steps, watch
+from cosprobe.activations.collection import UNTRAINED, StoreSettings, collect, watch
 from cosprobe.activations.cost import Cost, flops, seconds
 from cosprobe.activations.dataset import InputFeatures, ProbeSamples, difficulty_columns, load_samples
 from cosprobe.activations.edits import BACK, average_blocks, average_clean, average_latents, check_finite
 from cosprobe.activations.halt import halting
-from cosprobe.activations.pooling import POOLINGS, Pooling
+from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.random_weights import RANDOM_WEIGHTS
-from cosprobe.activations.sampler import Sampler
+from cosprobe.activations.sampler import Sampler, images
 from cosprobe.activations.store import ActivationStore, fill, flattened
 
 __all__ = [
     "BACK",
-    "POOLINGS",
     "RANDOM_WEIGHTS",
     "UNTRAINED",
     "ActivationCache",
     "ActivationStore",
-    "CaptureConfig",
     "Cost",
     "InputFeatures",
     "Pooling",
@@ -31,11 +29,11 @@ __all__ = [
     "capture",
     "check_finite",
     "collect",
-    "decode_steps",
     "fill",
     "flattened",
     "flops",
     "halting",
+    "images",
     "load_samples",
     "difficulty_columns",
     "seconds",

@@ -15,60 +15,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cosprobe.activations.capture import ActivationCache, capture
-from cosprobe.activations.pooling import POOLINGS, Pooling, whole_frame
+from cosprobe.activations.pooling import Pooling, whole_frame
 from cosprobe.activations.random_weights import RANDOM_WEIGHTS, replay, with_random_weights
 from cosprobe.activations.sampler import Parsed, Sampler
 from cosprobe.activations.store import ActivationStore, fill
-from cosprobe.cells import SPLIT_ORDER, X0, parse_selection
+from cosprobe.cells import SPLIT_ORDER, X0
+from cosprobe.config import CaptureConfig, PipelineConfig
 from cosprobe.errors import InputError
-from cosprobe.models import PipelineConfig, architecture, experts, fingerprint
+from cosprobe.models import architecture, experts, fingerprint
 from cosprobe.runtime import say
 from cosprobe.tasks import Problem, Sample, Task, TaskConfig
 
 FORMAT = 5  # version of the content of a shard
 UNTRAINED = "untrained."  # prefix of the names of tensors from transformers with random weights
 NOT_DECODED = -2  # value in `x0_answer` where x0-hat was not decoded
-
-
-@dataclass
-class CaptureConfig:
-    """What is captured.
-
-    layers, steps: selections (`all`, `last`, `0:30:5`, `0,10,20`). pooling: `clip`, `frame`, `grid` or `region`.
-    frames: with `region`, also keep every latent frame separately. decode: selection of the steps whose x0-hat is
-    decoded and parsed; `auto` selects at most five. random_weights: largest number of samples for which transformers
-    with permuted and fresh weights are run; 0 = none.
-    Raises InputError for an unknown pooling or a negative number of samples.
-    """
-
-    layers: str = "all"
-    steps: str = "all"
-    pooling: str = "region"
-    frames: bool = False
-    decode: str = "auto"
-    random_weights: int = 128
-
-    def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
-            raise InputError(f"probe.pooling={self.pooling!r}: expected one of {', '.join(POOLINGS)}")
-        if self.random_weights < 0:
-            raise InputError(f"probe.random_weights={self.random_weights}: expected 0 or more samples")
-
-    def layers_kept(self, depth: int) -> tuple[int, ...]:
-        """The captured layers of a transformer with `depth` blocks."""
-        return parse_selection(self.layers, depth, "probe.layers")
-
-    def steps_kept(self, total: int) -> tuple[int, ...]:
-        """The captured step indices, for a sampler with `total` steps."""
-        return parse_selection(self.steps, total, "probe.steps")
-
-    def steps_decoded(self, total: int) -> tuple[int, ...]:
-        """The step indices at which x0-hat is decoded, for a sampler with `total` steps."""
-        return decode_steps(self.decode, total)
-
-    def pool(self, problems: Sequence[Problem]) -> Pooling:
-        """The pooling for a batch of problems."""
-        return Pooling(self.pooling, self.frames, [p.regions for p in problems])
 
 
 @dataclass(frozen=True)
@@ -107,15 +67,6 @@ class StoreSettings:
             )
         pipeline, probe = PipelineConfig(**saved["pipeline"]), CaptureConfig(**saved["probe"])
         return cls(**{**saved, "pipeline": pipeline, "probe": probe})
-
-
-def decode_steps(spec: str, total: int) -> tuple[int, ...]:
-    """Step indices at which x0-hat is decoded and parsed. `auto`: at most 5, denser among the early steps."""
-    if spec == "auto":
-        return tuple(
-            sorted({0, round(0.1 * total), round(0.25 * total), round(0.5 * total), total - 1} & set(range(total)))
-        )
-    return parse_selection(spec, total, "probe.decode")
 
 
 def few_samples(samples: Sequence[Sample], most: int) -> list[int]:
@@ -207,8 +158,8 @@ def _collect_batch(
     before_last = [step for step in decoded if step < total - 1]
     layers = probe.layers_kept(sampler.depth)
     with capture(
-        sampler.model, list(map(str, layers)), probe.pool(problems), probe.steps, before_last, few if rows else (),
-        inputs=True,
+        sampler.model, list(map(str, layers)), Pooling.of(probe, problems), probe.steps, before_last,
+        few if rows else (), inputs=True,
     ) as cache:  # fmt: skip
         video = sampler(batch)
     final = sampler.parse(problems, video)
@@ -220,7 +171,7 @@ def _collect_batch(
     tensors |= {f"input.{name}": value for name, value in cache.input_features().items()}
     tensors["replica"] = torch.tensor([s.replica for s in batch])
     if rows:
-        pooling = probe.pool([problems[row] for row in rows])
+        pooling = Pooling.of(probe, [problems[row] for row in rows])
         tensors |= _untrained(sampler.model, cache, layers, pooling, rows, seed)
         tensors[f"{UNTRAINED}sample"] = torch.tensor([first + row for row in rows])
     return tensors, _notes(cache) | {"untrained_steps": list(few)}

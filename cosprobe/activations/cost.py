@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
-from cosprobe.models import PipelineConfig, block_list, decode, experts, sample, stop_after
+from cosprobe.models import block_list, decode, experts, sample, stop_after
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from cosprobe.config import POOLINGS, CaptureConfig
 from cosprobe.errors import InputError
+from cosprobe.tasks import Problem
 
-POOLINGS = ("clip", "frame", "grid", "region")
 GRID = 4  # `grid` pooling has GRID x GRID coarse cells
 COLUMNS = 1024  # most values that `whole_frame` keeps of one frame of an input
 
@@ -45,6 +46,11 @@ class Pooling:
             raise InputError(f"probe.pooling={self.kind!r}: expected one of {', '.join(POOLINGS)}")
         if self.kind == "region" and len({len(boxes) for boxes in self.boxes}) > 1:
             raise InputError("probe.pooling='region': every sample needs the same number of regions")
+
+    @classmethod
+    def of(cls, config: CaptureConfig, problems: Sequence[Problem]) -> Pooling:
+        """The pooling that the settings name, for a batch of problems."""
+        return cls(config.pooling, config.frames, [p.regions for p in problems])
 
     @property
     def regions(self) -> int:

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cosprobe.models import PipelineConfig, block_list, decode, experts, sample
-from cosprobe.tasks import Problem, Sample, Task, images
+from cosprobe.config import PipelineConfig
+from cosprobe.models import block_list, decode, experts, sample
+from cosprobe.tasks import Problem, Sample, Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,3 +67,9 @@ class Sampler:
     def latent_frames(self) -> int:
         """Number of latent frames of a video."""
         return (self.config.frames - 1) // self.model.vae_scale_factor_temporal + 1
+
+
+def images(task: Task, problems: Sequence[Problem]) -> Float[Tensor, "batch 3 height width"]:
+    """The first frames of the problems, with values in [0, 1]."""
+    frames = np.stack([task.image(problem) for problem in problems])
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosprobe.errors import InputError
-from cosprobe.runtime import barrier, make_folder, progress, rank_and_world, say, whole_file
+from cosprobe.files import make_folder, whole_file
+from cosprobe.runtime import barrier, progress, rank_and_world, say
 
 MANIFEST = "manifest.json"
 

@@ -10,49 +10,16 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from cosprobe.activations import ActivationStore, ProbeSamples, Sampler, decode_steps, load_samples
+from cosprobe.activations import ActivationStore, ProbeSamples, Sampler, load_samples
 from cosprobe.cells import Cell
+from cosprobe.config import EarlyConfig, decode_steps
 from cosprobe.early_exit.reader import Answer, attach, check_pipeline, probabilities
-from cosprobe.early_exit.threshold import (
-    ERROR_REFERENCES,
-    Policy,
-    calibrate,
-    check_promise,
-    first_exit,
-    least_problems,
-    starting_point,
-    thresholds,
-)
+from cosprobe.early_exit.threshold import Policy, calibrate, first_exit, least_problems, starting_point, thresholds
 from cosprobe.early_exit.trajectories import ExitPoints, Trajectories, sample_trajectories
 from cosprobe.errors import InputError
 from cosprobe.probes import ProbeBank
 from cosprobe.runtime import say
 from cosprobe.tasks import ANSWER_ROLES, Problem, Target, TaskConfig, fresh_problems, with_noise
-
-
-@dataclass
-class EarlyConfig:
-    """Stop a run as soon as a probe is confident enough; the risk is at most `risk`, with probability `confidence`.
-
-    error_reference: what counts as an error: an early answer that differs from the answer of the finished video
-    (`model_answer`), or a wrong early answer (`truth`). calibration: number of problems of each kind that calibrate the
-    policy. problems: number of fresh problems of each kind that test it.
-    """
-
-    risk: float = 0.05
-    confidence: float = 0.95
-    error_reference: str = "model_answer"
-    calibration: int = 300
-    problems: int = 60
-
-    def __post_init__(self) -> None:
-        if self.error_reference not in ERROR_REFERENCES:
-            raise InputError(
-                f"use.error_reference={self.error_reference!r}: expected one of {', '.join(ERROR_REFERENCES)}"
-            )
-        check_promise(self.risk, self.confidence, self.calibration)
-        if self.problems < 1:
-            raise InputError(f"use.problems={self.problems}: expected at least 1")
 
 
 @dataclass(frozen=True)

@@ -12,32 +12,15 @@ from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
-from cosprobe.activations import Sampler, halting
+from cosprobe.activations import Pooling, Sampler, halting
 from cosprobe.cells import Cell
+from cosprobe.config import PipelineConfig, PredictConfig
 from cosprobe.early_exit.reader import probabilities
 from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
-from cosprobe.models import PipelineConfig, load_pipeline
+from cosprobe.models import load_pipeline
 from cosprobe.probes import ProbeBank
 from cosprobe.tasks import Problem, Sample, TaskConfig, fresh_problems, with_noise
-
-
-@dataclass
-class PredictConfig:
-    """Read the answers of new problems at one step, before the video is finished.
-
-    step: sampler step index. problems: number of new problems. layer: block that the probe reads; null: the layer with
-    the best validation accuracy.
-    """
-
-    step: int = 0
-    problems: int = 16
-    layer: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("step", 0), ("problems", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"use.{name}={getattr(self, name)}: expected at least {least}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +64,7 @@ def _features_at(
         found.append(features)
         return True
 
-    with halting(sampler.model, [cell], bank.store.probe.pool([s.problem for s in batch]), enough):
+    with halting(sampler.model, [cell], Pooling.of(bank.store.probe, [s.problem for s in batch]), enough):
         sampler(batch)
     return found[0]
 

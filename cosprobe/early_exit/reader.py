@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cosprobe.activations import halting
+from cosprobe.activations import Pooling, halting
 from cosprobe.cells import Cell
 from cosprobe.early_exit.threshold import Policy, read_policy
 from cosprobe.errors import InputError
@@ -102,7 +102,7 @@ def attach(
         raise InputError("problems: none, expected one for every image of the call")
     policy = policy or bank_policy(bank, problems[0].kind)
     check_problems(bank, policy, problems)
-    pooling = bank.store.probe.pool(problems)
+    pooling = Pooling.of(bank.store.probe, problems)
     reader = Reader(bank, pipeline, policy, tell, [None] * len(problems))
     with halting(pipeline, policy.cells, pooling, reader.see):
         yield reader

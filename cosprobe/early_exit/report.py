@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 
-from cosprobe.activations import Sampler, decode_steps, flops, seconds, watch
-from cosprobe.early_exit.calibrate import Calibrated, EarlyConfig, LiveRun, calibrate_policies, run_live
+from cosprobe.activations import Sampler, flops, images, seconds, watch
+from cosprobe.config import EarlyConfig, PipelineConfig, decode_steps
+from cosprobe.early_exit.calibrate import Calibrated, LiveRun, calibrate_policies, run_live
 from cosprobe.early_exit.frontier import (
     PolicyResult,
     Prices,
@@ -26,11 +27,11 @@ from cosprobe.early_exit.frontier import (
     policy_exits,
     stopping_rules,
 )
-from cosprobe.models import PipelineConfig, load_pipeline
+from cosprobe.files import make_folder, whole_file
+from cosprobe.models import load_pipeline
 from cosprobe.probes import ProbeBank
 from cosprobe.reporting import STYLE, WIDTH, Film, film_row, film_strip, markdown_table, new_figure, open_table
-from cosprobe.runtime import make_folder, whole_file
-from cosprobe.tasks import Problem, TaskConfig, images, with_noise
+from cosprobe.tasks import Problem, TaskConfig, with_noise
 
 LINES = {
     "fixed step": {"color": "#444444", "marker": "s", "markersize": 3.5, "linestyle": ":"},

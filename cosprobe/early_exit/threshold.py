@@ -29,9 +29,9 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import bdtr
 
 from cosprobe.cells import Cell
+from cosprobe.config import check_promise
 from cosprobe.errors import InputError
 
-ERROR_REFERENCES = ("model_answer", "truth")  # what an early answer is compared with
 STEPS = 200  # number of thresholds
 SUREST = 0.9999  # the highest threshold
 MOST = 20_000  # `least_problems` considers no larger number of calibration problems
@@ -180,20 +180,6 @@ def calibrate(
         p=float(p[last if found else start]),
         **about,
     )
-
-
-def check_promise(risk: float, level: float, problems: int) -> None:
-    """Raises InputError for a risk or confidence outside 0 to 1, or fewer calibration problems than any policy
-    needs."""
-    for name, value in (("risk", risk), ("confidence", level)):
-        if not 0 < value < 1:
-            raise InputError(f"use.{name}={value}: expected more than 0 and less than 1")
-    least = least_problems(risk, level)
-    if least is None or problems < least:
-        raise InputError(
-            f"use.calibration={problems}: expected at least {least} problems, the least number that can show a risk of "
-            f"{risk:g} at confidence {level:g} (without a single error); raise it or allow more risk"
-        )
 
 
 def starting_point(

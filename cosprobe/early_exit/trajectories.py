@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cosprobe.activations import ActivationStore, Sampler, capture, fill
+from cosprobe.activations import ActivationStore, Pooling, Sampler, capture, fill
 from cosprobe.cells import Cell
 from cosprobe.early_exit.reader import probabilities
 from cosprobe.probes import ProbeBank
@@ -146,7 +146,7 @@ def _sample_batch(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Contents of one shard: features [sample, exit_point, region, channel] and the answers of the finished runs."""
     problems = [s.problem for s in batch]
-    pooling, steps = exits.bank.store.probe.pool(problems), ",".join(map(str, exits.steps))
+    pooling, steps = Pooling.of(exits.bank.store.probe, problems), ",".join(map(str, exits.steps))
     with capture(sampler.model, list(map(str, exits.layers)), pooling, steps, clean=decoded) as cache:
         video = sampler(batch)
     features = torch.stack([cache.at(cell) for cell in exits.cells], dim=1)

@@ -15,13 +15,12 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from cosprobe.activations import Cost, flops
+from cosprobe.activations import Cost, flops, images
 from cosprobe.ensembles.run import RunContext
 from cosprobe.ensembles.strategies import PROBES, STRATEGIES, Hyperparameters, build_strategy, windows
 from cosprobe.ensembles.trajectories import READS, Candidate, Trajectories
-from cosprobe.errors import InputError
 from cosprobe.evaluation import difference_interval, max_t_bootstrap, share_interval
-from cosprobe.tasks import Problem, fresh_problems, images
+from cosprobe.tasks import Problem, fresh_problems
 
 PAPER = Hyperparameters(seeds=3, steps=(0,))  # of `hidden` in arXiv 2603.16870, with the middle layers
 CURVES = ("vote", "best_of", "retry", "probe_best", "prune", "probe_vote", "probe_retry")
@@ -49,17 +48,6 @@ SIZES = {
     "quick": Size(6, 16, 32, ("middle", "early", "all"), ((0,),), (3,)),
     "full": Size(6, 40, 240, ("middle", "early", "second", "late", "all"), ((0,), (0, 1, 2)), (3,)),
 }
-
-
-@dataclass
-class EnsembleConfig:
-    """Compare seed ensembles at matched compute. size: `quick` (minutes) or `full` (for the docs, resumable)."""
-
-    size: str = "quick"
-
-    def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise InputError(f"use.size={self.size!r}: expected one of {', '.join(SIZES)}")
 
 
 @dataclass(frozen=True)

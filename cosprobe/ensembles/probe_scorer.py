@@ -83,7 +83,7 @@ class ProbeScorer:
 
     def pooling(self, problems: Sequence[Problem]) -> Pooling:
         """The pooling that the bank was trained with. Its boxes are a list, so that samples can be dropped from it."""
-        return self.bank.store.probe.pool(problems)
+        return Pooling.of(self.bank.store.probe, problems)
 
     def read(
         self, cells: dict[str, Cell], problems: Sequence[Problem], features: Callable[[Cell], Tensor]

@@ -16,24 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from cosprobe.activations import Sampler
-from cosprobe.ensembles.comparison import (
-    SIZES,
-    Comparison,
-    EnsembleConfig,
-    Estimate,
-    compare,
-    error_correlation,
-    oracle,
-)
+from cosprobe.config import EnsembleConfig, PipelineConfig
+from cosprobe.ensembles.comparison import SIZES, Comparison, Estimate, compare, error_correlation, oracle
 from cosprobe.ensembles.probe_scorer import ProbeScorer
 from cosprobe.ensembles.run import RunContext
 from cosprobe.ensembles.strategies import PROBES
 from cosprobe.ensembles.trajectories import Candidate
 from cosprobe.evaluation import Grid
-from cosprobe.models import PipelineConfig, load_pipeline
+from cosprobe.files import make_folder, whole_file
+from cosprobe.models import load_pipeline
 from cosprobe.probes import ProbeBank
 from cosprobe.reporting import STYLE, markdown_table, new_figure
-from cosprobe.runtime import make_folder, whole_file
 from cosprobe.tasks import TaskConfig
 
 FOLDER = "ensemble"

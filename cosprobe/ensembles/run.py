@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cosprobe.activations import ActivationCache, Pooling, Sampler, capture
 from cosprobe.cells import Cell
+from cosprobe.config import PipelineConfig
 from cosprobe.ensembles.probe_scorer import ProbeScorer
 from cosprobe.ensembles.strategies import (
     WINDOWED,
@@ -37,7 +38,6 @@ from cosprobe.ensembles.strategies import (
     windows,
 )
 from cosprobe.errors import InputError
-from cosprobe.models import PipelineConfig
 from cosprobe.tasks import FAMILIES, Problem, Sample, Task, noise_seed
 
 

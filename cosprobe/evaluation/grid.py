@@ -16,7 +16,7 @@ import xarray as xr
 
 from cosprobe.cells import Cell
 from cosprobe.errors import InputError
-from cosprobe.runtime import make_folder, whole_file
+from cosprobe.files import make_folder, whole_file
 
 FILE = "grid.nc"
 

@@ -13,8 +13,8 @@ import numpy as np
 from rich.progress import track
 
 from cosprobe.activations import Sampler
-from cosprobe.models import PipelineConfig
-from cosprobe.runtime import whole_file
+from cosprobe.config import PipelineConfig
+from cosprobe.files import whole_file
 from cosprobe.tasks import Problem, Task, with_noise
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
@@ -15,42 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from cosprobe.config import AutoencoderConfig
 from cosprobe.tasks import Problem, Task
 
 IDLE = 0.25  # a channel is unused if its standard deviation is at most this share of the largest one
-
-
-@dataclass
-class AutoencoderConfig:
-    """Size and training of the autoencoder.
-
-    stages: (longest, batch, steps), trained one after another. With longest = 1, the model is trained on single frames;
-    otherwise on whole videos of the mini model's lengths up to the longest. Lengths must be 4k + 1, because the Wan
-    autoencoder processes chunks of four frames after the first.
-    lr: learning rate. Above 1e-3 the reconstruction error stays at that of a grey image.
-    kl: weight of the KL term. At 1e-5, eight of twelve latent channels became unused.
-    emphasis: weight of pixels that differ from the first frame. They are a small part of a video.
-    families: tasks to train on (repeat a name to weight it); empty: all tasks of the model, equally.
-    start: `pipeline.path` of the autoencoder to start from, such as `mini`; empty: random weights. Its unused latent
-    channels are initialised again (`revive`).
-    """
-
-    base_dim: int = 16
-    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4])
-    z_dim: int = 12
-    patch_size: int = 2
-    stages: list[list[int]] = field(default_factory=lambda: [[1, 32, 1400], [5, 12, 900], [17, 8, 1000]])
-    lr: float = 4e-4
-    warmup: int = 100
-    kl: float = 2e-6
-    emphasis: float = 8.0
-    families: list[str] = field(default_factory=list)
-    start: str = ""
-
-    @property
-    def steps(self) -> int:
-        """Training steps of all stages."""
-        return sum(steps for _, _, steps in self.stages)
 
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKLWan:

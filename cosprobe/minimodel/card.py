@@ -13,13 +13,14 @@ import torch
 from rich.progress import track
 
 from cosprobe.activations import Sampler
+from cosprobe.config import AdapterConfig, MiniConfig, PipelineConfig
 from cosprobe.evaluation import share_interval
+from cosprobe.files import whole_file
 from cosprobe.minimodel.accuracy import Solved, solve
 from cosprobe.minimodel.autoencoding import to_model_range, video_of
-from cosprobe.minimodel.lora_training import AdapterConfig, train_adapter
-from cosprobe.minimodel.recipe import MiniConfig, families, train_mini
-from cosprobe.models import PipelineConfig, load_pipeline
-from cosprobe.runtime import whole_file
+from cosprobe.minimodel.lora_training import train_adapter
+from cosprobe.minimodel.recipe import families, train_mini
+from cosprobe.models import load_pipeline
 from cosprobe.tasks import Problem, Select, Task
 
 BINS = 5  # largest number of rows for one difficulty

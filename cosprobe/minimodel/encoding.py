@@ -21,9 +21,9 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from cosprobe.files import whole_file
 from cosprobe.minimodel.autoencoding import IDLE, Family, to_model_range, video_of
 from cosprobe.minimodel.flow_matching import LatentClips
-from cosprobe.runtime import whole_file
 from cosprobe.tasks import FAMILIES, Problem, Task
 
 TEXT_TOKENS = 32  # every prompt is padded to this many tokens, in training and in sampling

@@ -8,7 +8,7 @@ of Esser et al., arXiv 2403.03206 (the same shift in training and in sampling).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import lightning as L
 import numpy as np
@@ -18,44 +18,9 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset
 
+from cosprobe.config import FlowConfig
+
 Batch = dict[str, Tensor]
-
-
-@dataclass
-class FlowConfig:
-    """Settings of flow matching.
-
-    stages: (longest, steps), trained one after another. A batch holds clips of one length: in half of the batches the
-    longest of the stage, otherwise a shorter one. Short clips come first, because the tasks are learned on them at a
-    third of the cost of 13 frames. The usual length of 13 frames comes last.
-    lr: learning rate of AdamW, for all parameters except the matrices of blocks. muon_lr: learning rate of
-    `torch.optim.Muon`, for the matrices of blocks; 0: AdamW for all parameters.
-    shift: time shift. emphasis: weight of tokens that may change in the video; other tokens have weight 1.
-    dropout: share of samples with the empty prompt, which makes guidance possible.
-    warmup: steps of linear warm-up. decay_from: share of the steps after which the rate decays linearly to zero.
-    ema: decay of the running average of the weights.
-    start: `pipeline.path` of the transformer to start from, such as `mini`; empty: random weights.
-    compile: whether to compile the transformer: half a minute per length, then steps take a third less time.
-    """
-
-    stages: list[list[int]] = field(default_factory=lambda: [[5, 6000], [17, 600], [13, 3000]])
-    batch: int = 32
-    lr: float = 1.5e-3
-    muon_lr: float = 0.02
-    weight_decay: float = 0.01
-    warmup: int = 100
-    decay_from: float = 0.6
-    shift: float = 3.0
-    emphasis: float = 5.0
-    dropout: float = 0.1
-    ema: float = 0.998
-    start: str = ""
-    compile: bool = True
-
-    @property
-    def steps(self) -> int:
-        """Training steps of all stages."""
-        return sum(steps for _, steps in self.stages)
 
 
 @dataclass(frozen=True)

@@ -9,51 +9,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
+from cosprobe.config import AdapterConfig
 from cosprobe.errors import InputError
+from cosprobe.files import make_folder
 from cosprobe.minimodel.encoding import embed, encode_clips
-from cosprobe.minimodel.flow_matching import FlowConfig, FlowMatching
+from cosprobe.minimodel.flow_matching import FlowMatching
 from cosprobe.minimodel.recipe import fit_to, training_sets
-from cosprobe.runtime import make_folder
 from cosprobe.tasks import Task
-
-
-def _flow() -> FlowConfig:
-    return FlowConfig(stages=[[5, 1500]], lr=3e-3, muon_lr=0.0, warmup=20, compile=False)
-
-
-@dataclass
-class AdapterConfig:
-    """Settings of an adapter.
-
-    families: tasks to learn (repeat a name to weight it). lengths, clips, flow: as for the mini model. rank: rank of
-    the updates. layers: names of the linear layers that get an update. card: number of unseen problems of each kind on
-    which the model is compared with and without the adapter.
-    """
-
-    families: list[str] = field(default_factory=lambda: ["hide"])
-    lengths: list[int] = field(default_factory=lambda: [5])
-    clips: list[int] = field(default_factory=lambda: [4096])
-    rank: int = 16
-    layers: list[str] = field(
-        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
-    )
-    flow: FlowConfig = field(default_factory=_flow)
-    card: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "card"):
-            if getattr(self, name) < 1:
-                raise InputError(f"experiment.{name}={getattr(self, name)}: expected at least 1")
-        if len(self.clips) != len(self.lengths):
-            raise InputError(f"experiment.clips={self.clips}: expected one number for each of lengths={self.lengths}")
 
 
 def train_adapter(

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -28,9 +28,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from cosprobe.config import MiniConfig, PipelineConfig
 from cosprobe.errors import InputError
+from cosprobe.files import make_folder, whole_file
 from cosprobe.minimodel.accuracy import LearningCurve
-from cosprobe.minimodel.autoencoding import AutoencoderConfig, AutoencoderTraining, Family, revive
+from cosprobe.minimodel.autoencoding import AutoencoderTraining, Family, revive
 from cosprobe.minimodel.encoding import (
     TEXT_WIDTH,
     build_text,
@@ -39,9 +41,8 @@ from cosprobe.minimodel.encoding import (
     every_prompt,
     measure_scale,
 )
-from cosprobe.minimodel.flow_matching import FlowConfig, FlowMatching, LatentClips
-from cosprobe.models import PipelineConfig, channels_last
-from cosprobe.runtime import make_folder, whole_file
+from cosprobe.minimodel.flow_matching import FlowMatching, LatentClips
+from cosprobe.models import channels_last
 from cosprobe.tasks import FAMILIES, Task
 
 
@@ -52,45 +53,6 @@ class ClipSettings(Protocol):
     families: list[str]
     lengths: list[int]
     clips: list[int]
-
-
-@dataclass
-class MiniConfig:
-    """Settings of the mini model.
-
-    autoencoder, flow: settings of the two parts. Each can start from an earlier model of the same sizes (`start`).
-    families: tasks to learn (repeat a name to weight it).
-    lengths: numbers of frames, 4k + 1. clips: number of training clips of each length, shared by the tasks.
-    layers, heads, head_dim, ffn: sizes of the transformer.
-    solve_every: steps of flow matching between measurements of accuracy on validation problems.
-    card: for each kind, the number of problems for the model card at the usual length, of problems at each other
-    length, and of reconstructed reference videos.
-    """
-
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    flow: FlowConfig = field(default_factory=FlowConfig)
-    families: list[str] = field(
-        default_factory=lambda: ["maze", "maze", "maze", "hide", "select", "select", "line", "line"]
-    )
-    lengths: list[int] = field(default_factory=lambda: [5, 9, 13, 17])
-    clips: list[int] = field(default_factory=lambda: [65_536, 8_192, 12_288, 8_192])
-    layers: int = 8
-    heads: int = 4
-    head_dim: int = 32
-    ffn: int = 384
-    solve_every: int = 1000
-    card: list[int] = field(default_factory=lambda: [512, 96, 500])
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if len(self.clips) != len(self.lengths):
-            raise InputError(f"experiment.clips={self.clips}: expected one number for each of lengths={self.lengths}")
-        if any(length % 4 != 1 or length < 5 for length in self.lengths):
-            raise InputError(f"experiment.lengths={self.lengths}: expected 4k + 1 frames, at least 5")
-        if len(self.card) != 3 or min(self.card[0], self.card[2]) < 1:
-            raise InputError(
-                f"experiment.card={self.card}: expected three numbers of problems, the first and last at least 1"
-            )
 
 
 def families(names: Sequence[str], chosen: Task) -> dict[str, Task]:

@@ -3,7 +3,6 @@
 from cosprobe.models.architectures import Architecture, architecture
 from cosprobe.models.cpu_layout import channels_last
 from cosprobe.models.pipelines import (
-    PipelineConfig,
     block_list,
     clean_estimate,
     decode,
@@ -17,7 +16,6 @@ from cosprobe.models.pipelines import (
 
 __all__ = [
     "Architecture",
-    "PipelineConfig",
     "architecture",
     "block_list",
     "channels_last",

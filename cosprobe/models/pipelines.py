@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
 from cosprobe.models.architectures import architecture
 from cosprobe.models.cpu_layout import arrange
@@ -31,52 +30,6 @@ from cosprobe.runtime import enough_memory
 KINDS = (".json", ".safetensors")  # suffixes of the files of a model
 
 PROMPTS = ("prompt_embeds", "negative_prompt_embeds")  # per-sample tensors of the sampling loop
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass
-class PipelineConfig:
-    """The model, and how it samples.
-
-    name: name of these settings. path: a diffusers folder; empty or `mini` = the model in the package.
-    lora: a folder of LoRA adapters for diffusers' `load_lora_weights`; empty = none.
-    steps: number of sampler steps. guidance: classifier-free guidance scale, 1 = off. frames: number of video frames
-    (4k + 1 for Wan). prompt_tokens: number of tokens that prompts are padded to. dtype: of the weights.
-    batch: samples per pipeline call. It is part of the identity of an activation store.
-    Raises InputError for a value out of range.
-    """
-
-    name: str = "mini"
-    path: str = ""
-    lora: str = ""
-    steps: int = 20
-    guidance: float = 1.0
-    frames: int = 13
-    prompt_tokens: int = 32
-    negative_prompt: str = ""
-    dtype: str = "float32"
-    batch: int = 16
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise InputError(f"pipeline.dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
-        for name in ("steps", "frames", "prompt_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"pipeline.{name}={getattr(self, name)}: expected at least 1")
-        if self.guidance < 1:
-            raise InputError(f"pipeline.guidance={self.guidance}: expected 1 (off) or more")
-
-    @property
-    def folder(self) -> Path:
-        """The diffusers folder of the model."""
-        if self.path in ("", "mini"):  # for a folder of this name write `./mini`
-            return Path(str(files("cosprobe") / "weights" / "mini"))
-        return Path(self.path)
-
-    @property
-    def parts(self) -> list[Path]:
-        """The folders with the files of the model: its own, and that of the LoRA adapters."""
-        return [self.folder, *([Path(self.lora)] if self.lora else [])]
 
 
 def experts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -139,7 +92,7 @@ def load_pipeline(config: PipelineConfig, device: str = "cpu") -> DiffusionPipel
     transformers_logging.disable_progress_bar()
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, dtype=DTYPES[config.dtype], local_files_only=True, use_safetensors=True
+            folder, dtype=getattr(torch, config.dtype), local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:160]

@@ -4,13 +4,12 @@ from cosprobe.probes.bank import ProbeBank, Provenance, load_probes
 from cosprobe.probes.calibration import Reliability, brier, ece, reliability
 from cosprobe.probes.datamodule import shared
 from cosprobe.probes.linalg import affine, classes_last, design, principal_axes, spread, standardise, validated
-from cosprobe.probes.logistic import ProbeConfig, fit
+from cosprobe.probes.logistic import fit
 from cosprobe.probes.newton import fit_newton
 from cosprobe.probes.ridge import fit_ridge, problem_folds
 
 __all__ = [
     "ProbeBank",
-    "ProbeConfig",
     "Provenance",
     "Reliability",
     "affine",

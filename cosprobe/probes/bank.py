@@ -22,10 +22,10 @@ from torch import Tensor
 from cosprobe.activations import StoreSettings
 from cosprobe.cells import Cell
 from cosprobe.errors import InputError
+from cosprobe.files import make_folder, whole_file
 from cosprobe.models import fingerprint
 from cosprobe.probes.calibration import temperatures
 from cosprobe.probes.linalg import affine, classes_last, design, standardise
-from cosprobe.runtime import make_folder, whole_file
 from cosprobe.tasks import Target
 
 FORMAT = 4

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,12 @@ import lightning as L
 import torch
 import torchmetrics
 from jaxtyping import Float, Int
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from cosprobe.activations import CaptureConfig, ProbeSamples
-from cosprobe.errors import InputError
+from cosprobe.activations import ProbeSamples
+from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.probes.datamodule import ProbeBatch, ProbeData, check_targets, shared
 from cosprobe.probes.linalg import (
@@ -52,48 +50,12 @@ from cosprobe.probes.linalg import (
 )
 from cosprobe.probes.newton import Certificate, finished, newton_targets, shortfall
 from cosprobe.probes.ridge import fit_ridge
-from cosprobe.runtime import TrainerConfig, backend, enough_memory
+from cosprobe.runtime import build_logger, build_trainer, enough_memory
 from cosprobe.tasks import Target, readable_targets
 
-KINDS = ("logistic", "newton", "ridge")
 MOMENTUM = 0.9
 FLAT = 0.7  # share of the steps with the full learning rate; after them it decreases linearly to 0
 VALIDATIONS = 20  # largest number of validations during training, the points of the TensorBoard curves
-
-
-@dataclass
-class ProbeConfig(CaptureConfig):
-    """What is captured (see `CaptureConfig`), and hyperparameters of the probes.
-
-    kind: `logistic`, `newton` (the same probes, another solver) or `ridge`. penalties: candidates for the penalty, on
-    standardised features. One is chosen per target and cell, on validation, or for `ridge` on folds of whole problems
-    inside train. epochs, lr, batch: of the training of `logistic`, before the Newton steps. lr: fraction of the largest
-    safe step. batch: number of samples; the size of the training set works best, less saves memory. memory: GB for the
-    cells that are fitted together: their features, copies of these, and the state of the optimiser.
-    Raises InputError for a value out of range.
-    """
-
-    kind: str = "logistic"
-    penalties: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0])
-    epochs: int = 10
-    lr: float = 1.0
-    batch: int = 4096
-    memory: float = 4.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kind not in KINDS:
-            raise InputError(f"probe.kind={self.kind!r}: expected one of {', '.join(KINDS)}")
-        if not self.penalties or min(self.penalties) <= 0:
-            raise InputError(f"probe.penalties={list(self.penalties)}: expected one or more penalties above 0")
-        if self.epochs < 1:
-            raise InputError(f"probe.epochs={self.epochs}: expected at least 1")
-        if not 0 < self.lr <= 1:
-            raise InputError(f"probe.lr={self.lr}: expected a fraction of the largest safe step, above 0 and up to 1")
-        if self.batch < 1:
-            raise InputError(f"probe.batch={self.batch}: expected at least 1 sample")
-        if self.memory <= 0:
-            raise InputError(f"probe.memory={self.memory}: expected a number of GB above 0")
 
 
 class CellScores(torchmetrics.Metric):
@@ -351,21 +313,15 @@ def chunks(samples: ProbeSamples, targets: Sequence[Target], config: ProbeConfig
 
 def _runner(config: ProbeConfig, trainer: TrainerConfig, folder: Path, progress: L.Callback) -> L.Trainer:
     """The Lightning trainer of the probes, with TensorBoard files in `folder`."""
-    strategy: Any = "auto"
-    if trainer.devices > 1:  # synchronise parameters only: buffers are equal in all processes
-        strategy = DDPStrategy(process_group_backend=backend(trainer), broadcast_buffers=False)
-    return L.Trainer(
-        **asdict(trainer),
-        strategy=strategy,
+    return build_trainer(
+        trainer,
         max_epochs=config.epochs,
         check_val_every_n_epoch=max(1, config.epochs // VALIDATIONS),
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        logger=TensorBoardLogger(folder, name="", version=""),
+        logger=build_logger(trainer, folder),
         callbacks=[progress],
-        enable_checkpointing=False,
         enable_progress_bar=False,
-        enable_model_summary=False,
     )
 
 

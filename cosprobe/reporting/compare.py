@@ -11,8 +11,8 @@ from pathlib import Path
 
 from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
+from cosprobe.files import whole_file
 from cosprobe.reporting.figures import side_by_side
-from cosprobe.runtime import whole_file
 
 
 def named(run: str) -> tuple[str, Grid, str]:

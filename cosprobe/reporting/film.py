@@ -20,7 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from cosprobe.activations import CaptureConfig, ProbeSamples, Sampler, watch
+from cosprobe.activations import ProbeSamples, Sampler, watch
+from cosprobe.config import CaptureConfig
 from cosprobe.errors import InputError
 from cosprobe.tasks import Box, Problem, Sample, Task
 

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cosprobe.errors import InputError
-from cosprobe.runtime import whole_file
+from cosprobe.files import whole_file
 from cosprobe.tasks import FAMILIES, Problem, Task
 
 FRAMES = 5  # frames per video, evenly spaced from the first to the last

@@ -13,11 +13,11 @@ from torch.utils.tensorboard import SummaryWriter
 from cosprobe.activations import flattened
 from cosprobe.evaluation import FILE, Grid
 from cosprobe.evaluation.checks import Checks
+from cosprobe.files import make_folder, whole_file
 from cosprobe.reporting.check_figures import check_panels, generalisation
 from cosprobe.reporting.figures import curves, frame_maps, headline, maps
 from cosprobe.reporting.film import Film, film_strip
 from cosprobe.reporting.summary import shown_targets, summary_markdown
-from cosprobe.runtime import make_folder, whole_file
 from cosprobe.tasks import ANSWER_ROLES
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from cosprobe.evaluation import ALPHA, Grid
+from cosprobe.files import whole_file
 from cosprobe.reporting.summary import COLUMNS, markdown_table, shown_targets, summarise
-from cosprobe.runtime import whole_file
 from cosprobe.tasks import ANSWER_ROLES
 
 HEAD = """\

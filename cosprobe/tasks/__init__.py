@@ -12,7 +12,7 @@ from cosprobe.errors import InputError
 from cosprobe.tasks.hide import Hide, HideConfig
 from cosprobe.tasks.line import Line, LineConfig
 from cosprobe.tasks.maze import Maze, MazeConfig
-from cosprobe.tasks.samples import Sample, draw_samples, fresh_problems, images, noise_seed, with_noise
+from cosprobe.tasks.samples import Sample, draw_samples, fresh_problems, noise_seed, with_noise
 from cosprobe.tasks.select import Select, SelectConfig
 from cosprobe.tasks.splits import SPLITS, split_of
 from cosprobe.tasks.task import (
@@ -73,7 +73,6 @@ __all__ = [
     "draw_samples",
     "find_families",
     "fresh_problems",
-    "images",
     "noise_seed",
     "readable_targets",
     "split_of",

@@ -93,15 +93,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Hide:
-    """The task `hide`.
-
-    objects: numbers of objects, from 2 to 4. walls: widths of the wall, from 2 to 4 tiles of 1/8 of the image. One
-    value of each is drawn per problem; repeat a value to make it more frequent.
-    image_size: side of the image in pixels, a multiple of 16, at least 64.
-    frames: number of frames, 4k + 1 and at least 5 (video autoencoders compress four frames into one).
-    seed: random seed; another seed gives other problems.
-    Raises InputError for any other value.
-    """
+    """The task `hide`. Fields as in `HideConfig`. Raises InputError for an invalid value."""
 
     image_size: int = 64
     frames: int = 13
@@ -247,18 +239,22 @@ class Hide:
 
 @dataclass
 class HideConfig:
-    """Settings of `Hide`. Raises InputError for an invalid value.
-
-    problems: number of problems, over all splits. seeds: number of noise seeds of each. The others: see `Hide`.
-    """
+    """Settings of `Hide`. Raises InputError for an invalid value."""
 
     problems: int = 600
+    "Number of problems, over all splits."
     seeds: int = 1
+    "Number of noise seeds of each problem."
     image_size: int = 64
+    "Side of the image in pixels, a multiple of 16 and at least 64."
     frames: int = 13
+    "Number of video frames, 4k + 1 and at least 5."
     objects: list[int] = field(default_factory=lambda: [2, 3, 4])
+    "Numbers of objects, from 2 to 4; one value is drawn per problem, so a repeated value is more frequent."
     walls: list[int] = field(default_factory=lambda: [2, 3, 4])
+    "Widths of the wall, from 2 to 4 tiles of 1/8 of the image, drawn as `objects`."
     seed: int = 0
+    "Random seed of the problems."
 
     def __post_init__(self) -> None:
         check_counts(self)

@@ -98,14 +98,7 @@ def canonical_key(n: int, k: int, marks: bytes) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """The task `line`.
-
-    size: cells per side of the board, from 3 to 6. row: number of pieces in a row that win, from 3 to `size`.
-    pieces: fewest and most pieces on the board, half of each colour.
-    image_size: side of the image in pixels, a multiple of 16 and at least 64. frames: at least 5.
-    seed: random seed; another seed gives other problems.
-    Raises InputError for any other value.
-    """
+    """The task `line`. Fields as in `LineConfig`. Raises InputError for an invalid value."""
 
     image_size: int = 64
     frames: int = 13
@@ -318,19 +311,24 @@ class Line:
 
 @dataclass
 class LineConfig:
-    """Settings of `Line`. Raises InputError for an invalid value.
-
-    problems: number of problems, over all splits. seeds: number of noise seeds of each. The others: see `Line`.
-    """
+    """Settings of `Line`. Raises InputError for an invalid value."""
 
     problems: int = 600
+    "Number of problems, over all splits."
     seeds: int = 1
+    "Number of noise seeds of each problem."
     image_size: int = 64
+    "Side of the image in pixels, a multiple of 16 and at least 64."
     frames: int = 13
+    "Number of video frames, at least 5."
     size: int = 6
+    "Cells per side of the board, from 3 to 6."
     row: int = 4
+    "Number of pieces in a row that win, from 3 to `size`."
     pieces: list[int] = field(default_factory=lambda: [20, 26])
+    "Fewest and most pieces on the board, half of each colour."
     seed: int = 0
+    "Random seed of the problems."
 
     def __post_init__(self) -> None:
         check_counts(self)

@@ -43,14 +43,7 @@ LENGTH_BINS = (5, 7)  # steps from room to room: short < 5, 5 <= medium < 7, lon
 
 @dataclass(frozen=True)
 class Maze:
-    """The task `maze`.
-
-    rooms: rooms per side, from 4 to 8. One value is drawn per problem; repeat a value to make it more frequent.
-    length: smallest and largest number of steps from room to room between start and exit.
-    image_size: side of the image in pixels, a multiple of 16 and at least 64. frames: at least 2.
-    seed: random seed; another seed gives other problems.
-    Raises InputError for any other value.
-    """
+    """The task `maze`. Fields as in `MazeConfig`. Raises InputError for an invalid value."""
 
     image_size: int = 64
     frames: int = 13
@@ -217,18 +210,22 @@ class Maze:
 
 @dataclass
 class MazeConfig:
-    """Settings of `Maze`. Raises InputError for an invalid value.
-
-    problems: number of problems, over all splits. seeds: number of noise seeds of each. The others: see `Maze`.
-    """
+    """Settings of `Maze`. Raises InputError for an invalid value."""
 
     problems: int = 600
+    "Number of problems, over all splits."
     seeds: int = 1
+    "Number of noise seeds of each problem."
     image_size: int = 64
+    "Side of the image in pixels, a multiple of 16 and at least 64."
     frames: int = 13
+    "Number of video frames, at least 2."
     rooms: list[int] = field(default_factory=lambda: [4, 5])
+    "Rooms per side, from 4 to 8; one value is drawn per problem, so a repeated value is more frequent."
     length: list[int] = field(default_factory=lambda: [1, 64])
+    "Smallest and largest number of steps from room to room between start and exit."
     seed: int = 0
+    "Random seed of the problems."
 
     def __post_init__(self) -> None:
         check_counts(self)

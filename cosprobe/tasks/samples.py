@@ -6,14 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from cosprobe.cells import SPLIT_ORDER
 from cosprobe.errors import InputError
-from cosprobe.runtime import say
 from cosprobe.tasks.task import Problem, Task, TaskConfig
 
 SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}
@@ -43,7 +37,6 @@ def draw_samples(task: Task, config: TaskConfig, seed: int) -> list[Sample]:
             f"task.problems={problems}, task.seeds={seeds}: expected at least 10 problems (otherwise a split is too "
             "small) and at least 1 seed"
         )
-    say(f"{task.name}: drawing {problems} problems")
     return with_noise([p for split in SPLIT_ORDER for p in task.problems(split, counts[split])], seed, seeds)
 
 
@@ -66,9 +59,3 @@ def fresh_problems(task: Task, split: str, used: int, count: int, kinds: Sequenc
 def noise_seed(problem: Problem, which: int, seed: int) -> int:
     """The noise seed of a sample, a hash of `seed`, the name of the problem and the replica `which`."""
     return int(hashlib.sha256(f"{seed}/{problem.name}/{which}".encode()).hexdigest()[:12], 16)
-
-
-def images(task: Task, problems: Sequence[Problem]) -> Float[Tensor, "batch 3 height width"]:
-    """The first frames of the problems, with values in [0, 1]."""
-    frames = np.stack([task.image(problem) for problem in problems])
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255

@@ -68,13 +68,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Select:
-    """The task `select`.
-
-    objects: fewest and most objects on the board, from 2 to 5. image_size: side of the image in pixels, a multiple of
-    16 and at least 64. frames: number of frames, 4k + 1 and at least 5.
-    seed: random seed; another seed gives other problems.
-    Raises InputError for any other value.
-    """
+    """The task `select`. Fields as in `SelectConfig`. Raises InputError for an invalid value."""
 
     image_size: int = 64
     frames: int = 13
@@ -187,17 +181,20 @@ class Select:
 
 @dataclass
 class SelectConfig:
-    """Settings of `Select`. Raises InputError for an invalid value.
-
-    problems: number of problems, over all splits. seeds: number of noise seeds of each. The others: see `Select`.
-    """
+    """Settings of `Select`. Raises InputError for an invalid value."""
 
     problems: int = 600
+    "Number of problems, over all splits."
     seeds: int = 1
+    "Number of noise seeds of each problem."
     image_size: int = 64
+    "Side of the image in pixels, a multiple of 16 and at least 64."
     frames: int = 13
+    "Number of video frames, 4k + 1 and at least 5."
     objects: list[int] = field(default_factory=lambda: [FEWEST, MOST])
+    "Fewest and most objects on the board, from 2 to 5."
     seed: int = 0
+    "Random seed of the problems."
 
     def __post_init__(self) -> None:
         check_counts(self)

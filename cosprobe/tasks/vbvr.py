@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cosprobe.errors import InputError
-from cosprobe.runtime import make_folder, whole_file
+from cosprobe.files import make_folder, whole_file
 from cosprobe.tasks.task import Problem, Task
 
 FIRST, FINAL, VIDEO, PROMPT = "first_frame.png", "final_frame.png", "ground_truth.mp4", "prompt.txt"

@@ -7,25 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from cosprobe.activations import images
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collection import (
-    FORMAT,
-    NOT_DECODED,
-    CaptureConfig,
-    StoreSettings,
-    collect,
-    decode_steps,
-    input_parts,
-    store_bytes,
-    watch,
-)
+from cosprobe.activations.collection import FORMAT, NOT_DECODED, StoreSettings, collect, input_parts, store_bytes, watch
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.sampler import Sampler
 from cosprobe.activations.store import ActivationStore
-from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.config import CaptureConfig, PipelineConfig, decode_steps
+from cosprobe.models.pipelines import sample
 from cosprobe.tasks import HideConfig, MazeConfig
-from cosprobe.tasks.samples import draw_samples, fresh_problems, images, noise_seed
+from cosprobe.tasks.samples import draw_samples, fresh_problems, noise_seed
 from tests.examples.pipelines import wan
 
 PROBE = CaptureConfig(layers="0,2", steps="all", pooling="region", frames=False, decode="auto", random_weights=10)

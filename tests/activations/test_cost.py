@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from cosprobe.activations.cost import _ATTENTION, Cost, flops, seconds
-from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.config import PipelineConfig
+from cosprobe.models.pipelines import sample
 from tests.examples.pipelines import CONFIG, PROMPT, wan
 
 IMAGES = torch.rand(2, 3, 32, 32)

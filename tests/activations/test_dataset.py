@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from cosprobe.activations.collection import CaptureConfig, StoreSettings, collect
+from cosprobe.activations import images
+from cosprobe.activations.collection import StoreSettings, collect
 from cosprobe.activations.dataset import difficulty_columns, load_samples, relabelled
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.sampler import Sampler
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import DIFFICULTY, FIRST_FRAME, INPUTS, NOISE, PROMPT, SPLIT_ORDER, X0, Cell
-from cosprobe.models.pipelines import PipelineConfig, sample
+from cosprobe.config import CaptureConfig, PipelineConfig
+from cosprobe.models.pipelines import sample
 from cosprobe.tasks import Maze, MazeConfig, Target
-from cosprobe.tasks.samples import draw_samples, images
+from cosprobe.tasks.samples import draw_samples
 from tests.examples.pipelines import wan
 
 PROBE = CaptureConfig(layers="1", steps="0,2", pooling="region", frames=True, decode="0", random_weights=0)

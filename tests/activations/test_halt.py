@@ -10,7 +10,8 @@ from cosprobe.activations.capture import capture
 from cosprobe.activations.halt import halting
 from cosprobe.activations.pooling import Pooling
 from cosprobe.cells import Cell
-from cosprobe.models.pipelines import PipelineConfig, block_list, experts, sample
+from cosprobe.config import PipelineConfig
+from cosprobe.models.pipelines import block_list, experts, sample
 from tests.examples.pipelines import CONFIG, PROMPT, wan
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))

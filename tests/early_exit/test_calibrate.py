@@ -10,13 +10,15 @@ import pytest
 import torch
 
 import cosprobe.early_exit.trajectories as module
+from cosprobe.activations import images
 from cosprobe.activations.sampler import Sampler
-from cosprobe.early_exit.calibrate import Calibrated, EarlyConfig, plan, probe_for, run_live
+from cosprobe.config import EarlyConfig, PipelineConfig
+from cosprobe.early_exit.calibrate import Calibrated, plan, probe_for, run_live
 from cosprobe.early_exit.reader import attach
 from cosprobe.early_exit.trajectories import ExitPoints, Trajectories, sample_trajectories
-from cosprobe.models.pipelines import PipelineConfig, load_pipeline, sample
+from cosprobe.models.pipelines import load_pipeline, sample
 from cosprobe.tasks import Target
-from cosprobe.tasks.samples import images, with_noise
+from cosprobe.tasks.samples import with_noise
 from tests.examples.banks import ANSWER, CELLS, TASK, bank_for, policy_at
 from tests.examples.pipelines import CONFIG, wan
 

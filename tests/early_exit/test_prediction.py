@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from cosprobe.activations import images
 from cosprobe.activations.capture import capture
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.sampler import Sampler
 from cosprobe.early_exit.prediction import early_answers
 from cosprobe.models.pipelines import load_pipeline, sample
-from cosprobe.tasks.samples import images, with_noise
+from cosprobe.tasks.samples import with_noise
 from tests.examples.banks import CELLS, TASK, bank_for
 from tests.examples.pipelines import CONFIG, wan
 

@@ -11,14 +11,15 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 
+from cosprobe.activations import images
 from cosprobe.activations.capture import capture
 from cosprobe.activations.pooling import Pooling
+from cosprobe.config import PipelineConfig
 from cosprobe.early_exit.reader import attach, bank_policy
 from cosprobe.early_exit.threshold import Policy
-from cosprobe.models.pipelines import PipelineConfig, fingerprint, load_pipeline, sample
+from cosprobe.models.pipelines import fingerprint, load_pipeline, sample
 from cosprobe.probes.bank import ProbeBank, Provenance
 from cosprobe.tasks import Maze
-from cosprobe.tasks.samples import images
 from tests.examples.banks import CELLS, TASK, bank_for, policy_at
 from tests.examples.pipelines import CONFIG, wan
 

@@ -10,11 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cosprobe.activations import images
 from cosprobe.activations.cost import Cost, flops
+from cosprobe.config import EnsembleConfig
 from cosprobe.ensembles import trajectories as module
 from cosprobe.ensembles.comparison import (
     Comparison,
-    EnsembleConfig,
     Size,
     candidates,
     choose,
@@ -28,7 +29,7 @@ from cosprobe.ensembles.report import figure, numbers, remarks, write_ensemble
 from cosprobe.ensembles.run import run
 from cosprobe.ensembles.strategies import STRATEGIES, Hyperparameters
 from cosprobe.ensembles.trajectories import Candidate, Trajectories
-from cosprobe.tasks.samples import fresh_problems, images
+from cosprobe.tasks.samples import fresh_problems
 from tests.examples.banks import TASK
 
 TINY = Size(3, 2, 4, ("middle", "early", "all"), ((0,),), (3,))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from cosprobe.activations import cost as costing
+from cosprobe.activations import images
 from cosprobe.activations.capture import capture
 from cosprobe.cells import Cell
 from cosprobe.ensembles.comparison import price
@@ -36,7 +37,7 @@ from cosprobe.ensembles.strategies import (
 from cosprobe.ensembles.trajectories import Candidate
 from cosprobe.models.pipelines import sample
 from cosprobe.tasks import HideConfig
-from cosprobe.tasks.samples import images, noise_seed
+from cosprobe.tasks.samples import noise_seed
 from tests.examples.banks import TASK
 from tests.examples.pipelines import CONFIG
 

@@ -12,14 +12,14 @@ import torch
 
 from cosprobe.activations.dataset import InputFeatures, ProbeSamples
 from cosprobe.cells import EMBED, NOISE, X0, Cell
+from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.evaluation.baselines import read_inputs
 from cosprobe.evaluation.grid import Grid
 from cosprobe.evaluation.intervals import correctness
 from cosprobe.evaluation.predictions import Evaluated, evaluate
 from cosprobe.evaluation.scoring import build_grid
 from cosprobe.evaluation.significance import max_t_bootstrap
-from cosprobe.probes.logistic import ProbeConfig, fit
-from cosprobe.runtime import TrainerConfig
+from cosprobe.probes.logistic import fit
 from cosprobe.tasks import Target
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from cosprobe.activations.collection import CaptureConfig, StoreSettings
+from cosprobe.activations.collection import StoreSettings
 from cosprobe.cells import Cell
+from cosprobe.config import CaptureConfig, PipelineConfig
 from cosprobe.early_exit.threshold import Policy
 from cosprobe.ensembles.probe_scorer import ProbeScorer
-from cosprobe.models.pipelines import PipelineConfig
 from cosprobe.probes.bank import ProbeBank, Provenance
 from cosprobe.tasks import MazeConfig, Target
 from tests.examples.pipelines import CONFIG

@@ -12,18 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cosprobe.activations.collection import CaptureConfig, StoreSettings
+from cosprobe.activations.collection import StoreSettings
 from cosprobe.activations.dataset import InputFeatures, ProbeSamples, difficulty_columns, relabelled
 from cosprobe.cells import DIFFICULTY, FIRST_FRAME, NOISE, PROMPT, SOURCES, X0, Cell
+from cosprobe.config import CaptureConfig, PipelineConfig, ProbeConfig, TrainerConfig
 from cosprobe.evaluation.baselines import read_inputs
 from cosprobe.evaluation.checks.suite import Checks, examine
 from cosprobe.evaluation.checks.untrained import WEIGHTS, WeightsTable
 from cosprobe.evaluation.grid import Grid
 from cosprobe.evaluation.predictions import Evaluated, evaluate
-from cosprobe.models.pipelines import PipelineConfig
 from cosprobe.probes.bank import ProbeBank
-from cosprobe.probes.logistic import ProbeConfig, fit
-from cosprobe.runtime import TrainerConfig
+from cosprobe.probes.logistic import fit
 from cosprobe.tasks import Target
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from cosprobe.activations import Sampler
+from cosprobe.config import PipelineConfig
 from cosprobe.minimodel.accuracy import Solved, solve
 from cosprobe.minimodel.card import Measured, difficulties, measure, rate, rewordings, speed, write_card
-from cosprobe.models.pipelines import PipelineConfig
 from cosprobe.tasks import Line, Maze, Select
 from tests.examples.pipelines import CONFIG, wan
 

@@ -9,10 +9,10 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from safetensors.torch import load_file
 
-from cosprobe.minimodel.flow_matching import FlowConfig
-from cosprobe.minimodel.lora_training import AdapterConfig, train_adapter
+from cosprobe.config import AdapterConfig, FlowConfig, PipelineConfig
+from cosprobe.minimodel.lora_training import train_adapter
 from cosprobe.minimodel.recipe import families
-from cosprobe.models.pipelines import PipelineConfig, fingerprint, load_pipeline
+from cosprobe.models.pipelines import fingerprint, load_pipeline
 from cosprobe.tasks import Maze
 from tests.examples.pipelines import cogvideox, wan
 

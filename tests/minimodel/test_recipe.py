@@ -12,8 +12,8 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from safetensors.torch import load_file
 
+from cosprobe.config import AutoencoderConfig, FlowConfig, MiniConfig
 from cosprobe.minimodel.autoencoding import (
-    AutoencoderConfig,
     AutoencoderTraining,
     ClipBatches,
     build_autoencoder,
@@ -22,8 +22,8 @@ from cosprobe.minimodel.autoencoding import (
     video_of,
 )
 from cosprobe.minimodel.encoding import TEXT_TOKENS, build_text, embed, every_prompt, measure_scale
-from cosprobe.minimodel.flow_matching import FlowBatches, FlowConfig, FlowMatching, LatentClips
-from cosprobe.minimodel.recipe import MiniConfig, families, train_mini, training_sets
+from cosprobe.minimodel.flow_matching import FlowBatches, FlowMatching, LatentClips
+from cosprobe.minimodel.recipe import families, train_mini, training_sets
 from cosprobe.tasks import FAMILIES, Maze
 from cosprobe.tasks.select import COLOURS, PHRASES
 from tests.examples.pipelines import wan

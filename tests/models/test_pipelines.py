@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
 
+from cosprobe.config import PipelineConfig
 from cosprobe.minimodel.encoding import encode_condition
-from cosprobe.models.pipelines import PipelineConfig, batched_images, experts, fingerprint, load_pipeline, sample
+from cosprobe.models.pipelines import batched_images, experts, fingerprint, load_pipeline, sample
 from tests.examples.pipelines import CONFIG, PROMPT, wan
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))

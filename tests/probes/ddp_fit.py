@@ -16,8 +16,8 @@ import torch
 
 from cosprobe.activations.dataset import ProbeSamples
 from cosprobe.cells import Cell
-from cosprobe.probes.logistic import ProbeConfig, fit
-from cosprobe.runtime import TrainerConfig
+from cosprobe.config import ProbeConfig, TrainerConfig
+from cosprobe.probes.logistic import fit
 from cosprobe.tasks import Target
 
 RECIPE = {"penalties": [0.01, 1.0], "epochs": 6, "batch": 101, "memory": 2e-3}  # memory: two chunks of the cells

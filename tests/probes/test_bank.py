@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cosprobe.activations.collection import CaptureConfig, StoreSettings
+from cosprobe.activations.collection import StoreSettings
 from cosprobe.cells import Cell
-from cosprobe.models.pipelines import PipelineConfig
+from cosprobe.config import CaptureConfig, PipelineConfig
 from cosprobe.probes.bank import FORMAT, ProbeBank, Provenance, load_probes
 from cosprobe.probes.linalg import affine, classes_last
 from cosprobe.tasks import Target

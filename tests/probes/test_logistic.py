@@ -19,11 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cosprobe.activations.dataset import ProbeSamples
 from cosprobe.cells import Cell
+from cosprobe.config import KINDS, ProbeConfig, TrainerConfig
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.probes.linalg import design, spread, standardise
-from cosprobe.probes.logistic import KINDS, ProbeConfig, chunks, finished, fit
+from cosprobe.probes.logistic import chunks, finished, fit
 from cosprobe.probes.newton import AIM, PROMISED, fit_newton, relative_gaps
-from cosprobe.runtime import TrainerConfig
 from tests.probes.ddp_fit import PLANTED, RECIPE, TARGETS, planted
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -17,7 +17,8 @@ import pytest
 from scipy.stats import chi2_contingency, chisquare
 from sklearn.linear_model import LogisticRegression
 
-from cosprobe.config import TrainRun, load
+from cosprobe.command import load
+from cosprobe.config import TrainRun
 from cosprobe.tasks import FAMILIES, SPLITS, Maze, MazeConfig, ParsedAnswer, Problem, Task, find_families, split_of
 from cosprobe.tasks.hide import HideConfig
 from cosprobe.tasks.task import check_request, distinct

@@ -14,9 +14,9 @@ from jaxtyping import Float
 
 from cosprobe.activations import RANDOM_WEIGHTS, UNTRAINED, ActivationStore, ProbeSamples
 from cosprobe.cells import SPLIT_ORDER, Cell
+from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.evaluation import correctness, share_interval
-from cosprobe.probes import ProbeConfig, fit
-from cosprobe.runtime import TrainerConfig
+from cosprobe.probes import fit
 from cosprobe.tasks import ANSWER_ROLES
 
 TRAINED = "trained"

@@ -13,21 +13,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cosprobe.activations import images
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collection import UNTRAINED, CaptureConfig, StoreSettings, collect, few_samples, few_steps
+from cosprobe.activations.collection import UNTRAINED, StoreSettings, collect, few_samples, few_steps
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.random_weights import RANDOM_WEIGHTS, replay, with_random_weights
 from cosprobe.activations.sampler import Sampler
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import Cell
+from cosprobe.config import CaptureConfig, PipelineConfig, ProbeConfig, TrainerConfig
 from cosprobe.evaluation.checks.untrained import weights_table
 from cosprobe.evaluation.intervals import share_interval
-from cosprobe.models.pipelines import PipelineConfig, sample
-from cosprobe.probes.logistic import ProbeConfig, fit
-from cosprobe.runtime import TrainerConfig
+from cosprobe.models.pipelines import sample
+from cosprobe.probes.logistic import fit
 from cosprobe.tasks import Maze, MazeConfig
-from cosprobe.tasks.samples import Sample, draw_samples, images
+from cosprobe.tasks.samples import Sample, draw_samples
 from tests.examples.pipelines import wan
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -1,0 +1,17 @@
+from .activations import ActivationCache as ActivationCache
+from .activations import ActivationStore as ActivationStore
+from .activations import Pooling as Pooling
+from .activations import capture as capture
+from .activations import collect as collect
+from .activations import load_samples as load_samples
+from .cells import Cell as Cell
+from .config import PipelineConfig as PipelineConfig
+from .config import ProbeConfig as ProbeConfig
+from .config import TrainerConfig as TrainerConfig
+from .ensembles import ensemble as ensemble
+from .evaluation import Grid as Grid
+from .models import load_pipeline as load_pipeline
+from .models import sample as sample
+from .probes import ProbeBank as ProbeBank
+from .probes import fit as fit
+from .probes import load_probes as load_probes

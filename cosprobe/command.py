@@ -1,0 +1,486 @@
+"""The command line: Hydra composes the files of `configs/` into the typed settings of `cosprobe.config`.
+
+All of Hydra's command line works: sweeps with `-m`, plug-ins for launchers and sweepers, `--cfg job`, `--info`,
+`--config-dir`, interpolation and shell completion. Departures: `--help` explains every setting; a mistake ends in one
+line with the nearest name and exit code 2; every job of a sweep runs in a process of its own and has a run folder
+that is named after its overrides. Hydra writes no log and no output folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import difflib
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from unittest.mock import patch
+
+import hydra
+import yaml
+from docstring_parser import parse_from_object
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cosprobe.config import SCHEMAS, TrainRun, UseRun
+from cosprobe.errors import InputError
+from cosprobe.files import make_folder, whole_file
+
+PACKAGE = Path(__file__).resolve().parent
+INSTALLED = PACKAGE / "commands"  # in a wheel; in a checkout, the commands and `configs/` are beside the package
+CONFIGS = (INSTALLED if INSTALLED.is_dir() else PACKAGE.parent) / "configs"
+RUN_FILE = "config.yaml"
+FLAGS = {
+    "--help": "print this text, for the chosen groups",
+    "--cfg job": "print every setting as YAML",
+    "-m": "sweep: one run for each combination of values separated by commas",
+    "--config-dir": "a folder with further options of the groups, such as probe/mine.yaml",
+    "--hydra-help": "print all other flags",
+}
+NO_DIFFERENCE = ("run_dir", "trainer", "hydra")  # settings that do not name the folder of a job in a sweep
+# Parameters of `mallopt` and the values set by `keep_freed_memory`. Source: malloc.h of the GNU C library.
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
+KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26}
+
+Run = TypeVar("Run", TrainRun, UseRun)
+Root = type[TrainRun] | type[UseRun]
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Settings as Hydra composed them. choices: the chosen option of each group. overrides: as typed."""
+
+    settings: DictConfig
+    choices: Mapping[str, str]
+    overrides: tuple[str, ...]
+
+
+def command(root: type[Run], body: Callable[[Run], None], about: str, argv: Sequence[str] | None = None) -> int:
+    """Runs `body` on the settings in `argv` (default: the command line) and returns the exit code.
+
+    root: class of the settings. about: first part of the help text.
+    Exit codes: 0 success; 2 InputError, printed in one line on stderr; 130 stopped by ctrl-C.
+    Any other exception is a bug and is raised with its traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    keep_freed_memory()
+    try:
+        flags = _flags(arguments)
+        if flags.help:
+            print(describe(root, arguments, about))
+            return 0
+        if any(override.startswith(("+", "~")) for override in flags.overrides):
+            raise _explained(root, arguments)  # typed settings have fixed names, but Hydra would add or delete some
+        if flags.multirun:
+            _check_sweep(root, arguments)
+        elif not (flags.cfg or flags.info or flags.hydra_help or flags.shell_completion):
+            load(root, arguments)  # in our words, before Hydra finds the same mistake
+        for composed in _by_hydra(root, arguments):
+            body(_instantiated(composed))
+    except InputError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from what is on disk", file=sys.stderr)
+        return 130
+    except SystemExit as ended:  # Hydra's argument parser
+        return ended.code if isinstance(ended.code, int) else 0
+    return 0
+
+
+def load(root: type[Run], overrides: Sequence[str]) -> Run:
+    """Reads settings into dataclasses. Raises InputError, in one line, for the first mistake."""
+    return _instantiated(_composed(root, overrides))
+
+
+def describe(root: Root, argv: Sequence[str], about: str) -> str:
+    """The help text: `about` (purpose and examples), the groups and their options, every setting with its meaning."""
+    composed = _composed(root, argv)
+    lines: list[str] = [about.strip(), "", "Groups (group=option; * = chosen):"]
+    for group in _groups(root):
+        marked = [f"{option}*" if option == composed.choices[group] else option for option in _options(group)]
+        lines.append(f"  {group:<12}{', '.join(marked)}")
+    lines += ["", "Settings (name=value):"]
+    meanings = dict(_meanings(composed.settings))
+    needed = OmegaConf.missing_keys(composed.settings)
+    for name in _names(composed.settings):
+        if not isinstance(OmegaConf.select(composed.settings, name), DictConfig):
+            setting = f"{name}={'(needed)' if name in needed else _shown(composed.settings, name)}"
+            lines += [f"  {setting}", f"      {meanings[name]}"]
+    return "\n".join([*lines, "", "Flags:", *(f"  {flag:<14}{meaning}" for flag, meaning in FLAGS.items())])
+
+
+def save_config(run: TrainRun, folder: Path) -> Path:
+    """Writes every setting of `run` to `folder/config.yaml`, atomically, and returns the file. See also `read_run`.
+
+    Raises InputError when `folder` is a file or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"run_dir={str(folder)!r}: is a file; expected a folder, or a name that is free")
+    make_folder(folder)
+    with whole_file(folder / RUN_FILE) as part:  # every process of a distributed run writes the same text
+        part.write_text(_text(run))
+    return folder / RUN_FILE
+
+
+def read_run(folder: str | Path) -> TrainRun:
+    """Reads the settings of a run. Raises InputError when `config.yaml` is missing or cannot be read."""
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        raise InputError(f"run={str(folder)!r}: expected the folder of a train.py run, found no {RUN_FILE}")
+    try:
+        saved = yaml.safe_load(path.read_text())
+        if not isinstance(saved, dict):
+            raise TypeError("no settings in it")
+        cfg = OmegaConf.structured(TrainRun)
+        for group, option in saved.pop("groups").items():
+            cfg[group] = OmegaConf.structured(SCHEMAS[group][option])
+        cfg.merge_with(saved)
+        return cast(TrainRun, OmegaConf.to_object(cfg))
+    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, KeyError, TypeError) as error:
+        reason = str(error).strip("'").splitlines()[0]
+        raise InputError(
+            f"run={str(folder)!r}: {RUN_FILE} is damaged or of another version ({reason}); run train.py again"
+        ) from error
+
+
+def keep_freed_memory() -> None:
+    """Lets this process reuse up to 2 GiB of freed memory for later tensors.
+
+    By default the GNU C library returns such memory to the kernel. Every tensor of several megabytes then gets new
+    pages, and the kernel has to zero each of them. Does nothing with other C libraries.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        for name, value in KEPT.items():
+            ctypes.CDLL(None).mallopt(name, value)
+
+
+def job_name(overrides: Sequence[str]) -> str:
+    """What distinguishes a job of a sweep, in letters that need no quotes: `seed=1 probe.kind=ridge` is
+    `seed-1-kind-ridge`.
+
+    A name is the last part of its dotted name, or all of it when two overrides end alike. A value with other letters
+    than `A-Za-z0-9._-` gets a short hash, so that two values never give one name.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    named = [o for o in parsed if (o.key_or_group or "").split(".")[0].split("/")[0] not in NO_DIFFERENCE]
+    tails = [str(o.key_or_group).rpartition(".")[2] for o in named]
+    parts = []
+    for override, tail in zip(named, tails, strict=True):
+        text = (override.input_line or "").partition("=")[2]
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")
+        code = "" if plain == text else f"-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
+        name = tail if tails.count(tail) == 1 else str(override.key_or_group).replace(".", "-")
+        parts.append(f"{name}-{plain}{code}")
+    return "-".join(parts)
+
+
+def _by_hydra(root: Root, arguments: Sequence[str]) -> list[Composed]:
+    """Runs Hydra's command line. Returns the settings of the run; none after a sweep or a flag that only prints."""
+    found: list[Composed] = []
+    folder = _flags(arguments).config_dir
+    program = [*sys.argv[: len(sys.argv) - len(arguments)], *(["--config-dir", folder] if folder else [])]
+
+    def job(settings: DictConfig) -> None:
+        state = HydraConfig.get()
+        composed = Composed(settings, dict(state.runtime.choices), tuple(state.overrides.task))
+        if state.mode == RunMode.MULTIRUN:
+            _run_job(root, composed, program)
+        else:  # the body runs when Hydra has ended, so that Lightning starts its processes with the same command
+            found.append(composed)
+
+    _register()
+    main = hydra.main(config_path=str(CONFIGS), config_name=root.entry, version_base="1.3")
+    with patch.object(sys, "argv", [sys.argv[0], *arguments]), patch.dict(os.environ, HYDRA_FULL_ERROR="1"):
+        try:
+            main(job)()
+        except InputError:
+            raise
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise _explained(root, arguments, error) from error
+    return found
+
+
+def _run_job(root: Root, composed: Composed, program: Sequence[str]) -> None:
+    """Runs one job of a sweep in a process of its own. Raises InputError when it fails."""
+    overrides = _job_overrides(root, composed)
+    ended = subprocess.run([sys.executable, *program, *overrides], check=False)
+    if ended.returncode:
+        raise InputError(f"job {' '.join(overrides)}: ended with exit code {ended.returncode}")
+
+
+def _job_overrides(root: Root, composed: Composed) -> list[str]:
+    """The overrides of a job of a sweep, with a run folder of its own."""
+    overrides: list[str] = [o for o in composed.overrides if not o.lstrip("+").startswith("hydra.")]
+    if root is TrainRun and not composed.settings.run_dir:
+        values = [o for o in overrides if o.partition("=")[0] not in ("task", "probe", "experiment")]
+        overrides.append(f"run_dir={'-'.join(part for part in (_run_dir(composed.choices), job_name(values)) if part)}")
+    return overrides
+
+
+def _check_sweep(root: Root, arguments: Sequence[str]) -> None:
+    """Raises InputError for the first mistake in any job of a sweep, and for two jobs with one run folder."""
+    flags = _flags(arguments)
+    if any(o.lstrip("+").startswith("hydra") for o in flags.overrides):
+        return  # another sweeper may decide on the jobs
+    try:
+        jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(flags.overrides), None)[0]
+    except HydraException as error:
+        raise _explained(root, arguments, error) from error
+    folders: dict[str, list[str]] = {}
+    for job in jobs:
+        composed = _composed(root, [*job, *(["--config-dir", flags.config_dir] if flags.config_dir else [])])
+        run = _instantiated(composed)
+        if isinstance(run, TrainRun):
+            last = _job_overrides(root, composed)[-1] if not composed.settings.run_dir else f"run_dir={run.run_dir}"
+            if last in folders:
+                raise InputError(
+                    f"{last}: two jobs of the sweep ({' '.join(folders[last])}; {' '.join(job)}) have this folder; "
+                    "leave run_dir out, or write one that differs, such as run_dir=runs/seed-${seed}"
+                )
+            folders[last] = job
+
+
+def _composed(root: Root, arguments: Sequence[str]) -> Composed:
+    """Composes the settings, without running anything."""
+    _register()
+    flags = _flags(arguments)
+    overrides = list(flags.overrides)
+    extra = [f"hydra.searchpath=[file://{Path(flags.config_dir).resolve()}]"] if flags.config_dir else []
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = hydra.compose(root.entry, [*overrides, *extra], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise _explained(root, arguments, error) from error
+    choices = dict(cfg.hydra.runtime.choices)
+    OmegaConf.set_readonly(cfg, False)
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    OmegaConf.set_struct(cfg, True)
+    return Composed(cfg, choices, tuple(overrides))
+
+
+def _flags(arguments: Sequence[str]) -> Namespace:
+    """The flags and overrides among the arguments. Raises InputError for an unknown flag."""
+    known, unknown = get_args_parser().parse_known_args(list(arguments))
+    if unknown:
+        raise InputError(f"{unknown[0]}: unknown flag; flags: {', '.join(FLAGS)}; settings are name=value")
+    return known
+
+
+def _instantiated(composed: Composed) -> Any:
+    """The settings as dataclasses, with the default of `run_dir`. Raises InputError for a setting without a value."""
+    try:
+        missing = OmegaConf.missing_keys(composed.settings)
+        if missing:
+            raise InputError(f"{min(missing)}: expected {min(missing)}=FOLDER, the folder of a finished train.py run")
+        run = OmegaConf.to_object(composed.settings)
+    except OmegaConfBaseException as error:  # an interpolation of an unknown setting
+        raise InputError(f"{' '.join(composed.overrides)}: {' '.join(str(error).split())}") from error
+    if isinstance(run, TrainRun) and not run.run_dir:
+        run.run_dir = _run_dir(composed.choices)
+    return run
+
+
+def _run_dir(choices: Mapping[str, str]) -> str:
+    return f"runs/{choices['task']}-{choices['probe'] if choices['experiment'] == 'probes' else choices['experiment']}"
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    for kind in (TrainRun, UseRun):
+        store.store(group="schema/root", name=kind.entry, node=kind)
+    for group, options in SCHEMAS.items():
+        for name, schema in options.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def _explained(root: Root, arguments: Sequence[str], error: Exception | None = None) -> InputError:
+    """The first mistake in the overrides, with what is possible instead; Hydra's own words if none is found."""
+    reason = " ".join(str(error.__cause__ or error).split()) if error else "expected no + or ~"
+    overrides: list[Override] = []
+    texts = _flags(arguments).overrides
+    if not texts:
+        return InputError(f"configs/: {reason}")
+    for text in texts:
+        try:
+            overrides += OverridesParser.create().parse_overrides([text])
+        except HydraException:
+            name = text.partition("=")[0]
+            quoted = f"; put a value with other signs into quotes: \"{name}='...'\"" if "=" in text[1:] else ""
+            return InputError(f"{text}: expected name=value, such as seed=0{quoted}")
+    base = _composed(root, [])
+    for override in overrides:
+        if found := _wrong_option(base, override):
+            return InputError(found)
+    base = _composed(root, [str(o.input_line) for o in overrides if o.key_or_group in base.choices])
+    for override in overrides:
+        if override.key_or_group not in base.choices and (found := _wrong_setting(base, override)):
+            return InputError(found)
+    return InputError(f"{' '.join(texts)}: {reason}")
+
+
+def _wrong_option(base: Composed, override: Override) -> str:
+    """What is wrong with the choice of an option of a group; empty if nothing is."""
+    name, text = str(override.key_or_group), str(override.input_line)
+    if name not in base.choices or "/" in name:
+        return ""
+    if override.is_add() or override.is_force_add():
+        return f"{text}: {name} exists; write {text.lstrip('+')}, without the +"
+    for value in _values(override):
+        if value not in _options(name):
+            return (
+                f"{text}: unknown option.{_guess(value, _options(name), name + '=')} "
+                f"Options of {name}: {', '.join(_options(name))}"
+            )
+    return ""
+
+
+def _values(override: Override) -> list[str]:
+    """The texts that a setting gets, several in a sweep."""
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator())
+    return [str(override.input_line).partition("=")[2]]
+
+
+def _wrong_setting(base: Composed, override: Override) -> str:
+    """What is wrong with the value of a setting; empty if nothing is."""
+    name, text = str(override.key_or_group), str(override.input_line)
+    if name.split(".")[0].split("/")[0] == "hydra":
+        return ""
+    try:
+        parent, leaf = _locate(base.settings, name)
+    except KeyError as error:
+        here, options = error.args
+        return (
+            f"{text}: unknown option.{_guess(name, list(_names(base.settings)))} "
+            f"Options{' of ' + here if here else ''}: {', '.join(options) or 'none'}"
+        )
+    if override.is_add() or override.is_force_add():
+        return f"{text}: {name} exists; write {text.lstrip('+')}, without the +"
+    if override.is_delete():
+        return f"{text}: expected name=value, such as seed=0"
+    inside = OmegaConf.select(parent, leaf)
+    if isinstance(inside, DictConfig):
+        return f"{text}: {name} holds several options, set one of {', '.join(_names(inside, f'{name}.'))}"
+    hint = get_type_hints(OmegaConf.get_type(parent))[leaf]
+    for value in _values(override):
+        try:
+            parent[leaf] = value if hint is str else yaml.safe_load(value)
+        except (yaml.YAMLError, OmegaConfBaseException):
+            return f"{text}: expected {_words(hint)}; now it is {_shown(base.settings, name)}"
+    if override.is_sweep_override():
+        return f"{text}: a sweep needs -m; for one value with commas write \"{name}='{text.partition('=')[2]}'\""
+    return ""
+
+
+def _groups(root: Root) -> list[str]:
+    """The groups of a command, in the order of its configuration file."""
+    defaults = OmegaConf.load(CONFIGS / f"{root.entry}.yaml").defaults
+    names = [str(name) for entry in defaults if isinstance(entry, DictConfig) for name in entry]
+    return [name for name in names if not name.startswith(("/", "override"))]
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def _locate(cfg: DictConfig, name: str) -> tuple[DictConfig, str]:
+    """The dict that holds the option `name`, and the last part of the name.
+
+    Raises KeyError(name of the deepest existing dict, its options) when there is no such option.
+    """
+    *path, leaf = name.split(".")
+    here = ""
+    for part in path:
+        inner = OmegaConf.select(cfg, part)
+        if not isinstance(inner, DictConfig):
+            raise KeyError(here, sorted(map(str, cfg.keys())))
+        cfg, here = inner, f"{here}.{part}".strip(".")
+    if leaf not in list(cfg.keys()):  # `leaf in cfg` is False for options without a value
+        raise KeyError(here, sorted(map(str, cfg.keys())))
+    return cfg, leaf
+
+
+def _names(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all options and groups."""
+    for key in map(str, cfg.keys()):
+        yield f"{prefix}{key}"
+        node = OmegaConf.select(cfg, key)
+        if isinstance(node, DictConfig):
+            yield from _names(node, f"{prefix}{key}.")
+
+
+def _meanings(cfg: DictConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names of all options with the strings that follow the fields of their dataclasses."""
+    schema = OmegaConf.get_type(cfg)
+    for kind in reversed(schema.__mro__ if schema else ()):
+        if is_dataclass(kind):
+            yield from (
+                (f"{prefix}{entry.arg_name}", str(entry.description)) for entry in parse_from_object(kind).params
+            )
+    for key in map(str, cfg.keys()):
+        node = OmegaConf.select(cfg, key)
+        if isinstance(node, DictConfig):
+            yield from _meanings(node, f"{prefix}{key}.")
+
+
+def _shown(cfg: DictConfig, name: str) -> str:
+    """The value of an option as it would be typed on the command line."""
+    value = OmegaConf.select(cfg, name)
+    value = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _guess(word: str, options: Sequence[str], prefix: str = "") -> str:
+    """` Did you mean X?` for the option most similar in its full name or in its last part; empty if none is similar."""
+
+    def likeness(option: str) -> tuple[float, float]:
+        whole = difflib.SequenceMatcher(None, word, option).ratio()
+        tail = difflib.SequenceMatcher(None, word.rpartition(".")[2], option.rpartition(".")[2]).ratio()
+        return max(whole, tail), whole
+
+    close = max((o for o in options if not word.startswith(f"{o}.")), key=likeness, default="")
+    return f" Did you mean {prefix}{close}?" if close and likeness(close)[0] >= 0.6 else ""
+
+
+def _words(hint: Any, many: bool = False) -> str:
+    """A description of a type: `a whole number`, `a list of numbers`."""
+    known = {int: "whole number", float: "number", str: "text"}
+    if hint in known:
+        return f"{known[hint]}s" if many else f"a {known[hint]}"
+    if hint is bool:
+        return "true or false"
+    if hint is NoneType:
+        return "null"
+    inner = [part for part in get_args(hint) if part is not ...]
+    if get_origin(hint) in (list, tuple):
+        return f"{'lists' if many else 'a list'} of {_words(inner[0], many=True)}"
+    return " or ".join(_words(part) for part in inner)
+
+
+def _text(run: TrainRun | UseRun) -> str:
+    """YAML of every setting. `groups` at the top has the chosen option of each group in SCHEMAS."""
+    groups = {
+        group: next(name for name, schema in SCHEMAS[group].items() if schema is type(getattr(run, group)))
+        for group in SCHEMAS
+        if hasattr(run, group)
+    }
+    return OmegaConf.to_yaml(OmegaConf.create({"groups": groups})) + OmegaConf.to_yaml(OmegaConf.structured(run))

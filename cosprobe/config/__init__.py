@@ -1,0 +1,37 @@
+"""Typed settings of `train.py` and `probe.py`.
+
+These modules import neither torch nor diffusers, so the commands can print their settings at once. The string after a
+field explains it; `--help` and the API reference print the same string.
+"""
+
+from cosprobe.config.pipeline import DTYPES, PipelineConfig
+from cosprobe.config.probe import KINDS, POOLINGS, CaptureConfig, ProbeConfig, decode_steps
+from cosprobe.config.runs import SCHEMAS, ProbeExperiment, TrainRun, UseRun
+from cosprobe.config.trainer import TrainerConfig
+from cosprobe.config.uses import ERROR_REFERENCES, SIZES, EarlyConfig, EnsembleConfig, PredictConfig, check_promise
+from cosprobe.config.video_training import AdapterConfig, AutoencoderConfig, FlowConfig, MiniConfig
+
+__all__ = [
+    "DTYPES",
+    "ERROR_REFERENCES",
+    "KINDS",
+    "POOLINGS",
+    "SCHEMAS",
+    "SIZES",
+    "AdapterConfig",
+    "AutoencoderConfig",
+    "CaptureConfig",
+    "EarlyConfig",
+    "EnsembleConfig",
+    "FlowConfig",
+    "MiniConfig",
+    "PipelineConfig",
+    "PredictConfig",
+    "ProbeConfig",
+    "ProbeExperiment",
+    "TrainRun",
+    "TrainerConfig",
+    "UseRun",
+    "check_promise",
+    "decode_steps",
+]

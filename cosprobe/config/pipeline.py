@@ -1,0 +1,58 @@
+"""Settings of the video model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from cosprobe.errors import InputError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class PipelineConfig:
+    """The model, and how it samples. Raises InputError for a value out of range."""
+
+    name: str = "mini"
+    "Name of these settings."
+    path: str = ""
+    "A diffusers folder; empty or `mini`: the model in the package."
+    lora: str = ""
+    "A folder of LoRA adapters for diffusers' `load_lora_weights`; empty: none."
+    steps: int = 20
+    "Number of sampler steps."
+    guidance: float = 1.0
+    "Scale of classifier-free guidance; 1: off."
+    frames: int = 13
+    "Number of video frames, 4k + 1 for Wan."
+    prompt_tokens: int = 32
+    "Number of tokens that prompts are padded to."
+    negative_prompt: str = ""
+    "Prompt of the unconditional branch, used with guidance."
+    dtype: str = "float32"
+    "Type of the weights: float32, bfloat16 or float16."
+    batch: int = 16
+    "Samples per pipeline call. It changes activations by rounding errors, so a store keeps it."
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"pipeline.dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        for name in ("steps", "frames", "prompt_tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"pipeline.{name}={getattr(self, name)}: expected at least 1")
+        if self.guidance < 1:
+            raise InputError(f"pipeline.guidance={self.guidance}: expected 1 (off) or more")
+
+    @property
+    def folder(self) -> Path:
+        """The diffusers folder of the model."""
+        if self.path in ("", "mini"):  # for a folder of this name write `./mini`
+            return Path(str(files("cosprobe") / "weights" / "mini"))
+        return Path(self.path)
+
+    @property
+    def parts(self) -> list[Path]:
+        """The folders with the files of the model: its own, and that of the LoRA adapters."""
+        return [self.folder, *([Path(self.lora)] if self.lora else [])]

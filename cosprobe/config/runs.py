@@ -1,0 +1,69 @@
+"""All settings of a command: the root dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from cosprobe.config.pipeline import PipelineConfig
+from cosprobe.config.probe import ProbeConfig
+from cosprobe.config.trainer import TrainerConfig
+from cosprobe.config.uses import EarlyConfig, EnsembleConfig, PredictConfig
+from cosprobe.config.video_training import AdapterConfig, MiniConfig
+from cosprobe.errors import InputError
+from cosprobe.tasks import FAMILIES
+
+MISSING: Any = "???"  # how OmegaConf marks a setting without a value
+
+
+@dataclass
+class ProbeExperiment:
+    """Trains probes on a frozen pipeline. It has no settings of its own: the other groups hold them."""
+
+
+# Groups whose options are different classes. Options of the other groups are different values of one class.
+SCHEMAS: dict[str, dict[str, type]] = {
+    "task": dict(FAMILIES),
+    "experiment": {"probes": ProbeExperiment, "mini": MiniConfig, "mini_small": MiniConfig, "lora": AdapterConfig},
+    "use": {"predict": PredictConfig, "early": EarlyConfig, "ensemble": EnsembleConfig},
+}
+
+
+@dataclass
+class TrainRun:
+    """Settings of `train.py`."""
+
+    entry: ClassVar[str] = "train"
+    task: Any = MISSING  # a TaskConfig; OmegaConf does not support protocols as types
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    experiment: Any = MISSING
+    run_dir: str = ""
+    "The run folder; empty: `runs/<task>-<probe>`, or `runs/<task>-<experiment>` for another experiment than `probes`."
+    seed: int = 0
+    "Base of the noise seeds and of all other randomness, 0 or more."
+
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+
+
+@dataclass
+class UseRun:
+    """Settings of `probe.py`."""
+
+    entry: ClassVar[str] = "probe"
+    use: Any = MISSING
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    run: str = MISSING
+    "The folder of a finished `train.py` run."
+    seed: int = 0
+    "Base of the noise seeds and of all other randomness, 0 or more."
+
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+
+
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise InputError(f"seed={seed}: expected 0 or more")

@@ -1,0 +1,54 @@
+"""Settings of Lightning's `Trainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cosprobe.errors import InputError
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+LOGGERS = ("tensorboard", "csv", "wandb")
+
+
+@dataclass
+class TrainerConfig:
+    """Where models sample and probes are fitted: arguments of `lightning.Trainer`, under its names.
+
+    Raises InputError for a value out of range.
+    """
+
+    accelerator: str = "auto"
+    "Device type: `cpu`, `gpu`, `mps`, ...; `auto`: GPU with CUDA if there is one, otherwise CPU."
+    devices: str = "auto"
+    "Number of devices, or their indices such as `'0,2'`; one process per device. `auto`: all GPUs, or one CPU process."
+    num_nodes: int = 1
+    "Number of machines."
+    strategy: str = "auto"
+    "How processes work together, such as `ddp`."
+    precision: str = "32-true"
+    "Precision of the training of `logistic` probes; the Newton steps after it are in float32 or better."
+    logger: str = "tensorboard"
+    "Where curves go: `tensorboard`, `csv` or `wandb` (if installed)."
+    enable_progress_bar: bool = True
+    "Show progress bars."
+    deterministic: bool = False
+    "Use deterministic algorithms only."
+    limit_predict_batches: int | None = None
+    "Stop sampling after so many batches per process; the same command continues. null: no limit."
+    timeout: float = 1800.0
+    "Seconds that a process waits for another one in a communication."
+
+    def __post_init__(self) -> None:
+        self.devices = str(self.devices)  # in Python, a number is as good
+        if self.precision not in PRECISIONS:
+            raise InputError(f"trainer.precision={self.precision!r}: expected one of {', '.join(PRECISIONS)}")
+        if self.logger not in LOGGERS:
+            raise InputError(f"trainer.logger={self.logger!r}: expected one of {', '.join(LOGGERS)}")
+        if self.num_nodes < 1:
+            raise InputError(f"trainer.num_nodes={self.num_nodes}: expected at least 1")
+        if self.limit_predict_batches is not None and self.limit_predict_batches < 1:
+            raise InputError(
+                f"trainer.limit_predict_batches={self.limit_predict_batches}: expected at least 1, or null"
+            )
+        if self.timeout <= 0:
+            raise InputError(f"trainer.timeout={self.timeout}: expected a number of seconds above 0")

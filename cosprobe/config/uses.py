@@ -1,0 +1,81 @@
+"""Settings of what `probe.py` does with trained probes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cosprobe.errors import InputError
+
+ERROR_REFERENCES = ("model_answer", "truth")
+SIZES = ("quick", "full")
+
+
+@dataclass
+class PredictConfig:
+    """Read the answers of new problems at one step, before the video is finished."""
+
+    step: int = 0
+    "Step index at which answers are read, 0 = noisiest."
+    problems: int = 16
+    "Number of new problems."
+    layer: int | None = None
+    "Layer that the probe reads; null: the layer with the best validation accuracy."
+
+    def __post_init__(self) -> None:
+        for name, least in (("step", 0), ("problems", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"use.{name}={getattr(self, name)}: expected at least {least}")
+
+
+@dataclass
+class EarlyConfig:
+    """Stop a run as soon as a probe is confident enough; the risk is at most `risk`, with probability `confidence`."""
+
+    risk: float = 0.05
+    "Largest share of errors."
+    confidence: float = 0.95
+    "Probability with which the share of errors is at most `risk`, over the draw of the calibration problems."
+    error_reference: str = "model_answer"
+    "What an error is: an answer other than that of the finished video (`model_answer`), or a wrong answer (`truth`)."
+    calibration: int = 300
+    "Number of problems of each kind that calibrate the policy."
+    problems: int = 60
+    "Number of fresh problems of each kind that test it."
+
+    def __post_init__(self) -> None:
+        if self.error_reference not in ERROR_REFERENCES:
+            raise InputError(
+                f"use.error_reference={self.error_reference!r}: expected one of {', '.join(ERROR_REFERENCES)}"
+            )
+        check_promise(self.risk, self.confidence, self.calibration)
+        if self.problems < 1:
+            raise InputError(f"use.problems={self.problems}: expected at least 1")
+
+
+@dataclass
+class EnsembleConfig:
+    """Compare seed ensembles at equal compute."""
+
+    size: str = "quick"
+    "`quick` (minutes) or `full` (about an hour; it can be interrupted and continues)."
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise InputError(f"use.size={self.size!r}: expected one of {', '.join(SIZES)}")
+
+
+def check_promise(risk: float, level: float, problems: int) -> None:
+    """Raises InputError for a risk or confidence outside 0 to 1, or fewer calibration problems than any policy needs.
+
+    Without a single error among n problems, p is (1 - risk)^n; it must be at most 1 - level.
+    """
+    for name, value in (("risk", risk), ("confidence", level)):
+        if not 0 < value < 1:
+            raise InputError(f"use.{name}={value}: expected more than 0 and less than 1")
+    least = math.ceil(math.log(1 - level) / math.log(1 - risk) - 1e-9)
+    if problems < least:
+        raise InputError(
+            f"use.calibration={problems}: expected at least {least} problems, the least number that can show a risk of "
+            f"{risk:g} at confidence {level:g} (without a single error); raise it or allow more risk"
+        )
