@@ -27,7 +27,7 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
     ),
     *("reporting", "early_exit", "ensembles", "minimodel", "command"),
 )
-ENTRIES = ("cosprobe", "train", "probe")  # the package itself and the commands import rooms, and no room imports them
+ENTRIES = ("cosprobe", "__main__", "train", "probe")  # the package itself and the commands import rooms, and no room imports them
 FILES = sorted((ROOT / "cosprobe").rglob("*.py")) + [ROOT / "train.py", ROOT / "probe.py"]
 
 
