@@ -8,6 +8,7 @@ The same command continues an interrupted run. `python probe.py run=FOLDER` uses
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from cosprobe.command import command, save_config
@@ -17,11 +18,12 @@ from cosprobe.config import ProbeExperiment, TrainRun
 def train(run: TrainRun) -> None:
     """Collects activations, trains the probes, evaluates them on held-out problems and writes the report."""
     # imported here, so that --help does not wait for torch and diffusers
-    from cosprobe.activations import Sampler, StoreSettings, collect, load_samples
+    from cosprobe.activations import Sampler, StoreSettings, collect, flattened, load_samples
     from cosprobe.evaluation import evaluate, read_inputs
     from cosprobe.evaluation.checks import examine, weights_table
     from cosprobe.minimodel import train_and_describe
     from cosprobe.models import load_pipeline
+    from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger, remove_events
     from cosprobe.probes import fit
     from cosprobe.reporting import log_tensorboard, print_summary, record, write_report
     from cosprobe.runtime import launch, say
@@ -38,8 +40,10 @@ def train(run: TrainRun) -> None:
     say(f"{task.name}: drawing {run.task.problems} problems")
     drawn = draw_samples(task, run.task, run.seed)
     settings = StoreSettings.of(run.pipeline, run.task, run.probe, run.seed)
-    store = collect(sampler, run.probe, drawn, settings, folder / "store")
+    monitor = ResourceMonitor(build_logger(run.trainer, folder / "tensorboard" / SAMPLING), SAMPLING)
+    store = collect(sampler, run.probe, drawn, settings, folder / "store", monitor)
     save_config(run, folder)  # only after `collect` has checked that the store in this folder has these settings
+    remove_events(folder / "tensorboard", keep=[SAMPLING])  # of an earlier attempt
     samples, inputs, experts = load_samples(store, task)
     bank = fit(samples, run.probe, run.trainer, folder / "tensorboard", run.seed).with_provenance(store=settings)
     readings = read_inputs(samples, inputs, run.probe.kind, run.probe.penalties, run.seed)
@@ -52,7 +56,7 @@ def train(run: TrainRun) -> None:
     grid, checks = examine(evaluated, samples, inputs, bank, weights, run.seed)
     film = record(sampler, drawn, samples, run.probe)
     write_report(grid, checks, folder, film)
-    log_tensorboard(grid, folder / "tensorboard")
+    log_tensorboard(grid, folder / "tensorboard", film, flattened(asdict(run)) | {"task": task.name})
     print_summary(grid, checks, folder)
 
 

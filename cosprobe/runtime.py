@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,7 +16,6 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -47,21 +45,6 @@ def build_trainer(config: TrainerConfig, **fixed: Any) -> L.Trainer:
     }
     with _device_errors(config):
         return L.Trainer(**(given | fixed))
-
-
-def build_logger(config: TrainerConfig, folder: Path) -> Logger:
-    """The Lightning logger that the settings name, with its files in `folder`.
-
-    Raises InputError when wandb is chosen and not installed.
-    """
-    if config.logger == "csv":
-        return CSVLogger(folder, name="", version="")
-    if config.logger == "wandb":
-        try:
-            return WandbLogger(save_dir=folder)
-        except ModuleNotFoundError as error:
-            raise InputError("trainer.logger='wandb': wandb is not installed; pip install wandb, or use csv") from error
-    return TensorBoardLogger(folder, name="", version="")
 
 
 def accelerator(config: TrainerConfig) -> str:

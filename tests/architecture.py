@@ -18,6 +18,7 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
         "tasks",
         "config",
         "runtime",
+        "monitoring",
         "models.architectures",
         "models",
         "activations",
@@ -27,7 +28,8 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
     ),
     *("reporting", "early_exit", "ensembles", "minimodel", "command"),
 )
-ENTRIES = ("cosprobe", "__main__", "train", "probe")  # the package itself and the commands import rooms, and no room imports them
+# the package itself and the commands import rooms, and no room imports them
+ENTRIES = ("cosprobe", "__main__", "train", "probe")
 FILES = sorted((ROOT / "cosprobe").rglob("*.py")) + [ROOT / "train.py", ROOT / "probe.py"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,10 +108,16 @@ def test_random_weights_decode_no_answer_beyond_what_goes_in(run):
 @pytest.mark.slow
 def test_a_second_run_reuses_the_store_and_gives_the_same_grid(model, run):
     before = Grid.load(run[0]).dataset.load()
+    killed = run[0] / "tensorboard" / "training" / "median" / "events.out.tfevents.1.killed"
+    shutil.copy(next(killed.parent.glob("events*")), killed)
+    board = {path.relative_to(run[0]).parent for path in run[0].rglob("events.out.tfevents.*")}
+    assert {path.name for path in board} >= {"sampling", "training", "median", "layer 0", "finished video", "report"}
     written = {path: path.stat().st_mtime_ns for path in (run[0] / "store").iterdir()}
     output = train(model, run[0])
     assert output.count("re-using") == 1
     assert {path: path.stat().st_mtime_ns for path in (run[0] / "store").iterdir()} == written
+    events = [path.relative_to(run[0]).parent for path in run[0].rglob("events.out.tfevents.*")]
+    assert set(events) == board and len(events) == len(board)  # one file each: no chart is drawn twice
     after = Grid.load(run[0]).dataset
     for name in ("accuracy", "skill", "p_permutation", "p_inputs", "p_x0", "latency", "baseline_accuracy",
                  "baseline_form", "transfer_step", "weights_accuracy"):  # fmt: skip

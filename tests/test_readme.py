@@ -65,7 +65,7 @@ def test_every_command_runs(tmp_path, monkeypatch):
         if "--help" in settings or "--cfg" in settings:
             assert {"train.py": train, "probe.py": probe}[script].main(settings) == 0
         elif any(setting.startswith("experiment=") for setting in settings):  # their own tests train them
-            assert train.main([*settings, "--cfg"]) == 0
+            assert train.main([*settings, "--cfg", "job"]) == 0
         elif script == "train.py":
             keys = {setting.split("=")[0] for setting in settings}
             fewer = ["probe.steps=0,2"] if "probe.steps" in keys else []

@@ -23,6 +23,7 @@ from cosprobe.cells import SPLIT_ORDER, X0
 from cosprobe.config import CaptureConfig, PipelineConfig
 from cosprobe.errors import InputError
 from cosprobe.models import architecture, experts, fingerprint
+from cosprobe.monitoring import ResourceMonitor
 from cosprobe.runtime import say
 from cosprobe.tasks import Problem, Sample, Task, TaskConfig
 
@@ -92,12 +93,17 @@ def few_steps(probe: CaptureConfig, total: int) -> tuple[int, ...]:
 
 
 def collect(
-    sampler: Sampler, probe: CaptureConfig, samples: Sequence[Sample], settings: StoreSettings, folder: Path
+    sampler: Sampler,
+    probe: CaptureConfig,
+    samples: Sequence[Sample],
+    settings: StoreSettings,
+    folder: Path,
+    monitor: ResourceMonitor | None = None,
 ) -> ActivationStore:
     """Collects the activations of all samples, one shard per batch. Shards that are on disk already are kept.
 
     samples: as returned by `draw_samples`. Batches do not depend on the number of processes, so one process and several
-    write the same shards.
+    write the same shards. monitor: logs speed and memory of every batch.
     Raises InputError when the folder holds a store with other settings, or the disk has too little space.
     """
     few = frozenset(few_samples(samples, probe.random_weights))
@@ -115,7 +121,13 @@ def collect(
     def write(part: tuple[int, list[Sample]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         first, batch = part
         rows = [row for row in range(len(batch)) if first + row in few]
-        return _collect_batch(sampler, probe, batch, rows, first, settings.seed)
+        if monitor is None:
+            return _collect_batch(sampler, probe, batch, rows, first, settings.seed)
+        monitor.done = first
+        monitor.start()
+        collected = _collect_batch(sampler, probe, batch, rows, first, settings.seed)
+        monitor.stop(len(batch), next(iter(experts(sampler.model).values())).device)
+        return collected
 
     return fill(store, size, what, write, numbered)
 

@@ -35,7 +35,9 @@ from torch import Tensor
 
 from cosprobe.activations import ProbeSamples
 from cosprobe.config import ProbeConfig, TrainerConfig
+from cosprobe.monitoring import TRAINING, ResourceMonitor, build_logger
 from cosprobe.probes.bank import ProbeBank
+from cosprobe.probes.curves import TrainingCurves
 from cosprobe.probes.datamodule import ProbeBatch, ProbeData, check_targets, shared
 from cosprobe.probes.linalg import (
     Chosen,
@@ -50,7 +52,7 @@ from cosprobe.probes.linalg import (
 )
 from cosprobe.probes.newton import Certificate, finished, newton_targets, shortfall
 from cosprobe.probes.ridge import fit_ridge
-from cosprobe.runtime import build_logger, build_trainer, enough_memory
+from cosprobe.runtime import build_trainer, enough_memory
 from cosprobe.tasks import Target, readable_targets
 
 MOMENTUM = 0.9
@@ -88,8 +90,8 @@ class CellScores(torchmetrics.Metric):
 class ProbeTraining(L.LightningModule):
     """The training of logistic probes of all cells, targets and penalties.
 
-    After training, `fitted` has the probes and `certificates` the certificate of every fit. The TensorBoard curves show
-    the training before the Newton steps.
+    After training, `fitted` has the probes and `certificates` the certificate of every fit. `TrainingCurves` logs the
+    training before the Newton steps.
     The loss is the sum over all fits, so the result of each fit does not depend on the others. Anything that couples
     them (gradient clipping by norm, early stopping) would break this. `setup` creates the parameters from the data
     module: for each form [cell, axis, penalty, out], in principal axes, with the outputs of all targets of the form
@@ -143,7 +145,7 @@ class ProbeTraining(L.LightningModule):
         total = torch.zeros((), device=self.device)
         for name, values in self(batch.rows).items():
             loss, correct, count = row_sums(values, batch.labels[name])
-            if self._measured():
+            if self.measured:
                 self.metrics[f"train/{name}"].update(loss, correct, count)
             # Divided by the average number of labels of a batch of this size, not by the number in this batch. So the
             # gradient is unbiased, and its mean over processes equals the gradient of a single process.
@@ -163,33 +165,10 @@ class ProbeTraining(L.LightningModule):
         for name, values in self(batch.rows).items():
             self.metrics[f"validation/{name}"].update(*row_sums(values, batch.labels[name]))
 
-    def _measured(self) -> bool:
-        """Whether the curves have a point at this epoch."""
+    @property
+    def measured(self) -> bool:
+        """Whether the training curves have a point at this epoch."""
         return (self.current_epoch + 1) % self.trainer.check_val_every_n_epoch == 0
-
-    def on_train_epoch_end(self) -> None:
-        if self._measured():
-            self._log("train")
-
-    def on_validation_epoch_end(self) -> None:
-        self._log("validation")
-
-    def _log(self, split: str) -> None:
-        """Logs the best and the mean accuracy over cells, and the mean loss, of every target.
-
-        There are thousands of cells, too many for a curve each. All values are passed to the logger in one call:
-        separate calls of `self.log` take longer than an epoch.
-        """
-        curves = {}
-        for target in self.targets:
-            scores = self.metrics[f"{split}/{target.name}"].compute()
-            accuracy, loss = (score.view(-1, len(self.penalties)) for score in scores)  # single values are squeezed
-            self.metrics[f"{split}/{target.name}"].reset()
-            best = accuracy.amax(dim=1)
-            curves[f"accuracy/{target.name}/{split}_best"] = float(best.max())
-            curves[f"accuracy/{target.name}/{split}_mean"] = float(best.mean())
-            curves[f"loss/{target.name}/{split}"] = float(loss.amin(dim=1).mean())
-        self.logger.log_metrics(curves, step=self.global_step)
 
     def configure_optimizers(self) -> Any:
         """SGD with Nesterov momentum; the learning rate decreases linearly to 0 in the last steps."""
@@ -252,8 +231,9 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
     Features are standardised with the training samples. Every penalty is fitted, and one is kept per target and cell:
     for `ridge` the best on folds inside train, otherwise the one with the highest validation accuracy (ties: the lower
     validation cross-entropy of the final weights). Temperatures are fitted on validation.
-    folder: for TensorBoard files. With several devices, every process calls this function and gets the same bank. Cells
-    are fitted in chunks when all together need more than `config.memory`; the result is the same.
+    folder: for TensorBoard files, in its subfolder `training`. With several devices, every process calls this function
+    and gets the same bank. Cells are fitted in chunks when all together need more than `config.memory`; the result is
+    the same.
     For `logistic` and `newton`, the provenance has for each target the number of fits that `converged` and of all fits,
     and the largest relative `gap`. Fits that did not converge are listed in one printed line.
     Raises InputError, with the name of the target, when a target cannot be fitted.
@@ -263,11 +243,16 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
     check_targets(targets, train, validation)
     parts = chunks(samples, targets, config)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hides the list of devices, printed before
-    progress = FitProgress(config.epochs * len(parts))
+    curves = Path(folder) / TRAINING
+    callbacks = [
+        FitProgress(config.epochs * len(parts)),
+        TrainingCurves(lambda statistic: build_logger(trainer, curves / statistic), len(parts)),
+        ResourceMonitor(build_logger(trainer, curves), "fit", lambda batch: batch.size),
+    ]
     banks: list[ProbeBank] = []
     endings: list[dict[str, Certificate]] = []
-    for number, part in enumerate(parts):
-        runner = _runner(config, trainer, Path(folder) / (f"cells_{number}" if len(parts) > 1 else ""), progress)
+    for part in parts:
+        runner = _runner(config, trainer, callbacks)
         chunk, held_out = train.at(part), validation.at(part)
         if config.kind == "logistic":
             data, module = ProbeData(chunk, held_out, config.batch, seed), ProbeTraining(config)
@@ -311,16 +296,14 @@ def chunks(samples: ProbeSamples, targets: Sequence[Target], config: ProbeConfig
     return [slice(start, min(start + size, cells)) for start in range(0, cells, size)]
 
 
-def _runner(config: ProbeConfig, trainer: TrainerConfig, folder: Path, progress: L.Callback) -> L.Trainer:
-    """The Lightning trainer of the probes, with TensorBoard files in `folder`."""
+def _runner(config: ProbeConfig, trainer: TrainerConfig, callbacks: Sequence[L.Callback]) -> L.Trainer:
+    """The Lightning trainer of the probes. The callbacks log the training."""
     return build_trainer(
         trainer,
         max_epochs=config.epochs,
         check_val_every_n_epoch=max(1, config.epochs // VALIDATIONS),
         num_sanity_val_steps=0,
-        log_every_n_steps=1,
-        logger=build_logger(trainer, folder),
-        callbacks=[progress],
+        callbacks=list(callbacks),
         enable_progress_bar=False,
     )
 

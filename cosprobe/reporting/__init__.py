@@ -2,8 +2,9 @@
 
 from cosprobe.reporting.figures import STYLE, new_figure
 from cosprobe.reporting.film import Film, film_row, film_strip, record
-from cosprobe.reporting.report import log_tensorboard, write_report
+from cosprobe.reporting.report import write_report
 from cosprobe.reporting.summary import WIDTH, markdown_table, open_table, print_summary
+from cosprobe.reporting.tensorboard import log_tensorboard
 
 __all__ = [
     "STYLE",

@@ -174,10 +174,10 @@ def curves(grid: Grid, targets: Sequence[str], layers: Sequence[int] | None = No
     return figure
 
 
-def default_layers(grid: Grid, targets: Sequence[str]) -> list[int]:
-    """Up to four layers spread over the depth, and the best layer of each target."""
+def default_layers(grid: Grid, targets: Sequence[str], most: int = 4) -> list[int]:
+    """Up to `most` layers spread over the depth, and the best layer of each target."""
     every = grid.dataset.layer.values
-    spread = every[np.linspace(0, len(every) - 1, min(4, len(every))).round().astype(int)]
+    spread = every[np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(int)]
     return sorted({*map(int, spread), *(grid.best(target).cell.layer for target in targets)})
 
 

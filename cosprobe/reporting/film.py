@@ -36,7 +36,7 @@ class FilmRow:
 
     title: such as `right`, `wrong`, `several right`.
     first_frame: the given image.
-    frames: last frame of x0-hat at each decoded step.
+    clips: x0-hat at each decoded step.
     picks: the candidate with the highest parser score at each decoded step.
     regions: box of every candidate, as fractions of the image.
     answer: the right candidate, None if several are right.
@@ -45,11 +45,16 @@ class FilmRow:
 
     title: str
     first_frame: UInt8[np.ndarray, "height width 3"]
-    frames: UInt8[np.ndarray, "step height width 3"]
+    clips: UInt8[np.ndarray, "step frame height width 3"]
     picks: tuple[int, ...]
     regions: tuple[Box, ...] = ()
     answer: int | None = None
     model_answer: int | None = None
+
+    @property
+    def frames(self) -> UInt8[np.ndarray, "step height width 3"]:
+        """Last frame of x0-hat at each decoded step."""
+        return self.clips[:, -1]
 
     def colour(self, pick: int) -> str:
         """Colour of a candidate: right, wrong, or blue if several candidates are right."""
@@ -102,7 +107,7 @@ def film_row(
     return FilmRow(
         title,
         task.image(problem),
-        (clips[:, -1] * 255).round().astype(np.uint8),
+        (clips * 255).round().astype(np.uint8),
         tuple(task.parse(problem, clip).forced for clip in clips),
         problem.regions if task.candidates == task.regions else (),
         problem.answer,
@@ -138,16 +143,45 @@ def film_strip(rows: Sequence[FilmRow], steps: Sequence[int]) -> Figure:
                 line[0].add_patch(_box(row.regions[row.answer], row.first_frame, "black"))
             for axes, i in zip(line[1:], shown, strict=True):
                 _image(axes, row.frames[i])
-                colour = row.colour(row.picks[i])
-                if row.regions:
-                    axes.add_patch(_box(row.regions[row.picks[i]], row.frames[i], colour))
-                axes.set_xlabel(f"candidate {row.picks[i]}", color=colour, labelpad=2)
+                _mark_pick(axes, row, i)
             line[0].set_xlabel(_ending(row), labelpad=2)
         panels[0, 0].set_title("first frame")
         for k, i in enumerate(shown):
             panels[0, k + 1].set_title(f"x0-hat, step {steps[i]}" if k == 0 else f"step {steps[i]}")
         _legend(figure, rows)
     return figure
+
+
+def film_motion(film: Film, index: int) -> UInt8[np.ndarray, "frame height width 3"]:
+    """The clips of x0-hat of all problems at one decoded step, side by side, as frames of a video.
+
+    index: of the step in `film.steps`.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(2.4 * len(film.rows), 2.9), dpi=100)
+        FigureCanvasAgg(figure)
+        figure.subplots_adjust(0.01, 0.09, 0.99, 0.83, wspace=0.04)
+        figure.suptitle(f"x0-hat, step {film.steps[index]}", fontsize=10)
+        panels = figure.subplots(1, len(film.rows), squeeze=False)[0]
+        for axes, row in zip(panels, film.rows, strict=True):
+            _image(axes, row.clips[index, 0])
+            axes.set_title(row.title)
+            _mark_pick(axes, row, index)
+        frames = []
+        for number in range(film.rows[0].clips.shape[1]):
+            for axes, row in zip(panels, film.rows, strict=True):
+                axes.images[0].set_data(row.clips[index, number])
+            figure.canvas.draw()
+            frames.append(np.array(figure.canvas.buffer_rgba())[..., :3])
+    return np.stack(frames)
+
+
+def _mark_pick(axes: Axes, row: FilmRow, index: int) -> None:
+    """Names the candidate with the highest score at a decoded step, and outlines it."""
+    pick = row.picks[index]
+    if row.regions:
+        axes.add_patch(_box(row.regions[pick], row.frames[index], row.colour(pick)))
+    axes.set_xlabel(f"candidate {pick}", color=row.colour(pick), labelpad=2)
 
 
 def _ending(row: FilmRow) -> str:

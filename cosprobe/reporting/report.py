@@ -1,4 +1,4 @@
-"""Writes the report of a run: a folder with figures and a summary, and TensorBoard charts."""
+"""Writes the report of a run: a folder with figures and a summary."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
 
-from cosprobe.activations import flattened
 from cosprobe.evaluation import FILE, Grid
 from cosprobe.evaluation.checks import Checks
 from cosprobe.files import make_folder, whole_file
@@ -49,42 +46,3 @@ def write_report(grid: Grid, checks: Checks, run_dir: Path, films: Film | None =
     with whole_file(folder / "summary.md") as part:
         part.write_text(text, encoding="utf-8")
     return folder
-
-
-def log_tensorboard(grid: Grid, folder: Path) -> Path:
-    """Writes the TensorBoard run `grid` in `folder`, which replaces an earlier one. Returns the folder of that run.
-
-    Scalars such as `answer/layer 3` and `answer/baseline x_t` are accuracies by denoising step. Custom Scalars has one
-    chart per target with all its scalars. Images has one map per target. HParams has the provenance (flattened) and the
-    accuracy of the best cell of each target.
-    """
-    run = Path(folder) / "grid"
-    for old in run.glob("events.out.tfevents.*"):
-        old.unlink()
-    charts = {}
-    with SummaryWriter(str(run)) as writer:
-        for target in shown_targets(grid):
-            plane = grid.plane(target).transpose("step", ...)
-            lines = {f"layer {int(n)}": plane.accuracy.sel(layer=n) for n in plane.layer.values}
-            lines |= {f"baseline {n}": plane.baseline_accuracy.sel(baseline=n) for n in plane.baseline.values}
-            for name, line in lines.items():
-                for step, value in zip(plane.step.values, line.values, strict=True):
-                    if np.isfinite(value):
-                        writer.add_scalar(f"{target}/{name}", value, int(step))
-            title = f"accuracy of {target} by denoising step"
-            charts[target] = {title: ["Multiline", [rf"^{target}/(layer|baseline) .*$"]]}
-            writer.add_image(f"maps/{target}", _pixels(maps(grid, [target])), dataformats="HWC")
-        writer.add_image("maps/headline", _pixels(headline(grid)), dataformats="HWC")
-        writer.add_custom_scalars(charts)
-        metrics = {f"best/{target}": grid.best(target).accuracy for target in shown_targets(grid)}
-        settings = {
-            k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flattened(grid.provenance).items()
-        }
-        writer.add_hparams(settings, metrics, run_name=".")  # any other name would start another run
-    return run
-
-
-def _pixels(figure: Figure) -> np.ndarray:
-    figure.set_dpi(110)
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3]

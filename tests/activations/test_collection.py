@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cosprobe.activations import images
 from cosprobe.activations.capture import capture
@@ -14,8 +15,9 @@ from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.sampler import Sampler
 from cosprobe.activations.store import ActivationStore
-from cosprobe.config import CaptureConfig, PipelineConfig, decode_steps
+from cosprobe.config import CaptureConfig, PipelineConfig, TrainerConfig, decode_steps
 from cosprobe.models.pipelines import sample
+from cosprobe.monitoring import ResourceMonitor, build_logger
 from cosprobe.tasks import HideConfig, MazeConfig
 from cosprobe.tasks.samples import draw_samples, fresh_problems, noise_seed
 from tests.examples.pipelines import wan
@@ -187,6 +189,27 @@ def test_a_second_call_reuses_the_store_and_a_third_mends_it(sampler, settings, 
     (store.folder / "shard-00001.safetensors").unlink()
     mended = collect(sampler, PROBE, DRAWN, settings, store.folder)
     assert torch.equal(mended.read()[0]["features"], before)
+
+
+def test_every_sampled_batch_is_logged_at_its_samples(sampler, settings, tmp_path):
+    def logged() -> list[int]:
+        events = EventAccumulator(str(tmp_path / "sampling")).Reload()
+        assert {tag.split("/")[0] for tag in events.Tags()["scalars"]} == {"speed and memory"}
+        speed = events.Scalars("speed and memory/sampling: samples per second")
+        assert all(e.value > 0 for e in speed)
+        return [e.step for e in speed]
+
+    def run() -> None:
+        monitor = ResourceMonitor(build_logger(TrainerConfig(), tmp_path / "sampling"), "sampling")
+        collect(sampler, PROBE, DRAWN, settings, tmp_path / "store", monitor)
+
+    run()
+    assert logged() == [8, 16, 20]
+    run()  # nothing is sampled
+    assert logged() == [8, 16, 20]
+    (tmp_path / "store" / "shard-00001.safetensors").unlink()
+    run()
+    assert logged() == [16]
 
 
 def test_other_settings_do_not_share_a_folder(sampler, store):

@@ -24,7 +24,7 @@ def examined(**options) -> report.KindReport:
     calibrated = synthetic(**options)
     image = np.full((64, 64, 3), 200, dtype=np.uint8)
     rows = [
-        FilmRow(title, image, np.stack([image] * 3), (0, 1, 1), PROBLEMS[0].regions, 1, 1)
+        FilmRow(title, image, np.stack([image[None]] * 3), (0, 1, 1), PROBLEMS[0].regions, 1, 1)
         for title in ("as the video", "finished")
     ]
     live = [

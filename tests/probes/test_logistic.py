@@ -21,10 +21,13 @@ from cosprobe.activations.dataset import ProbeSamples
 from cosprobe.cells import Cell
 from cosprobe.config import KINDS, ProbeConfig, TrainerConfig
 from cosprobe.probes.bank import ProbeBank
+from cosprobe.probes.curves import STATISTICS
 from cosprobe.probes.linalg import design, spread, standardise
 from cosprobe.probes.logistic import chunks, finished, fit
 from cosprobe.probes.newton import AIM, PROMISED, fit_newton, relative_gaps
 from tests.probes.ddp_fit import PLANTED, RECIPE, TARGETS, planted
+
+SPEED = "speed and memory/fit: samples per second"
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -317,15 +320,26 @@ def test_ridge_chooses_its_penalty_without_a_look_at_validation(tmp_path):
         assert torch.equal(one.weights[target.name], other.weights[target.name])
 
 
-def test_curves_are_few_and_fall(tmp_path):
-    run(planted(), tmp_path, epochs=20)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    tags = events.Tags()["scalars"]
-    assert {"accuracy/start/validation_best", "accuracy/start/train_mean", "loss/start/train"} <= set(tags)
-    assert len(tags) <= 6 * len(TARGETS) + 1
-    losses = [e.value for e in events.Scalars("loss/start/train")]
-    assert len(losses) == 20
-    assert losses[-1] < losses[0]
+def test_losses_fall_and_every_epoch_has_one_point_over_all_chunks(tmp_path):
+    samples = planted()
+    for name, memory in (("whole", 4.0), ("chunks", RECIPE["memory"])):
+        run(samples, tmp_path / name, epochs=20, penalties=RECIPE["penalties"], memory=memory)
+    found = {}
+    for name in ("whole", "chunks"):
+        for statistic in STATISTICS:
+            events = EventAccumulator(str(tmp_path / name / "training" / statistic)).Reload()
+            found[name, statistic] = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+            assert len(found[name, statistic]) == 4 * len(TARGETS)
+    for statistic in STATISTICS:
+        losses = found["whole", statistic]["training loss by epoch/start, train"]
+        assert [e.step for e in losses] == list(range(1, 21))
+        assert losses[-1].value < losses[0].value
+        for tag, points in found["whole", statistic].items():
+            parts = found["chunks", statistic][tag]
+            assert [(e.step, pytest.approx(e.value, abs=1e-4)) for e in points] == [(e.step, e.value) for e in parts]
+    speed = EventAccumulator(str(tmp_path / "chunks" / "training")).Reload().Scalars(SPEED)
+    train = int((samples.split == "train").sum())
+    assert [e.step for e in speed] == [train * (n + 1) for n in range(2 * 20)]  # of two chunks
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from cosprobe.reporting.film import FREE, RIGHT, WRONG, film_strip
+from cosprobe.reporting.film import FREE, RIGHT, WRONG, film_motion, film_strip
 from tests.examples.films import film
 
 
@@ -82,6 +82,22 @@ def test_words_stay_inside_the_picture_and_apart(steps):
         assert box.y0 >= -1, text.get_text()
         assert box.y1 <= height + 1, text.get_text()
     assert not any(a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i])
+
+
+def test_the_motion_of_a_step_shows_all_frames_of_its_clips():
+    strip = film()
+    shades = {index: [tuple(row.clips[index, k, 0, 0]) for k in range(2)] for row in strip.rows for index in range(3)}
+    for index in range(3):
+        frames = film_motion(strip, index)
+        assert frames.shape[0] == 2 and frames.shape[3] == 3 and frames.dtype == np.uint8
+        for k, frame in enumerate(frames):
+            share = {shade: (frame == np.array(shade, np.uint8)).all(axis=2).mean() for shade in shades[index]}
+            assert share[shades[index][k]] > 0.4 > 0.1 > share[shades[index][1 - k]]
+    colours = [tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in (RIGHT, WRONG, FREE)]
+    last = film_motion(strip, 2)[0]
+    found = [np.flatnonzero((last == np.array(colour, np.uint8)).all(axis=2).any(axis=0)) for colour in colours]
+    assert all(len(columns) > 10 for columns in found)
+    assert found[0].max() < found[1].min() and found[1].max() < found[2].min()  # problems are side by side, in order
 
 
 def test_bad_rows_are_named():

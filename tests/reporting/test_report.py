@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams import plugin_data_pb2
 
 from cosprobe.cells import INPUTS
 from cosprobe.evaluation.checks.suite import Checks
@@ -21,7 +19,7 @@ from cosprobe.evaluation.grid import Grid
 from cosprobe.evaluation.scoring import build_grid
 from cosprobe.evaluation.variables import GUESSES
 from cosprobe.reporting import report
-from cosprobe.reporting.report import log_tensorboard, write_report
+from cosprobe.reporting.report import write_report
 from cosprobe.reporting.summary import (
     FRAMES_CAPTION,
     check_table,
@@ -31,6 +29,7 @@ from cosprobe.reporting.summary import (
     summarise,
     summary_markdown,
 )
+from cosprobe.reporting.tensorboard import log_tensorboard
 from tests.examples.films import film
 from tests.examples.grids import ANSWER, CONTROL, MODEL_ANSWER, START, reading, synthetic
 from tests.examples.runs import examined, small, world
@@ -213,8 +212,9 @@ def test_relabelled_controls_stay_out_of_tables_figures_and_charts(tmp_path):
     assert [row.best.target for row in summarise(made.grid)] == ["answer", "model_answer", "start", "length", "control"]
     assert "relabelled" not in summary_markdown(made.grid, made.checks)
     assert "relabelled" not in printed(made.grid, Path("run"), made.checks)
-    tags = EventAccumulator(str(log_tensorboard(made.grid, tmp_path))).Reload().Tags()
-    assert not any("relabelled" in tag for tag in (*tags["scalars"], *tags["images"]))
+    for run in log_tensorboard(made.grid, tmp_path).iterdir():
+        tags = EventAccumulator(str(run)).Reload().Tags()
+        assert not any("relabelled" in tag for tag in (*tags["scalars"], *tags["images"]))
 
 
 def test_the_best_input_is_chosen_among_all_that_need_no_block():
@@ -294,48 +294,3 @@ def test_a_grid_without_an_answer_or_a_model_answer_has_no_checks_to_draw(tmp_pa
     assert {p.name for p in folder.iterdir()} == {"grid.nc", "summary.md", "headline.png", "curves.png"}
     for text in ((folder / "summary.md").read_text(), printed(made.grid, tmp_path, made.checks)):
         assert "best cell" in text and "selectivity" not in text  # the table of best cells, and none of checks
-
-
-@pytest.fixture(scope="module")
-def events(grid, tmp_path_factory) -> EventAccumulator:
-    folder = tmp_path_factory.mktemp("tensorboard")
-    log_tensorboard(grid, folder)
-    run = log_tensorboard(grid, folder)  # a second report replaces the first
-    assert [p.name for p in folder.iterdir()] == ["grid"]
-    return EventAccumulator(str(run)).Reload()
-
-
-def test_tensorboard_has_one_curve_per_layer_over_steps(grid, events):
-    for layer in range(3):
-        curve = events.Scalars(f"answer/layer {layer}")
-        assert [event.step for event in curve] == [0, 1, 2, 3]
-        expected = grid.plane("answer").accuracy.sel(layer=layer).values
-        np.testing.assert_allclose([event.value for event in curve], expected, rtol=1e-6)
-    known = np.isfinite(grid.dataset.baseline_accuracy).any(["step", "position"]).sum(dtype=int)
-    assert len(events.Tags()["scalars"]) == 4 * 3 + int(known) + 4  # layers, baselines that exist, best cells
-
-
-def test_tensorboard_opens_on_one_chart_per_target(grid, events):
-    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == list(grid.targets)
-    for category in layout.category:
-        (pattern,) = category.chart[0].multiline.tag
-        matched = [tag for tag in events.Tags()["scalars"] if re.match(pattern, tag)]
-        assert {f"{category.title}/layer {n}" for n in range(3)} <= set(matched)
-        assert all(tag.startswith(f"{category.title}/") for tag in matched)
-
-
-def test_tensorboard_holds_maps_and_hparams(grid, events):
-    assert set(events.Tags()["images"]) == {"maps/headline", *(f"maps/{target}" for target in grid.targets)}
-    picture = events.Images("maps/answer")[0]
-    assert 400 < picture.width < 900
-    hparams = {}
-    for tag in events.PluginTagToContent("hparams").items():
-        content = plugin_data_pb2.HParamsPluginData.FromString(tag[1])
-        if content.HasField("session_start_info"):
-            hparams = dict(content.session_start_info.hparams)
-    assert hparams["probe.kind"].string_value == "logistic"
-    assert hparams["probe.penalties"].string_value == "[0.1, 1.0]"
-    assert hparams["seed"].number_value == 3
-    best = events.Scalars("best/answer")[0].value
-    assert best == pytest.approx(grid.best("answer").accuracy, rel=1e-6)

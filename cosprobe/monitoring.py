@@ -1,0 +1,124 @@
+"""TensorBoard runs of a run folder, and the speed and memory of sampling and fitting.
+
+TensorBoard calls each folder with event files a run. The runs of one run folder are `sampling`, `training` and its
+subfolders, and those that the report writes.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from cosprobe.config import TrainerConfig
+from cosprobe.errors import InputError
+
+SAMPLING, TRAINING = "sampling", "training"  # names of TensorBoard runs
+FILES = ("events.out.tfevents.*", "hparams.yaml")  # what `TensorBoardLogger` writes
+SPEED_AND_MEMORY = "speed and memory"  # the group of the tags
+
+
+def build_logger(config: TrainerConfig, folder: Path) -> Logger:
+    """The Lightning logger that the settings name, with its files in `folder` itself.
+
+    TensorBoard files are not written before the first value. Raises InputError when wandb is chosen and not installed.
+    """
+    if config.logger == "csv":
+        return CSVLogger(folder, name="", version="")
+    if config.logger == "wandb":
+        try:
+            return WandbLogger(save_dir=folder, name=folder.name, group=folder.parent.name)
+        except ModuleNotFoundError as error:
+            raise InputError("trainer.logger='wandb': wandb is not installed; pip install wandb, or use csv") from error
+    return TensorBoardLogger(folder, name="", version="")
+
+
+@rank_zero_only
+def remove_events(folder: Path, keep: Collection[str] = ()) -> None:
+    """Deletes the TensorBoard files in `folder` and its subfolders, and subfolders that are empty then.
+
+    Other files stay. Without this, TensorBoard would read the files of an earlier attempt together with the new ones.
+    With several processes, the first one deletes. keep: names of subfolders whose files stay.
+    """
+    for name in FILES:
+        for file in folder.rglob(name):
+            if file.relative_to(folder).parts[0] not in keep:
+                file.unlink()
+    for path in sorted(folder.rglob("*"), reverse=True):  # a folder comes after its subfolders
+        if path.is_dir():
+            with suppress(OSError):  # not empty
+                path.rmdir()
+
+
+class ResourceMonitor(L.Callback):
+    """Logs samples per second and peak memory for every batch of `Trainer.fit` and `Trainer.predict`.
+
+    The time of a batch runs from its start to its end, and in `fit` includes the optimizer step. Loading of data and
+    validation are not included. Memory is the peak since the process was started, in GB (1e9 bytes): resident memory,
+    and on CUDA what PyTorch allocated on the device. With several processes, the values are those of the first. The
+    axis is the number of samples so far. `start` and `stop` do the same for a loop without a trainer. The first value
+    replaces the TensorBoard files of an earlier attempt in the folder of the logger.
+    Lightning's `ThroughputMonitor` has no memory, and logs up to seven values per batch to every logger of the trainer.
+
+    logger: gets the values. stage: `sampling` or `fit`, part of the tags. size: number of samples of a batch. The
+    attribute `done` is the number of samples so far; a caller that goes on from an earlier attempt sets it.
+    """
+
+    def __init__(self, logger: Logger, stage: str, size: Callable[[Any], int] = len):
+        self.logger, self.stage, self.size = logger, stage, size
+        self.done, self.begin, self.fresh = 0, 0.0, True
+
+    def start(self) -> None:
+        """Starts the time of a batch."""
+        self.begin = time.perf_counter()
+
+    def stop(self, samples: int, device: torch.device) -> None:
+        """Logs the values of the batch that began with `start`. samples: its size. device: where it was computed."""
+        memory = {"resident": peak_resident_memory()}
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # kernels run asynchronously
+            memory["device"] = torch.cuda.max_memory_allocated(device)
+        self.done += samples
+        values = {"samples per second": samples / (time.perf_counter() - self.begin)}
+        values |= {f"peak {name} memory in GB": size / 1e9 for name, size in memory.items() if size is not None}
+        tags = {f"{SPEED_AND_MEMORY}/{self.stage}: {name}": value for name, value in values.items()}
+        if self.fresh and self.logger.log_dir is not None:
+            self._replace(Path(self.logger.log_dir))
+        self.fresh = False
+        self.logger.log_metrics(tags, step=self.done)
+        self.logger.save()  # the values of a killed attempt are kept
+
+    @rank_zero_only
+    def _replace(self, folder: Path) -> None:
+        for name in FILES:
+            for file in folder.glob(name):
+                file.unlink()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self.stop(self.size(batch), module.device)
+
+    on_predict_batch_start = on_train_batch_start
+    on_predict_batch_end = on_train_batch_end
+
+
+def peak_resident_memory() -> int | None:
+    """Peak resident memory of this process in bytes. None on Windows, where Python cannot read it."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
