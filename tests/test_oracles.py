@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "maze"
-    settings = ["task.problems=120", "pipeline.steps=3", "probe.steps=0,2", "probe.decode=0", "probe.layers=2,6"]
+    settings = ["task.problems=120", "pipeline.steps=3", "probe.steps='0,2'", "probe.decode=0", "probe.layers='2,6'"]
     command = [sys.executable, str(ROOT / "train.py"), "probe=layers", *settings, "probe.random_weights=0"]
     done = subprocess.run([*command, f"run_dir={folder}"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -68,7 +68,7 @@ def test_every_command_runs(tmp_path, monkeypatch):
             assert train.main([*settings, "--cfg", "job"]) == 0
         elif script == "train.py":
             keys = {setting.split("=")[0] for setting in settings}
-            fewer = ["probe.steps=0,2"] if "probe.steps" in keys else []
+            fewer = ["probe.steps='0,2'"] if "probe.steps" in keys else []
             assert train.main([*settings, *SMALL, *fewer]) == 0, line
         else:
             use = next(setting.partition("=")[2] for setting in settings if setting.startswith("use="))
