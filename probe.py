@@ -25,12 +25,18 @@ def use(run: UseRun) -> None:
     """Reads the settings and probes of a finished run and does what `run.use` selects."""
     trained = read_run(run.run)
     # imported here, so that --help does not wait for torch and diffusers
+    from cosprobe.activations import Sampler
     from cosprobe.early_exit import answer_early, predict
     from cosprobe.ensembles import ensembles
+    from cosprobe.models import load_pipeline
     from cosprobe.probes import load_probes
+    from cosprobe.runtime import launch
 
     uses: dict[type, Any] = {PredictConfig: predict, EarlyConfig: answer_early, EnsembleConfig: ensembles}
-    uses[type(run.use)](trained.pipeline, trained.task, load_probes(run.run), run.use, run.seed, Path(run.run))
+    bank = load_probes(run.run)
+    device = launch(run.trainer).device  # one process per device from here on
+    sampler = Sampler(load_pipeline(trained.pipeline, str(device)), trained.pipeline, trained.task.build(), run.trainer)
+    uses[type(run.use)](sampler, trained.task, bank, run.use, run.seed, Path(run.run))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

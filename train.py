@@ -36,7 +36,7 @@ def train(run: TrainRun) -> None:
         return
 
     fabric = launch(run.trainer)  # one process per device from here on
-    sampler = Sampler(load_pipeline(run.pipeline, str(fabric.device)), run.pipeline, task)
+    sampler = Sampler(load_pipeline(run.pipeline, str(fabric.device)), run.pipeline, task, run.trainer)
     say(f"{task.name}: drawing {run.task.problems} problems")
     drawn = draw_samples(task, run.task, run.seed)
     settings = StoreSettings.of(run.pipeline, run.task, run.probe, run.seed)

@@ -5,6 +5,8 @@ There is one process per device. Every process runs the same script.
 
 from __future__ import annotations
 
+import logging
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,11 +16,11 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy as FabricDDP
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cosprobe.config import TrainerConfig
 from cosprobe.errors import InputError
@@ -34,7 +36,7 @@ def build_trainer(config: TrainerConfig, **fixed: Any) -> L.Trainer:
         "accelerator": accelerator(config),
         "devices": config.devices,
         "num_nodes": config.num_nodes,
-        "strategy": _strategy(config),
+        "strategy": _strategy(config, DDPStrategy, broadcast_buffers=False),
         "precision": config.precision,
         "deterministic": config.deterministic,
         "enable_progress_bar": config.enable_progress_bar,
@@ -43,6 +45,8 @@ def build_trainer(config: TrainerConfig, **fixed: Any) -> L.Trainer:
         "enable_checkpointing": False,
         "logger": False,
     }
+    # a run has several trainers, and each would print the list of devices; warnings stay
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with _device_errors(config):
         return L.Trainer(**(given | fixed))
 
@@ -65,14 +69,14 @@ def launch(config: TrainerConfig) -> Fabric:
             accelerator=accelerator(config),
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy=_strategy(config),
+            strategy=_strategy(config, FabricDDP),
         )
         fabric.launch()
         return fabric
 
 
-def _strategy(config: TrainerConfig) -> Any:
-    """Lightning's strategy; DDP gets the timeout, and gloo on CPUs."""
+def _strategy(config: TrainerConfig, ddp: Any, **fixed: Any) -> Any:
+    """Lightning's strategy. ddp: its class for DDP, which gets the timeout, gloo on CPUs, and the arguments `fixed`."""
     if config.devices == "auto":
         count = torch.cuda.device_count() if accelerator(config) in ("gpu", "cuda") else 1
     else:
@@ -80,11 +84,8 @@ def _strategy(config: TrainerConfig) -> Any:
         count = int(config.devices) if config.devices.isdigit() else count
     if config.strategy not in ("auto", "ddp") or count * config.num_nodes == 1:
         return config.strategy
-    return DDPStrategy(
-        process_group_backend="gloo" if accelerator(config) == "cpu" else None,
-        broadcast_buffers=False,
-        timeout=timedelta(seconds=config.timeout),
-    )
+    backend = "gloo" if accelerator(config) == "cpu" else None
+    return ddp(process_group_backend=backend, timeout=timedelta(seconds=config.timeout), **fixed)
 
 
 @contextmanager
@@ -105,28 +106,26 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def barrier() -> None:
-    """Waits for all processes."""
-    if rank_and_world()[1] > 1:
-        dist.barrier()
-
-
 @rank_zero_only
 def say(line: str) -> None:
     """Prints one line on the terminal, from the first process only."""
     Console().print(line, highlight=False, soft_wrap=True)
 
 
-def progress() -> Progress:
-    """A progress bar, shown by the first process only."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, disable=rank_and_world()[0] != 0)
+@contextmanager
+def keyboard_interrupts() -> Iterator[None]:
+    """Raises KeyboardInterrupt where Lightning's trainer ends the program after ctrl-C, and lets ctrl-C work again.
+
+    Lightning closes its processes and files, then ignores ctrl-C and raises SystemExit.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, before)
+        raise KeyboardInterrupt from ended
 
 
 @contextmanager

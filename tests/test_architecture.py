@@ -17,7 +17,7 @@ ONLY_IN = {  # library: the rooms that may import it
     "omegaconf": {"command"},
     "yaml": {"command"},
     "matplotlib": {"reporting", "early_exit", "ensembles"},
-    "lightning": {"runtime", "monitoring", "probes", "minimodel"},
+    "lightning": {"runtime", "monitoring", "activations", "probes", "minimodel"},
     "peft": {"minimodel"},
     "torchmetrics": {"probes"},
     "diffusers": {"models", "minimodel"},

@@ -26,6 +26,7 @@ from cosprobe.reporting import results_page
 from tests.examples.pipelines import wan
 
 ROOT = Path(__file__).resolve().parent.parent
+PROBE_TINY = "tests/examples/probe_tiny.py"  # probe.py with a small comparison of ensembles
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,33 @@ def test_two_processes_give_the_same_grid(model, run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("use", ["early", "ensemble"])
+def test_two_processes_sample_what_one_does(run, tmp_path, use):
+    """Early answers and ensembles: the same shards, each of them once."""
+    settings = {"early": ["use.calibration=59", "use.problems=3", "use.error_reference=truth"], "ensemble": []}[use]
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        shutil.copytree(run[0], folder, ignore=shutil.ignore_patterns("early", "ensemble"))
+        started = command(PROBE_TINY, f"use={use}", f"run={folder}", f"trainer.devices={devices}", *settings)
+        assert started.returncode == 0, started.stderr
+    one, two = (
+        {path.name: ActivationStore.open(path) for path in (tmp_path / devices / use).iterdir()} for devices in "12"
+    )
+    assert one.keys() == two.keys() and len(one) > 1
+    for name, store in one.items():
+        assert store.shards == len(list(two[name].folder.glob("shard-*")))
+        tensors, others = store.read()[0], two[name].read()[0]
+        for part, values in tensors.items():
+            torch.testing.assert_close(values, others[part], rtol=0, atol=1e-6, equal_nan=True)
+    report = {"early": "early/early.json", "ensemble": "ensemble/ensemble.json"}[use]
+    written = [json.loads((tmp_path / devices / "report" / report).read_text()) for devices in "12"]
+    assert written[0].keys() == written[1].keys()
+    if use == "ensemble":
+        assert written[0] == written[1]
+
+
+@pytest.mark.slow
 def test_predict_reads_early_and_compares(run):
     result = command("probe.py", "use=predict", f"run={run[0]}", "use.step=1", "use.problems=3")
     assert result.returncode == 0, result.stderr
@@ -176,7 +204,7 @@ def test_ensembles_are_compared_and_answer(model, run, monkeypatch, capsys):
     for bars in (2, 0):  # the second time everything is on disk
         assert probe.main(["use=ensemble", f"run={run[0]}"]) == 0
         said = capsys.readouterr().out
-        assert said.count("ensemble: batches") == bars
+        assert said.count("Predicting") == bars
         assert all(name in said for name in STRATEGIES)
     for name in ("ensemble.json", "ensemble.md", "ensemble.png"):
         assert (run[0] / "report" / "ensemble" / name).stat().st_size > 1000

@@ -1,15 +1,16 @@
 """Captures, pools, edits and stores activations while a pipeline samples, and loads them as samples for probes."""
 
 from cosprobe.activations.capture import ActivationCache, capture
-from cosprobe.activations.collection import UNTRAINED, StoreSettings, collect, watch
+from cosprobe.activations.collection import UNTRAINED, StoreSettings, VideoSampler, collect, watch
 from cosprobe.activations.cost import Cost, flops, seconds
 from cosprobe.activations.dataset import InputFeatures, ProbeSamples, difficulty_columns, load_samples
 from cosprobe.activations.edits import BACK, average_blocks, average_clean, average_latents, check_finite
 from cosprobe.activations.halt import halting
 from cosprobe.activations.pooling import Pooling
+from cosprobe.activations.predicting import FrozenSampling, Sampled, Shard, ShardWriter, announce, predict_shards
 from cosprobe.activations.random_weights import RANDOM_WEIGHTS
 from cosprobe.activations.sampler import Sampler, images
-from cosprobe.activations.store import ActivationStore, fill, flattened
+from cosprobe.activations.store import ActivationStore, flattened
 
 __all__ = [
     "BACK",
@@ -18,23 +19,29 @@ __all__ = [
     "ActivationCache",
     "ActivationStore",
     "Cost",
+    "FrozenSampling",
     "InputFeatures",
     "Pooling",
     "ProbeSamples",
     "Sampler",
+    "Sampled",
+    "Shard",
+    "ShardWriter",
     "StoreSettings",
+    "VideoSampler",
+    "announce",
     "average_blocks",
     "average_clean",
     "average_latents",
     "capture",
     "check_finite",
     "collect",
-    "fill",
     "flattened",
     "flops",
     "halting",
     "images",
     "load_samples",
+    "predict_shards",
     "difficulty_columns",
     "seconds",
     "watch",

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from cosprobe.activations.capture import ActivationCache, capture
 from cosprobe.activations.pooling import Pooling, whole_frame
+from cosprobe.activations.predicting import FrozenSampling, Sampled, Shard, announce, predict_shards
 from cosprobe.activations.random_weights import RANDOM_WEIGHTS, replay, with_random_weights
 from cosprobe.activations.sampler import Parsed, Sampler
-from cosprobe.activations.store import ActivationStore, fill
+from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import SPLIT_ORDER, X0
 from cosprobe.config import CaptureConfig, PipelineConfig
 from cosprobe.errors import InputError
@@ -92,6 +93,23 @@ def few_steps(probe: CaptureConfig, total: int) -> tuple[int, ...]:
     return tuple(step for step in kept if step in decoded and step < total / 2) or kept[:1]
 
 
+class VideoSampler(FrozenSampling):
+    """Samples batches of problems under capture, for `Trainer.predict`.
+
+    few: indices in the run of the samples for random weights. seed: of the random weights.
+    """
+
+    def __init__(self, sampler: Sampler, probe: CaptureConfig, few: frozenset[int], seed: int):
+        super().__init__(sampler)
+        self.probe, self.few, self.random_seed = probe, few, seed
+
+    def predict_step(self, batch: Shard, index: int) -> Sampled:
+        """The tensors of the shard of one batch of samples, and the names along its axes."""
+        first = batch.index * self.sampler.config.batch
+        rows = [row for row in range(len(batch)) if first + row in self.few]
+        return _collect_batch(self.sampler, self.probe, batch.content, rows, first, self.random_seed)
+
+
 def collect(
     sampler: Sampler,
     probe: CaptureConfig,
@@ -113,23 +131,15 @@ def collect(
             "leaves a split without samples; raise it"
         )
     batches = sampler.batches(list(samples))
-    numbered = [(i * sampler.config.batch, batch) for i, batch in enumerate(batches)]
     store = ActivationStore(folder, asdict(settings), len(batches))
-    size = store_bytes(sampler, probe, len(samples), len(few))
     what = f"{len(samples)} samples" + (f", permuted and fresh weights on {len(few)} of them" if few else "")
-
-    def write(part: tuple[int, list[Sample]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        first, batch = part
-        rows = [row for row in range(len(batch)) if first + row in few]
-        if monitor is None:
-            return _collect_batch(sampler, probe, batch, rows, first, settings.seed)
-        monitor.done = first
-        monitor.start()
-        collected = _collect_batch(sampler, probe, batch, rows, first, settings.seed)
-        monitor.stop(len(batch), next(iter(experts(sampler.model).values())).device)
-        return collected
-
-    return fill(store, size, what, write, numbered)
+    announce(store, store_bytes(sampler, probe, len(samples), len(few)), what)
+    if monitor is not None:
+        monitor.done = sum(len(batch) for i, batch in enumerate(batches) if store.has(i))
+    module = VideoSampler(sampler, probe, few, settings.seed)
+    shards = [Shard(store, i, batch) for i, batch in enumerate(batches)]
+    predict_shards(module, shards, sampler.trainer, [monitor] if monitor else [])
+    return store
 
 
 def store_bytes(sampler: Sampler, probe: CaptureConfig, samples: int, few: int = 0) -> int:
@@ -160,7 +170,7 @@ def input_parts(pooling: Pooling, channels: int) -> int:
 @torch.no_grad()
 def _collect_batch(
     sampler: Sampler, probe: CaptureConfig, batch: list[Sample], rows: list[int], first: int, seed: int
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> Sampled:
     """The tensors of the shard of one batch, and the names along its axes.
 
     rows: indices in the batch of the samples for random weights. first: index in the run of the first sample.

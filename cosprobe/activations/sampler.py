@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cosprobe.config import PipelineConfig
+from cosprobe.config import PipelineConfig, TrainerConfig
 from cosprobe.models import block_list, decode, experts, sample
 from cosprobe.tasks import Problem, Sample, Task
 
@@ -31,11 +31,15 @@ class Parsed:
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """A loaded diffusers pipeline (`model`), its settings, and the task whose problems it samples."""
+    """A loaded diffusers pipeline (`model`), its settings, and the task whose problems it samples.
+
+    trainer: the Lightning trainer under which many problems are sampled.
+    """
 
     model: Any
     config: PipelineConfig
     task: Task
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __call__(self, samples: Sequence[Sample], **overrides: Any) -> np.ndarray | Tensor:
         """Samples videos: float [sample, frame, height, width, 3] in [0, 1]. overrides: see `models.sample`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
-from cosprobe.runtime import barrier, progress, rank_and_world, say
 
 MANIFEST = "manifest.json"
 
@@ -84,6 +83,14 @@ class ActivationStore:
     def complete(self) -> bool:
         """Whether the manifest and all shards exist."""
         return (self.folder / MANIFEST).is_file() and not self.missing()
+
+    def has(self, index: int) -> bool:
+        """Whether a shard is on disk."""
+        return self._path(index).is_file()
+
+    def lacking(self) -> bool:
+        """Whether any shard is not on disk yet. Unlike `missing`, this opens no file."""
+        return not all(map(self.has, range(self.shards)))
 
     def missing(self) -> list[int]:
         """Indices of the missing shards. Raises InputError for a shard that is damaged or belongs to another store."""
@@ -180,37 +187,6 @@ class ActivationStore:
                     f"run_dir: {str(self.folder)!r} was made with {name}={_short(other.get(name))}, now "
                     f"{name}={_short(wanted.get(name))}; choose another run_dir or delete that folder"
                 )
-
-
-def fill(
-    store: ActivationStore, size: int, what: str, write: Callable[[Any], tuple[dict, dict]], chunks: Sequence[Any]
-) -> ActivationStore:
-    """Writes the missing shards of a store, one per chunk, after printing the size of the complete store.
-
-    size: bytes of the complete store. what: description of the content, for the printed line. write: computes the
-    tensors and notes of a chunk. With several processes, process r of n writes the chunks i with i % n == r.
-    """
-    rank, world = rank_and_world()
-    if rank == 0:
-        store.begin(size)
-    barrier()
-    missing = store.missing()
-    name = store.folder.name
-    if not missing:
-        say(f"{name}: {what} are already in {store.folder}; re-using them")
-    else:
-        there = len(chunks) - len(missing)
-        done = f"; {there} of {len(chunks)} shards exist already" if there else ""
-        say(f"{name}: {what}, {size / 1e6:.0f} MB in {store.folder}{done}")
-        with progress() as bar:
-            assigned = [i for i in missing if i % world == rank]
-            for index in bar.track(assigned, description=f"{name}: sampling and capturing"):
-                store.write(index, *write(chunks[index]))
-        barrier()
-    if rank == 0 and not store.complete:
-        store.finish()
-    barrier()
-    return store
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

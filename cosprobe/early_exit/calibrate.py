@@ -18,7 +18,7 @@ from cosprobe.early_exit.threshold import Policy, calibrate, first_exit, least_p
 from cosprobe.early_exit.trajectories import ExitPoints, Trajectories, sample_trajectories
 from cosprobe.errors import InputError
 from cosprobe.probes import ProbeBank
-from cosprobe.runtime import say
+from cosprobe.runtime import rank_and_world, say
 from cosprobe.tasks import ANSWER_ROLES, Problem, Target, TaskConfig, fresh_problems, with_noise
 
 
@@ -103,7 +103,8 @@ def calibrate_policies(
             f"run={str(folder)!r}: no probe of an answer or model_answer in its bank; train with more problems"
         )
     bank = bank.with_provenance(policies=tuple(one.policy.described() for one in found))
-    bank.save(folder / "probes")
+    if rank_and_world()[0] == 0:
+        bank.save(folder / "probes")
     return found, bank
 
 

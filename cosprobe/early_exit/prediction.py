@@ -14,12 +14,12 @@ from rich.table import Table
 
 from cosprobe.activations import Pooling, Sampler, halting
 from cosprobe.cells import Cell
-from cosprobe.config import PipelineConfig, PredictConfig
+from cosprobe.config import PredictConfig
 from cosprobe.early_exit.reader import probabilities
 from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
-from cosprobe.models import load_pipeline
 from cosprobe.probes import ProbeBank
+from cosprobe.runtime import rank_and_world
 from cosprobe.tasks import Problem, Sample, TaskConfig, fresh_problems, with_noise
 
 
@@ -70,7 +70,7 @@ def _features_at(
 
 
 def predict(
-    pipeline: PipelineConfig,
+    sampler: Sampler,
     task: TaskConfig,
     bank: ProbeBank,
     use: PredictConfig,
@@ -80,11 +80,14 @@ def predict(
 ) -> None:
     """Prints early answers to new problems together with the answers of full runs.
 
-    pipeline, task: settings of the run in `folder`. Raises InputError when the bank was made for another model, or does
-    not hold the step or layer.
+    sampler: the loaded pipeline and the task of the run in `folder`. task: settings of that task. With several
+    processes, only the first one does anything. Raises InputError when the bank was made for another model, or does not
+    hold the step or layer.
     """
+    if rank_and_world()[0]:
+        return
+    pipeline, grid = sampler.config, Grid.load(folder)
     bank.check_model(*pipeline.parts)
-    grid, sampler = Grid.load(folder), Sampler(load_pipeline(pipeline), pipeline, task.build())
     console = console or Console()
     for name in grid.with_role("answer", "model_answer"):
         cell = _best_at(grid, bank, name, use.step, use.layer)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cosprobe.activations import Sampler, flops, images, seconds, watch
-from cosprobe.config import EarlyConfig, PipelineConfig, decode_steps
+from cosprobe.config import EarlyConfig, decode_steps
 from cosprobe.early_exit.calibrate import Calibrated, LiveRun, calibrate_policies, run_live
 from cosprobe.early_exit.frontier import (
     PolicyResult,
@@ -28,9 +28,9 @@ from cosprobe.early_exit.frontier import (
     stopping_rules,
 )
 from cosprobe.files import make_folder, whole_file
-from cosprobe.models import load_pipeline
 from cosprobe.probes import ProbeBank
 from cosprobe.reporting import STYLE, WIDTH, Film, film_row, film_strip, markdown_table, new_figure, open_table
+from cosprobe.runtime import rank_and_world
 from cosprobe.tasks import Problem, TaskConfig, with_noise
 
 LINES = {
@@ -64,15 +64,17 @@ class KindReport:
 
 
 def answer_early(
-    pipeline: PipelineConfig, task: TaskConfig, bank: ProbeBank, use: EarlyConfig, seed: int, folder: Path
+    sampler: Sampler, task: TaskConfig, bank: ProbeBank, use: EarlyConfig, seed: int, folder: Path
 ) -> None:
     """Calibrates stopping policies for the run in `folder`, saves them in its bank, and writes the report.
 
-    This is `python probe.py use=early`. pipeline, task: settings of that run. Raises InputError as
+    This is `python probe.py use=early`. sampler: the loaded pipeline and the task of that run. task: settings of that
+    task. With several processes, all of them sample, and the first one writes. Raises InputError as
     `calibrate_policies` does.
     """
-    sampler = Sampler(load_pipeline(pipeline), pipeline, task.build())
     found, bank = calibrate_policies(sampler, task, bank, use, seed, folder)
+    if rank_and_world()[0]:
+        return
     prices = measure_prices(sampler, found[0].fresh.problems[0])
     write_early_report([report_on_fresh(sampler, bank, one, prices, seed) for one in found], prices, folder)
 

@@ -7,16 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cosprobe.activations import ActivationStore, Pooling, Sampler, capture, fill
+from cosprobe.activations import (
+    ActivationStore,
+    FrozenSampling,
+    Pooling,
+    Sampled,
+    Sampler,
+    Shard,
+    announce,
+    capture,
+    predict_shards,
+)
 from cosprobe.cells import Cell
 from cosprobe.early_exit.reader import probabilities
 from cosprobe.probes import ProbeBank
@@ -136,15 +144,31 @@ def sample_trajectories(
     store = ActivationStore(folder / FOLDER / name, identity, len(batches))
     size = 4 * len(samples) * len(exits.cells) * bank.regions * bank.mean.shape[1]
     what = f"{len(samples)} {first.kind} problems of split {first.split}"
-    tensors, _ = fill(store, size, what, partial(_sample_batch, sampler, exits, decoded), batches).read()
+    announce(store, size, what)
+    shards = [Shard(store, i, batch) for i, batch in enumerate(batches)]
+    predict_shards(ExitPointSampler(sampler, exits, decoded), shards, sampler.trainer)
+    tensors, _ = store.read()
     return Trajectories.of(sampler.task, samples, exits.probabilities(tensors["features"]), tensors, decoded)
 
 
+class ExitPointSampler(FrozenSampling):
+    """Samples finished runs and captures the features at every exit point, for `Trainer.predict`.
+
+    decoded: step indices at which x0-hat is decoded and parsed.
+    """
+
+    def __init__(self, sampler: Sampler, exits: ExitPoints, decoded: tuple[int, ...]):
+        super().__init__(sampler)
+        self.exits, self.decoded = exits, decoded
+
+    def predict_step(self, batch: Shard, index: int) -> Sampled:
+        """Features [sample, exit_point, region, channel] and the answers of the finished runs."""
+        return _sample_batch(self.sampler, self.exits, self.decoded, batch.content)
+
+
 @torch.no_grad()
-def _sample_batch(
-    sampler: Sampler, exits: ExitPoints, decoded: tuple[int, ...], batch: list[Sample]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Contents of one shard: features [sample, exit_point, region, channel] and the answers of the finished runs."""
+def _sample_batch(sampler: Sampler, exits: ExitPoints, decoded: tuple[int, ...], batch: list[Sample]) -> Sampled:
+    """Contents of one shard, see `ExitPointSampler`."""
     problems = [s.problem for s in batch]
     pooling, steps = Pooling.of(exits.bank.store.probe, problems), ",".join(map(str, exits.steps))
     with capture(sampler.model, list(map(str, exits.layers)), pooling, steps, clean=decoded) as cache:

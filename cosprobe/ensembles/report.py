@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cosprobe.activations import Sampler
-from cosprobe.config import EnsembleConfig, PipelineConfig
+from cosprobe.config import EnsembleConfig
 from cosprobe.ensembles.comparison import SIZES, Comparison, Estimate, compare, error_correlation, oracle
 from cosprobe.ensembles.probe_scorer import ProbeScorer
 from cosprobe.ensembles.run import RunContext
@@ -24,9 +24,9 @@ from cosprobe.ensembles.strategies import PROBES
 from cosprobe.ensembles.trajectories import Candidate
 from cosprobe.evaluation import Grid
 from cosprobe.files import make_folder, whole_file
-from cosprobe.models import load_pipeline
 from cosprobe.probes import ProbeBank
 from cosprobe.reporting import STYLE, markdown_table, new_figure
+from cosprobe.runtime import rank_and_world
 from cosprobe.tasks import TaskConfig
 
 FOLDER = "ensemble"
@@ -46,20 +46,21 @@ MARKS = {
 
 
 def ensembles(
-    pipeline: PipelineConfig, task: TaskConfig, bank: ProbeBank, use: EnsembleConfig, seed: int, folder: Path
+    sampler: Sampler, task: TaskConfig, bank: ProbeBank, use: EnsembleConfig, seed: int, folder: Path
 ) -> None:
     """Compares seed ensembles on fresh problems, with the probes of a finished run.
 
-    Writes report/ensemble/ and ensemble/ (trajectories) in `folder`. pipeline, task: settings of the run in `folder`.
+    Writes report/ensemble/ and ensemble/ (trajectories) in `folder`. sampler: the loaded pipeline and the task of the
+    run in `folder`. task: settings of that task. With several processes, all of them sample, and the first one writes.
     Raises InputError when the bank was made for another model.
     """
-    bank.check_model(*pipeline.parts)
-    sampler = Sampler(load_pipeline(pipeline), pipeline, task.build())
+    bank.check_model(*sampler.config.parts)
     scorer = ProbeScorer.of(bank, Grid.load(folder), sampler.task.name)
     context = RunContext(sampler, scorer)
     identity = {"store": asdict(bank.store), "accuracy": scorer.fingerprint}
     comparison = compare(context, SIZES[use.size], task.problems, seed, folder / FOLDER, identity)
-    print_ensemble(comparison, write_ensemble(comparison, folder / "report" / FOLDER))
+    if rank_and_world()[0] == 0:
+        print_ensemble(comparison, write_ensemble(comparison, folder / "report" / FOLDER))
 
 
 def write_ensemble(comparison: Comparison, folder: Path) -> Path:

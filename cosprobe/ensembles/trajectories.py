@@ -13,17 +13,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
-from cosprobe.activations import ActivationStore
+from cosprobe.activations import ActivationStore, FrozenSampling, Sampled, Shard, predict_shards
 from cosprobe.ensembles.run import RunContext, run
 from cosprobe.ensembles.strategies import STRATEGIES, Finished, Hyperparameters, Strategy, build_strategy, replay
-from cosprobe.runtime import progress
-from cosprobe.tasks import Problem
+from cosprobe.runtime import rank_and_world
+from cosprobe.tasks import Problem, Task
 
 READS = 6  # probes are read at the first 6 steps
 
@@ -59,6 +59,43 @@ class CandidateResult:
 
     right: np.ndarray
     begun: np.ndarray
+
+
+@dataclass(frozen=True)
+class ProblemBatch:
+    """A batch of problems for one candidate; None: whole runs of every problem with every seed."""
+
+    candidate: Candidate | None
+    problems: list[Problem]
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+
+class SeedEnsemble(FrozenSampling):
+    """Gets answers from several noise seeds for a batch of problems, for `Trainer.predict`.
+
+    seeds: number of noise seeds of whole runs. reads: step indices at which probes are read in whole runs. seed: noise
+    seeds are derived from it.
+    """
+
+    def __init__(self, context: RunContext, seeds: int, reads: tuple[int, ...], seed: int):
+        super().__init__(context.sampler)
+        self.context, self.seeds, self.reads, self.seed = context, seeds, reads, seed
+
+    def predict_step(self, batch: Shard, index: int) -> Sampled:
+        """answers and right [problem] of a candidate; of whole runs [problem, seed], with scores and probabilities."""
+        candidate, problems, task = batch.content.candidate, batch.content.problems, self.sampler.task
+        if candidate is not None:
+            outcome = run(self.context, candidate.name, candidate.params, problems, self.seed)
+            return {"answers": outcome.answers, "right": solved(task, outcome.answers, problems)}, {}
+        outcome = run(self.context, "vote", Hyperparameters(self.seeds), problems, self.seed, read=self.reads)
+        finished = outcome.finished
+        tensors = {"answers": finished.answers, "scores": finished.scores}
+        tensors["right"] = torch.stack([solved(task, column, problems) for column in finished.answers.T], dim=1)
+        if self.reads:
+            tensors["proba"] = torch.stack([outcome.proba[step] for step in self.reads], dim=2)
+        return tensors, {}
 
 
 class Trajectories:
@@ -114,26 +151,24 @@ class Trajectories:
             part = [(start + i) % self.seeds for i in range(count)]
             proba = {step: pool["proba"][:, part, i] for i, step in enumerate(self.reads)}
             found = replay(strategy, Finished(pool["answers"][:, part], pool["scores"][:, part]), proba)
-            right.append(self._solved(found.answers, self.problems[split]).float())
+            right.append(solved(self.context.sampler.task, found.answers, self.problems[split]).float())
             begun.append(found.begun.float())
         return CandidateResult(*(torch.stack(each).mean(dim=0).numpy().astype(float) for each in (right, begun)))
 
     def _read(self, found: Sequence[Candidate | None], split: str) -> list[dict[str, Tensor]]:
         """Samples the missing batches of several candidates (None: whole runs) and reads all results."""
         stores = [self._store(c, split) for c in found]
-        todo = [(c, store, i) for c, store in zip(found, stores, strict=True) for i in self._missing(store)]
-        if todo:
-            with progress() as bar:
-                for candidate, store, index in bar.track(todo, description=f"ensemble: batches of {split}"):
-                    store.write(index, *self._batch(candidate, self._chunks(candidate, split)[index]))
-        for store in stores:
-            if not store.complete:
-                store.finish()
+        if rank_and_world()[0] == 0:
+            for store in stores:
+                store.begin(0)
+        shards = [
+            Shard(store, i, ProblemBatch(candidate, problems))
+            for candidate, store in zip(found, stores, strict=True)
+            for i, problems in enumerate(self._chunks(candidate, split))
+        ]
+        module = SeedEnsemble(self.context, self.seeds, self.reads, self.seed)
+        predict_shards(module, shards, self.context.sampler.trainer)
         return [store.read()[0] for store in stores]
-
-    def _missing(self, store: ActivationStore) -> list[int]:
-        store.begin(0)
-        return store.missing()
 
     def _chunks(self, candidate: Candidate | None, split: str) -> list[list[Problem]]:
         seeds = self.seeds if candidate is None else self._strategy(candidate).seeds
@@ -151,18 +186,7 @@ class Trajectories:
         kind = "runs" if candidate is None else candidate.name
         return ActivationStore(self.folder / f"{kind}-{split}-{name}", settings, len(self._chunks(candidate, split)))
 
-    def _batch(self, candidate: Candidate | None, problems: list[Problem]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if candidate is not None:
-            outcome = run(self.context, candidate.name, candidate.params, problems, self.seed)
-            right = self._solved(outcome.answers, problems)
-            return {"answers": outcome.answers, "right": right}, {}
-        outcome = run(self.context, "vote", Hyperparameters(self.seeds), problems, self.seed, read=self.reads)
-        tensors = {"answers": outcome.finished.answers, "scores": outcome.finished.scores}
-        tensors["right"] = torch.stack([self._solved(column, problems) for column in outcome.finished.answers.T], 1)
-        if self.reads:
-            tensors["proba"] = torch.stack([outcome.proba[step] for step in self.reads], dim=2)
-        return tensors, {}
 
-    def _solved(self, answers: Tensor, problems: Sequence[Problem]) -> Tensor:
-        solutions = [self.context.sampler.task.solutions(p) for p in problems]
-        return torch.tensor([int(a) in s for a, s in zip(answers, solutions, strict=True)])
+def solved(task: Task, answers: Tensor, problems: Sequence[Problem]) -> Bool[Tensor, " problem"]:
+    """Whether each answer (-1: none) is right."""
+    return torch.tensor([int(a) in task.solutions(p) for a, p in zip(answers, problems, strict=True)])

@@ -19,7 +19,6 @@ certificate.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -52,7 +51,7 @@ from cosprobe.probes.linalg import (
 )
 from cosprobe.probes.newton import Certificate, finished, newton_targets, shortfall
 from cosprobe.probes.ridge import fit_ridge
-from cosprobe.runtime import build_trainer, enough_memory
+from cosprobe.runtime import build_trainer, enough_memory, keyboard_interrupts
 from cosprobe.tasks import Target, readable_targets
 
 MOMENTUM = 0.9
@@ -242,7 +241,6 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
     targets = readable_targets(samples.targets, samples.regions)
     check_targets(targets, train, validation)
     parts = chunks(samples, targets, config)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hides the list of devices, printed before
     curves = Path(folder) / TRAINING
     callbacks = [
         FitProgress(config.epochs * len(parts)),
@@ -256,7 +254,8 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
         chunk, held_out = train.at(part), validation.at(part)
         if config.kind == "logistic":
             data, module = ProbeData(chunk, held_out, config.batch, seed), ProbeTraining(config)
-            runner.fit(module, datamodule=data)
+            with keyboard_interrupts():
+                runner.fit(module, datamodule=data)
             mean, std, fitted, ended = data.mean, data.std, module.fitted, module.certificates
         else:
             mean, std = (stat.to(runner.strategy.root_device) for stat in spread(chunk.features))

@@ -209,7 +209,7 @@ def test_every_sampled_batch_is_logged_at_its_samples(sampler, settings, tmp_pat
     assert logged() == [8, 16, 20]
     (tmp_path / "store" / "shard-00001.safetensors").unlink()
     run()
-    assert logged() == [16]
+    assert logged() == [20]
 
 
 def test_other_settings_do_not_share_a_folder(sampler, store):
