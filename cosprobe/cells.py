@@ -16,6 +16,7 @@ Probes are fitted to layers and compared with INPUTS and X0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cosprobe.errors import InputError
@@ -49,6 +50,13 @@ class Cell:
 
     def __str__(self) -> str:
         return f"step {self.step}, layer {self.layer}, {self.branch}, {self.position}"
+
+
+def ranges(values: Sequence[int]) -> str:
+    """`0 to 19`, or the sorted values themselves when some are missing."""
+    ordered = sorted(values)
+    whole = len(ordered) > 1 and ordered == list(range(ordered[0], ordered[-1] + 1))
+    return f"{ordered[0]} to {ordered[-1]}" if whole else ", ".join(map(str, ordered))
 
 
 def parse_selection(spec: str, size: int, axis: str) -> tuple[int, ...]:

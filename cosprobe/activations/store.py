@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,21 @@ class ActivationStore:
         """A hash of the settings."""
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
 
+    def __repr__(self) -> str:
+        there = [self._path(i) for i in range(self.shards) if self.has(i)]
+        size = sum(path.stat().st_size for path in there)
+        return f"ActivationStore({str(self.folder)!r}, {len(there)} of {self.shards} shards, {size / 1e6:.0f} MB)"
+
+    def _repr_html_(self) -> str:
+        """A table of the content and the settings, for notebooks."""
+        rows = {"store": repr(self)} | {name: _short(value) for name, value in flattened(self.settings).items()}
+        lines = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
+        return f"<table>{''.join(lines)}</table>"
+
     @classmethod
-    def open(cls, folder: Path) -> ActivationStore:
+    def open(cls, folder: Path | str) -> ActivationStore:
         """Opens a complete store. Raises InputError when it is missing, half-written or damaged."""
+        folder = Path(folder)
         manifest = folder / MANIFEST
         if not manifest.is_file():
             state = "half-written" if folder.is_dir() and any(folder.glob("shard-*")) else "missing"

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cosprobe.activations import Pooling, Sampler, halting
-from cosprobe.cells import Cell
+from cosprobe.cells import Cell, ranges
 from cosprobe.config import PredictConfig
 from cosprobe.early_exit.reader import probabilities
 from cosprobe.errors import InputError
@@ -118,14 +118,8 @@ def _best_at(grid: Grid, bank: ProbeBank, target: str, step: int, layer: int | N
     cells = bank.cells
     steps, layers = sorted({c.step for c in cells}), sorted({c.layer for c in cells})
     if step not in steps:
-        raise InputError(f"use.step={step}: expected a step at which probes were trained: {_ranges(steps)}")
+        raise InputError(f"use.step={step}: expected a step at which probes were trained: {ranges(steps)}")
     if layer is not None and layer not in layers:
-        raise InputError(f"use.layer={layer}: expected a layer at which probes were trained: {_ranges(layers)}")
+        raise InputError(f"use.layer={layer}: expected a layer at which probes were trained: {ranges(layers)}")
     here = [c for c in cells if c.step == step and (layer is None or c.layer == layer)]
     return max(here, key=lambda cell: float(grid.at(target, cell).validation_accuracy))
-
-
-def _ranges(values: list[int]) -> str:
-    """`0 to 19`, or the values themselves when some are missing."""
-    whole = values == list(range(values[0], values[-1] + 1))
-    return f"{values[0]} to {values[-1]}" if whole else ", ".join(map(str, values))

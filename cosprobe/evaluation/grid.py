@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,41 @@ class Grid:
     def targets(self) -> tuple[str, ...]:
         """Names of the targets."""
         return tuple(str(name) for name in self.dataset.target.values)
+
+    def __repr__(self) -> str:
+        plural = {"step": "steps", "layer": "layers", "position": "positions", "branch": "branches"}
+        lines = [f"Grid({', '.join(f'{many}: {self.dataset.sizes.get(one, 1)}' for one, many in plural.items())})"]
+        for row in self._summary():
+            lines.append("  " + "  ".join(row))
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The table of the best cells, for notebooks."""
+        head, *rows = self._summary()
+        cells = ["".join(f"<th>{escape(name)}</th>" for name in head)]
+        cells += ["".join(f"<td>{escape(value)}</td>" for value in row) for row in rows]
+        return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+
+    def _summary(self) -> list[tuple[str, ...]]:
+        rows = [("target", "best cell", "accuracy [95 %]", "p")]
+        for best in map(self.best, self.targets):
+            interval = f"{best.accuracy:.2f} [{best.lower:.2f}, {best.upper:.2f}]"
+            rows.append((best.target, str(best.cell), interval, f"{best.p:.3f}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return [tuple(v.ljust(w) for v, w in zip(row, widths, strict=True)) for row in rows]
+
+    def to_dataframe(self) -> Any:
+        """A pandas table with a row for each target and cell, and a column for each variable of a cell.
+
+        Columns such as `baseline x_t` have the accuracy of a baseline at the step of the cell.
+        """
+        axes = [name for name in ("target", "step", "layer", "branch", "position") if name in self.dataset.dims]
+        own = [name for name, values in self.dataset.data_vars.items() if set(values.dims) == set(axes)]
+        table = self.dataset[own]
+        for name in self.dataset.baseline.values:
+            accuracy = self.dataset.baseline_accuracy.sel(baseline=name, drop=True)
+            table[f"baseline {name}"] = accuracy.broadcast_like(self.dataset.accuracy)
+        return table.to_dataframe(dim_order=axes).reset_index()
 
     @property
     def provenance(self) -> dict[str, Any]:

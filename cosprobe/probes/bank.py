@@ -20,7 +20,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from cosprobe.activations import StoreSettings
-from cosprobe.cells import Cell
+from cosprobe.cells import Cell, ranges
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
 from cosprobe.models import fingerprint
@@ -83,6 +83,14 @@ class ProbeBank:
     penalties: dict[str, Float[Tensor, " cell"]]
     temperatures: dict[str, Float[Tensor, " cell"]] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance)
+
+    def __repr__(self) -> str:
+        steps, layers = {c.step for c in self.cells}, {c.layer for c in self.cells}
+        targets = ", ".join(f"{t.name} ({t.classes} classes)" for t in self.targets)
+        return (
+            f"ProbeBank({len(self.cells)} cells: steps {ranges(list(steps))}, layers {ranges(list(layers))}; "
+            f"targets: {targets}; {self.regions} regions, {self.mean.shape[1]} channels)"
+        )
 
     def with_provenance(self, **provenance: Any) -> ProbeBank:
         """The same bank with some fields of its provenance replaced."""

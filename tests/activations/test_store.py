@@ -181,3 +181,12 @@ def test_fingerprint_follows_the_settings_and_nothing_else(tmp_path):
     first = ActivationStore(tmp_path, {"a": 1, "b": [1, 2]}, 3)
     assert first.fingerprint == ActivationStore(tmp_path / "x", json.loads('{"b": [1, 2], "a": 1}'), 3).fingerprint
     assert first.fingerprint != ActivationStore(tmp_path, {"a": 1, "b": [2, 1]}, 3).fingerprint
+
+
+def test_a_store_opens_from_a_text_and_prints_what_it_holds(tmp_path):
+    store = filled(tmp_path / "store", shards=3, task={"problems": "<9>"})
+    (store.folder / "shard-00001.safetensors").unlink()
+    again = ActivationStore.open(str(tmp_path / "store"))
+    assert again == store and "2 of 3 shards" in repr(again)
+    page = again._repr_html_()
+    assert "task.problems" in page and "&lt;9&gt;" in page and "<9>" not in page

@@ -792,3 +792,25 @@ def test_bad_input_is_one_line_that_names_it(grid):
         build_grid(replace(tiny({0: (1, 1)}), experts=("a", "b")))
     with pytest.raises(ValueError, match=r"^target 'answer'.*validation.*\(1, 20\).*\(2, 20\)"):
         build_grid(replace(tiny({0: (1, 1)}), cells=(Cell(0, 0, "c", "all"), Cell(0, 1, "c", "all"))))
+
+
+def test_a_table_has_a_row_for_every_cell_and_a_column_for_every_variable_and_baseline(grid):
+    table, data = grid.to_dataframe(), grid.dataset
+    assert len(table) == len(grid.targets) * 6 * 8
+    assert {"target", "step", "layer", "accuracy", "p_evidence", "baseline x_t", "baseline chance"} <= set(
+        table.columns
+    )
+    for row in table.sample(20, random_state=0).itertuples(index=False):
+        one = data.sel(target=row.target, step=row.step, layer=row.layer).squeeze()
+        assert row.accuracy == float(one.accuracy) and row.upper == float(one.upper)
+        index = list(table.columns).index("baseline x_t")
+        np.testing.assert_equal(row[index], float(one.baseline_accuracy.sel(baseline="x_t")))
+
+
+def test_a_grid_prints_its_best_cells(grid):
+    text, page = repr(grid), grid._repr_html_()
+    assert "steps: 6, layers: 8" in text and len(text.splitlines()) == len(grid.targets) + 2
+    for target in grid.targets:
+        best = grid.best(target)
+        for words in (target, str(best.cell), f"{best.accuracy:.2f} [{best.lower:.2f}, {best.upper:.2f}]"):
+            assert words in text and words in page

@@ -169,3 +169,9 @@ def test_another_format_is_refused(bank, tmp_path):
     (tmp_path / "bank.json").write_text(json.dumps(description | {"format": 99}))
     with pytest.raises(ValueError, match=rf"format 99\b.*\b{FORMAT}\b"):
         load_probes(tmp_path)
+
+
+def test_a_bank_prints_its_cells_and_targets(bank):
+    text = repr(bank)
+    assert len(text) < 1000 and f"{len(bank.cells)} cells" in text
+    assert all(f"{target.name} ({target.classes} classes)" in text for target in bank.targets)
