@@ -24,7 +24,7 @@ def train(run: TrainRun) -> None:
     from cosprobe.minimodel import train_and_describe
     from cosprobe.models import load_pipeline
     from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger, remove_events
-    from cosprobe.probes import fit
+    from cosprobe.probes import fit, kept_bank
     from cosprobe.reporting import log_tensorboard, print_summary, record, write_report
     from cosprobe.runtime import launch, say
     from cosprobe.tasks import draw_samples
@@ -43,9 +43,13 @@ def train(run: TrainRun) -> None:
     monitor = ResourceMonitor(build_logger(run.trainer, folder / "tensorboard" / SAMPLING), SAMPLING)
     store = collect(sampler, run.probe, drawn, settings, folder / "store", monitor)
     save_config(run, folder)  # only after `collect` has checked that the store in this folder has these settings
-    remove_events(folder / "tensorboard", keep=[SAMPLING])  # of an earlier attempt
     samples, inputs, experts = load_samples(store, task)
-    bank = fit(samples, run.probe, run.trainer, folder / "tensorboard", run.seed).with_provenance(store=settings)
+    bank = kept_bank(folder / "probes", settings, run.probe, run.trainer, run.seed)
+    if bank is None:
+        remove_events(folder / "tensorboard", keep=[SAMPLING])  # of an earlier attempt
+        bank = fit(samples, run.probe, run.trainer, folder / "tensorboard", run.seed).with_provenance(store=settings)
+    else:
+        say(f"probes: those of this command are already in {folder / 'probes'}; re-using them")
     readings = read_inputs(samples, inputs, run.probe.kind, run.probe.penalties, run.seed)
     weights = weights_table(store, samples, run.probe, run.trainer, folder / "tensorboard", run.seed)
     if not fabric.is_global_zero:

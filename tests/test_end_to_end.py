@@ -111,11 +111,12 @@ def test_a_second_run_reuses_the_store_and_gives_the_same_grid(model, run):
     before = Grid.load(run[0]).dataset.load()
     killed = run[0] / "tensorboard" / "training" / "median" / "events.out.tfevents.1.killed"
     shutil.copy(next(killed.parent.glob("events*")), killed)
+    (run[0] / "probes" / "bank.json").unlink()  # as if killed while fitting
     board = {path.relative_to(run[0]).parent for path in run[0].rglob("events.out.tfevents.*")}
     assert {path.name for path in board} >= {"sampling", "training", "median", "layer 0", "finished video", "report"}
     written = {path: path.stat().st_mtime_ns for path in (run[0] / "store").iterdir()}
     output = train(model, run[0])
-    assert output.count("re-using") == 1
+    assert output.count("re-using") == 1  # the store
     assert {path: path.stat().st_mtime_ns for path in (run[0] / "store").iterdir()} == written
     events = [path.relative_to(run[0]).parent for path in run[0].rglob("events.out.tfevents.*")]
     assert set(events) == board and len(events) == len(board)  # one file each: no chart is drawn twice
@@ -195,6 +196,17 @@ def test_early_stopping_is_calibrated_reported_and_left_in_the_bank(run):
     again = command("probe.py", *settings)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("re-using them") == 2
+
+
+@pytest.mark.slow
+def test_a_second_run_keeps_the_probes_and_their_policies(model, run):
+    bank = load_probes(run[0])
+    bank.with_provenance(policies=({"threshold": 0.9},)).save(run[0] / "probes")
+    before = Grid.load(run[0]).dataset.load()
+    assert train(model, run[0]).count("re-using") == 2  # the store and the probes
+    assert load_probes(run[0]).provenance.policies == ({"threshold": 0.9},)
+    bank.save(run[0] / "probes")
+    np.testing.assert_array_equal(before.accuracy.values, Grid.load(run[0]).dataset.accuracy.values)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Fits the linear probes of all cells in one computation and saves them as a bank."""
 
-from cosprobe.probes.bank import ProbeBank, Provenance, load_probes
+from cosprobe.probes.bank import ProbeBank, Provenance, kept_bank, load_probes
 from cosprobe.probes.calibration import Reliability, brier, ece, reliability
 from cosprobe.probes.datamodule import shared
 from cosprobe.probes.linalg import affine, classes_last, design, principal_axes, spread, standardise, validated
@@ -20,6 +20,7 @@ __all__ = [
     "fit",
     "fit_newton",
     "fit_ridge",
+    "kept_bank",
     "load_probes",
     "principal_axes",
     "problem_folds",

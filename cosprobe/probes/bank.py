@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cosprobe.activations import StoreSettings
 from cosprobe.cells import Cell, ranges
+from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
 from cosprobe.models import fingerprint
@@ -272,6 +273,24 @@ def load_probes(path: Path | str) -> ProbeBank:
     """
     path = Path(path)
     return ProbeBank.load(path / "probes" if (path / "probes").is_dir() else path)
+
+
+def kept_bank(
+    folder: Path, store: StoreSettings, probe: ProbeConfig, trainer: TrainerConfig, seed: int
+) -> ProbeBank | None:
+    """The bank in `folder` if it was fitted with exactly these settings, with its stopping policies; otherwise None.
+
+    Its probes would be the same if they were fitted again. A damaged bank counts as none.
+    """
+    try:
+        bank = ProbeBank.load(folder)
+    except InputError:
+        return None
+    made = bank.provenance
+    same = (made.store, made.probe, made.trainer.get("precision"), made.seed) == (
+        store, asdict(probe), trainer.precision, seed,
+    )  # fmt: skip
+    return bank if same else None
 
 
 def _parts(cells: int, each: int) -> Iterator[slice]:

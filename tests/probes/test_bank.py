@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from cosprobe.activations.collection import StoreSettings
 from cosprobe.cells import Cell
-from cosprobe.config import CaptureConfig, PipelineConfig
-from cosprobe.probes.bank import FORMAT, ProbeBank, Provenance, load_probes
+from cosprobe.config import CaptureConfig, PipelineConfig, ProbeConfig, TrainerConfig
+from cosprobe.probes.bank import FORMAT, ProbeBank, Provenance, kept_bank, load_probes
 from cosprobe.probes.linalg import affine, classes_last
 from cosprobe.tasks import Target
 from cosprobe.tasks.task import readable_targets
@@ -169,6 +169,26 @@ def test_another_format_is_refused(bank, tmp_path):
     (tmp_path / "bank.json").write_text(json.dumps(description | {"format": 99}))
     with pytest.raises(ValueError, match=rf"format 99\b.*\b{FORMAT}\b"):
         load_probes(tmp_path)
+
+
+def test_a_bank_is_kept_for_its_own_settings_with_its_policies(bank, tmp_path):
+    store = StoreSettings("model", 3, PipelineConfig(), {"problems": 9}, CaptureConfig(), {})
+    probe, trainer = ProbeConfig(kind="ridge"), TrainerConfig()
+    assert kept_bank(tmp_path, store, probe, trainer, 3) is None
+    policies = ({"threshold": 0.9},)
+    made = bank.with_provenance(store=store, probe=asdict(probe), trainer=asdict(trainer), seed=3, policies=policies)
+    made.save(tmp_path)
+    kept = kept_bank(tmp_path, store, probe, replace(trainer, devices="2", accelerator="cpu"), 3)
+    assert kept is not None and kept.provenance.policies == policies
+    for others in (
+        (replace(store, seed=4), probe, trainer, 3),
+        (store, replace(probe, penalties=[1.0]), trainer, 3),
+        (store, probe, replace(trainer, precision="bf16-mixed"), 3),
+        (store, probe, trainer, 4),
+    ):
+        assert kept_bank(tmp_path, *others) is None
+    (tmp_path / "bank.safetensors").write_bytes(b"damaged")
+    assert kept_bank(tmp_path, store, probe, trainer, 3) is None
 
 
 def test_a_bank_prints_its_cells_and_targets(bank):
