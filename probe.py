@@ -25,6 +25,8 @@ def use(run: UseRun) -> None:
     """Reads the settings and probes of a finished run and does what `run.use` selects."""
     trained = read_run(run.run)
     # imported here, so that --help does not wait for torch and diffusers
+    from lightning import seed_everything
+
     from cosprobe.activations import Sampler
     from cosprobe.early_exit import answer_early, predict
     from cosprobe.ensembles import ensembles
@@ -34,6 +36,7 @@ def use(run: UseRun) -> None:
 
     uses: dict[type, Any] = {PredictConfig: predict, EarlyConfig: answer_early, EnsembleConfig: ensembles}
     bank = load_probes(run.run)
+    seed_everything(run.seed, workers=True, verbose=False)
     device = launch(run.trainer).device  # one process per device from here on
     sampler = Sampler(load_pipeline(trained.pipeline, str(device)), trained.pipeline, trained.task.build(), run.trainer)
     uses[type(run.use)](sampler, trained.task, bank, run.use, run.seed, Path(run.run))

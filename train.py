@@ -18,6 +18,8 @@ from cosprobe.config import ProbeExperiment, TrainRun
 def train(run: TrainRun) -> None:
     """Collects activations, trains the probes, evaluates them on held-out problems and writes the report."""
     # imported here, so that --help does not wait for torch and diffusers
+    from lightning import seed_everything
+
     from cosprobe.activations import Sampler, StoreSettings, collect, flattened, load_samples
     from cosprobe.evaluation import evaluate, read_inputs
     from cosprobe.evaluation.checks import examine, weights_table
@@ -35,6 +37,7 @@ def train(run: TrainRun) -> None:
         print(f"trained; see {train_and_describe(run.experiment, task, run.pipeline, folder, run.seed)}")
         return
 
+    seed_everything(run.seed, workers=True, verbose=False)
     fabric = launch(run.trainer)  # one process per device from here on
     sampler = Sampler(load_pipeline(run.pipeline, str(fabric.device)), run.pipeline, task, run.trainer)
     say(f"{task.name}: drawing {run.task.problems} problems")

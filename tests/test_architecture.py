@@ -17,7 +17,7 @@ ONLY_IN = {  # library: the rooms that may import it
     "omegaconf": {"command"},
     "yaml": {"command"},
     "matplotlib": {"reporting", "early_exit", "ensembles"},
-    "lightning": {"runtime", "monitoring", "activations", "probes", "minimodel"},
+    "lightning": {"runtime", "monitoring", "activations", "probes", "minimodel", "train", "probe"},
     "peft": {"minimodel"},
     "torchmetrics": {"probes"},
     "diffusers": {"models", "minimodel"},

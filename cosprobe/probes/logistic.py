@@ -50,6 +50,7 @@ from cosprobe.probes.linalg import (
     validated,
 )
 from cosprobe.probes.newton import Certificate, finished, newton_targets, shortfall
+from cosprobe.probes.optimizer import PreconditionedNesterov
 from cosprobe.probes.ridge import fit_ridge
 from cosprobe.runtime import build_trainer, enough_memory, keyboard_interrupts
 from cosprobe.tasks import Target, readable_targets
@@ -153,13 +154,6 @@ class ProbeTraining(L.LightningModule):
             total = total + (self.penalties * weight.square()).sum() / 2
         return total
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divides the gradients by the bounds of the curvature."""
-        for form, weight in self.weights.items():
-            weight.grad /= self.weight_bounds[form]
-        for form, bias in self.biases.items():
-            bias.grad /= self.bias_bounds[form]
-
     def validation_step(self, batch: ProbeBatch, index: int) -> None:
         for name, values in self(batch.rows).items():
             self.metrics[f"validation/{name}"].update(*row_sums(values, batch.labels[name]))
@@ -170,8 +164,11 @@ class ProbeTraining(L.LightningModule):
         return (self.current_epoch + 1) % self.trainer.check_val_every_n_epoch == 0
 
     def configure_optimizers(self) -> Any:
-        """SGD with Nesterov momentum; the learning rate decreases linearly to 0 in the last steps."""
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.config.lr, momentum=MOMENTUM, nesterov=True)
+        """`PreconditionedNesterov`; the learning rate decreases linearly to 0 in the last steps."""
+        weights = {"params": list(self.weights.values()), "bounds": [self.weight_bounds[f] for f in self.weights]}
+        biases = {"params": list(self.biases.values()), "bounds": [self.bias_bounds[f] for f in self.biases]}
+        groups = [group for group in (weights, biases) if group["params"]]
+        optimizer = PreconditionedNesterov(groups, self.config.lr, MOMENTUM)
         steps = self.trainer.estimated_stepping_batches
         falling = max(1.0, (1 - FLAT) * steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (steps - step) / falling))
