@@ -115,7 +115,8 @@ def describe(root: Root, argv: Sequence[str], about: str) -> str:
     composed = _composed(root, argv)
     lines: list[str] = [about.strip(), "", "Groups (group=option; * = chosen):"]
     for group in _groups(root):
-        marked = [f"{option}*" if option == composed.choices[group] else option for option in _options(group)]
+        options = _options(group, _flags(argv).config_dir)
+        marked = [f"{option}*" if option == composed.choices[group] else option for option in options]
         lines.append(f"  {group:<12}{', '.join(marked)}")
     lines += ["", "Settings (name=value):"]
     meanings = dict(_meanings(composed.settings))
@@ -316,7 +317,8 @@ def _explained(root: Root, arguments: Sequence[str], error: Exception | None = N
     """The first mistake in the overrides, with what is possible instead; Hydra's own words if none is found."""
     reason = " ".join(str(error.__cause__ or error).split()) if error else "expected no + or ~"
     overrides: list[Override] = []
-    texts = _flags(arguments).overrides
+    flags = _flags(arguments)
+    texts, folder = flags.overrides, flags.config_dir
     if not texts:
         return InputError(f"configs/: {reason}")
     for text in texts:
@@ -328,27 +330,28 @@ def _explained(root: Root, arguments: Sequence[str], error: Exception | None = N
             return InputError(f"{text}: expected name=value, such as seed=0{quoted}")
     base = _composed(root, [])
     for override in overrides:
-        if found := _wrong_option(base, override):
+        if found := _wrong_option(base, override, folder):
             return InputError(found)
-    base = _composed(root, [str(o.input_line) for o in overrides if o.key_or_group in base.choices])
+    chosen = [str(o.input_line) for o in overrides if o.key_or_group in base.choices]
+    base = _composed(root, [*chosen, *(["--config-dir", folder] if folder else [])])
     for override in overrides:
         if override.key_or_group not in base.choices and (found := _wrong_setting(base, override)):
             return InputError(found)
     return InputError(f"{' '.join(texts)}: {reason}")
 
 
-def _wrong_option(base: Composed, override: Override) -> str:
+def _wrong_option(base: Composed, override: Override, folder: str | None) -> str:
     """What is wrong with the choice of an option of a group; empty if nothing is."""
     name, text = str(override.key_or_group), str(override.input_line)
     if name not in base.choices or "/" in name:
         return ""
     if override.is_add() or override.is_force_add():
         return f"{text}: {name} exists; write {text.lstrip('+')}, without the +"
+    options = _options(name, folder)
     for value in _values(override):
-        if value not in _options(name):
+        if value not in options:
             return (
-                f"{text}: unknown option.{_guess(value, _options(name), name + '=')} "
-                f"Options of {name}: {', '.join(_options(name))}"
+                f"{text}: unknown option.{_guess(value, options, name + '=')} Options of {name}: {', '.join(options)}"
             )
     return ""
 
@@ -398,8 +401,10 @@ def _groups(root: Root) -> list[str]:
     return [name for name in names if not name.startswith(("/", "override"))]
 
 
-def _options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+def _options(group: str, folder: str | None = None) -> list[str]:
+    """The options of a group: in `configs/`, and in the folder of `--config-dir`."""
+    places = [CONFIGS, *([Path(folder)] if folder else [])]
+    return sorted({path.stem for place in places for path in (place / group).glob("*.yaml")})
 
 
 def _locate(cfg: DictConfig, name: str) -> tuple[DictConfig, str]:

@@ -400,6 +400,9 @@ def test_options_of_a_folder_of_ones_own(here, capsys):
     seen = []
     assert command(TrainRun, seen.append, "", ["--config-dir", str(here / "mine"), "probe=few"]) == 0
     assert (seen[0].probe.steps, seen[0].probe.layers, seen[0].run_dir) == ("0", "last", "runs/maze-few")
+    for wrong, message in (("probe=fewer", r"probe=few\?.*few, frames, layers"), ("seed=x", "a whole number")):
+        assert command(TrainRun, seen.append, "", ["--config-dir", str(here / "mine"), "probe=few", wrong]) == 2
+        assert re.search(rf"^error: {wrong}: .*{message}", capsys.readouterr().err)
     assert command(TrainRun, seen.append, "", ["seed=4", "run_dir=runs/s-${seed}"]) == 0
     assert seen[1].run_dir == "runs/s-4"
     for flag in (["--info", "searchpath"], ["--cfg", "job", "-p", "probe"], ["--shell-completion", "install=bash"]):
