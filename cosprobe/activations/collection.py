@@ -23,7 +23,7 @@ from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import SPLIT_ORDER, X0
 from cosprobe.config import CaptureConfig, PipelineConfig
 from cosprobe.errors import InputError
-from cosprobe.models import architecture, experts, fingerprint
+from cosprobe.models import architecture, check_prompts, experts, fingerprint
 from cosprobe.monitoring import ResourceMonitor
 from cosprobe.runtime import say
 from cosprobe.tasks import Problem, Sample, Task, TaskConfig
@@ -122,8 +122,11 @@ def collect(
 
     samples: as returned by `draw_samples`. Batches do not depend on the number of processes, so one process and several
     write the same shards. monitor: logs speed and memory of every batch.
-    Raises InputError when the folder holds a store with other settings, or the disk has too little space.
+    Raises InputError when the folder holds a store with other settings, when the disk has too little space, and for a
+    prompt that is too long; then nothing is written.
     """
+    prompts = [*(s.problem.prompt for s in samples), sampler.config.negative_prompt]
+    check_prompts(sampler.model, prompts, sampler.config.prompt_tokens)
     few = frozenset(few_samples(samples, probe.random_weights))
     if probe.random_weights and not few:
         say(

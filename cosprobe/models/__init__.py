@@ -4,6 +4,7 @@ from cosprobe.models.architectures import Architecture, architecture
 from cosprobe.models.cpu_layout import channels_last
 from cosprobe.models.pipelines import (
     block_list,
+    check_prompts,
     clean_estimate,
     decode,
     experts,
@@ -19,6 +20,7 @@ __all__ = [
     "architecture",
     "block_list",
     "channels_last",
+    "check_prompts",
     "clean_estimate",
     "decode",
     "experts",

@@ -16,6 +16,7 @@ from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.sampler import Sampler
 from cosprobe.activations.store import ActivationStore
 from cosprobe.config import CaptureConfig, PipelineConfig, TrainerConfig, decode_steps
+from cosprobe.errors import InputError
 from cosprobe.models.pipelines import sample
 from cosprobe.monitoring import ResourceMonitor, build_logger
 from cosprobe.tasks import HideConfig, MazeConfig
@@ -259,3 +260,12 @@ def test_watch_shows_the_finished_video_at_the_last_step(sampler):
     assert watched.shape == (2, 2, 5, 64, 64, 3)
     np.testing.assert_allclose(watched[:, 1], video, atol=1e-4)
     assert abs(watched[:, 0] - video).max() > 0.01
+
+
+@pytest.mark.parametrize("changes", [{"prompt_tokens": 2}, {"negative_prompt": "no " * 40, "guidance": 2.0}])
+def test_a_prompt_that_is_too_long_is_named_before_anything_is_written(sampler, tmp_path, changes):
+    changed = replace(sampler, config=replace(sampler.config, **changes))
+    settings = StoreSettings.of(changed.config, MazeConfig(), PROBE, 0)
+    with pytest.raises(InputError, match=r"prompt '.*tokens.*expected at most"):
+        collect(changed, PROBE, DRAWN, settings, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
