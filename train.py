@@ -51,6 +51,8 @@ def train(run: TrainRun) -> None:
     if bank is None:
         remove_events(folder / "tensorboard", keep=[SAMPLING])  # of an earlier attempt
         bank = fit(samples, run.probe, run.trainer, folder / "tensorboard", run.seed).with_provenance(store=settings)
+        if fabric.is_global_zero:
+            bank.save(folder / "probes")  # here, so that an attempt that is killed later keeps them
     else:
         say(f"probes: those of this command are already in {folder / 'probes'}; re-using them")
     readings = read_inputs(samples, inputs, run.probe.kind, run.probe.penalties, run.seed)
@@ -58,7 +60,6 @@ def train(run: TrainRun) -> None:
     if not fabric.is_global_zero:
         return
 
-    bank.save(folder / "probes")
     evaluated = evaluate(samples, experts, bank, readings)
     grid, checks = examine(evaluated, samples, inputs, bank, weights, run.seed)
     film = record(sampler, drawn, samples, run.probe)

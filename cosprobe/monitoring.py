@@ -69,12 +69,19 @@ class ResourceMonitor(L.Callback):
     Lightning's `ThroughputMonitor` has no memory, and logs up to seven values per batch to every logger of the trainer.
 
     logger: gets the values. stage: `sampling` or `fit`, part of the tags. size: number of samples of a batch. The
-    attribute `done` is the number of samples so far; a caller that goes on from an earlier attempt sets it.
+    attribute `done` is the number of samples so far, and is part of Lightning's checkpoints; a caller that goes on from
+    an earlier attempt otherwise sets it.
     """
 
     def __init__(self, logger: Logger, stage: str, size: Callable[[Any], int] = len):
         self.logger, self.stage, self.size = logger, stage, size
         self.done, self.begin, self.fresh = 0, 0.0, True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
 
     def start(self) -> None:
         """Starts the time of a batch."""

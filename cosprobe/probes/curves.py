@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -26,14 +25,25 @@ class TrainingCurves(L.Callback):
     the same tags, such as `training accuracy by epoch/answer, validation`. TensorBoard then draws all statistics in one
     chart. The best cell has the highest accuracy or the lowest cross-entropy.
     With several chunks of cells, a point is logged by the last chunk, for the cells of all chunks. Relabelled controls
-    have no curves.
+    have no curves. The state has the values of all cells so far, by epoch and tag; points that are complete when it is
+    loaded are logged again, because a run deletes the TensorBoard files of an earlier attempt.
     """
 
-    def __init__(self, logger: Callable[[str], Logger], chunks: int):
-        """logger: makes the logger of a statistic. chunks: number of times that `Trainer.fit` will be called."""
+    def __init__(self, logger: Callable[[str], Logger], cells: int):
+        """logger: makes the logger of a statistic. cells: number of cells of all chunks."""
         self.loggers = {name: logger(name) for name in STATISTICS}
-        self.chunks = chunks
-        self.values: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
+        self.cells = cells
+        self.values: dict[tuple[int, str], Float[Tensor, " cell"]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {f"{epoch} {tag}": values for (epoch, tag), values in self.values.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, values in state.items():
+            number, tag = name.split(" ", 1)
+            self.values[int(number), tag] = values
+        for epoch in sorted({epoch for epoch, _ in self.values}):
+            self._draw(epoch, [tag for of, tag in self.values if of == epoch])
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
         if module.measured:
@@ -44,7 +54,7 @@ class TrainingCurves(L.Callback):
 
     def _log(self, module: Any, split: str) -> None:
         """Passes all values to a logger in one call: separate calls of `self.log` take longer than an epoch."""
-        epoch, points = module.current_epoch + 1, {}
+        epoch, tags = module.current_epoch + 1, []
         for target in module.targets:
             metric = module.metrics[f"{split}/{target.name}"]
             accuracy, loss = (score.view(-1, len(module.penalties)) for score in metric.compute())  # may be squeezed
@@ -52,12 +62,17 @@ class TrainingCurves(L.Callback):
             if target.role == RELABELLED:
                 continue
             for group, values in ((ACCURACY, accuracy.amax(dim=1)), (LOSS, loss.amin(dim=1))):
-                tag = f"{group}/{target.name}, {split}"
-                chunks = self.values[epoch, tag]
-                chunks.append(values.cpu())
-                if len(chunks) == self.chunks:
-                    best = torch.max if group == ACCURACY else torch.min
-                    points[tag] = statistics(torch.cat(self.values.pop((epoch, tag))), best)
+                tags.append(f"{group}/{target.name}, {split}")
+                before = self.values.get((epoch, tags[-1]), values.new_empty(0).cpu())
+                self.values[epoch, tags[-1]] = torch.cat([before, values.cpu()])
+        self._draw(epoch, tags)
+
+    def _draw(self, epoch: int, tags: Sequence[str]) -> None:
+        """Logs the points of an epoch that have the values of all cells."""
+        points = {}
+        for tag in tags:
+            if len(values := self.values[epoch, tag]) == self.cells:
+                points[tag] = statistics(values, torch.max if tag.startswith(ACCURACY) else torch.min)
         for name, logger in self.loggers.items() if points else ():
             logger.log_metrics({tag: values[name] for tag, values in points.items()}, step=epoch)
             logger.save()

@@ -36,6 +36,7 @@ from cosprobe.activations import ProbeSamples
 from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.monitoring import TRAINING, ResourceMonitor, build_logger
 from cosprobe.probes.bank import ProbeBank
+from cosprobe.probes.checkpoints import ChecksumIO, EpochCheckpoint, SavedFit
 from cosprobe.probes.curves import TrainingCurves
 from cosprobe.probes.datamodule import ProbeBatch, ProbeData, check_targets, shared
 from cosprobe.probes.linalg import (
@@ -57,6 +58,8 @@ from cosprobe.tasks import Target, readable_targets
 
 MOMENTUM = 0.9
 FLAT = 0.7  # share of the steps with the full learning rate; after them it decreases linearly to 0
+CHECKPOINTS = "checkpoints"  # the subfolder with the files of a fit that has not finished
+DRAWN = "curves/"  # in a saved chunk, begins the names of the values of the training curves
 VALIDATIONS = 20  # largest number of validations during training, the points of the TensorBoard curves
 
 
@@ -210,6 +213,7 @@ class FitProgress(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero and self.progress.console.is_terminal:
             self.progress.start()
+        self.progress.advance(self.task, trainer.current_epoch)  # above 0 if an earlier attempt goes on
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.progress.advance(self.task)
@@ -227,9 +231,10 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
     Features are standardised with the training samples. Every penalty is fitted, and one is kept per target and cell:
     for `ridge` the best on folds inside train, otherwise the one with the highest validation accuracy (ties: the lower
     validation cross-entropy of the final weights). Temperatures are fitted on validation.
-    folder: for TensorBoard files, in its subfolder `training`. With several devices, every process calls this function
-    and gets the same bank. Cells are fitted in chunks when all together need more than `config.memory`; the result is
-    the same.
+    folder: for TensorBoard files, in its subfolder `training`, and for checkpoints, in its subfolder `checkpoints`. A
+    call that was killed goes on from its last checkpoint when it is made again, and ends with the same bank. The
+    checkpoints are deleted at the end. With several devices, every process calls this function and gets the same bank.
+    Cells are fitted in chunks when all together need more than `config.memory`; the result is the same.
     For `logistic` and `newton`, the provenance has for each target the number of fits that `converged` and of all fits,
     and the largest relative `gap`. Fits that did not converge are listed in one printed line.
     Raises InputError, with the name of the target, when a target cannot be fitted.
@@ -239,35 +244,52 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
     check_targets(targets, train, validation)
     parts = chunks(samples, targets, config)
     curves = Path(folder) / TRAINING
-    callbacks = [
-        FitProgress(config.epochs * len(parts)),
-        TrainingCurves(lambda statistic: build_logger(trainer, curves / statistic), len(parts)),
-        ResourceMonitor(build_logger(trainer, curves), "fit", lambda batch: batch.size),
-    ]
+    progress = FitProgress(config.epochs * len(parts))
+    drawn = TrainingCurves(lambda statistic: build_logger(trainer, curves / statistic), len(samples.cells))
+    monitor = ResourceMonitor(build_logger(trainer, curves), "fit", lambda batch: batch.size)
+    saved = SavedFit(Path(folder) / CHECKPOINTS, samples, config, trainer, seed)
     banks: list[ProbeBank] = []
     endings: list[dict[str, Certificate]] = []
-    for part in parts:
-        runner = _runner(config, trainer, callbacks)
+    for number, part in enumerate(parts):
+        checkpoint = EpochCheckpoint(saved.checkpoint(number))
+        runner = _runner(config, trainer, (progress, drawn, monitor, checkpoint))
         chunk, held_out = train.at(part), validation.at(part)
-        if config.kind == "logistic":
-            data, module = ProbeData(chunk, held_out, config.batch, seed), ProbeTraining(config)
-            with keyboard_interrupts():
-                runner.fit(module, datamodule=data)
-            mean, std, fitted, ended = data.mean, data.std, module.fitted, module.certificates
+        results = saved.load(number, runner)
+        if results is not None:  # of an earlier attempt
+            drawn.load_state_dict({name[len(DRAWN) :]: x for name, x in results.items() if name.startswith(DRAWN)})
+            progress.progress.advance(progress.task, config.epochs)
+            monitor.done += config.epochs * len(chunk)
         else:
-            mean, std = (stat.to(runner.strategy.root_device) for stat in spread(chunk.features))
-            x = standardise(chunk.features, mean, std)
-            if config.kind == "ridge":
-                chosen = fit_ridge(x, chunk.labels, chunk.keys, targets, config.penalties, seed, shared)
+            chosen: dict[str, Chosen] | None = None
+            ended: dict[str, Certificate] = {}
+            if config.kind == "logistic":
+                data, module = ProbeData(chunk, held_out, config.batch, seed), ProbeTraining(config)
+                with keyboard_interrupts():
+                    runner.fit(module, datamodule=data, ckpt_path=saved.resumed(number, runner), weights_only=True)
+                mean, std, fitted, ended = data.mean, data.std, module.fitted, module.certificates
             else:
-                fitted, ended = newton_targets(x, chunk.labels, targets, config.penalties, shared)
-        if config.kind != "ridge":
-            endings.append(ended)
-            chosen = _validated(fitted, mean, std, held_out, targets, config.penalties)
+                mean, std = (stat.to(runner.strategy.root_device) for stat in spread(chunk.features))
+                x = standardise(chunk.features, mean, std)
+                if config.kind == "ridge":
+                    chosen = fit_ridge(x, chunk.labels, chunk.keys, targets, config.penalties, seed, shared)
+                else:
+                    fitted, ended = newton_targets(x, chunk.labels, targets, config.penalties, shared)
+            chosen = chosen or _validated(fitted, mean, std, held_out, targets, config.penalties)
+            results = {"mean": mean, "std": std} | {DRAWN + name: x for name, x in drawn.state_dict().items()}
+            for name, table in (*chosen.items(), *ended.items()):
+                results |= {f"{field}/{name}": value for field, value in vars(table).items()}
+            results = {
+                name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in results.items()
+            }
+            saved.save(number, results, runner)
         tables: dict[str, Any] = {
-            f.name: {name: getattr(one, f.name).cpu() for name, one in chosen.items()} for f in fields(Chosen)
+            f.name: {t.name: results[f"{f.name}/{t.name}"] for t in targets} for f in fields(Chosen)
         }
-        banks.append(ProbeBank(chunk.cells, tuple(targets), samples.regions, mean.cpu(), std.cpu(), **tables))
+        banks.append(ProbeBank(chunk.cells, tuple(targets), samples.regions, results["mean"], results["std"], **tables))
+        if config.kind != "ridge":
+            endings.append(
+                {t.name: Certificate(results[f"converged/{t.name}"], results[f"gap/{t.name}"]) for t in targets}
+            )
     fitted_with: dict[str, Any] = {"probe": asdict(config), "trainer": asdict(trainer), "seed": seed}
     fitted_with |= {"train": len(train), "validation": len(validation)}
     if endings:
@@ -276,7 +298,9 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
             Console().print(line, markup=False, highlight=False, soft_wrap=True)
         fitted_with["converged"] = {name: one.tally for name, one in whole.items()}
         fitted_with["gap"] = {name: float(one.gap.max()) for name, one in whole.items()}
-    return ProbeBank.join(banks).calibrated(validation.features, validation.labels).with_provenance(**fitted_with)
+    bank = ProbeBank.join(banks).calibrated(validation.features, validation.labels).with_provenance(**fitted_with)
+    saved.remove(runner)
+    return bank
 
 
 def chunks(samples: ProbeSamples, targets: Sequence[Target], config: ProbeConfig) -> list[slice]:
@@ -299,6 +323,8 @@ def _runner(config: ProbeConfig, trainer: TrainerConfig, callbacks: Sequence[L.C
         max_epochs=config.epochs,
         check_val_every_n_epoch=max(1, config.epochs // VALIDATIONS),
         num_sanity_val_steps=0,
+        enable_checkpointing=True,
+        plugins=[ChecksumIO()],
         callbacks=list(callbacks),
         enable_progress_bar=False,
     )

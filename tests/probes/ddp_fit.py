@@ -1,12 +1,15 @@
 """Planted samples, and as a script the fit of them by two processes (see test_training.py).
 
-`python ddp_fit.py FOLDER` saves each process's decision values. Lightning starts the same script again for the
-second process, which is why this cannot happen inside pytest.
+`python ddp_fit.py FOLDER DEVICES [STEP]` saves each process's decision values; with STEP, every process kills itself
+before that training step. Lightning starts the same script again for the second process, which is why this cannot
+happen inside pytest.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -17,7 +20,8 @@ import torch
 from cosprobe.activations.dataset import ProbeSamples
 from cosprobe.cells import Cell
 from cosprobe.config import ProbeConfig, TrainerConfig
-from cosprobe.probes.logistic import fit
+from cosprobe.probes import checkpoints
+from cosprobe.probes.logistic import ProbeTraining, fit
 from cosprobe.tasks import Target
 
 RECIPE = {"penalties": [0.01, 1.0], "epochs": 6, "batch": 101, "memory": 2e-3}  # memory: two chunks of the cells
@@ -62,13 +66,37 @@ def planted(count: int = 700, regions: int = 3, channels: int = 10, cells: int =
     )
 
 
-def main(folder: Path) -> None:
+def run_script(folder: Path, *arguments: int) -> None:
+    """Runs this file as a script, and checks that it ends well, or is killed if a step for this is given."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, __file__, str(folder), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == (-signal.SIGKILL if len(arguments) > 1 else 0), done.stderr[-3000:]
+
+
+def kill_before(step: int) -> None:
+    """Lets the process kill itself before this training step, counted from 1 over all chunks."""
+    training_step, steps = ProbeTraining.training_step, iter(range(1, step))
+
+    def counted(*args):
+        if next(steps, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return training_step(*args)
+
+    ProbeTraining.training_step = counted
+
+
+def main(folder: Path, devices: int, step: int | None = None) -> None:
     torch.set_num_threads(1)
+    checkpoints.INTERVAL = 0.0
+    if step is not None:
+        kill_before(step)
     samples = planted()
-    bank = fit(samples, ProbeConfig(**RECIPE), TrainerConfig(devices=2), folder / "fit", seed=0)
+    bank = fit(samples, ProbeConfig(**RECIPE), TrainerConfig(devices=devices), folder / "fit", seed=0)
     values = {t.name: bank.decision(samples.features, t.name) for t in bank.targets}
-    torch.save(values, folder / f"values_{os.environ['LOCAL_RANK']}.pt")
+    torch.save(values, folder / f"values_{os.environ.get('LOCAL_RANK', 0)}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

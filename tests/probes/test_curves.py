@@ -39,7 +39,7 @@ def trained(accuracy, loss, epoch: int = 0) -> SimpleNamespace:
 def test_statistics_are_over_the_cells_of_all_chunks(tmp_path):
     generator = torch.Generator().manual_seed(1)
     accuracy, loss = (torch.rand(sum(CELLS), PENALTIES, generator=generator) for _ in range(2))
-    curves = TrainingCurves(lambda name: build_logger(TrainerConfig(), tmp_path / name), len(CELLS))
+    curves = TrainingCurves(lambda name: build_logger(TrainerConfig(), tmp_path / name), sum(CELLS))
     for part in (slice(0, CELLS[0]), slice(CELLS[0], None)):
         assert not list(tmp_path.iterdir())  # nothing is drawn before the last chunk
         for epoch in range(2):
@@ -70,7 +70,7 @@ def test_statistics_are_over_the_cells_of_all_chunks(tmp_path):
 
 
 def test_epochs_that_are_not_measured_have_no_point(tmp_path):
-    curves = TrainingCurves(lambda name: build_logger(TrainerConfig(), tmp_path / name), 1)
+    curves = TrainingCurves(lambda name: build_logger(TrainerConfig(), tmp_path / name), 2)
     module = trained(torch.ones(2, PENALTIES), torch.ones(2, PENALTIES))
     module.measured = False
     curves.on_train_epoch_end(TRAINER, module)

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -25,7 +22,7 @@ from cosprobe.probes.curves import STATISTICS
 from cosprobe.probes.linalg import design, spread, standardise
 from cosprobe.probes.logistic import chunks, finished, fit
 from cosprobe.probes.newton import AIM, PROMISED, fit_newton, relative_gaps
-from tests.probes.ddp_fit import PLANTED, RECIPE, TARGETS, planted
+from tests.probes.ddp_fit import PLANTED, RECIPE, TARGETS, planted, run_script
 
 SPEED = "speed and memory/fit: samples per second"
 
@@ -388,12 +385,7 @@ def test_two_processes_divide_the_cells_and_end_with_the_same_bank(tmp_path):
 @pytest.mark.ddp
 def test_two_processes_give_the_bank_of_one(tmp_path):
     """With an uneven last batch and several chunks of cells. Lightning's launcher starts the second process."""
-    script = Path(__file__).with_name("ddp_fit.py")
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
-    command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(tmp_path, 2)
     samples = planted()
     assert len(chunks(samples, TARGETS, ProbeConfig(**RECIPE))) == 2
     alone = run(samples, tmp_path / "alone", **RECIPE)

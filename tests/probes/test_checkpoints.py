@@ -1,0 +1,173 @@
+"""Killed fits go on to the bits of the unbroken fit, and only from intact files of the same fit."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cosprobe.config import ProbeConfig, TrainerConfig
+from cosprobe.monitoring import remove_events
+from cosprobe.probes import logistic
+from cosprobe.probes.bank import ProbeBank
+from cosprobe.probes.checkpoints import ChecksumIO
+from cosprobe.probes.curves import STATISTICS
+from cosprobe.probes.logistic import ProbeTraining, fit
+from tests.probes.ddp_fit import RECIPE, TARGETS, planted, run_script
+
+SPEED = "speed and memory/fit: samples per second"
+EPOCH, CHUNK = 3, 18  # steps; there are two chunks
+KILLED = CHUNK + 2 * EPOCH + 2  # inside the third epoch of the second chunk
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[int]:
+    """The epochs of the training steps made."""
+    made, training_step = [], ProbeTraining.training_step
+
+    def counted(module, *args):
+        made.append(module.current_epoch)
+        return training_step(module, *args)
+
+    monkeypatch.setattr(ProbeTraining, "training_step", counted)
+    return made
+
+
+def run(folder: Path, samples=None, seed: int = 0, **changes) -> ProbeBank:
+    return fit(samples or planted(), ProbeConfig(**(RECIPE | changes)), TrainerConfig(), folder, seed)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> tuple[ProbeBank, Path]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    return run(folder), folder
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    run_script(folder, 1, KILLED)
+    return folder / "fit"
+
+
+@pytest.fixture
+def left(killed, tmp_path) -> Path:
+    """A copy of what a killed fit leaves."""
+    return Path(shutil.copytree(killed, tmp_path / "fit"))
+
+
+def same(a: ProbeBank, b: ProbeBank) -> bool:
+    pairs = [(getattr(a, table), getattr(b, table)) for table in ("weights", "biases", "penalties", "temperatures")]
+    equal = all(torch.equal(one[t.name], other[t.name]) for one, other in pairs for t in TARGETS)
+    return equal and torch.equal(a.mean, b.mean) and torch.equal(a.std, b.std) and a.provenance == b.provenance
+
+
+def files(folder: Path, kind: str) -> list[Path]:
+    return list((folder / "checkpoints").rglob(f"*.{kind}"))
+
+
+@pytest.mark.slow
+def test_a_killed_fit_goes_on_to_the_same_bits(left, steps, unbroken, monkeypatch):
+    advanced = []
+    monkeypatch.setattr("rich.progress.Progress.advance", lambda bar, task, by=1: advanced.append(by))
+    assert len(files(left, "safetensors")) == len(files(left, "ckpt")) == 1
+    remove_events(left)  # as a run does
+    assert same(run(left), unbroken[0])
+    assert sum(advanced) == 2 * RECIPE["epochs"]
+    assert steps == [epoch for epoch in range(2, 6) for _ in range(EPOCH)]
+    assert not (left / "checkpoints").exists()
+    for name in STATISTICS:
+        found, whole = (EventAccumulator(str(path / "training" / name)).Reload() for path in (left, unbroken[1]))
+        assert set(found.Tags()["scalars"]) == set(whole.Tags()["scalars"])
+        for tag in whole.Tags()["scalars"]:
+            points = [[(event.step, event.value) for event in of.Scalars(tag)] for of in (found, whole)]
+            assert points[0] == points[1]
+    last = [EventAccumulator(str(path / "training")).Reload().Scalars(SPEED)[-1].step for path in (left, unbroken[1])]
+    assert last[0] == last[1]  # samples so far, with those of the killed attempt
+
+
+@pytest.mark.slow
+def test_a_fit_killed_in_its_first_chunk_goes_on(tmp_path, steps, unbroken):
+    run_script(tmp_path, 1, 4 * EPOCH + 2)
+    assert same(run(tmp_path / "fit"), unbroken[0])
+    assert len(steps) == 2 * CHUNK - 4 * EPOCH
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"lr": 0.5}, {"penalties": [0.01, 2.0]}])
+def test_files_of_other_settings_are_not_used(left, tmp_path, steps, change):
+    found = run(left, **change)
+    assert len(steps) == 2 * CHUNK
+    assert same(found, run(tmp_path / "fresh", **change))
+    assert not (left / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("changed", ["labels", "features", "split"])
+def test_files_of_other_samples_are_not_used(left, tmp_path, steps, changed):
+    source = planted()
+    features, split, start = source.features.clone(), source.split.copy(), source.labels["start"].clone()
+    if changed == "labels":
+        start[0] = (start[0] + 1) % 5
+    elif changed == "features":
+        features[0, 0, 0, 0] += 1e-3
+    else:
+        split[0] = "test"
+    samples = replace(source, features=features, split=split, labels=source.labels | {"start": start})
+    found = run(left, samples)
+    assert len(steps) == 2 * CHUNK
+    assert same(found, run(tmp_path / "fresh", samples))
+
+
+@pytest.mark.parametrize(("kind", "again"), [("ckpt", CHUNK), ("safetensors", 2 * CHUNK - 2 * EPOCH)])
+@pytest.mark.parametrize("damage", ["one bit", "cut", "empty"])
+def test_damaged_files_are_not_trusted(left, steps, unbroken, kind, again, damage):
+    (path,) = files(left, kind)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes({"one bit": data, "cut": data[: len(data) // 2], "empty": b""}[damage])
+    assert same(run(left), unbroken[0])
+    assert len(steps) == again
+
+
+def test_checkpoints_cannot_run_code(tmp_path):
+    ChecksumIO().save_checkpoint({"state": print}, tmp_path / "a.ckpt")
+    assert ChecksumIO.intact(tmp_path / "a.ckpt")
+    with pytest.raises(pickle.UnpicklingError):
+        ChecksumIO().load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+
+
+@pytest.mark.parametrize("kind", ["newton", "ridge"])
+def test_finished_chunks_of_other_kinds_are_kept(tmp_path, monkeypatch, kind):
+    """The fit fails in its second chunk, and the next attempt fits only that one."""
+    name = {"ridge": "fit_ridge", "newton": "newton_targets"}[kind]
+    solver, calls = getattr(logistic, name), []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return solver(*args)
+
+    whole = run(tmp_path / "whole", kind=kind)
+    monkeypatch.setattr(logistic, name, failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, kind=kind)
+    assert same(run(tmp_path, kind=kind), whole)
+    assert len(calls) == 3
+
+
+@pytest.mark.ddp
+def test_two_killed_processes_go_on_to_the_same_bits(tmp_path):
+    run_script(tmp_path, 2, KILLED)
+    assert len(files(tmp_path / "fit", "safetensors")) == len(files(tmp_path / "fit", "ckpt")) == 1
+    run_script(tmp_path, 2)
+    assert not (tmp_path / "fit" / "checkpoints").exists()
+    (tmp_path / "whole").mkdir()
+    run_script(tmp_path / "whole", 2)
+    for rank in range(2):
+        found, whole = (torch.load(folder / f"values_{rank}.pt") for folder in (tmp_path, tmp_path / "whole"))
+        assert all(torch.equal(found[target.name], whole[target.name]) for target in TARGETS)
