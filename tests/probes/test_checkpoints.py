@@ -98,6 +98,19 @@ def test_a_fit_killed_in_its_first_chunk_goes_on(tmp_path, steps, unbroken):
     assert len(steps) == 2 * CHUNK - 4 * EPOCH
 
 
+def test_a_fit_that_ends_in_its_newton_steps_goes_on_before_the_last_epoch(tmp_path, steps, monkeypatch, unbroken):
+    def failing(*_):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr("cosprobe.probes.checkpoints.INTERVAL", 0.0)
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(logistic, "finished", failing)
+        run(tmp_path)
+    assert len(steps) == CHUNK
+    assert same(run(tmp_path), unbroken[0])
+    assert len(steps) == 2 * CHUNK + EPOCH
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"lr": 0.5}, {"penalties": [0.01, 2.0]}])
 def test_files_of_other_settings_are_not_used(left, tmp_path, steps, change):
     found = run(left, **change)
