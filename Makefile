@@ -41,10 +41,11 @@ docs: $(INSTALLED)
 	$(BIN)/python -m cosprobe.reporting.results_page docs/results.md maze=runs/maze-layers hide=runs/hide-layers select=runs/select-layers \
 		line=runs/line-layers "hide, weaker model"=runs/hide-small "hide, weaker model with adapter"=runs/hide-adapted
 
-# the documentation with the API reference, as HTML in site/; a warning is an error
+# the documentation with the API reference, as HTML in site/; a warning is an error, so
+# every page is read again (-E): a page that is not read gives no warning
 site: $(INSTALLED)
 	$(PIP) -q -e '.[site]'
-	$(BIN)/python -m sphinx -q -W --keep-going -c docs . site
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs . site
 	cp site/README.html site/index.html
 
 # ratios: capture, fit and run against what they replace or cannot avoid

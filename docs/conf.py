@@ -6,6 +6,7 @@ The source folder is the repository, so that pages and their relative links are 
 from __future__ import annotations
 
 import tomllib
+from inspect import isclass, isroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ def add_contents(app: Sphinx, page: str, source: list[str]) -> None:
 def add_constants(app: Sphinx, what: str, name: str, item: Any, options: Any, lines: list[str]) -> None:
     """Lists the constants of a package: autodoc leaves out what has no docstring."""
     names = getattr(item, "__all__", ()) if what == "module" else ()
-    values = {each: getattr(item, each) for each in names if not hasattr(getattr(item, each), "__module__")}
+    members = {each: getattr(item, each) for each in names}
+    values = {each: value for each, value in members.items() if not (isclass(value) or isroutine(value))}
     if values:
         lines += ["Constants:", ""]
         lines += [
