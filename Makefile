@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test lint docs bench validity clean
+.PHONY: demo test lint docs site bench validity clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train.py probe=layers
@@ -41,6 +41,13 @@ docs: $(INSTALLED)
 	$(BIN)/python -m cosprobe.reporting.results_page docs/results.md maze=runs/maze-layers hide=runs/hide-layers select=runs/select-layers \
 		line=runs/line-layers "hide, weaker model"=runs/hide-small "hide, weaker model with adapter"=runs/hide-adapted
 
+# the documentation with the API reference, as HTML in site/; a warning is an error, so
+# every page is read again (-E): a page that is not read gives no warning
+site: $(INSTALLED)
+	$(PIP) -q -e '.[site]'
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs . site
+	cp site/README.html site/index.html
+
 # ratios: capture, fit and run against what they replace or cannot avoid
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
@@ -58,4 +65,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -73,7 +73,7 @@ def temperatures(decision: Float[Tensor, "cell row out"], labels: Int[Tensor, " 
 
 
 def ece(probabilities: Float[Tensor, "cell row out"], labels: Int[Tensor, " row"]) -> Float[Tensor, " cell"]:
-    """Expected calibration error of the most probable class: mean over bins of |confidence - accuracy|.
+    """Expected calibration error of the most probable class: mean over bins of `|confidence - accuracy|`.
 
     Bins have equal numbers of rows. The number of bins is the largest before accuracy first decreases from one bin to
     the next, trying 1, 2, 3, ... bins. Rows with equal confidence get their mean accuracy, so order has no effect.

@@ -241,8 +241,8 @@ def classes_last(
 ) -> Float[Tensor, "cell sample *rest"]:
     """The output of `affine`, with the axis of the softmax last.
 
-    candidate: [cell, sample, *penalty, region]; problem: [cell, sample, *penalty, class];
-    region: [cell, sample, region, *penalty, class].
+    candidate: `[cell, sample, *penalty, region]`; problem: `[cell, sample, *penalty, class]`;
+    region: `[cell, sample, region, *penalty, class]`.
     """
     if form == "candidate":
         return values[..., 0].movedim(2, -1)

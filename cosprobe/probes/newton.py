@@ -97,7 +97,7 @@ def fit_newton(
     gap: float | None = None,
     start: tuple[Float[Tensor, "cell width penalty out"], Float[Tensor, "cell penalty out"]] | None = None,
 ) -> NewtonFit:
-    """Minimises mean cross-entropy + lambda / 2 * |w|^2 over the n rows (form `candidate`: samples) with a label.
+    """Minimises mean cross-entropy + `lambda / 2 * |w|^2` over the n rows (form `candidate`: samples) with a label.
 
     The bias is not penalised. x: standardised. labels: -1 for none.
     Decision values by form of the target: `candidate`: w . x per region, softmax over regions, bias 0. `region`:
