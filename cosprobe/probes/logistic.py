@@ -255,33 +255,14 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
         runner = _runner(config, trainer, (progress, drawn, monitor, checkpoint))
         chunk, held_out = train.at(part), validation.at(part)
         results = saved.load(number, runner)
-        if results is not None:  # of an earlier attempt
+        if results is None:
+            results = _fit_chunk(runner, chunk, held_out, targets, config, seed, saved.resumed(number, runner))
+            results |= {DRAWN + name: values for name, values in drawn.state_dict().items()}
+            saved.save(number, results, runner)
+        else:  # of an earlier attempt
             drawn.load_state_dict({name[len(DRAWN) :]: x for name, x in results.items() if name.startswith(DRAWN)})
             progress.progress.advance(progress.task, config.epochs)
             monitor.done += config.epochs * len(chunk)
-        else:
-            chosen: dict[str, Chosen] | None = None
-            ended: dict[str, Certificate] = {}
-            if config.kind == "logistic":
-                data, module = ProbeData(chunk, held_out, config.batch, seed), ProbeTraining(config)
-                with keyboard_interrupts():
-                    runner.fit(module, datamodule=data, ckpt_path=saved.resumed(number, runner), weights_only=True)
-                mean, std, fitted, ended = data.mean, data.std, module.fitted, module.certificates
-            else:
-                mean, std = (stat.to(runner.strategy.root_device) for stat in spread(chunk.features))
-                x = standardise(chunk.features, mean, std)
-                if config.kind == "ridge":
-                    chosen = fit_ridge(x, chunk.labels, chunk.keys, targets, config.penalties, seed, shared)
-                else:
-                    fitted, ended = newton_targets(x, chunk.labels, targets, config.penalties, shared)
-            chosen = chosen or _validated(fitted, mean, std, held_out, targets, config.penalties)
-            results = {"mean": mean, "std": std} | {DRAWN + name: x for name, x in drawn.state_dict().items()}
-            for name, table in (*chosen.items(), *ended.items()):
-                results |= {f"{field}/{name}": value for field, value in vars(table).items()}
-            results = {
-                name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in results.items()
-            }
-            saved.save(number, results, runner)
         tables: dict[str, Any] = {
             f.name: {t.name: results[f"{f.name}/{t.name}"] for t in targets} for f in fields(Chosen)
         }
@@ -301,6 +282,40 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
     bank = ProbeBank.join(banks).calibrated(validation.features, validation.labels).with_provenance(**fitted_with)
     saved.remove(runner)
     return bank
+
+
+def _fit_chunk(
+    runner: L.Trainer,
+    train: ProbeSamples,
+    validation: ProbeSamples,
+    targets: Sequence[Target],
+    config: ProbeConfig,
+    seed: int,
+    checkpoint: Path | None,
+) -> dict[str, Tensor]:
+    """Fits the probes of a chunk of cells, from a checkpoint if there is one.
+
+    Returns `mean` and `std`, and the fields of `Chosen` and `Certificate` of every target, as in `weights/answer`.
+    """
+    chosen: dict[str, Chosen] | None = None
+    ended: dict[str, Certificate] = {}
+    if config.kind == "logistic":
+        data, module = ProbeData(train, validation, config.batch, seed), ProbeTraining(config)
+        with keyboard_interrupts():
+            runner.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        mean, std, fitted, ended = data.mean, data.std, module.fitted, module.certificates
+    else:
+        mean, std = (stat.to(runner.strategy.root_device) for stat in spread(train.features))
+        x = standardise(train.features, mean, std)
+        if config.kind == "ridge":
+            chosen = fit_ridge(x, train.labels, train.keys, targets, config.penalties, seed, shared)
+        else:
+            fitted, ended = newton_targets(x, train.labels, targets, config.penalties, shared)
+    chosen = chosen or _validated(fitted, mean, std, validation, targets, config.penalties)
+    results = {"mean": mean, "std": std}
+    for name, table in (*chosen.items(), *ended.items()):
+        results |= {f"{field}/{name}": value for field, value in vars(table).items()}
+    return {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in results.items()}
 
 
 def chunks(samples: ProbeSamples, targets: Sequence[Target], config: ProbeConfig) -> list[slice]:
