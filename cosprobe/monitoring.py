@@ -64,8 +64,8 @@ class ResourceMonitor(L.Callback):
     The time of a batch runs from its start to its end, and in `fit` includes the optimizer step. Loading of data and
     validation are not included. Memory is the peak since the process was started, in GB (1e9 bytes): resident memory,
     and on CUDA what PyTorch allocated on the device. With several processes, the values are those of the first. The
-    axis is the number of samples so far. `start` and `stop` do the same for a loop without a trainer. The first value
-    replaces the TensorBoard files of an earlier attempt in the folder of the logger.
+    axis is the number of samples so far. The first value replaces the TensorBoard files of an earlier attempt in the
+    folder of the logger.
     Lightning's `ThroughputMonitor` has no memory, and logs up to seven values per batch to every logger of the trainer.
 
     logger: gets the values. stage: `sampling` or `fit`, part of the tags. size: number of samples of a batch. The
@@ -83,12 +83,13 @@ class ResourceMonitor(L.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.done = state["done"]
 
-    def start(self) -> None:
-        """Starts the time of a batch."""
+    def on_train_batch_start(self, *_: Any) -> None:
         self.begin = time.perf_counter()
 
-    def stop(self, samples: int, device: torch.device) -> None:
-        """Logs the values of the batch that began with `start`. samples: its size. device: where it was computed."""
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        samples, device = self.size(batch), module.device
         memory = {"resident": peak_resident_memory()}
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # kernels run asynchronously
@@ -103,22 +104,14 @@ class ResourceMonitor(L.Callback):
         self.logger.log_metrics(tags, step=self.done)
         self.logger.save()  # the values of a killed attempt are kept
 
+    on_predict_batch_start = on_train_batch_start
+    on_predict_batch_end = on_train_batch_end
+
     @rank_zero_only
     def _replace(self, folder: Path) -> None:
         for name in FILES:
             for file in folder.glob(name):
                 file.unlink()
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.start()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self.stop(self.size(batch), module.device)
-
-    on_predict_batch_start = on_train_batch_start
-    on_predict_batch_end = on_train_batch_end
 
 
 def peak_resident_memory() -> int | None:

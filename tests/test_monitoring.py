@@ -89,8 +89,8 @@ def test_the_first_value_replaces_the_files_of_an_earlier_attempt(tmp_path):
         monitor = ResourceMonitor(build_logger(TrainerConfig(), tmp_path), "sampling")
         monitor.done = 20  # samples of shards that exist already
         for size in (8, 4):
-            monitor.start()
-            monitor.stop(size, torch.device("cpu"))
+            monitor.on_predict_batch_start()
+            monitor.on_predict_batch_end(None, SimpleNamespace(device=torch.device("cpu")), None, [0] * size)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [e.step for e in events.Scalars(SPEED.format("sampling"))] == [28, 32]
 
