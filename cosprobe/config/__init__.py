@@ -8,7 +8,15 @@ from cosprobe.config.pipeline import DTYPES, PipelineConfig
 from cosprobe.config.probe import KINDS, POOLINGS, CaptureConfig, ProbeConfig, decode_steps
 from cosprobe.config.runs import SCHEMAS, ProbeExperiment, TrainRun, UseRun
 from cosprobe.config.trainer import TrainerConfig
-from cosprobe.config.uses import ERROR_REFERENCES, SIZES, EarlyConfig, EnsembleConfig, PredictConfig, check_promise
+from cosprobe.config.uses import (
+    ERROR_REFERENCES,
+    SIZES,
+    EarlyConfig,
+    EnsembleConfig,
+    PredictConfig,
+    check_promise,
+    least_without_errors,
+)
 from cosprobe.config.video_training import AdapterConfig, AutoencoderConfig, FlowConfig, MiniConfig
 
 __all__ = [
@@ -34,4 +42,5 @@ __all__ = [
     "UseRun",
     "check_promise",
     "decode_steps",
+    "least_without_errors",
 ]

@@ -66,16 +66,22 @@ class EnsembleConfig:
 
 
 def check_promise(risk: float, level: float, problems: int) -> None:
-    """Raises InputError for a risk or confidence outside 0 to 1, or fewer calibration problems than any policy needs.
-
-    Without a single error among n problems, p is (1 - risk)^n; it must be at most 1 - level.
-    """
+    """Raises InputError for a risk or confidence outside 0 to 1, or fewer calibration problems than any policy
+    needs."""
     for name, value in (("risk", risk), ("confidence", level)):
         if not 0 < value < 1:
             raise InputError(f"use.{name}={value}: expected more than 0 and less than 1")
-    least = math.ceil(math.log(1 - level) / math.log(1 - risk) - 1e-9)
+    least = least_without_errors(risk, level)
     if problems < least:
         raise InputError(
             f"use.calibration={problems}: expected at least {least} problems, the least number that can show a risk of "
             f"{risk:g} at confidence {level:g} (without a single error); raise it or allow more risk"
         )
+
+
+def least_without_errors(risk: float, level: float) -> int:
+    """The least number of calibration problems with which a policy without a single error passes.
+
+    Among n problems p is then (1 - risk)**n, which must be at most 1 - level.
+    """
+    return math.ceil(math.log(1 - level) / math.log(1 - risk) - 1e-9)

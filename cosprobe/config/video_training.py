@@ -111,8 +111,7 @@ class MiniConfig:
     "Random seed."
 
     def __post_init__(self) -> None:
-        if len(self.clips) != len(self.lengths):
-            raise InputError(f"experiment.clips={self.clips}: expected one number for each of lengths={self.lengths}")
+        _check_clips(self.clips, self.lengths)
         if any(length % 4 != 1 or length < 5 for length in self.lengths):
             raise InputError(f"experiment.lengths={self.lengths}: expected 4k + 1 frames, at least 5")
         if len(self.card) != 3 or min(self.card[0], self.card[2]) < 1:
@@ -151,5 +150,9 @@ class AdapterConfig:
         for name in ("rank", "card"):
             if getattr(self, name) < 1:
                 raise InputError(f"experiment.{name}={getattr(self, name)}: expected at least 1")
-        if len(self.clips) != len(self.lengths):
-            raise InputError(f"experiment.clips={self.clips}: expected one number for each of lengths={self.lengths}")
+        _check_clips(self.clips, self.lengths)
+
+
+def _check_clips(clips: list[int], lengths: list[int]) -> None:
+    if len(clips) != len(lengths):
+        raise InputError(f"experiment.clips={clips}: expected one number for each of lengths={lengths}")

@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import bdtr
 
 from cosprobe.cells import Cell
-from cosprobe.config import check_promise
+from cosprobe.config import check_promise, least_without_errors
 from cosprobe.errors import InputError
 
 STEPS = 200  # number of thresholds
@@ -206,10 +206,9 @@ def least_problems(risk: float, confidence: float, rate: float = 0.0) -> int | N
     None if more than 20,000 are needed (a rate at or above the risk never passes). With rate=0 this is the least number
     for any policy.
 
-    It is the smallest n with P(Binomial(n, risk) <= ceil(rate * n)) <= 1 - confidence. For rate 0 the probability is
-    (1 - risk)**n.
+    It is the smallest n with P(Binomial(n, risk) <= ceil(rate * n)) <= 1 - confidence.
     """
-    count = math.ceil(math.log(1 - confidence) / math.log(1 - risk) - 1e-9)
+    count = least_without_errors(risk, confidence)
     if rate <= 0 or rate >= risk:
         return count if rate <= 0 else None
     for errors in range(math.ceil(rate * count), math.ceil(rate * MOST)):
