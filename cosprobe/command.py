@@ -345,8 +345,8 @@ def _wrong_option(base: Composed, override: Override, folder: str | None) -> str
     name, text = str(override.key_or_group), str(override.input_line)
     if name not in base.choices or "/" in name:
         return ""
-    if override.is_add() or override.is_force_add():
-        return f"{text}: {name} exists; write {text.lstrip('+')}, without the +"
+    if added := _added(override):
+        return added
     options = _options(name, folder)
     for value in _values(override):
         if value not in options:
@@ -354,6 +354,13 @@ def _wrong_option(base: Composed, override: Override, folder: str | None) -> str
                 f"{text}: unknown option.{_guess(value, options, name + '=')} Options of {name}: {', '.join(options)}"
             )
     return ""
+
+
+def _added(override: Override) -> str:
+    """What is wrong with an override of a setting that exists, if it begins with a +; empty otherwise."""
+    text = str(override.input_line)
+    plus = override.is_add() or override.is_force_add()
+    return f"{text}: {override.key_or_group} exists; write {text.lstrip('+')}, without the +" if plus else ""
 
 
 def _values(override: Override) -> list[str]:
@@ -376,8 +383,8 @@ def _wrong_setting(base: Composed, override: Override) -> str:
             f"{text}: unknown option.{_guess(name, list(_names(base.settings)))} "
             f"Options{' of ' + here if here else ''}: {', '.join(options) or 'none'}"
         )
-    if override.is_add() or override.is_force_add():
-        return f"{text}: {name} exists; write {text.lstrip('+')}, without the +"
+    if added := _added(override):
+        return added
     if override.is_delete():
         return f"{text}: expected name=value, such as seed=0"
     inside = OmegaConf.select(parent, leaf)

@@ -24,7 +24,7 @@ ONLY_IN = {  # library: the rooms that may import it
     "transformers": {"models", "minimodel"},
     "tokenizers": {"minimodel"},
     "sklearn": set(),
-    "pandas": set(),
+    "pandas": {"evaluation"},
 }
 VAGUE = {"utils", "util", "helpers", "helper", "manager", "managers", "misc", "common", "components", "base", "core"}
 

@@ -5,16 +5,8 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-import yaml
-
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-
-
-def test_the_citation_is_of_this_version():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == PROJECT["project"]["version"]
-    assert citation["title"] == PROJECT["project"]["name"]
 
 
 def test_a_wheel_holds_the_commands_and_their_settings():

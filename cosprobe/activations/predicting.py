@@ -87,9 +87,9 @@ def predict_shards(
     All processes call it with the same shards. Precision is that of the pipeline, not `trainer.precision`.
     Raises InputError when `trainer.limit_predict_batches` ends the sampling before all shards are on disk.
     """
-    stores = list({id(shard.store): shard.store for shard in shards}.values())
-    absent = {id(store): set(store.missing()) for store in stores}
-    missing: Any = [shard for shard in shards if shard.index in absent[id(shard.store)]]  # for mypy, a dataset
+    stores = {shard.store.folder: shard.store for shard in shards}
+    absent = {folder: set(store.missing()) for folder, store in stores.items()}
+    missing: Any = [shard for shard in shards if shard.index in absent[shard.store.folder]]  # for mypy, a dataset
     if missing:
         bars = [RichProgressBar(leave=True)] if trainer.enable_progress_bar else []
         runner = build_trainer(
@@ -106,7 +106,7 @@ def predict_shards(
                 f"trainer.limit_predict_batches={limit}: {left} of {len(shards)} shards are still to be sampled; the "
                 "same command continues"
             )
-    _complete(stores)
+    _complete(list(stores.values()))
 
 
 def _single(shards: list[Shard]) -> Shard:

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
@@ -18,6 +18,9 @@ import xarray as xr
 from cosprobe.cells import Cell
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FILE = "grid.nc"
 
@@ -73,7 +76,7 @@ class Grid:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return [tuple(v.ljust(w) for v, w in zip(row, widths, strict=True)) for row in rows]
 
-    def to_dataframe(self) -> Any:
+    def to_dataframe(self) -> pd.DataFrame:
         """A pandas table with a row for each target and cell, and a column for each variable of a cell.
 
         Columns such as `baseline x_t` have the accuracy of a baseline at the step of the cell.
