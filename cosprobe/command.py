@@ -1,9 +1,9 @@
 """The command line: Hydra composes the files of `configs/` into the typed settings of `cosprobe.config`.
 
 It is Hydra's: sweeps with `-m`, `--cfg job`, `--info`, `--config-dir`, interpolation and shell completion. Departures:
-`--help` explains every setting; a mistake ends in one line with the nearest name and exit code 2; overrides with `+` and
-`~` are refused, because settings are typed and their names fixed; every job of a sweep runs in a process of its own and
-has a run folder that is named after its overrides. Hydra writes no log and no output folder.
+`--help` explains every setting; a mistake ends in one line with the nearest name and exit code 2; overrides with `+`
+and `~` are refused, because settings are typed and their names fixed; every job of a sweep runs in a process of its own
+and has a run folder that is named after its overrides. Hydra writes no log and no output folder.
 """
 
 from __future__ import annotations
