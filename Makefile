@@ -30,9 +30,9 @@ docs: $(INSTALLED)
 		select=runs/select-layers:answer line=runs/line-layers:answer
 	$(BIN)/python probe.py use=early run=runs/maze-layers use.problems=300
 	for task in maze line; do $(BIN)/python probe.py use=ensemble run=runs/$$task-layers use.size=full || exit 1; done
-	cd runs/maze-layers/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../docs/figures/
-	cd runs/maze-layers/report && cp early/frontier.png ../../../docs/figures/early.png && cp ensemble/ensemble.png ../../../docs/figures/
-	cp runs/line-layers/report/ensemble/ensemble.png docs/figures/ensemble-line.png
+	cd runs/maze-layers/logistic/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../../docs/figures/
+	cd runs/maze-layers/logistic/report && cp early/frontier.png ../../../../docs/figures/early.png && cp ensemble/ensemble.png ../../../../docs/figures/
+	cp runs/line-layers/logistic/report/ensemble/ensemble.png docs/figures/ensemble-line.png
 	$(BIN)/python train.py experiment=mini_small run_dir=runs/small
 	$(BIN)/python train.py experiment=lora pipeline.path=runs/small/pipeline run_dir=runs/adapter
 	$(BIN)/python train.py probe=layers task=hide $(SMALL) run_dir=runs/hide-small

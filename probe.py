@@ -6,23 +6,31 @@ Examples:
   python probe.py use=predict run=runs/maze-layers use.step=2  predict the answers that finished videos show
   python probe.py use=early run=runs/maze-layers               stop sampling early, at a stated risk of error
   python probe.py use=ensemble run=runs/maze-layers            several noise seeds against one, at equal compute
+  python probe.py use=runs                                     list run folders; use.delete=NAME deletes one
 
-FOLDER is the run folder of a finished train.py run.
+FOLDER is the run folder of a finished train.py run. With several results, it is the folder of one of them, such as
+runs/maze-layers/ridge.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cosprobe.command import command, read_run
-from cosprobe.config import EarlyConfig, EnsembleConfig, PredictConfig, UseRun
+from cosprobe.config import EarlyConfig, EnsembleConfig, PredictConfig, RunsConfig, UseRun
+from cosprobe.runs import delete_run, find_result, list_runs, print_runs
 
 
 def use(run: UseRun) -> None:
     """Reads the settings and probes of a finished run and does what `run.use` selects."""
+    if isinstance(run.use, RunsConfig):
+        if run.use.delete:
+            print(f"{run.use.delete}: deleted, {delete_run(run.run, run.use.delete) / 1e6:.0f} MB are free again")
+        print_runs(list_runs(run.run))
+        return
+
     trained = read_run(run.run)
     # imported here, so that --help does not wait for torch and diffusers
     from lightning import seed_everything
@@ -35,11 +43,12 @@ def use(run: UseRun) -> None:
     from cosprobe.runtime import launch
 
     uses: dict[type, Any] = {PredictConfig: predict, EarlyConfig: answer_early, EnsembleConfig: ensembles}
-    bank = load_probes(run.run)
+    folder = find_result(run.run)
+    bank = load_probes(folder)
     seed_everything(run.seed, workers=True, verbose=False)
     device = launch(run.trainer).device  # one process per device from here on
     sampler = Sampler(load_pipeline(trained.pipeline, str(device)), trained.pipeline, trained.task.build(), run.trainer)
-    uses[type(run.use)](sampler, trained.task, bank, run.use, run.seed, Path(run.run))
+    uses[type(run.use)](sampler, trained.task, bank, run.use, run.seed, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

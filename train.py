@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
-from cosprobe.command import command, save_config
+from cosprobe.command import check_results, command, save_config
 from cosprobe.config import ProbeExperiment, TrainRun
 
 
@@ -20,34 +21,43 @@ def train(run: TrainRun) -> None:
     # imported here, so that --help does not wait for torch and diffusers
     from lightning import seed_everything
 
-    from cosprobe.activations import Sampler, StoreSettings, collect, flattened, load_samples
+    from cosprobe.activations import Sampler, StoreSettings, collect, find_store, flattened, load_samples
     from cosprobe.evaluation import evaluate, read_inputs
     from cosprobe.evaluation.checks import examine, weights_table
     from cosprobe.minimodel import train_and_describe
     from cosprobe.models import load_pipeline
     from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger, remove_events
     from cosprobe.probes import fit, kept_bank
-    from cosprobe.reporting import log_tensorboard, print_summary, record, write_report
+    from cosprobe.reporting import log_tensorboard, print_again, print_summary, record, write_report
+    from cosprobe.runs import STORE, is_finished, mark_finished, result_name
     from cosprobe.runtime import launch, say
     from cosprobe.tasks import draw_samples
 
-    task, folder = run.task.build(), Path(run.run_dir)
+    task, run_dir = run.task.build(), Path(run.run_dir)
     if not isinstance(run.experiment, ProbeExperiment):  # train a video model, or LoRA adapters of one
-        save_config(run, folder)
-        print(f"trained; see {train_and_describe(run.experiment, task, run.pipeline, folder, run.seed)}")
+        save_config(run, run_dir)
+        print(f"trained; see {train_and_describe(run.experiment, task, run.pipeline, run_dir, run.seed)}")
+        return
+
+    check_results(run, run_dir)
+    folder = run_dir / result_name(run.probe, run.trainer)
+    settings = StoreSettings.of(run.pipeline, run.task, run.probe, run.seed)
+    bank = kept_bank(folder / "probes", settings, run.probe, run.trainer, run.seed)
+    if bank is not None and is_finished(folder, bank.fingerprint):
+        say(f"{folder}: this command has run to its end; its result is unchanged")
+        print_again(folder)
         return
 
     seed_everything(run.seed, workers=True, verbose=False)
     fabric = launch(run.trainer)  # one process per device from here on
     sampler = Sampler(load_pipeline(run.pipeline, str(fabric.device)), run.pipeline, task, run.trainer)
-    say(f"{task.name}: drawing {run.task.problems} problems")
-    drawn = draw_samples(task, run.task, run.seed)
-    settings = StoreSettings.of(run.pipeline, run.task, run.probe, run.seed)
+    draw = cache(lambda: draw_samples(task, run.task, run.seed))
     monitor = ResourceMonitor(build_logger(run.trainer, folder / "tensorboard" / SAMPLING), SAMPLING)
-    store = collect(sampler, run.probe, drawn, settings, folder / "store", monitor)
-    save_config(run, folder)  # only after `collect` has checked that the store in this folder has these settings
-    samples, inputs, experts = load_samples(store, task)
-    bank = kept_bank(folder / "probes", settings, run.probe, run.trainer, run.seed)
+    store = find_store(settings, sampler.depth, run_dir / STORE, run.store)
+    stored = collect(sampler, draw, settings, store, monitor)
+    save_config(run, folder)  # only after `collect` has checked that the store has these settings
+    stored.save(folder)
+    samples, inputs, experts = load_samples(stored)
     if bank is None:
         remove_events(folder / "tensorboard", keep=[SAMPLING])  # of an earlier attempt
         bank = fit(samples, run.probe, run.trainer, folder / "tensorboard", run.seed).with_provenance(store=settings)
@@ -56,16 +66,17 @@ def train(run: TrainRun) -> None:
     else:
         say(f"probes: those of this command are already in {folder / 'probes'}; re-using them")
     readings = read_inputs(samples, inputs, run.probe.kind, run.probe.penalties, run.seed)
-    weights = weights_table(store, samples, run.probe, run.trainer, folder / "tensorboard", run.seed)
+    weights = weights_table(stored, samples, run.probe, run.trainer, folder / "tensorboard", run.seed)
     if not fabric.is_global_zero:
         return
 
     evaluated = evaluate(samples, experts, bank, readings)
     grid, checks = examine(evaluated, samples, inputs, bank, weights, run.seed)
-    film = record(sampler, drawn, samples, run.probe)
+    film = record(sampler, draw, samples, run.probe)
     write_report(grid, checks, folder, film)
     log_tensorboard(grid, folder / "tensorboard", film, flattened(asdict(run)) | {"task": task.name})
     print_summary(grid, checks, folder)
+    mark_finished(folder, bank.fingerprint)
 
 
 def main(argv: list[str] | None = None) -> int:

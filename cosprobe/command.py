@@ -19,7 +19,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -39,14 +39,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cosprobe.config import SCHEMAS, TrainRun, UseRun
+from cosprobe.config import SCHEMAS, CaptureConfig, TrainRun, UseRun
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
+from cosprobe.runs import RUN_FILE, find_result, results
 
 PACKAGE = Path(__file__).resolve().parent
 INSTALLED = PACKAGE / "commands"  # in a wheel; in a checkout, the commands and `configs/` are beside the package
 CONFIGS = (INSTALLED if INSTALLED.is_dir() else PACKAGE.parent) / "configs"
-RUN_FILE = "config.yaml"
 FLAGS = {
     "--help": "print this text, for the chosen groups",
     "--cfg job": "print every setting as YAML",
@@ -54,7 +54,7 @@ FLAGS = {
     "--config-dir": "a folder with further options of the groups, such as probe/mine.yaml",
     "--hydra-help": "print all other flags",
 }
-NO_DIFFERENCE = ("run_dir", "trainer", "hydra")  # settings that do not name the folder of a job in a sweep
+NO_DIFFERENCE = ("run_dir", "store", "trainer", "hydra")  # settings that do not name the folder of a job in a sweep
 # Parameters of `mallopt` and the values set by `keep_freed_memory`. Source: malloc.h of the GNU C library.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26}
@@ -142,8 +142,11 @@ def save_config(run: TrainRun, folder: Path) -> Path:
 
 
 def read_run(folder: str | Path) -> TrainRun:
-    """Reads the settings of a run. Raises InputError when `config.yaml` is missing or cannot be read."""
-    path = Path(folder) / RUN_FILE
+    """Reads the settings of a result. folder: its folder, or a run folder with one result.
+
+    Raises InputError when `config.yaml` is missing or cannot be read, and for several results.
+    """
+    path = find_result(folder) / RUN_FILE
     if not path.is_file():
         raise InputError(f"run={str(folder)!r}: expected the folder of a train.py run, found no {RUN_FILE}")
     try:
@@ -160,6 +163,28 @@ def read_run(folder: str | Path) -> TrainRun:
         raise InputError(
             f"run={str(folder)!r}: {RUN_FILE} is damaged or of another version ({reason}); run train.py again"
         ) from error
+
+
+def check_results(run: TrainRun, run_dir: Path) -> None:
+    """Raises InputError when a run folder has a result with another model, other problems or other activations."""
+    for folder in results(run_dir):
+        now, before = (_of_activations(one) for one in (run, read_run(folder)))
+        for name in sorted({*now, *before}):
+            if now.get(name) != before.get(name):
+                raise InputError(
+                    f"run_dir: {str(run_dir)!r} has a result with {name}={json.dumps(before.get(name))}, now "
+                    f"{name}={json.dumps(now.get(name))}; choose another run_dir (activations are shared between run "
+                    "folders) or delete that folder"
+                )
+
+
+def _of_activations(run: TrainRun) -> dict[str, Any]:
+    """The settings of a run that its activations depend on, by dotted name."""
+    groups: dict[str, Any] = {"task": run.task, "pipeline": run.pipeline, "probe": run.probe}
+    found: dict[str, Any] = {f"{group}.{name}": v for group, one in groups.items() for name, v in vars(one).items()}
+    kept = {f"probe.{entry.name}" for entry in fields(CaptureConfig)}
+    found = {name: value for name, value in found.items() if not name.startswith("probe.") or name in kept}
+    return found | {"task": type(run.task).__name__, "seed": run.seed}
 
 
 def keep_freed_memory() -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import probe
 import train
 from cosprobe.activations import collection
 from cosprobe.activations.collection import StoreSettings
-from cosprobe.activations.store import ActivationStore, flattened
+from cosprobe.activations.store import LAYOUT
 from cosprobe.command import command, job_name, load, read_run, save_config
 from cosprobe.config import SCHEMAS, FlowConfig, PipelineConfig, ProbeConfig, TrainerConfig, TrainRun, UseRun
 from cosprobe.errors import InputError
@@ -33,7 +33,7 @@ from tests.examples.grids import ANSWER, synthetic
 
 ROOT = Path(train.__file__).parent
 TASKS = sorted(SCHEMAS["task"])
-TOP = "experiment, pipeline, probe, run_dir, seed, task, trainer"
+TOP = "experiment, pipeline, probe, run_dir, seed, store, task, trainer"
 
 
 def names(schema: type) -> str:
@@ -206,8 +206,8 @@ def test_help_shows_purpose_groups_and_two_examples(here, capsys):
             assert f"\n  {group}\n" in text
     assert probe.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert text.count("\n  python probe.py ") == 4  # usage and three examples
-    assert "\n  use         early, ensemble, predict*\n" in text
+    assert text.count("\n  python probe.py ") == 5  # usage and four examples
+    assert "\n  use         early, ensemble, predict*, runs\n" in text
     assert list(here.iterdir()) == []
 
 
@@ -215,9 +215,9 @@ def test_examples_of_the_help_are_valid(capsys):
     for entry, root in ((train, TrainRun), (probe, UseRun)):
         shown = [line.split() for line in entry.__doc__.splitlines() if line.startswith("  python ")]
         examples = [words for words in shown if "[name=value" not in words]
-        assert len(examples) == (3 if root is UseRun else 2)
+        assert len(examples) == (4 if root is UseRun else 2)
         for words in examples:
-            settings = [word for word in words[2:] if "=" in word]
+            settings = [word for word in words[2:] if "=" in word and "use.delete" not in word]
             assert settings
             assert command(root, lambda run: None, "", settings) == 0
 
@@ -307,27 +307,18 @@ def test_a_grid_of_an_earlier_version_is_named(finished, capsys):
 
 @pytest.mark.parametrize("name", ["settings.json", "manifest.json"])
 def test_activations_of_an_earlier_version_are_kept_and_named(here, name, capsys):
-    """Whether collecting them was finished or not; settings stood flat in them."""
+    """Whether collecting them was finished or not; settings stood in them without a layout."""
     asked = ["task.problems=16", "pipeline.steps=2", f"run_dir={here / 'run'}"]
     run = load(TrainRun, asked)
-    store = ActivationStore(
-        here / "run" / "store", asdict(StoreSettings.of(run.pipeline, run.task, run.probe, run.seed)), 1
-    )
-    store.begin(0)
-    now = json.loads((store.folder / "settings.json").read_text())
-    assert ActivationStore(store.folder, now, 1).fingerprint == store.fingerprint
-    versions = {f"version.{library}": number for library, number in now.pop("versions").items()}
-    flat = {name: value for name, value in flattened(now).items() if name not in
-            ("pipeline.name", "pipeline.path", "pipeline.lora", "probe.random_weights")}  # fmt: skip
-    flat |= versions | {"probe.randomised": now["probe"]["random_weights"], "format": 4}
-    (store.folder / "settings.json").unlink()
-    content = flat if name == "settings.json" else {"fingerprint": "0" * 16, "shards": 1, "settings": flat}
-    (store.folder / name).write_text(json.dumps(content))
+    before = StoreSettings.of(run.pipeline, run.task, run.probe, run.seed).identity
+    content = before if name == "settings.json" else {"fingerprint": "0" * 16, "shards": 1, "settings": before}
+    (store := here / "run" / "store").mkdir(parents=True)
+    (store / name).write_text(json.dumps(content))
     assert train.main(asked) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    check_told(f"{said}\n", "run_dir", re.escape(str(store.folder)), rf"\b4\b.*\b{collection.FORMAT}\b")
+    check_told(f"{said}\n", "run_dir", re.escape(str(store)), rf"layout 1\b.*\b{LAYOUT}\b")
     assert [path.name for path in (here / "run").rglob("*")] == ["store", name]
-    assert json.loads((store.folder / name).read_text()) == content
+    assert json.loads((store / name).read_text()) == content
 
 
 # sweeps

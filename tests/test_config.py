@@ -27,7 +27,7 @@ def options(group: str) -> list[str]:
 def test_top_level_names_are_frozen():
     """Others script against these: a new or missing one is a decision, not an accident."""
     assert [f.name for f in fields(TrainRun)] == [
-        "task", "pipeline", "probe", "trainer", "experiment", "run_dir", "seed",
+        "task", "pipeline", "probe", "trainer", "experiment", "run_dir", "store", "seed",
     ]  # fmt: skip
     assert [f.name for f in fields(UseRun)] == ["use", "trainer", "run", "seed"]
     assert GROUPS == ["experiment", "pipeline", "probe", "task", "trainer", "use"]
@@ -48,17 +48,24 @@ def test_groups_of_several_classes_have_a_file_per_class():
         assert sorted(schemas) == options(group)
 
 
+def wanted_globally(path) -> bool:
+    """Whether the values of a file are settings of the command, not of its group."""
+    return (CONFIGS / path).read_text().startswith("# @package _global_\n")
+
+
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name], ids=str)
 def test_every_file_composes(path):
     root = UseRun if path.parent.name == "use" else TrainRun
-    run = load(root, [f"{path.parent.name}={path.stem}", *(["run=somewhere"] if root is UseRun else [])])
+    needed = ["run=somewhere"] if root is UseRun and not wanted_globally(path) else []
+    run = load(root, [f"{path.parent.name}={path.stem}", *needed])
     schemas = SCHEMAS.get(path.parent.name)
     if schemas:
         assert type(getattr(run, path.parent.name)) is schemas[path.stem]
     wanted = yaml.safe_load((CONFIGS / path).read_text())
     for name, value in wanted.items():
         if name != "defaults" and "${" not in str(value):
-            found = getattr(getattr(run, path.parent.name), name)
+            whole = run if wanted_globally(path) else getattr(run, path.parent.name)
+            found = getattr(whole, name)
             inside = value if isinstance(value, dict) else {}
             assert {key: getattr(found, key) for key in inside} == inside if inside else found == value
 

@@ -16,16 +16,19 @@ import torch
 
 import probe
 from cosprobe import Grid, ensemble, load_pipeline, load_probes
+from cosprobe.activations.collection import UNTRAINED
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.store import ActivationStore
 from cosprobe.command import read_run
 from cosprobe.ensembles.comparison import SIZES, Size
 from cosprobe.ensembles.strategies import STRATEGIES
+from cosprobe.errors import InputError
 from cosprobe.models.pipelines import fingerprint
 from cosprobe.reporting import results_page
 from tests.examples.pipelines import wan
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULT = "logistic-epochs-5"  # what `train` makes
 PROBE_TINY = "tests/examples/probe_tiny.py"  # probe.py with a small comparison of ensembles
 
 
@@ -56,16 +59,18 @@ def train(model, folder, *settings):
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
+    """The folder of the result of a run, and what the run printed."""
     folder = tmp_path_factory.mktemp("runs") / "one"
-    return folder, train(model, folder)
+    output = train(model, folder)
+    return folder / RESULT, output
 
 
 @pytest.mark.slow
 def test_the_run_folder_is_complete(run):
     folder, output = run
     for name in (
-        "config.yaml", "store/manifest.json", "probes/bank.safetensors", "probes/bank.json",
-        "tensorboard",
+        "config.yaml", "activations.json", "../store/manifest.json", "probes/bank.safetensors", "probes/bank.json",
+        "tensorboard", "finished.json",
     ):  # fmt: skip
         assert (folder / name).exists(), name
     for name in ("grid.nc", "summary.md", "headline.png", "curves.png", "film.png", "others.png"):
@@ -112,12 +117,13 @@ def test_a_second_run_reuses_the_store_and_gives_the_same_grid(model, run):
     killed = run[0] / "tensorboard" / "training" / "median" / "events.out.tfevents.1.killed"
     shutil.copy(next(killed.parent.glob("events*")), killed)
     (run[0] / "probes" / "bank.json").unlink()  # as if killed while fitting
+    store = run[0].parent / "store"
     board = {path.relative_to(run[0]).parent for path in run[0].rglob("events.out.tfevents.*")}
     assert {path.name for path in board} >= {"sampling", "training", "median", "layer 0", "finished video", "report"}
-    written = {path: path.stat().st_mtime_ns for path in (run[0] / "store").iterdir()}
-    output = train(model, run[0])
+    written = {path: path.stat().st_mtime_ns for path in store.iterdir()}
+    output = train(model, run[0].parent)
     assert output.count("re-using") == 1  # the store
-    assert {path: path.stat().st_mtime_ns for path in (run[0] / "store").iterdir()} == written
+    assert {path: path.stat().st_mtime_ns for path in store.iterdir()} == written
     events = [path.relative_to(run[0]).parent for path in run[0].rglob("events.out.tfevents.*")]
     assert set(events) == board and len(events) == len(board)  # one file each: no chart is drawn twice
     after = Grid.load(run[0]).dataset
@@ -130,12 +136,13 @@ def test_a_second_run_reuses_the_store_and_gives_the_same_grid(model, run):
 @pytest.mark.ddp
 def test_two_processes_give_the_same_grid(model, run, tmp_path):
     train(model, tmp_path / "two", "trainer.devices=2")
-    one, two = (ActivationStore.open(folder / "store") for folder in (run[0], tmp_path / "two"))
+    one, two = (ActivationStore.open(folder / "store") for folder in (run[0].parent, tmp_path / "two"))
     assert one.fingerprint == two.fingerprint
-    tensors = one.read()[0], two.read()[0]
+    assert one.names() == two.names() and one.names(UNTRAINED) == two.names(UNTRAINED)
+    tensors = [store.read()[0] | store.read(UNTRAINED, store.names(UNTRAINED))[0] for store in (one, two)]
     for name in tensors[0].keys() - {"untrained.spent"}:  # seconds are never the same
         torch.testing.assert_close(tensors[0][name], tensors[1][name], rtol=0, atol=1e-6, equal_nan=True)
-    samples, _, _ = load_samples(one, read_run(run[0]).task.build())
+    samples, _, _ = load_samples(one)
     banks = load_probes(run[0]), load_probes(tmp_path / "two")
     for target in banks[0].targets:
         values = [bank.decision(samples.features, target.name) for bank in banks]
@@ -153,20 +160,22 @@ def test_two_processes_sample_what_one_does(run, tmp_path, use):
     settings = {"early": ["use.calibration=59", "use.problems=3", "use.error_reference=truth"], "ensemble": []}[use]
     for devices in (1, 2):
         folder = tmp_path / str(devices)
-        shutil.copytree(run[0], folder, ignore=shutil.ignore_patterns("early", "ensemble"))
+        shutil.copytree(run[0].parent, folder, ignore=shutil.ignore_patterns("early", "ensemble"))
         started = command(PROBE_TINY, f"use={use}", f"run={folder}", f"trainer.devices={devices}", *settings)
         assert started.returncode == 0, started.stderr
     one, two = (
-        {path.name: ActivationStore.open(path) for path in (tmp_path / devices / use).iterdir()} for devices in "12"
+        {path.name: ActivationStore.open(path) for path in (tmp_path / devices / RESULT / use).iterdir()}
+        for devices in "12"
     )
     assert one.keys() == two.keys() and len(one) > 1
     for name, store in one.items():
-        assert store.shards == len(list(two[name].folder.glob("shard-*")))
+        shards = [sorted(path.name for path in one.folder.glob("shard-*")) for one in (store, two[name])]
+        assert shards[0] == shards[1] and store.names() == two[name].names()
         tensors, others = store.read()[0], two[name].read()[0]
         for part, values in tensors.items():
             torch.testing.assert_close(values, others[part], rtol=0, atol=1e-6, equal_nan=True)
     report = {"early": "early/early.json", "ensemble": "ensemble/ensemble.json"}[use]
-    written = [json.loads((tmp_path / devices / "report" / report).read_text()) for devices in "12"]
+    written = [json.loads((tmp_path / devices / RESULT / "report" / report).read_text()) for devices in "12"]
     assert written[0].keys() == written[1].keys()
     if use == "ensemble":
         assert written[0] == written[1]
@@ -203,10 +212,46 @@ def test_a_second_run_keeps_the_probes_and_their_policies(model, run):
     bank = load_probes(run[0])
     bank.with_provenance(policies=({"threshold": 0.9},)).save(run[0] / "probes")
     before = Grid.load(run[0]).dataset.load()
-    assert train(model, run[0]).count("re-using") == 2  # the store and the probes
+    (run[0] / "finished.json").unlink()  # as if the code had changed
+    assert train(model, run[0].parent).count("re-using") == 2  # the store and the probes
     assert load_probes(run[0]).provenance.policies == ({"threshold": 0.9},)
     bank.save(run[0] / "probes")
     np.testing.assert_array_equal(before.accuracy.values, Grid.load(run[0]).dataset.accuracy.values)
+
+
+@pytest.mark.slow
+def test_a_finished_result_is_printed_again_and_nothing_is_done(model, run):
+    train(model, run[0].parent)  # an earlier test may have taken the mark away
+    files = {path: path.stat().st_mtime_ns for path in run[0].parent.rglob("*") if path.is_file()}
+    output = train(model, run[0].parent)
+    assert "unchanged" in output and "re-using" not in output
+    assert (run[0] / "report" / "summary.txt").read_text() in output
+    assert {path: path.stat().st_mtime_ns for path in run[0].parent.rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.slow
+def test_another_kind_of_probes_is_another_result_of_the_run(model, run):
+    """It reads the same activations, and the first result keeps its probes, policies, grid and curves."""
+    files = {path: path.stat().st_mtime_ns for path in run[0].rglob("*") if path.is_file()}
+    output = train(model, run[0].parent, "probe.kind=ridge")
+    assert output.count("re-using") == 1 and "Predicting" not in output
+    other = run[0].parent / "ridge-epochs-5"
+    assert Grid.load(other).dataset.accuracy.shape == Grid.load(run[0]).dataset.accuracy.shape
+    assert load_probes(other).provenance.probe["kind"] == "ridge" and (other / "tensorboard").is_dir()
+    assert {path: path.stat().st_mtime_ns for path in run[0].rglob("*") if path.is_file()} == files
+    with pytest.raises(InputError, match=rf"run=.*2 results.*{RESULT}.*ridge-epochs-5"):
+        load_probes(run[0].parent)
+    shutil.rmtree(other)
+
+
+@pytest.mark.slow
+def test_other_problems_in_the_same_run_folder_are_refused(model, run):
+    result = command(
+        "train.py", f"pipeline.path={model}", "pipeline.steps=3", "pipeline.frames=5", "pipeline.batch=8",
+        "task.frames=5", "task.problems=80", f"run_dir={run[0].parent}",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert re.search(r"run_dir.*task\.problems=64.*task\.problems=80", result.stderr.splitlines()[-1])
 
 
 @pytest.mark.slow

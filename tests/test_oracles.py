@@ -20,7 +20,7 @@ def run(tmp_path_factory) -> Path:
     command = [sys.executable, str(ROOT / "train.py"), "probe=layers", *settings, "probe.random_weights=0"]
     done = subprocess.run([*command, f"run_dir={folder}"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    return folder
+    return folder / "logistic"
 
 
 @pytest.mark.slow

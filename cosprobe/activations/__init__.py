@@ -1,7 +1,15 @@
 """Captures, pools, edits and stores activations while a pipeline samples, and loads them as samples for probes."""
 
 from cosprobe.activations.capture import ActivationCache, capture
-from cosprobe.activations.collection import UNTRAINED, StoreSettings, VideoSampler, collect, watch
+from cosprobe.activations.collection import (
+    UNTRAINED,
+    StoredSamples,
+    StoreSettings,
+    VideoSampler,
+    collect,
+    find_store,
+    watch,
+)
 from cosprobe.activations.cost import Cost, flops, seconds
 from cosprobe.activations.dataset import InputFeatures, ProbeSamples, difficulty_columns, load_samples
 from cosprobe.activations.edits import BACK, average_blocks, average_clean, average_latents, check_finite
@@ -28,6 +36,7 @@ __all__ = [
     "Shard",
     "ShardWriter",
     "StoreSettings",
+    "StoredSamples",
     "VideoSampler",
     "announce",
     "average_blocks",
@@ -36,6 +45,7 @@ __all__ = [
     "capture",
     "check_finite",
     "collect",
+    "find_store",
     "flattened",
     "flops",
     "halting",

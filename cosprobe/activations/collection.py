@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,23 +22,28 @@ from cosprobe.activations.pooling import Pooling, whole_frame
 from cosprobe.activations.predicting import FrozenSampling, Sampled, Shard, announce, predict_shards
 from cosprobe.activations.random_weights import RANDOM_WEIGHTS, replay, with_random_weights
 from cosprobe.activations.sampler import Parsed, Sampler
-from cosprobe.activations.store import ActivationStore
+from cosprobe.activations.store import MANIFEST, ActivationStore, Rows
+from cosprobe.activations.table import SampleTable
 from cosprobe.cells import SPLIT_ORDER, X0
 from cosprobe.config import CaptureConfig, PipelineConfig
 from cosprobe.errors import InputError
+from cosprobe.files import whole_file
 from cosprobe.models import architecture, check_prompts, experts, fingerprint
 from cosprobe.monitoring import ResourceMonitor
-from cosprobe.runtime import say
+from cosprobe.runs import POINTER, STORE
+from cosprobe.runtime import rank_and_world, say
 from cosprobe.tasks import Problem, Sample, Task, TaskConfig
 
-FORMAT = 5  # version of the content of a shard
-UNTRAINED = "untrained."  # prefix of the names of tensors from transformers with random weights
+FORMAT = 6  # version of the content of a shard
+UNTRAINED = "untrained."  # group of the tensors from transformers with random weights
 NOT_DECODED = -2  # value in `x0_answer` where x0-hat was not decoded
+DRAWN = ("problems", "seeds")  # settings of a task that say which samples are drawn, and leave each of them the same
+KEPT = ("layers", "steps", "decode")  # settings of the capture that say how much is kept
 
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """All settings that determine the content of a store, and with it the features and probes made from it.
+    """All settings that determine the activations of a run, and with them its features and probes.
 
     model: fingerprint of the model's files. seed: base of the noise seeds. pipeline: without name and paths, which the
     fingerprint replaces. task: settings of the task. probe: what is captured. versions: of torch and diffusers.
@@ -70,15 +78,156 @@ class StoreSettings:
         pipeline, probe = PipelineConfig(**saved["pipeline"]), CaptureConfig(**saved["probe"])
         return cls(**{**saved, "pipeline": pipeline, "probe": probe})
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that shape the activations of a sample. Runs that agree in these can share a store.
 
-def few_samples(samples: Sequence[Sample], most: int) -> list[int]:
+        Left out are the number of samples, and which layers and steps are kept.
+        """
+        saved = asdict(self)
+        for part, names in (("task", DRAWN), ("probe", (*KEPT, "random_weights"))):
+            saved[part] = {name: value for name, value in saved[part].items() if name not in names}
+        return saved
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """The settings that say which samples are drawn."""
+        return {name: self.task[name] for name in DRAWN if name in self.task}
+
+
+@dataclass(frozen=True)
+class StoredSamples:
+    """The samples of a store that a run reads, and the layers and steps that it reads of them.
+
+    probe: the layers, steps and decoded steps that are read, as in the settings of the run.
+    """
+
+    store: ActivationStore
+    table: SampleTable
+    probe: CaptureConfig
+
+    @classmethod
+    def whole(cls, store: ActivationStore) -> StoredSamples:
+        """All that is in a store: the largest table of samples, and every layer and step."""
+        return cls(store, SampleTable.largest(store.folder), _kept(store, CaptureConfig(**store.settings["probe"])))
+
+    def save(self, folder: Path) -> None:
+        """Writes to a folder which store, table, layers and steps are read."""
+        table = self.table.path(self.store.folder, self.table.request, self.table.targets, self.table.kinds)
+        where = {"store": os.path.relpath(self.store.folder, folder), "table": table.name, "probe": asdict(self.probe)}
+        with whole_file(folder / POINTER) as part:
+            part.write_text(json.dumps(where, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> StoredSamples:
+        """Reads what `save` wrote. Raises InputError when it or the store is missing or damaged."""
+        try:
+            where = json.loads((folder / POINTER).read_text())
+            probe, path = CaptureConfig(**where["probe"]), folder / where["store"]
+            table = path / where["table"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"run={str(folder)!r}: expected {POINTER} of a finished train.py run; run train.py again"
+            ) from error
+        return cls(ActivationStore.open(path), SampleTable.load(table), probe)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The step indices that are read."""
+        return self.probe.steps_kept(self.store.settings["pipeline"]["steps"])
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are read."""
+        return self.probe.layers_kept(self.store.captured["depth"])
+
+    @property
+    def few_steps(self) -> tuple[int, ...]:
+        """The step indices that are read with random weights."""
+        return few_steps(self.probe, self.store.settings["pipeline"]["steps"])
+
+    @property
+    def kept(self) -> CaptureConfig:
+        """The settings of the run, but with all layers and steps that the store keeps."""
+        return _kept(self.store, self.probe)
+
+    @property
+    def few(self) -> list[int]:
+        """Indices of the samples that are read with random weights."""
+        splits = np.array(SPLIT_ORDER)[self.table.columns["split"].numpy()]
+        return few_samples(splits, self.probe.random_weights)
+
+
+def find_store(settings: StoreSettings, depth: int, own: Path, named: str = "") -> ActivationStore:
+    """The store of a run: the folder `named`; else `own`; else that of another run beside it with all that is needed.
+
+    own: folder of the store inside the run folder. depth: number of blocks of the transformer.
+    A store of another run is taken when its settings agree and it has all layers and steps of this run; of several, the
+    one with most samples. The folder may be missing; then the run creates it.
+    Raises InputError when the named store, or the run's own, has other settings or lacks layers or steps.
+    """
+    total = settings.pipeline.steps
+    new = _kept_texts(settings.probe, depth, total) | {"depth": depth}
+    given = Path(named) if named else own
+    begun = ActivationStore.begun(given)
+    if begun is not None:
+        ActivationStore(given, settings.identity).check_settings(begun.settings)
+        if lacking := _lacking(begun, settings.probe):
+            name, value = lacking
+            raise InputError(
+                f"run_dir: {str(given)!r} holds probe.{name}={value!r}, now "
+                f"probe.{name}={getattr(settings.probe, name)!r}; choose another run_dir or delete that folder"
+            )
+        return begun
+    if not named:
+        others = []
+        for path in sorted(own.parent.parent.glob(f"*/{STORE}/{MANIFEST}")):
+            with suppress(InputError):  # a store that cannot be read is not used
+                other = ActivationStore.open(path.parent)
+                if other.settings == _as_json(settings.identity) and not _lacking(other, settings.probe):
+                    others.append(other)
+        if others:
+            return max(others, key=lambda store: len(store.names()))
+    return ActivationStore(given, _as_json(settings.identity), new)
+
+
+def _as_json(content: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they are read from a file: with lists for tuples."""
+    return json.loads(json.dumps(content))
+
+
+def _kept_texts(probe: CaptureConfig, depth: int, total: int) -> dict[str, str]:
+    """What is kept, as settings: `all` becomes the numbers of all layers or steps."""
+    numbers = {"layers": probe.layers_kept(depth), "steps": probe.steps_kept(total)}
+    numbers["decode"] = probe.steps_decoded(total)
+    return {name: ",".join(map(str, values)) for name, values in numbers.items()}
+
+
+def _kept(store: ActivationStore, probe: CaptureConfig) -> CaptureConfig:
+    """The settings `probe` with all layers, steps and decoded steps of a store."""
+    return replace(probe, **{name: store.captured[name] for name in KEPT})
+
+
+def _lacking(store: ActivationStore, probe: CaptureConfig) -> tuple[str, str] | None:
+    """The first setting of the capture for which a store has too little, and what it has; None if there is none."""
+    depth, total = store.captured["depth"], store.settings["pipeline"]["steps"]
+    kept = _kept(store, probe)
+    there, needed = (_kept_texts(one, depth, total) for one in (kept, probe))
+    for name in KEPT:
+        if not set(needed[name].split(",")) <= set(there[name].split(",")):
+            return name, there[name]
+    if probe.random_weights and not set(few_steps(probe, total)) <= set(few_steps(kept, total)):
+        return "steps", ",".join(map(str, few_steps(kept, total)))
+    return None
+
+
+def few_samples(splits: np.ndarray, most: int) -> list[int]:
     """Indices of the samples on which transformers with random weights run: the first ones of every split.
 
-    At most `most` in total, in the proportions of the splits in `samples`. Empty when a split would have none.
-    See `few_steps` for the steps.
+    splits: of all samples. At most `most` in total, in the proportions of the splits. Empty when a split would have
+    none. See `few_steps` for the steps.
     """
-    share = min(1.0, most / len(samples))
-    splits = np.array([s.problem.split for s in samples])
+    share = min(1.0, most / len(splits))
     each = [np.flatnonzero(splits == split) for split in SPLIT_ORDER]
     few = [indices[: int(share * len(indices))] for indices in each]
     return [int(i) for indices in few for i in indices] if all(map(len, few)) else []
@@ -96,53 +245,69 @@ def few_steps(probe: CaptureConfig, total: int) -> tuple[int, ...]:
 class VideoSampler(FrozenSampling):
     """Samples batches of problems under capture, for `Trainer.predict`.
 
-    few: indices in the run of the samples for random weights. seed: of the random weights.
+    few: names of the samples that are also run with random weights. seed: of the random weights.
     """
 
-    def __init__(self, sampler: Sampler, probe: CaptureConfig, few: frozenset[int], seed: int):
+    def __init__(self, sampler: Sampler, probe: CaptureConfig, few: frozenset[str], seed: int):
         super().__init__(sampler)
         self.probe, self.few, self.random_seed = probe, few, seed
 
     def predict_step(self, batch: Shard, index: int) -> Sampled:
         """The tensors of the shard of one batch of samples, and the names along its axes."""
-        first = batch.index * self.sampler.config.batch
-        rows = [row for row in range(len(batch)) if first + row in self.few]
-        return _collect_batch(self.sampler, self.probe, batch.content, rows, first, self.random_seed)
+        rows = [row for row, sample in enumerate(batch.content) if sample.name in self.few]
+        return _collect_batch(self.sampler, self.probe, batch.content, rows, self.random_seed)
 
 
 def collect(
     sampler: Sampler,
-    probe: CaptureConfig,
-    samples: Sequence[Sample],
+    draw: Callable[[], Sequence[Sample]],
     settings: StoreSettings,
-    folder: Path,
+    store: ActivationStore,
     monitor: ResourceMonitor | None = None,
-) -> ActivationStore:
-    """Collects the activations of all samples, one shard per batch. Shards that are on disk already are kept.
+) -> StoredSamples:
+    """Collects the activations of the samples of a run that are not in the store yet, one shard per batch.
 
-    samples: as returned by `draw_samples`. Batches do not depend on the number of processes, so one process and several
-    write the same shards. monitor: logs speed and memory of every batch.
+    draw: returns the samples, as `draw_samples` does; it is called only when the store does not know them, or when some
+    are missing. store: from `find_store`. monitor: logs speed and memory of every batch.
+    Batches do not depend on the number of processes, so one process and several write the same shards. A sample that is
+    needed with random weights and is stored without is sampled again.
     Raises InputError when the folder holds a store with other settings, when the disk has too little space, and for a
     prompt that is too long; then nothing is written.
     """
-    prompts = [*(s.problem.prompt for s in samples), sampler.config.negative_prompt]
-    check_prompts(sampler.model, prompts, sampler.config.prompt_tokens)
-    few = frozenset(few_samples(samples, probe.random_weights))
+    task, probe = sampler.task, _kept(store, settings.probe)
+    path = SampleTable.path(store.folder, settings.request, task.targets, task.kinds)
+    known = SampleTable.load(path) if path.is_file() else None
+    drawn = list(draw()) if known is None else []
+    table = known or SampleTable.of(task, drawn, settings.request)
+    stored = StoredSamples(store, table, settings.probe)
+    few = [table.names[i] for i in stored.few]
     if probe.random_weights and not few:
         say(
-            f"random weights are left out: probe.random_weights={probe.random_weights} of {len(samples)} samples "
+            f"random weights are left out: probe.random_weights={probe.random_weights} of {len(table.names)} samples "
             "leaves a split without samples; raise it"
         )
-    batches = sampler.batches(list(samples))
-    store = ActivationStore(folder, asdict(settings), len(batches))
-    what = f"{len(samples)} samples" + (f", permuted and fresh weights on {len(few)} of them" if few else "")
-    announce(store, store_bytes(sampler, probe, len(samples), len(few)), what)
+    absent = {*store.missing(table.names), *store.missing(few, UNTRAINED)}
+    missing = [sample for sample in drawn or (draw() if absent else []) if sample.name in absent]
+    if missing:
+        prompts = [*(sample.problem.prompt for sample in missing), sampler.config.negative_prompt]
+        check_prompts(sampler.model, prompts, sampler.config.prompt_tokens)
+    what = f"{len(table.names)} samples" + (f", permuted and fresh weights on {len(few)} of them" if few else "")
+    announce(store, table.names, len(missing), store_bytes(sampler, probe, len(table.names), len(few)), what)
+    if known is None and rank_and_world()[0] == 0:
+        table.save(store.folder)
     if monitor is not None:
-        monitor.done = sum(len(batch) for i, batch in enumerate(batches) if store.has(i))
-    module = VideoSampler(sampler, probe, few, settings.seed)
-    shards = [Shard(store, i, batch) for i, batch in enumerate(batches)]
-    predict_shards(module, shards, sampler.trainer, [monitor] if monitor else [])
-    return store
+        monitor.done = len(table.names) - len(missing)
+    shards = [Shard(store, _rows(batch, few), batch) for batch in sampler.batches(missing)]
+    module = VideoSampler(sampler, probe, frozenset(few), settings.seed)
+    predict_shards(module, shards, [(store, table.names)], sampler.trainer, [monitor] if monitor else [])
+    return stored
+
+
+def _rows(batch: Sequence[Sample], few: Collection[str]) -> Rows:
+    """The samples of a shard: of all tensors, and of those with random weights."""
+    names = [sample.name for sample in batch]
+    chosen = [name for name in names if name in set(few)]
+    return {"": names} | ({UNTRAINED: chosen} if chosen else {})
 
 
 def store_bytes(sampler: Sampler, probe: CaptureConfig, samples: int, few: int = 0) -> int:
@@ -171,12 +336,10 @@ def input_parts(pooling: Pooling, channels: int) -> int:
 
 
 @torch.no_grad()
-def _collect_batch(
-    sampler: Sampler, probe: CaptureConfig, batch: list[Sample], rows: list[int], first: int, seed: int
-) -> Sampled:
+def _collect_batch(sampler: Sampler, probe: CaptureConfig, batch: list[Sample], rows: list[int], seed: int) -> Sampled:
     """The tensors of the shard of one batch, and the names along its axes.
 
-    rows: indices in the batch of the samples for random weights. first: index in the run of the first sample.
+    rows: indices in the batch of the samples for random weights.
     """
     problems, total = [s.problem for s in batch], sampler.config.steps
     decoded, few = probe.steps_decoded(total), few_steps(probe, total)
@@ -192,13 +355,11 @@ def _collect_batch(
     if total - 1 in decoded:  # at the last step, x0-hat is the finished video
         parsed.scores[:, -1], parsed.answers[:, -1] = final.scores, final.answers
     tensors = {"features": cache.features(), "x0_scores": parsed.scores, "x0_answer": parsed.answers}
-    tensors |= _final(sampler.task, problems, final) | _labels(sampler.task, problems)
+    tensors |= _final(sampler.task, problems, final)
     tensors |= {f"input.{name}": value for name, value in cache.input_features().items()}
-    tensors["replica"] = torch.tensor([s.replica for s in batch])
     if rows:
         pooling = Pooling.of(probe, [problems[row] for row in rows])
         tensors |= _untrained(sampler.model, cache, layers, pooling, rows, seed)
-        tensors[f"{UNTRAINED}sample"] = torch.tensor([first + row for row in rows])
     return tensors, _notes(cache) | {"untrained_steps": list(few)}
 
 
@@ -258,23 +419,6 @@ def watch(
     with capture(sampler.model, [X0], Pooling("clip"), "last", clean=steps) as cache:
         sampler(samples, output_type="latent")
     return np.stack([sampler.decode(cache.clean[step]) for step in steps], axis=1)
-
-
-def _labels(task: Task, problems: list[Problem]) -> dict[str, Tensor]:
-    """Labels of every target but model_answer (-1 where a problem has none), difficulty, key, split and kind."""
-    tensors = {}
-    for target in task.targets:
-        if target.role == "model_answer":
-            continue
-        missing = (-1,) * task.regions if target.form == "region" else -1
-        rows = [p.labels.get(target.name, missing) if p.kind in target.kinds else missing for p in problems]
-        tensors[f"label.{target.name}"] = torch.tensor(rows)
-    for name in problems[0].difficulty:
-        tensors[f"difficulty.{name}"] = torch.tensor([p.difficulty[name] for p in problems])
-    tensors["key"] = torch.tensor([int(p.key[:15], 16) for p in problems])
-    tensors["split"] = torch.tensor([SPLIT_ORDER.index(p.split) for p in problems])
-    tensors["kind"] = torch.tensor([task.kinds.index(p.kind) for p in problems])
-    return tensors
 
 
 def _notes(cache: ActivationCache) -> dict[str, Any]:

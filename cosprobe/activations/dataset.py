@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cosprobe.activations.collection import StoredSamples
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import DIFFICULTY, SPLIT_ORDER, Cell
 from cosprobe.errors import InputError
 from cosprobe.runtime import enough_memory
-from cosprobe.tasks import ANSWER_ROLES, RELABELLED, Target, Task, readable_targets
+from cosprobe.tasks import ANSWER_ROLES, RELABELLED, Target, readable_targets
 
 OPTIONAL = ("model_answer", "replica")  # columns that may be None
 
@@ -141,32 +143,37 @@ class InputFeatures:
 
 
 @enough_memory("lower task.problems, or select fewer probe.layers or probe.steps")
-def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, dict[str, InputFeatures], list[str]]:
+def load_samples(
+    stored: StoredSamples | ActivationStore,
+) -> tuple[ProbeSamples, dict[str, InputFeatures], list[str]]:
     """Loads the samples, the inputs that probes are compared with, and the expert that ran at each captured step.
 
+    stored: what of a store is read; a store: all of it.
     Targets for which no probe can be trained are left out; `left_out` of the samples has the reasons.
     Raises InputError for a damaged or incomplete store, and when the memory is too small.
     """
-    tensors, notes = store.read()
+    stored = StoredSamples.whole(stored) if isinstance(stored, ActivationStore) else stored
+    table, columns = stored.table, stored.table.columns
+    tensors, notes = stored.store.read(names=table.names, part=partial(_selected, stored))
     cells = tuple(
-        Cell(step, int(layer), branch, position)
-        for step in notes["steps"]
-        for layer in notes["hook_points"]
+        Cell(step, layer, branch, position)
+        for step in stored.steps
+        for layer in stored.layers
         for branch in notes["branches"]
         for position in notes["positions"]
     )
-    kinds = np.array(task.kinds)[tensors["kind"].numpy()]
-    split = np.array(SPLIT_ORDER)[tensors["split"].numpy()]
+    kinds = np.array(table.kinds)[columns["kind"].numpy()]
+    split = np.array(SPLIT_ORDER)[columns["split"].numpy()]
     labels = {}
-    for target in task.targets:
+    for target in table.targets:
         if target.role == "model_answer":
             labels[target.name] = torch.where(
                 torch.from_numpy(np.isin(kinds, target.kinds)), tensors["model_answer"], -1
             )
         else:
-            labels[target.name] = tensors[f"label.{target.name}"]
-    reasons = {t.name: _unfit(t, labels[t.name].numpy(), split) for t in task.targets}
-    targets = [t for t in task.targets if not reasons[t.name]]
+            labels[target.name] = columns[f"label.{target.name}"]
+    reasons = {t.name: _unfit(t, labels[t.name].numpy(), split) for t in table.targets}
+    targets = [t for t in table.targets if not reasons[t.name]]
     controls, relabels = relabelled(targets, labels)
     samples = ProbeSamples(
         features=tensors["features"].flatten(1, 4),
@@ -174,12 +181,12 @@ def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, dict
         targets=(*targets, *(t for t in controls if not _unfit(t, relabels[t.name].numpy(), split))),
         labels=labels | relabels,
         split=split,
-        keys=np.array([f"{key:015x}" for key in tensors["key"].tolist()]),
+        keys=np.array([f"{key:015x}" for key in columns["key"].tolist()]),
         kinds=kinds,
         model_answer=tensors["model_answer"].numpy(),
-        replica=tensors["replica"].numpy(),
+        replica=columns["replica"].numpy(),
         scores={name: tensors[name].numpy() for name in ("x0_scores", "final", "solved")},
-        difficulty={name: value.numpy() for name, value in _under("difficulty.", tensors).items()},
+        difficulty={name: value.numpy() for name, value in _under("difficulty.", columns).items()},
         left_out=tuple(reason for reason in reasons.values() if reason),
     )
     captured = _under("input.", tensors)
@@ -187,7 +194,29 @@ def load_samples(store: ActivationStore, task: Task) -> tuple[ProbeSamples, dict
     inputs = {name: InputFeatures(captured[f"{name}.whole"], captured.get(f"{name}.region")) for name in names}
     if samples.difficulty:
         inputs[DIFFICULTY] = InputFeatures(difficulty_columns(samples)[:, None, None, None])
-    return samples, inputs, notes["experts"]
+    experts = [notes["experts"][notes["steps"].index(step)] for step in stored.steps]
+    return samples, inputs, experts
+
+
+def _selected(stored: StoredSamples, name: str, values: Tensor) -> Tensor:
+    """The layers and steps of one tensor of a shard that are read."""
+    whole = replace(stored, probe=stored.kept)
+    if name == "x0_scores":
+        decoded = stored.probe.steps_decoded(values.shape[1])
+        left = [step for step in range(values.shape[1]) if step not in decoded]
+        values[:, left] = float("nan")
+    elif name == "features":
+        values = _along(_along(values, 1, stored.steps, whole.steps), 2, stored.layers, whole.layers)
+    elif name.startswith("input.") and values.shape[1] > 1:  # other inputs are the same at every step
+        values = _along(values, 1, stored.steps, whole.steps)
+    return values
+
+
+def _along(values: Tensor, axis: int, wanted: tuple[int, ...], there: tuple[int, ...]) -> Tensor:
+    """The entries `wanted` of an axis that has the entries `there`."""
+    if wanted == there:
+        return values
+    return values.index_select(axis, torch.tensor([there.index(one) for one in wanted]))
 
 
 def relabelled(

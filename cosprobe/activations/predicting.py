@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cosprobe.activations.sampler import Sampler
-from cosprobe.activations.store import ActivationStore
+from cosprobe.activations.store import ActivationStore, Rows
 from cosprobe.config import TrainerConfig
 from cosprobe.errors import InputError
 from cosprobe.runtime import build_trainer, keyboard_interrupts, rank_and_world, say
@@ -30,14 +30,19 @@ POLL = 0.5  # seconds between looks at the files of other processes
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A batch for `Trainer.predict`. index: of the shard in its store. content: what the module samples."""
+    """A batch for `Trainer.predict`. rows: names of its samples, see `ActivationStore`. content: what is sampled."""
 
     store: ActivationStore
-    index: int
+    rows: Rows
     content: Any
 
     def __len__(self) -> int:
         return len(self.content)
+
+    @property
+    def written(self) -> bool:
+        """Whether the shard is on disk."""
+        return self.store.path(self.rows).is_file()
 
 
 class FrozenSampling(L.LightningModule):
@@ -76,44 +81,46 @@ class ShardWriter(BasePredictionWriter):
         self, trainer: L.Trainer, module: L.LightningModule, prediction: Sampled, indices: Any, batch: Shard, *_: Any
     ) -> None:
         """Writes one shard."""
-        batch.store.write(batch.index, *prediction)
+        batch.store.write(batch.rows, *prediction)
 
 
 def predict_shards(
-    module: FrozenSampling, shards: Sequence[Shard], trainer: TrainerConfig, callbacks: Sequence[Callback] = ()
+    module: FrozenSampling,
+    shards: Sequence[Shard],
+    samples: Sequence[tuple[ActivationStore, Sequence[str]]],
+    trainer: TrainerConfig,
+    callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Samples the shards that are missing on disk and completes their stores.
+    """Samples shards that are not on disk yet, and completes their stores.
 
     All processes call it with the same shards. Precision is that of the pipeline, not `trainer.precision`.
+    samples: for each store, the names of all samples that it is to hold afterwards.
     Raises InputError when `trainer.limit_predict_batches` ends the sampling before all shards are on disk.
     """
-    stores = {shard.store.folder: shard.store for shard in shards}
-    absent = {folder: set(store.missing()) for folder, store in stores.items()}
-    missing: Any = [shard for shard in shards if shard.index in absent[shard.store.folder]]  # for mypy, a dataset
-    if missing:
+    if shards:
         bars = [RichProgressBar(leave=True)] if trainer.enable_progress_bar else []
         runner = build_trainer(
             trainer, precision="32-true", inference_mode=False, callbacks=[ShardWriter(), *callbacks, *bars]
         )
         # Lightning needs a batch for every process; a shard that two of them sample is the same in both
-        missing = [missing[i % len(missing)] for i in range(max(len(missing), runner.world_size))]
+        each: Any = [shards[i % len(shards)] for i in range(max(len(shards), runner.world_size))]  # for mypy, a dataset
         with keyboard_interrupts():
-            runner.predict(module, DataLoader(missing, batch_size=1, collate_fn=_single), return_predictions=False)
+            runner.predict(module, DataLoader(each, batch_size=1, collate_fn=_single), return_predictions=False)
         limit = trainer.limit_predict_batches
-        if limit is not None and limit * runner.world_size < len(missing):
-            left = sum(not shard.store.has(shard.index) for shard in shards)
+        if limit is not None and limit * runner.world_size < len(each):
+            left = sum(not shard.written for shard in shards)
             raise InputError(
                 f"trainer.limit_predict_batches={limit}: {left} of {len(shards)} shards are still to be sampled; the "
                 "same command continues"
             )
-    _complete(list(stores.values()))
+    _complete(shards, samples)
 
 
 def _single(shards: list[Shard]) -> Shard:
     return shards[0]
 
 
-def _complete(stores: Sequence[ActivationStore]) -> None:
+def _complete(shards: Sequence[Shard], samples: Sequence[tuple[ActivationStore, Sequence[str]]]) -> None:
     """Writes the manifests in the first process, when all processes have written their shards.
 
     A process looks for the files of the others. A barrier would end with an error when another process samples for
@@ -121,26 +128,29 @@ def _complete(stores: Sequence[ActivationStore]) -> None:
     """
     rank, world = rank_and_world()
     parent = os.getppid()
-    for store in stores:
-        while world > 1 and (store.lacking() if rank == 0 else not store.complete):
+    for store, names in samples:
+        own = [shard for shard in shards if shard.store is store]
+        while world > 1 and not (all(shard.written for shard in own) and (rank == 0 or store.complete(names))):
             if rank and os.getppid() != parent:
                 raise InputError(f"{str(store.folder)!r}: the first process has ended; the same command continues")
             time.sleep(POLL)
-        if rank == 0 and not store.complete:
-            store.finish()
+        if rank == 0 and (own or not store.complete(names)):
+            store.finish(names)
 
 
-def announce(store: ActivationStore, size: int, what: str) -> None:
-    """Creates the folder of a store and prints what it will hold. size: bytes of the complete store.
+def announce(store: ActivationStore, names: Sequence[str], missing: int, size: int, what: str) -> None:
+    """Creates the folder of a store and prints what it will hold.
 
+    names: of the samples that are asked for. missing: number of those that are to be sampled. size: bytes of all.
     Raises InputError as `ActivationStore.begin` does.
     """
+    needed = size * missing // max(1, len(names))
     if rank_and_world()[0] == 0:
-        store.begin(size)
-    missing, name = store.missing(), store.folder.name
+        store.begin(needed)
+    name = store.folder.name
     if not missing:
         say(f"{name}: {what} are already in {store.folder}; re-using them")
         return
-    there = store.shards - len(missing)
-    done = f"; {there} of {store.shards} shards exist already" if there else ""
+    there = len(names) - missing
+    done = f"; {there} of {len(names)} samples exist already" if there else ""
     say(f"{name}: {what}, {size / 1e6:.0f} MB in {store.folder}{done}")

@@ -1,8 +1,10 @@
-"""Activation stores: safetensors shards on disk, with a manifest that is written last.
+"""Activation stores: safetensors shards on disk, each with the names of its samples, and a manifest.
 
-A store has a fingerprint, a hash of the settings that determine its content. Shards are written atomically, so a run
-can be killed at any time, and the next run continues from the complete shards. Every shard has the fingerprint of the
-store and a checksum. A shard that is damaged or belongs to another store raises an error with its name.
+A store has a fingerprint, a hash of the settings that shape its activations. How many samples it holds is not among
+them: a store grows, and several runs can read the same one. Shards are written atomically, so a run can be killed at
+any time, and the next run continues from the complete shards. The manifest lists the shards of finished runs. Every
+shard has the fingerprint of the store and a checksum. A shard that is damaged or belongs to another store raises an
+error with its name.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,27 +25,42 @@ from torch import Tensor
 
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
+from cosprobe.runs import STORE_FILE
 
-MANIFEST = "manifest.json"
+MANIFEST, SETTINGS = "manifest.json", STORE_FILE
+LAYOUT = 2  # version of the files of a store
+
+Rows = Mapping[str, Sequence[str]]  # names of the samples of a shard, by group of tensors; see `ActivationStore`
 
 
 @dataclass(frozen=True)
 class ActivationStore:
-    """A folder of shards. settings: all settings that determine the content. shards: number of shards when complete."""
+    """A folder of shards.
+
+    A shard holds tensors whose first axis is the sample, and the names of its samples. A group is a set of tensors of a
+    shard that have the same samples: those whose names begin with the name of the group, or with that of no other
+    (group ``""``). So a shard may hold further tensors of a part of its samples.
+
+    settings: all settings that shape the content. captured: what is kept of every sample (layers, steps, ...), which
+    does not change the values of the rest; runs that need no more than that can read this store.
+    """
 
     folder: Path
     settings: dict[str, Any]
-    shards: int
+    captured: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
         """A hash of the settings."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(self.settings)
 
     def __repr__(self) -> str:
-        there = [self._path(i) for i in range(self.shards) if self.has(i)]
-        size = sum(path.stat().st_size for path in there)
-        return f"ActivationStore({str(self.folder)!r}, {len(there)} of {self.shards} shards, {size / 1e6:.0f} MB)"
+        listed = self._listed()
+        samples = len(dict.fromkeys(name for rows in listed.values() for name in rows[""]))
+        return (
+            f"ActivationStore({str(self.folder)!r}, {samples} samples in {len(listed)} shards, "
+            f"{self.size() / 1e6:.0f} MB)"
+        )
 
     def _repr_html_(self) -> str:
         """A table of the content and the settings, for notebooks."""
@@ -53,145 +70,57 @@ class ActivationStore:
 
     @classmethod
     def open(cls, folder: Path | str) -> ActivationStore:
-        """Opens a complete store. Raises InputError when it is missing, half-written or damaged."""
+        """Opens the store of a finished run. Raises InputError when it is missing, half-written or damaged."""
         folder = Path(folder)
-        manifest = folder / MANIFEST
-        if not manifest.is_file():
+        if not (folder / MANIFEST).is_file():
             state = "half-written" if folder.is_dir() and any(folder.glob("shard-*")) else "missing"
             raise InputError(
                 f"store {str(folder)!r} is {state}: expected a {MANIFEST}; run train.py again to finish it"
             )
-        try:
-            content = json.loads(manifest.read_text())
-            return cls(folder, content["settings"], content["shards"])
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        found = cls.begun(folder)
+        assert found is not None  # there is a manifest
+        found._listed()
+        return found
+
+    @classmethod
+    def begun(cls, folder: Path) -> ActivationStore | None:
+        """The store in a folder, complete or not; None if there is none. Raises InputError when it is damaged or of
+        another version."""
+        files = [folder / name for name in (SETTINGS, MANIFEST) if (folder / name).is_file()]
+        if not files:
+            return None
+        content = _read_json(files[0])
+        if content.get("layout") != LAYOUT:
             raise InputError(
-                f"{str(manifest)!r} is damaged: expected JSON with settings and shards; delete it, run train.py again"
-            ) from error
+                f"run_dir: store {str(folder)!r} has layout {content.get('layout', 1)}, expected {LAYOUT}: it is from "
+                "another version of cosprobe; delete it, or choose another run_dir"
+            )
+        try:
+            return cls(folder, content["settings"], content["captured"])
+        except KeyError as error:
+            raise _not_readable(folder / SETTINGS) from error
 
     def begin(self, size: int) -> None:
-        """Creates the folder. size: bytes of the complete store.
+        """Creates the folder. size: bytes that will be written.
 
-        Raises InputError when the folder has a store with other settings, or when the disk is too small for the shards
-        that are missing.
+        Raises InputError when the folder has a store with other settings, or when the disk is too small.
         """
-        for name in (MANIFEST, "settings.json"):
-            path = self.folder / name
-            if path.is_file():
-                content = json.loads(path.read_text())
-                self._same(content["settings"] if name == MANIFEST else content)
+        begun = self.begun(self.folder)
+        if begun is not None:
+            self.check_settings(begun.settings)
         make_folder(self.folder)
-        free, missing = shutil.disk_usage(self.folder).free, self.missing()
-        needed = size * len(missing) // max(1, self.shards)
-        if needed > free:
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
             raise InputError(
-                f"the store needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free at {str(self.folder)!r}: "
+                f"the store needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free at {str(self.folder)!r}: "
                 "choose another run_dir, fewer problems, layers or steps"
             )
-        if not (self.folder / "settings.json").is_file():
-            with whole_file(self.folder / "settings.json") as part:
-                part.write_text(json.dumps(self.settings, indent=1, sort_keys=True))
+        if begun is None:
+            content = {"layout": LAYOUT, "settings": self.settings, "captured": self.captured}
+            with whole_file(self.folder / SETTINGS) as part:
+                part.write_text(json.dumps(content, indent=1, sort_keys=True))
 
-    @property
-    def complete(self) -> bool:
-        """Whether the manifest and all shards exist."""
-        return (self.folder / MANIFEST).is_file() and not self.missing()
-
-    def has(self, index: int) -> bool:
-        """Whether a shard is on disk."""
-        return self._path(index).is_file()
-
-    def lacking(self) -> bool:
-        """Whether any shard is not on disk yet. Unlike `missing`, this opens no file."""
-        return not all(map(self.has, range(self.shards)))
-
-    def missing(self) -> list[int]:
-        """Indices of the missing shards. Raises InputError for a shard that is damaged or belongs to another store."""
-        absent = []
-        for index in range(self.shards):
-            if not self._path(index).is_file():
-                absent.append(index)
-            else:
-                self._open(index)
-        return absent
-
-    def write(self, index: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Writes one shard without changing dtypes. notes: names along the axes, equal for all shards."""
-        tensors = {name: value.contiguous() for name, value in tensors.items()}
-        metadata = {
-            "fingerprint": self.fingerprint,
-            "index": str(index),
-            "checksum": _checksum(tensors),
-            "notes": json.dumps(notes, sort_keys=True),
-        }
-        with whole_file(self._path(index)) as part:
-            try:
-                save_file(tensors, part, metadata)
-            except SafetensorError as error:  # safetensors raises this for a full disk
-                raise OSError(str(error)) from error
-
-    def finish(self) -> None:
-        """Writes the manifest. Raises InputError when shards are missing."""
-        missing = self.missing()
-        if missing:
-            raise InputError(
-                f"store {str(self.folder)!r} lacks shards {missing[:5]}: expected all {self.shards}; run train.py again"
-            )
-        content = {"fingerprint": self.fingerprint, "shards": self.shards, "settings": self.settings}
-        with whole_file(self.folder / MANIFEST) as part:
-            part.write_text(json.dumps(content, indent=1, sort_keys=True))
-        for left in self.folder.glob(".shard-*"):  # temporary files of processes that were killed
-            left.unlink()
-
-    def read(self, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Reads the tensors whose names begin with `prefix`, concatenated over shards (axis sample), and the notes.
-
-        Raises InputError for a shard that is missing, damaged or of another store.
-        """
-        parts: dict[str, list[Tensor]] = {}
-        notes = set()
-        for index in range(self.shards):
-            if not self._path(index).is_file():
-                raise InputError(f"shard {str(self._path(index))!r} is missing: run train.py again to collect it")
-            metadata, tensors = self._open(index, prefix)
-            notes.add(metadata["notes"])
-            if not tensors:
-                continue
-            if metadata["checksum"] != _checksum(tensors):
-                raise self._damaged(index, "its checksum differs")
-            for name in tensors:
-                if name.startswith(prefix):
-                    parts.setdefault(name, []).append(tensors[name])
-        if len(notes) != 1:
-            raise InputError(f"store {str(self.folder)!r}: its shards differ in axes; delete it and run train.py again")
-        # `pop` frees the parts of one tensor before those of the next are concatenated
-        return {name: torch.cat(parts.pop(name)) for name in list(parts)}, json.loads(notes.pop())
-
-    def _path(self, index: int) -> Path:
-        return self.folder / f"shard-{index:05d}.safetensors"
-
-    def _open(self, index: int, prefix: str | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:
-        """The metadata of a shard, and all its tensors if the name of one begins with `prefix` (None: no tensors)."""
-        try:
-            with safe_open(self._path(index), framework="pt") as file:
-                metadata = file.metadata() or {}
-                names = list(file.keys())
-                wanted = prefix is not None and any(name.startswith(prefix) for name in names)
-                tensors = {name: file.get_tensor(name) for name in names} if wanted else {}
-        except (SafetensorError, OSError) as error:
-            raise self._damaged(index, str(error).splitlines()[0]) from error
-        if metadata.get("fingerprint") != self.fingerprint or metadata.get("index") != str(index):
-            raise InputError(
-                f"shard {str(self._path(index))!r} belongs to another store or index: expected fingerprint "
-                f"{self.fingerprint}, index {index}; found {metadata.get('fingerprint', 'none')}, index "
-                f"{metadata.get('index', 'none')}; delete it and run train.py again"
-            )
-        return metadata, tensors
-
-    def _damaged(self, index: int, reason: str) -> InputError:
-        return InputError(f"shard {str(self._path(index))!r} is damaged ({reason}): delete it and run train.py again")
-
-    def _same(self, other: dict[str, Any]) -> None:
+    def check_settings(self, other: Mapping[str, Any]) -> None:
         """Raises InputError, with the first setting that differs, unless `other` equals the settings of the store."""
         wanted, other = flattened(json.loads(json.dumps(self.settings))), flattened(other)
         for name in sorted({*wanted, *other}):
@@ -200,6 +129,152 @@ class ActivationStore:
                     f"run_dir: {str(self.folder)!r} was made with {name}={_short(other.get(name))}, now "
                     f"{name}={_short(wanted.get(name))}; choose another run_dir or delete that folder"
                 )
+
+    def path(self, rows: Rows) -> Path:
+        """The file of a shard. It is named by its samples."""
+        return self.folder / f"shard-{_digest({group: list(names) for group, names in rows.items()})}.safetensors"
+
+    def names(self, group: str = "") -> list[str]:
+        """The samples of finished runs that have tensors of a group, in the order in which they were asked for."""
+        return list(dict.fromkeys(name for rows in self._listed().values() for name in rows.get(group, ())))
+
+    def missing(self, names: Sequence[str], group: str = "") -> list[str]:
+        """The samples without tensors of a group on disk.
+
+        Raises InputError for a shard that is damaged or belongs to another store.
+        """
+        there = {name for rows in self._shards().values() for name in rows.get(group, ())}
+        return [name for name in names if name not in there]
+
+    def complete(self, names: Iterable[str]) -> bool:
+        """Whether the manifest lists these samples. Unlike `missing`, this opens no shard."""
+        return set(names) <= set(self.names())
+
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.folder.glob("*") if path.is_file())
+
+    def write(self, rows: Rows, tensors: Mapping[str, Tensor], notes: dict[str, Any]) -> None:
+        """Writes one shard without changing dtypes. notes: names along the axes, equal for all shards."""
+        ready = {name: value.contiguous() for name, value in tensors.items()}
+        metadata = {
+            "fingerprint": self.fingerprint,
+            "rows": json.dumps({group: list(names) for group, names in rows.items()}),
+            "notes": json.dumps(notes, sort_keys=True),
+        }
+        for group in rows:
+            metadata[f"checksum {group}"] = _checksum({n: v for n, v in ready.items() if _group(n, rows) == group})
+        path = self.path(rows)
+        with whole_file(path) as part:
+            try:
+                save_file(ready, part, metadata)
+            except SafetensorError as error:  # safetensors raises this for a full disk
+                raise OSError(str(error)) from error
+
+    def finish(self, names: Sequence[str]) -> None:
+        """Lists the shards of these samples in the manifest. Raises InputError when samples are missing."""
+        if absent := self.missing(names):
+            raise InputError(
+                f"store {str(self.folder)!r} lacks {absent[:3]}: expected all {len(names)} samples; run train.py again"
+            )
+        order = {name: i for i, name in enumerate(names)}
+        found, listed = self._shards(), self._listed()
+        new = sorted(set(found) - set(listed), key=lambda file: min(order.get(n, len(order)) for n in found[file][""]))
+        shards = {file: found[file] for file in (*(file for file in listed if file in found), *new)}
+        with whole_file(self.folder / MANIFEST) as part:
+            part.write_text(json.dumps({"layout": LAYOUT, "fingerprint": self.fingerprint, "shards": shards}, indent=1))
+        for left in self.folder.glob(".shard-*"):  # temporary files of processes that were killed
+            left.unlink()
+
+    def read(
+        self,
+        group: str = "",
+        names: Sequence[str] | None = None,
+        part: Callable[[str, Tensor], Tensor] = lambda name, values: values,
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Reads the tensors of a group, with one row for each of the samples `names`, in that order; and the notes.
+
+        names: default all samples that have the group. part: applied to the tensors of each shard, by name; it keeps
+        the first axis. Without samples there are no tensors and no notes.
+        Raises InputError for a shard that is missing, damaged or of another store.
+        """
+        names = self.names(group) if names is None else list(names)
+        shards, listed = self._shards(), self._listed()
+        places: dict[str, tuple[str, int]] = {}
+        for file in (*(file for file in listed if file in shards), *sorted(set(shards) - set(listed))):
+            for row, name in enumerate(shards[file].get(group, ())):
+                places.setdefault(name, (file, row))
+        if absent := [name for name in names if name not in places]:
+            raise InputError(
+                f"store {str(self.folder)!r}: the shard of sample {absent[0]!r} is missing; run train.py again to "
+                "collect it"
+            )
+        wanted: dict[str, list[tuple[int, int]]] = {}
+        for to, name in enumerate(names):
+            file, row = places[name]
+            wanted.setdefault(file, []).append((to, row))
+        found: dict[str, Tensor] = {}
+        notes = set()
+        for file, pairs in wanted.items():
+            note, tensors = self._tensors(file, group)
+            notes.add(note)
+            at, taken = (torch.tensor(side) for side in zip(*pairs, strict=True))
+            for name, whole in tensors.items():
+                values = part(name, whole)
+                if name not in found:
+                    found[name] = values.new_empty((len(names), *values.shape[1:]))
+                if found[name].shape[1:] != values.shape[1:]:
+                    notes.add("")
+                    break
+                found[name][at] = values[taken]
+        if len(notes) > 1:
+            raise InputError(f"store {str(self.folder)!r}: its shards differ in axes; delete it and run train.py again")
+        return found, json.loads(notes.pop()) if notes else {}
+
+    def _listed(self) -> dict[str, dict[str, list[str]]]:
+        """The samples of every shard in the manifest, by name of the file; empty without a manifest."""
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            return {}
+        content = _read_json(path)
+        if not isinstance(content.get("shards"), dict) or content.get("fingerprint") != self.fingerprint:
+            raise _not_readable(path)
+        return content["shards"]
+
+    def _shards(self) -> dict[str, dict[str, list[str]]]:
+        """The samples of every shard on disk, by name of the file."""
+        return {path.name: self._head(path.name)[1] for path in sorted(self.folder.glob("shard-*.safetensors"))}
+
+    def _head(self, file: str) -> tuple[dict[str, str], dict[str, list[str]]]:
+        """The metadata of a shard, and its samples."""
+        try:
+            with safe_open(self.folder / file, framework="pt") as content:
+                metadata = content.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(file, str(error).splitlines()[0]) from error
+        rows = json.loads(metadata.get("rows", "{}"))
+        if metadata.get("fingerprint") != self.fingerprint or self.path(rows).name != file:
+            raise InputError(
+                f"shard {str(self.folder / file)!r} belongs to another store or to other samples: expected fingerprint "
+                f"{self.fingerprint}, found {metadata.get('fingerprint', 'none')}; delete it and run train.py again"
+            )
+        return metadata, rows
+
+    def _tensors(self, file: str, group: str) -> tuple[str, dict[str, Tensor]]:
+        """The notes of a shard, and its tensors of a group."""
+        metadata, rows = self._head(file)
+        try:
+            with safe_open(self.folder / file, framework="pt") as content:
+                names = [name for name in list(content.keys()) if _group(name, rows) == group]
+                tensors = {name: content.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(file, str(error).splitlines()[0]) from error
+        if metadata.get(f"checksum {group}") != _checksum(tensors):
+            raise self._damaged(file, "its checksum differs")
+        return metadata["notes"], tensors
+
+    def _damaged(self, file: str, reason: str) -> InputError:
+        return InputError(f"shard {str(self.folder / file)!r} is damaged ({reason}): delete it and run train.py again")
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -210,7 +285,32 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
+def _group(name: str, rows: Rows) -> str:
+    """The group of a tensor."""
+    return max((group for group in rows if name.startswith(group)), key=len)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _not_readable(path) from error
+    if not isinstance(content, dict):
+        raise _not_readable(path)
+    return content
+
+
+def _not_readable(path: Path) -> InputError:
+    return InputError(
+        f"{str(path)!r} is damaged: expected JSON with settings and shards of a store; delete it, run train.py again"
+    )
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name]

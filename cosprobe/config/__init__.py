@@ -14,6 +14,7 @@ from cosprobe.config.uses import (
     EarlyConfig,
     EnsembleConfig,
     PredictConfig,
+    RunsConfig,
     check_promise,
     least_without_errors,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "PredictConfig",
     "ProbeConfig",
     "ProbeExperiment",
+    "RunsConfig",
     "TrainRun",
     "TrainerConfig",
     "UseRun",

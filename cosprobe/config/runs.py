@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from cosprobe.config.pipeline import PipelineConfig
 from cosprobe.config.probe import ProbeConfig
 from cosprobe.config.trainer import TrainerConfig
-from cosprobe.config.uses import EarlyConfig, EnsembleConfig, PredictConfig
+from cosprobe.config.uses import EarlyConfig, EnsembleConfig, PredictConfig, RunsConfig
 from cosprobe.config.video_training import AdapterConfig, MiniConfig
 from cosprobe.errors import InputError
 from cosprobe.tasks import FAMILIES
@@ -25,7 +25,7 @@ class ProbeExperiment:
 SCHEMAS: dict[str, dict[str, type]] = {
     "task": dict(FAMILIES),
     "experiment": {"probes": ProbeExperiment, "mini": MiniConfig, "mini_small": MiniConfig, "lora": AdapterConfig},
-    "use": {"predict": PredictConfig, "early": EarlyConfig, "ensemble": EnsembleConfig},
+    "use": {"predict": PredictConfig, "early": EarlyConfig, "ensemble": EnsembleConfig, "runs": RunsConfig},
 }
 
 
@@ -41,6 +41,8 @@ class TrainRun:
     experiment: Any = MISSING
     run_dir: str = ""
     "The run folder; empty: `runs/<task>-<probe>`, or `runs/<task>-<experiment>` for another experiment than `probes`."
+    store: str = ""
+    "A folder of activations to read and to add to; empty: `store` in the run folder, or that of a run beside it."
     seed: int = 0
     "Base of the noise seeds and of all other randomness, 0 or more."
 
@@ -56,7 +58,7 @@ class UseRun:
     use: Any = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     run: str = MISSING
-    "The folder of a finished `train.py` run."
+    "The folder of a finished `train.py` run, or of one of its results; with `use=runs`, a folder of run folders."
     seed: int = 0
     "Base of the noise seeds and of all other randomness, 0 or more."
 

@@ -65,6 +65,14 @@ class EnsembleConfig:
             raise InputError(f"use.size={self.size!r}: expected one of {', '.join(SIZES)}")
 
 
+@dataclass
+class RunsConfig:
+    """List the run folders in the folder `run`, with their sizes, or delete one of them."""
+
+    delete: str = ""
+    "A run folder to delete, or a result or the activations (`store`) in one; empty: only list."
+
+
 def check_promise(risk: float, level: float, problems: int) -> None:
     """Raises InputError for a risk or confidence outside 0 to 1, or fewer calibration problems than any policy
     needs."""

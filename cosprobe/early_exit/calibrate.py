@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from cosprobe.activations import ActivationStore, ProbeSamples, Sampler, load_samples
+from cosprobe.activations import ProbeSamples, Sampler, StoredSamples, load_samples
 from cosprobe.cells import Cell
 from cosprobe.config import EarlyConfig, decode_steps
 from cosprobe.early_exit.reader import Answer, attach, check_pipeline, probabilities
@@ -73,7 +73,7 @@ def calibrate_policies(
     Raises InputError when the bank was made for another model, or has no probes of an answer or model_answer.
     """
     check_pipeline(bank, sampler.model)
-    samples, _, _ = load_samples(ActivationStore.open(folder / "store"), sampler.task)
+    samples, _, _ = load_samples(StoredSamples.load(folder))
     validation, total = samples.subset("validation"), sampler.config.steps
     decoded = tuple(step for step in decode_steps("auto", total) if step < total - 1)
     found = []

@@ -6,7 +6,7 @@ The early answers and costs of any policy are computed from them, so every probl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -131,23 +131,25 @@ def sample_trajectories(
 
     decoded: step indices at which x0-hat is decoded and parsed.
     """
-    batches, bank = sampler.batches(samples), exits.bank
-    first = samples[0].problem
-    identity = asdict(bank.store) | {
+    bank, first = exits.bank, samples[0].problem
+    identity = bank.store.identity | {
         "kind": first.kind,
         "split": first.split,
-        "samples": [[s.problem.index, s.seed] for s in samples],
         "cells": [str(cell) for cell in exits.cells],
         "decoded": list(decoded),
     }
-    name = f"{first.kind}-{first.split}-{ActivationStore(folder, identity, 0).fingerprint[:8]}"  # per settings
-    store = ActivationStore(folder / FOLDER / name, identity, len(batches))
+    name = f"{first.kind}-{first.split}-{ActivationStore(folder, identity).fingerprint[:8]}"  # per settings
+    store = ActivationStore(folder / FOLDER / name, identity)
     size = 4 * len(samples) * len(exits.cells) * bank.regions * bank.mean.shape[1]
-    what = f"{len(samples)} {first.kind} problems of split {first.split}"
-    announce(store, size, what)
-    shards = [Shard(store, i, batch) for i, batch in enumerate(batches)]
-    predict_shards(ExitPointSampler(sampler, exits, decoded), shards, sampler.trainer)
-    tensors, _ = store.read()
+    names = [sample.name for sample in samples]
+    absent = set(store.missing(names))
+    announce(store, names, len(absent), size, f"{len(samples)} {first.kind} problems of split {first.split}")
+    shards = [
+        Shard(store, {"": [sample.name for sample in batch]}, batch)
+        for batch in sampler.batches([sample for sample in samples if sample.name in absent])
+    ]
+    predict_shards(ExitPointSampler(sampler, exits, decoded), shards, [(store, names)], sampler.trainer)
+    tensors, _ = store.read(names=names)
     return Trajectories.of(sampler.task, samples, exits.probabilities(tensors["features"]), tensors, decoded)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -156,23 +156,27 @@ class Trajectories:
         return CandidateResult(*(torch.stack(each).mean(dim=0).numpy().astype(float) for each in (right, begun)))
 
     def _read(self, found: Sequence[Candidate | None], split: str) -> list[dict[str, Tensor]]:
-        """Samples the missing batches of several candidates (None: whole runs) and reads all results."""
+        """Samples the missing problems of several candidates (None: whole runs) and reads all results."""
         stores = [self._store(c, split) for c in found]
         if rank_and_world()[0] == 0:
             for store in stores:
                 store.begin(0)
+        names = [problem.name for problem in self.problems[split]]
         shards = [
-            Shard(store, i, ProblemBatch(candidate, problems))
+            Shard(store, {"": [problem.name for problem in problems]}, ProblemBatch(candidate, problems))
             for candidate, store in zip(found, stores, strict=True)
-            for i, problems in enumerate(self._chunks(candidate, split))
+            for problems in self._chunks(candidate, split, store.missing(names))
         ]
         module = SeedEnsemble(self.context, self.seeds, self.reads, self.seed)
-        predict_shards(module, shards, self.context.sampler.trainer)
-        return [store.read()[0] for store in stores]
+        predict_shards(module, shards, [(store, names) for store in stores], self.context.sampler.trainer)
+        return [store.read(names=names)[0] for store in stores]
 
-    def _chunks(self, candidate: Candidate | None, split: str) -> list[list[Problem]]:
+    def _chunks(self, candidate: Candidate | None, split: str, names: Collection[str]) -> list[list[Problem]]:
+        """The problems of these names, in batches."""
         seeds = self.seeds if candidate is None else self._strategy(candidate).seeds
-        each, problems = max(1, self.context.sampler.config.batch // seeds), self.problems[split]
+        each = max(1, self.context.sampler.config.batch // seeds)
+        wanted = set(names)
+        problems = [problem for problem in self.problems[split] if problem.name in wanted]
         return [problems[i : i + each] for i in range(0, len(problems), each)]
 
     def _strategy(self, candidate: Candidate) -> Strategy:
@@ -180,11 +184,10 @@ class Trajectories:
 
     def _store(self, candidate: Candidate | None, split: str) -> ActivationStore:
         identity = {"runs": self.seeds} if candidate is None else {candidate.name: asdict(candidate.params)}
-        settings = self.identity | {"split": split, "problems": len(self.problems[split]), "strategy": identity}
-        settings["first"] = self.problems[split][0].name
+        settings = self.identity | {"split": split, "strategy": identity}
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
         kind = "runs" if candidate is None else candidate.name
-        return ActivationStore(self.folder / f"{kind}-{split}-{name}", settings, len(self._chunks(candidate, split)))
+        return ActivationStore(self.folder / f"{kind}-{split}-{name}", settings)
 
 
 def solved(task: Task, answers: Tensor, problems: Sequence[Problem]) -> Bool[Tensor, " problem"]:

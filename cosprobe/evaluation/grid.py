@@ -18,6 +18,7 @@ import xarray as xr
 from cosprobe.cells import Cell
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
+from cosprobe.runs import find_result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,11 +138,13 @@ class Grid:
 
     @classmethod
     def load(cls, path: Path | str) -> Grid:
-        """Loads a grid from its file, its report folder or its run folder.
+        """Loads a grid from its file, its report folder, the folder of its result, or a run folder with one result.
 
-        Raises InputError when there is no such file, or when it is damaged or was written by another version.
+        Raises InputError for a run folder with several results, when there is no such file, and when it is damaged or
+        was written by another version.
         """
-        found = [p for p in (Path(path), Path(path) / FILE, Path(path) / "report" / FILE) if p.is_file()]
+        folder = find_result(path)
+        found = [p for p in (folder, folder / FILE, folder / "report" / FILE) if p.is_file()]
         if not found:
             raise InputError(f"grid {str(path)!r} is missing: expected {FILE} or a run folder; run train.py first")
         try:

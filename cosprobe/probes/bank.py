@@ -27,6 +27,7 @@ from cosprobe.files import make_folder, whole_file
 from cosprobe.models import fingerprint
 from cosprobe.probes.calibration import temperatures
 from cosprobe.probes.linalg import affine, classes_last, design, standardise
+from cosprobe.runs import find_result
 from cosprobe.tasks import Target
 
 FORMAT = 4
@@ -121,6 +122,17 @@ class ProbeBank:
         known = ", ".join(t.name for t in self.targets)
         raise InputError(f"target={name!r}: this bank has no probes for it; expected one of {known}")
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the probes, without their provenance."""
+        return hashlib.sha256(tensor_bytes(self._tensors())).hexdigest()[:16]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"mean": self.mean, "std": self.std}
+        for name in TABLES:
+            tensors |= {f"{name}/{key}": value for key, value in getattr(self, name).items()}
+        return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
     def select(self, cells: Sequence[Cell]) -> ProbeBank:
         """The bank of some of the cells, in the order given. Raises InputError for a cell that is not in the bank."""
         index = {cell: i for i, cell in enumerate(self.cells)}
@@ -214,10 +226,7 @@ class ProbeBank:
         """Writes the tensors, then the description with their checksum. Both files are written atomically."""
         folder = Path(folder)
         make_folder(folder)
-        tensors = {"mean": self.mean, "std": self.std}
-        for name in TABLES:
-            tensors |= {f"{name}/{key}": value for key, value in getattr(self, name).items()}
-        data = tensor_bytes({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+        data = tensor_bytes(self._tensors())
         description = {
             "format": FORMAT,
             "sha256": hashlib.sha256(data).hexdigest(),
@@ -267,11 +276,11 @@ class ProbeBank:
 
 
 def load_probes(path: Path | str) -> ProbeBank:
-    """Loads a bank. path: a run folder with a folder `probes`, or a folder written by `ProbeBank.save`.
+    """Loads a bank. path: a run folder, the folder of a result, or a folder written by `ProbeBank.save`.
 
-    Raises InputError when there is no complete bank.
+    Raises InputError when there is no complete bank, and for a run folder with several results.
     """
-    path = Path(path)
+    path = find_result(path)
     return ProbeBank.load(path / "probes" if (path / "probes").is_dir() else path)
 
 

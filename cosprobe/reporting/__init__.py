@@ -3,7 +3,7 @@
 from cosprobe.reporting.figures import STYLE, new_figure
 from cosprobe.reporting.film import Film, film_row, film_strip, record
 from cosprobe.reporting.report import write_report
-from cosprobe.reporting.summary import WIDTH, markdown_table, open_table, print_summary
+from cosprobe.reporting.summary import WIDTH, markdown_table, open_table, print_again, print_summary
 from cosprobe.reporting.tensorboard import log_tensorboard
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "markdown_table",
     "new_figure",
     "open_table",
+    "print_again",
     "print_summary",
     "record",
     "write_report",

@@ -7,7 +7,7 @@ task.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,14 +69,16 @@ class Film:
     steps: tuple[int, ...]
 
 
-def record(sampler: Sampler, drawn: Sequence[Sample], samples: ProbeSamples, probe: CaptureConfig) -> Film | None:
+def record(
+    sampler: Sampler, draw: Callable[[], Sequence[Sample]], samples: ProbeSamples, probe: CaptureConfig
+) -> Film | None:
     """Samples up to three test problems again and decodes x0-hat on the way.
 
     These are the first problem that the model solved, the first that it did not solve, and the first solved one with
     several right answers. Problems that do not exist are left out. Returns None if there are none at all.
-    drawn: the samples that `samples` were collected from, in order. probe: defines the decoded steps.
+    draw: returns the samples that `samples` were collected from, in order. probe: defines the decoded steps.
     """
-    task = sampler.task
+    task, drawn = sampler.task, draw()
     several = np.array([len(task.solutions(sample.problem)) > 1 for sample in drawn])
     solved = samples.scores["solved"].astype(bool)
     sorts = {"right": solved & ~several, "wrong": ~solved & ~several, "several right": solved & several}

@@ -16,6 +16,7 @@ import numpy as np
 from cosprobe.evaluation import ALPHA, Grid
 from cosprobe.files import whole_file
 from cosprobe.reporting.summary import COLUMNS, markdown_table, shown_targets, summarise
+from cosprobe.runs import find_result
 from cosprobe.tasks import ANSWER_ROLES
 
 HEAD = """\
@@ -32,7 +33,13 @@ def page(runs: Sequence[tuple[str, Path]]) -> str:
     """The page in Markdown. runs: name and folder of each run. Raises InputError for a folder without a grid."""
     lines = [HEAD]
     for name, folder in runs:
-        lines += [f"## {name}", "", *of_map(Grid.load(folder)), *of_early(folder), *of_ensemble(folder)]
+        lines += [
+            f"## {name}",
+            "",
+            *of_map(Grid.load(folder)),
+            *of_early(find_result(folder)),
+            *of_ensemble(find_result(folder)),
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 

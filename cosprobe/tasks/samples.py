@@ -21,6 +21,11 @@ class Sample:
     seed: int
     replica: int = 0
 
+    @property
+    def name(self) -> str:
+        """Name of the problem and the noise seed, unique for a task with given settings."""
+        return f"{self.problem.name}/{self.seed}"
+
 
 def draw_samples(task: Task, config: TaskConfig, seed: int) -> list[Sample]:
     """The samples of a run: `config.problems` problems in total, each with `config.seeds` noise seeds.

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -10,7 +12,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cosprobe.activations import images
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collection import FORMAT, NOT_DECODED, StoreSettings, collect, input_parts, store_bytes, watch
+from cosprobe.activations.collection import (
+    FORMAT,
+    NOT_DECODED,
+    UNTRAINED,
+    StoredSamples,
+    StoreSettings,
+    collect,
+    find_store,
+    input_parts,
+    store_bytes,
+    watch,
+)
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.sampler import Sampler
@@ -22,6 +35,7 @@ from cosprobe.monitoring import ResourceMonitor, build_logger
 from cosprobe.tasks import HideConfig, MazeConfig
 from cosprobe.tasks.samples import draw_samples, fresh_problems, noise_seed
 from tests.examples.pipelines import wan
+from tests.examples.stores import collected
 
 PROBE = CaptureConfig(layers="0,2", steps="all", pooling="region", frames=False, decode="auto", random_weights=10)
 TASK = MazeConfig(problems=20, frames=5)
@@ -51,8 +65,13 @@ def settings(config):
 
 
 @pytest.fixture(scope="module")
-def store(sampler, settings, tmp_path_factory):
-    return collect(sampler, PROBE, DRAWN, settings, tmp_path_factory.mktemp("run") / "store")
+def stored(sampler, settings, tmp_path_factory):
+    return collected(sampler, DRAWN, settings, tmp_path_factory.mktemp("runs") / "first")
+
+
+@pytest.fixture(scope="module")
+def store(stored):
+    return stored.store
 
 
 def test_problems_are_shared_out_and_the_seeds_of_one_stay_together():
@@ -100,7 +119,7 @@ def test_at_most_five_decodes_the_last_step_among_them():
 
 
 def test_the_announced_size_is_the_size_on_disk(sampler, store):
-    tensors = store.read()[0]
+    tensors = store.read()[0] | store.read(UNTRAINED)[0]
     both = [tensors["features"], tensors["untrained.features"]]
     assert [len(features) for features in both] == [20, 10]
     inputs = [value for name, value in tensors.items() if name.startswith("input.") and name != "input.prompt.whole"]
@@ -116,8 +135,7 @@ def test_the_announced_size_follows_pooling_and_guidance(sampler, tmp_path, pool
     probe = replace(PROBE, pooling=pooling, frames=frames, steps="0,2", random_weights=0)
     guided = replace(sampler, config=replace(sampler.config, guidance=guidance))
     settings = StoreSettings.of(guided.config, TASK, probe, 0)
-    store = collect(guided, probe, DRAWN[:2], settings, tmp_path / "store")
-    tensors = store.read()[0]
+    tensors = collected(guided, DRAWN[:2], settings, tmp_path / "run").store.read()[0]
     kept = [v for name, v in tensors.items() if name == "features" or name.startswith("input.")]
     size = sum(values.numel() * values.element_size() for values in kept) - tensors["input.prompt.whole"].numel() * 4
     assert size == store_bytes(guided, probe, 2)
@@ -136,8 +154,8 @@ def test_an_input_is_kept_in_regions_and_cells(pooling, channels, parts):
     assert input_parts(pooling, channels) == parts
 
 
-def test_what_is_stored_is_what_capture_gives(sampler, store):
-    samples, inputs, experts = load_samples(store, sampler.task)
+def test_what_is_stored_is_what_capture_gives(sampler, store, stored):
+    samples, inputs, experts = load_samples(stored)
     assert experts == ["only"] * 3
     model, task = sampler.model, sampler.task
     drawn = DRAWN[8:16]
@@ -165,7 +183,7 @@ def test_what_is_stored_is_what_capture_gives(sampler, store):
 
 
 def test_labels_belong_to_their_kinds(store):
-    samples, _, _ = load_samples(store, TASK.build())
+    samples, _, _ = load_samples(store)  # a store needs nothing else
     one_exit = samples.kinds == "one_exit"
     assert (samples.labels["answer"].numpy()[one_exit] >= 0).all() and (
         samples.labels["answer"].numpy()[~one_exit] < 0
@@ -179,17 +197,122 @@ def test_labels_belong_to_their_kinds(store):
 
 def test_a_second_call_reuses_the_store_and_a_third_mends_it(sampler, settings, store, monkeypatch):
     before = store.read()[0]["features"]
+    with no_sampling(monkeypatch):
+        again = collected(sampler, DRAWN, settings, store.folder.parent)
+    assert again.store == store
+    sorted(store.folder.glob("shard-*"))[1].unlink()
+    mended = collected(sampler, DRAWN, settings, store.folder.parent)
+    assert torch.equal(mended.store.read()[0]["features"], before)
 
+
+@contextmanager
+def no_sampling(monkeypatch):
     def refuse(*arguments, **named):
         raise AssertionError("sampled again")
 
     with monkeypatch.context() as patch:
         patch.setattr(Sampler, "__call__", refuse)
-        again = collect(sampler, PROBE, DRAWN, settings, store.folder)
-    assert again.fingerprint == store.fingerprint
-    (store.folder / "shard-00001.safetensors").unlink()
-    mended = collect(sampler, PROBE, DRAWN, settings, store.folder)
-    assert torch.equal(mended.read()[0]["features"], before)
+        yield
+
+
+def test_a_run_that_needs_less_reads_the_store_of_another(sampler, config, settings, store, stored, monkeypatch):
+    """Fewer layers and steps, another folder: no problem is drawn, nothing is sampled."""
+    less = replace(PROBE, layers="2", steps="1,2", decode="2", random_weights=0)
+    with no_sampling(monkeypatch):
+        other = StoreSettings.of(config, TASK, less, 0)
+        found = find_store(other, sampler.depth, store.folder.parent.parent / "second" / "store")
+        part = collect(sampler, pytest.fail, other, found)
+    assert part.store.folder == store.folder and not (store.folder.parent.parent / "second").exists()
+    (samples, inputs, experts), (whole, whole_inputs, _) = load_samples(part), load_samples(stored)
+    assert [(c.step, c.layer) for c in samples.cells] == [(1, 2), (2, 2)] and experts == ["only"] * 2
+    at = [whole.cells.index(cell) for cell in samples.cells]
+    assert torch.equal(samples.features, whole.features[:, at])
+    for name, source in inputs.items():
+        expected = whole_inputs[name].whole
+        assert torch.equal(source.whole, expected if expected.shape[1] == 1 else expected[:, 1:]), name
+    assert np.isnan(samples.scores["x0_scores"][:, :2]).all()
+    np.testing.assert_array_equal(samples.scores["x0_scores"][:, 2], whole.scores["x0_scores"][:, 2])
+
+
+def test_a_run_with_more_problems_samples_only_the_new_ones(sampler, config, tmp_path):
+    def run(problems, folder, seed=0):
+        task, seen = MazeConfig(problems=problems, frames=5), []
+
+        class Watching(Sampler):
+            def __call__(self, samples, **overrides):
+                seen.extend(sample.name for sample in samples)
+                return super().__call__(samples, **overrides)
+
+        settings = StoreSettings.of(config, task, PROBE, seed)
+        drawn = draw_samples(task.build(), task, seed)
+        watching = Watching(sampler.model, sampler.config, sampler.task, sampler.trainer)
+        return collected(watching, drawn, settings, tmp_path / folder), seen, [sample.name for sample in drawn]
+
+    few, seen, first = run(20, "few")
+    assert seen == first
+    before = few.store.read(names=first)[0]["features"]
+    more, seen, names = run(30, "more")
+    assert seen == [name for name in names if name not in first] and more.store == few.store
+    assert list(more.table.names) == names
+    values, _, _ = load_samples(more)
+    assert torch.equal(more.store.read(names=first)[0]["features"], before) and len(values) == 30
+    fresh, _, _ = run(30, "another/alone")
+    torch.testing.assert_close(values.features, load_samples(fresh)[0].features, rtol=1e-4, atol=1e-5)
+    again, seen, _ = run(20, "few")
+    assert seen == [] and torch.equal(load_samples(again)[0].features, load_samples(few)[0].features)
+    _, seen, names = run(20, "seed", seed=1)
+    assert seen == names  # other noise is another store
+
+
+def test_samples_that_lack_random_weights_are_sampled_again(sampler, config, settings, tmp_path):
+    without = collected(
+        sampler, DRAWN, StoreSettings.of(config, TASK, replace(PROBE, random_weights=0), 0), tmp_path / "a"
+    )
+    before = load_samples(without)[0].features
+    stored = collected(sampler, DRAWN, settings, tmp_path / "b")
+    assert stored.store == without.store
+    few = [stored.table.names[i] for i in stored.few]
+    assert len(few) == 10 and stored.store.names(UNTRAINED) == few
+    assert torch.equal(load_samples(stored)[0].features, before)  # of the first time
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"layers": "0,1"}, "probe.layers"), ({"decode": "0", "steps": "0"}, None), ({"decode": "1,2"}, "probe.decode")],
+)
+def test_a_store_of_the_run_that_has_too_little_is_refused_and_one_of_another_run_is_not_used(
+    sampler, config, store, tmp_path, changes, named
+):
+    base = replace(PROBE, decode="0,2")
+    own = collected(
+        sampler, DRAWN[:2], StoreSettings.of(config, TASK, replace(base, random_weights=0), 0), tmp_path / "a"
+    )
+    other = StoreSettings.of(config, TASK, replace(base, random_weights=0, **changes), 0)
+    if named is None:
+        assert find_store(other, sampler.depth, tmp_path / "a" / "store") == own.store
+        return
+    with pytest.raises(InputError, match=rf"{re.escape(named)}='.*{re.escape(named)}='.*run_dir"):
+        find_store(other, sampler.depth, tmp_path / "a" / "store")
+    assert find_store(other, sampler.depth, tmp_path / "b" / "store").folder == tmp_path / "b" / "store"
+
+
+def test_a_store_can_be_named(sampler, config, settings, tmp_path):
+    named = collected(sampler, DRAWN[:2], settings, tmp_path / "a", named=str(tmp_path / "shared"))
+    assert named.store.folder == tmp_path / "shared" and not (tmp_path / "a").exists()
+    other = StoreSettings.of(replace(config, guidance=2.0), TASK, PROBE, 0)
+    with pytest.raises(InputError, match=r"shared.*pipeline\.guidance=1\.0.*pipeline\.guidance=2\.0"):
+        find_store(other, sampler.depth, tmp_path / "b" / "store", str(tmp_path / "shared"))
+
+
+def test_what_a_result_reads_is_written_beside_it(stored, tmp_path):
+    folder = tmp_path / "result"
+    folder.mkdir()
+    stored.save(folder)
+    again = StoredSamples.load(folder)
+    assert again.store.folder.resolve() == stored.store.folder and again.table.names == stored.table.names
+    assert (again.layers, again.steps, again.few) == (stored.layers, stored.steps, stored.few)
+    with pytest.raises(InputError, match=r"run=.*nothing.*activations\.json.*train\.py"):
+        StoredSamples.load(tmp_path / "nothing")
 
 
 def test_every_sampled_batch_is_logged_at_its_samples(sampler, settings, tmp_path):
@@ -202,13 +325,14 @@ def test_every_sampled_batch_is_logged_at_its_samples(sampler, settings, tmp_pat
 
     def run() -> None:
         monitor = ResourceMonitor(build_logger(TrainerConfig(), tmp_path / "sampling"), "sampling")
-        collect(sampler, PROBE, DRAWN, settings, tmp_path / "store", monitor)
+        collected(sampler, DRAWN, settings, tmp_path, monitor)
 
     run()
     assert logged() == [8, 16, 20]
     run()  # nothing is sampled
     assert logged() == [8, 16, 20]
-    (tmp_path / "store" / "shard-00001.safetensors").unlink()
+    store = ActivationStore.open(tmp_path / "store")
+    store.path({"": [s.name for s in DRAWN[16:]], UNTRAINED: [s.name for s in DRAWN[16:17]]}).unlink()
     run()
     assert logged() == [20]
 
@@ -218,21 +342,25 @@ def test_other_settings_do_not_share_a_folder(sampler, store):
     drawn, changed = draw_samples(other.build(), other, 0), replace(sampler, task=other.build())
     settings = StoreSettings.of(sampler.config, other, PROBE, 0)
     with pytest.raises(ValueError, match=r"task\.rooms=\[4, 5\].*task\.rooms=\[4\]"):
-        collect(changed, PROBE, drawn, settings, store.folder)
+        collected(changed, drawn, settings, store.folder.parent)
 
 
-def test_everything_that_shapes_a_store_is_in_its_fingerprint(config, settings, tmp_path):
-    changed = [
-        StoreSettings.of(config, MazeConfig(problems=21, frames=5), PROBE, 0),
-        StoreSettings.of(config, TASK, replace(PROBE, layers="0"), 0),
-        StoreSettings.of(config, TASK, replace(PROBE, random_weights=0), 0),
+def test_everything_that_shapes_activations_is_in_the_fingerprint_and_nothing_else(config, settings, tmp_path):
+    shaping = [
+        StoreSettings.of(config, MazeConfig(problems=20, frames=5, rooms=[4]), PROBE, 0),
+        StoreSettings.of(config, TASK, replace(PROBE, pooling="grid"), 0),
         StoreSettings.of(config, TASK, PROBE, 1),
         StoreSettings.of(replace(config, steps=4), TASK, PROBE, 0),
         StoreSettings.of(replace(config, batch=4), TASK, PROBE, 0),
     ]
-    assert all(other != settings for other in changed)
-    prints = {ActivationStore(tmp_path, asdict(one), 1).fingerprint for one in (settings, *changed)}
-    assert len(prints) == 7
+    others = [
+        StoreSettings.of(config, MazeConfig(problems=21, frames=5, seeds=2), PROBE, 0),
+        StoreSettings.of(config, TASK, replace(PROBE, layers="0", steps="1", decode="1", random_weights=0), 0),
+    ]
+    assert all(other != settings for other in (*shaping, *others))
+    prints = [ActivationStore(tmp_path, one.identity).fingerprint for one in (settings, *shaping)]
+    assert len(set(prints)) == 6
+    assert {ActivationStore(tmp_path, one.identity).fingerprint for one in others} == {prints[0]}
     assert StoreSettings.of(replace(config, name="another"), TASK, PROBE, 0) == settings
 
 
@@ -267,5 +395,5 @@ def test_a_prompt_that_is_too_long_is_named_before_anything_is_written(sampler, 
     changed = replace(sampler, config=replace(sampler.config, **changes))
     settings = StoreSettings.of(changed.config, MazeConfig(), PROBE, 0)
     with pytest.raises(InputError, match=r"prompt '.*tokens.*expected at most"):
-        collect(changed, PROBE, DRAWN, settings, tmp_path / "store")
+        collected(changed, DRAWN, settings, tmp_path)
     assert not (tmp_path / "store").exists()

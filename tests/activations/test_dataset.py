@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import torch
 
 from cosprobe.activations import images
-from cosprobe.activations.collection import StoreSettings, collect
+from cosprobe.activations.collection import StoredSamples, StoreSettings
 from cosprobe.activations.dataset import difficulty_columns, load_samples, relabelled
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.sampler import Sampler
@@ -22,6 +22,7 @@ from cosprobe.models.pipelines import sample
 from cosprobe.tasks import Maze, MazeConfig, Target
 from cosprobe.tasks.samples import draw_samples
 from tests.examples.pipelines import wan
+from tests.examples.stores import collected
 
 PROBE = CaptureConfig(layers="1", steps="0,2", pooling="region", frames=True, decode="0", random_weights=0)
 TASK = MazeConfig(problems=20, frames=5)
@@ -42,38 +43,41 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(model, config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "store"
     settings = StoreSettings.of(config, TASK, PROBE, 0)
-    return collect(Sampler(model, config, TASK.build()), PROBE, DRAWN, settings, folder)
+    return collected(Sampler(model, config, TASK.build()), DRAWN, settings, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
 def samples(store):
-    return load_samples(store, TASK.build())[0]
+    return load_samples(store)[0]
 
 
 @pytest.fixture(scope="module")
 def inputs(store):
-    return load_samples(store, TASK.build())[1]
+    return load_samples(store)[1]
 
 
 @dataclass(frozen=True)
 class Altered(ActivationStore):
-    """A store of other tensors: those named are replaced by what a function makes of them, or missing for None."""
+    """A store of other tensors: those named are replaced by what a function makes of them."""
 
-    changes: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = field(default_factory=dict)
+    changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
 
-    def read(self, *arguments) -> tuple[dict[str, torch.Tensor], dict]:
-        tensors, notes = super().read(*arguments)
-        for name, change in self.changes.items():
-            value = tensors.pop(name)
-            if change is not None:
-                tensors[name] = change(value)
-        return tensors, notes
+    def read(self, *arguments, **named) -> tuple[dict[str, torch.Tensor], dict]:
+        tensors, notes = super().read(*arguments, **named)
+        return {name: self.changes.get(name, lambda x: x)(value) for name, value in tensors.items()}, notes
 
 
-def altered(store: ActivationStore, **changes) -> ActivationStore:
-    return Altered(store.folder, store.settings, store.shards, changes)
+def altered(stored: StoredSamples, **changes) -> StoredSamples:
+    """The same samples with other tensors in the store or in the table; None: without them."""
+    columns = dict(stored.table.columns)
+    for name in [name for name in changes if name in columns]:
+        change = changes.pop(name)
+        columns[name] = columns[name] if change is None else change(columns[name])
+        if change is None:
+            columns.pop(name)
+    store = Altered(stored.store.folder, stored.store.settings, stored.store.captured, changes)
+    return StoredSamples(store, replace(stored.table, columns=columns), stored.probe)
 
 
 def test_probes_are_fitted_to_layers_and_inputs_stand_beside_them(samples, inputs):
@@ -126,7 +130,7 @@ def test_the_difficulty_is_an_input_where_there_is_any(samples, inputs, store):
     assert torch.equal(inputs[DIFFICULTY].whole[:, 0, 0, 0], difficulty_columns(samples))
     assert set(samples.difficulty) == {"rooms", "length", "reachable"}
     none = altered(store, **{f"difficulty.{name}": None for name in samples.difficulty})
-    bare, others, _ = load_samples(none, TASK.build())
+    bare, others, _ = load_samples(none)
     assert set(others) == set(inputs) - {DIFFICULTY}
     assert torch.equal(bare.features, samples.features) and bare.cells == samples.cells
 
@@ -141,11 +145,11 @@ def reasons(samples) -> dict[str, str]:
 
 
 def test_a_target_that_a_split_lacks_is_left_out_and_named(store):
-    split = torch.from_numpy(load_samples(store, TASK.build())[0].split == "validation")
+    split = torch.from_numpy(load_samples(store)[0].split == "validation")
     without = altered(
         store, **{"label.answer": lambda y: y.masked_fill(split, -1), "label.corridors": lambda y: y * 0 - 1}
     )
-    found, _, _ = load_samples(without, TASK.build())
+    found, _, _ = load_samples(without)
     said = reasons(found)
     lacking = {name: [split for split in SPLIT_ORDER if split in line] for name, line in said.items()}
     assert lacking["answer"] == ["validation"]
@@ -156,25 +160,25 @@ def test_a_target_that_a_split_lacks_is_left_out_and_named(store):
 
 
 def test_a_target_of_one_class_is_left_out_and_a_model_answer_says_whose_it_is(store):
-    train = torch.from_numpy(load_samples(store, TASK.build())[0].split == "train")
+    train = torch.from_numpy(load_samples(store)[0].split == "train")
     same = altered(
         store,
         model_answer=lambda y: torch.where(train, 2, torch.arange(len(y)) % 4),
         **{"label.length": lambda y: torch.where(train & (y >= 0), 1, y)},
     )
-    found, _, _ = load_samples(same, TASK.build())
+    found, _, _ = load_samples(same)
     said = reasons(found)
     assert re.search(r"the model\b.*\b1 class\b.*\b2\b", said["model_answer"])
     assert re.search(r"\b1 class\b.*\b2\b", said["length"]) and "the model" not in said["length"]
     assert not {target.name for target in found.targets} & {"model_answer", "model_answer_relabelled", "length"}
     two = altered(store, model_answer=lambda y: torch.arange(len(y)) // 2 % 4)
-    found, _, _ = load_samples(two, TASK.build())
+    found, _, _ = load_samples(two)
     assert "model_answer" not in reasons(found)
     assert "model_answer" in {target.name for target in found.targets}
 
 
 def test_a_store_in_which_the_model_answers_nothing_has_all_other_targets(store):
-    found, _, _ = load_samples(altered(store, model_answer=lambda y: y * 0 - 1), TASK.build())
+    found, _, _ = load_samples(altered(store, model_answer=lambda y: y * 0 - 1))
     assert list(reasons(found)) == ["model_answer"]
     assert [t.name for t in found.targets if t.role != "relabelled"] == [
         t.name for t in TASK.build().targets if t.name != "model_answer"

@@ -14,6 +14,9 @@ from cosprobe.errors import InputError
 from cosprobe.tasks import MazeConfig
 from tests.examples.pipelines import wan
 
+NAMES = list(map(str, range(10)))
+TRAINER = TrainerConfig(accelerator="cpu")
+
 
 class Doubling(FrozenSampling):
     """Instead of sampling, doubles the content of a shard, and keeps what it was called with."""
@@ -23,48 +26,55 @@ class Doubling(FrozenSampling):
         self.seen = []
 
     def predict_step(self, batch, index):
-        self.seen.append(batch.index)
+        self.seen.append(batch.content[0])
         assert not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         return {"x": 2 * torch.tensor(batch.content)}, {"steps": [0]}
 
 
 @pytest.fixture(scope="module")
 def sampler():
-    return Sampler(wan(), PipelineConfig(steps=1), MazeConfig().build(), TrainerConfig(accelerator="cpu"))
+    return Sampler(wan(), PipelineConfig(steps=1), MazeConfig().build(), TRAINER)
 
 
 def shards(folder, count=5):
-    store = ActivationStore(folder, {"what": "doubled"}, count)
-    announce(store, 100, "numbers")
-    return store, [Shard(store, i, [float(i), float(i + 1)]) for i in range(count)]
+    """A store, and the shards that it lacks: of two numbers each, named by them."""
+    store = ActivationStore(folder, {"what": "doubled"})
+    names = NAMES[: 2 * count]
+    missing = store.missing(names)
+    announce(store, names, len(missing), 100, "numbers")
+    pairs = [names[i : i + 2] for i in range(0, len(names), 2)]
+    return store, [Shard(store, {"": two}, [float(two[0]), float(two[1])]) for two in pairs if two[0] in missing]
+
+
+def predict(module, *parts, trainer=None):
+    """Samples what is missing in stores of so many shards."""
+    asked = [(store, NAMES[: 2 * count]) for store, _, count in parts]
+    predict_shards(module, [shard for _, lacking, _ in parts for shard in lacking], asked, trainer or TRAINER)
+    return module.seen
 
 
 def test_missing_shards_are_sampled_once_and_the_store_is_completed(sampler, tmp_path):
-    store, parts = shards(tmp_path / "store")
-    predict_shards(module := Doubling(sampler), parts, sampler.trainer)
-    assert module.seen == [0, 1, 2, 3, 4] and store.complete
-    assert store.read()[0]["x"].tolist() == [2.0 * n for i in range(5) for n in (i, i + 1)]
-    (store.folder / "shard-00003.safetensors").unlink()
-    predict_shards(module := Doubling(sampler), parts, sampler.trainer)
-    assert module.seen == [3] and store.complete
-    predict_shards(module := Doubling(sampler), parts, sampler.trainer)
-    assert module.seen == []
+    store, lacking = shards(tmp_path / "store")
+    assert predict(Doubling(sampler), (store, lacking, 5)) == [0, 2, 4, 6, 8] and store.complete(NAMES)
+    assert store.read()[0]["x"].tolist() == [2.0 * n for n in range(10)]
+    lacking[3].store.path(lacking[3].rows).unlink()
+    assert predict(Doubling(sampler), (*shards(tmp_path / "store"), 5)) == [6] and store.complete(NAMES)
+    assert predict(Doubling(sampler), (*shards(tmp_path / "store"), 5)) == []
 
 
 def test_several_stores_are_filled_by_one_call(sampler, tmp_path):
-    (first, parts), (second, others) = shards(tmp_path / "a", 2), shards(tmp_path / "b", 3)
-    predict_shards(module := Doubling(sampler), [*parts, *others], sampler.trainer)
-    assert module.seen == [0, 1, 0, 1, 2] and first.complete and second.complete
+    first, second = (*shards(tmp_path / "a", 2), 2), (*shards(tmp_path / "b", 3), 3)
+    assert predict(Doubling(sampler), first, second) == [0, 2, 0, 2, 4]
+    assert first[0].complete(NAMES[:4]) and second[0].complete(NAMES[:6])
 
 
 def test_a_limit_ends_sampling_and_the_next_call_continues(sampler, tmp_path):
-    store, parts = shards(tmp_path / "store")
+    store, lacking = shards(tmp_path / "store")
     limited = TrainerConfig(accelerator="cpu", limit_predict_batches=2)
     with pytest.raises(InputError, match=r"limit_predict_batches=2: 3 of 5 shards"):
-        predict_shards(Doubling(sampler), parts, limited)
-    assert not store.complete
-    predict_shards(module := Doubling(sampler), parts, sampler.trainer)
-    assert module.seen == [2, 3, 4] and store.complete
+        predict(Doubling(sampler), (store, lacking, 5), trainer=limited)
+    assert not store.complete(NAMES[:4])
+    assert predict(Doubling(sampler), (*shards(tmp_path / "store"), 5)) == [4, 6, 8] and store.complete(NAMES)
 
 
 def test_the_pipeline_is_no_submodule_and_has_to_be_frozen(sampler, tmp_path):
@@ -72,22 +82,22 @@ def test_the_pipeline_is_no_submodule_and_has_to_be_frozen(sampler, tmp_path):
     assert isinstance(module, L.LightningModule) and not list(module.parameters()) and not list(module.children())
     thawed = wan()
     thawed.transformer.requires_grad_(True)
-    _, parts = shards(tmp_path / "store")
+    module = Doubling(Sampler(thawed, sampler.config, sampler.task, sampler.trainer))
     with pytest.raises(InputError, match="transformer.*frozen"):
-        predict_shards(Doubling(Sampler(thawed, sampler.config, sampler.task, sampler.trainer)), parts, sampler.trainer)
+        predict(module, (*shards(tmp_path / "store"), 5))
 
 
 def test_an_error_keeps_what_was_written(sampler, tmp_path):
     class Failing(Doubling):
         def predict_step(self, batch, index):
-            if batch.index == 2:
+            if batch.content[0] == 2:
                 raise InputError("shard=2: no")
             return super().predict_step(batch, index)
 
-    store, parts = shards(tmp_path / "store")
+    store, lacking = shards(tmp_path / "store")
     with pytest.raises(InputError, match="shard=2"):
-        predict_shards(Failing(sampler), parts, sampler.trainer)
-    assert store.missing() == [2, 3, 4]
+        predict(Failing(sampler), (store, lacking, 5))
+    assert store.missing(NAMES) == NAMES[2:]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +111,5 @@ def test_an_error_keeps_what_was_written(sampler, tmp_path):
     ],
 )
 def test_devices_that_do_not_exist_are_named(sampler, tmp_path, settings, named):
-    _, parts = shards(tmp_path / "store")
     with pytest.raises(InputError, match=named):
-        predict_shards(Doubling(sampler), parts, TrainerConfig(**settings))
+        predict(Doubling(sampler), (*shards(tmp_path / "store"), 5), trainer=TrainerConfig(**settings))

@@ -28,13 +28,15 @@ DRAWS, LEVEL, FOLDS = 4000, 0.025, 5
 
 def read(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Every tensor of the store, samples first, and what its axes mean."""
-    shards = [load_file(path) for path in sorted((folder / "store").glob("shard-*.safetensors"))]
+    store = folder.parent / "store"
+    paths = [store / name for name in json.loads((store / "manifest.json").read_text())["shards"]]
+    shards = [load_file(path) for path in paths]
     names = [name for name in shards[0] if not name.startswith("untrained.")]
-    with (folder / "store" / "shard-00000.safetensors").open("rb") as file:
+    with paths[0].open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return {name: np.concatenate([s[name] for s in shards]) for name in names}, json.loads(
-        header["__metadata__"]["notes"]
-    )
+    tensors = {name: np.concatenate([s[name] for s in shards]) for name in names}
+    tensors |= load_file(next(store.glob("samples-*.safetensors")))  # labels, in the order of the shards
+    return tensors, json.loads(header["__metadata__"]["notes"])
 
 
 def standardise(rows: np.ndarray, train: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from cosprobe.activations import RANDOM_WEIGHTS, UNTRAINED, ActivationStore, ProbeSamples
+from cosprobe.activations import RANDOM_WEIGHTS, UNTRAINED, ProbeSamples, StoredSamples
 from cosprobe.cells import SPLIT_ORDER, Cell
 from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.evaluation import correctness, share_interval
@@ -44,32 +44,35 @@ class WeightsTable:
 
 
 def weights_table(
-    store: ActivationStore, samples: ProbeSamples, probe: ProbeConfig, trainer: TrainerConfig, folder: Path, seed: int
+    stored: StoredSamples, samples: ProbeSamples, probe: ProbeConfig, trainer: TrainerConfig, folder: Path, seed: int
 ) -> WeightsTable | None:
     """Fits probes of every target of role `answer` or `model_answer` to each kind of weights.
 
-    store: activation store of the run. samples: samples of the run. probe, trainer, seed: settings of the fits. folder:
-    folder of the trainer.
+    stored: where the samples of the run are read from. samples: these samples. probe, trainer, seed: settings of the
+    fits. folder: folder of the trainer.
     Targets with fewer than two classes among the training samples used here are left out, and so are targets without a
     label in one of the splits. Returns None if no target is left, or if no other weights were sampled.
     """
-    tensors, notes = store.read(UNTRAINED)
+    tensors, notes = stored.store.read(UNTRAINED, [stored.table.names[i] for i in stored.few])
     if not tensors:
         return None
-    few = samples.rows(tensors[f"{UNTRAINED}sample"].numpy())
+    few = samples.rows(np.array(stored.few))
     targets = tuple(t for t in samples.targets if t.role in ANSWER_ROLES and _enough(few, t.name))
     if not targets:
         return None
-    cells = tuple(
+    stored_cells = [
         Cell(step, int(layer), "cond", position)
         for step in notes["untrained_steps"]
         for layer in notes["hook_points"]
         for position in notes["positions"]
-    )
+    ]
+    read = {cell for cell in samples.cells if cell.step in stored.few_steps}
+    at = [i for i, cell in enumerate(stored_cells) if cell in read]
+    cells = tuple(stored_cells[i] for i in at)
     scores = {split: np.full((len(targets), len(WEIGHTS), len(cells)), np.nan) for split in ("validation", "test")}
     lower, upper = np.full_like(scores["test"], np.nan), np.full_like(scores["test"], np.nan)
     trained = few.features[:, [few.cells.index(cell) for cell in cells]]
-    untrained = tensors[f"{UNTRAINED}features"].flatten(2, 4).to(trained.dtype)
+    untrained = tensors[f"{UNTRAINED}features"].flatten(2, 4)[:, :, at].to(trained.dtype)
     for w, features in enumerate((trained, *untrained.unbind(1))):
         these = replace(few, features=features, cells=cells, targets=targets)
         bank = fit(these, replace(probe, kind="newton"), trainer, folder, seed)

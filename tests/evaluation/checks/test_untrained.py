@@ -15,21 +15,21 @@ from hypothesis import strategies as st
 
 from cosprobe.activations import images
 from cosprobe.activations.capture import capture
-from cosprobe.activations.collection import UNTRAINED, StoreSettings, collect, few_samples, few_steps
+from cosprobe.activations.collection import UNTRAINED, StoredSamples, StoreSettings, few_samples, few_steps
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.random_weights import RANDOM_WEIGHTS, replay, with_random_weights
 from cosprobe.activations.sampler import Sampler
-from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import Cell
 from cosprobe.config import CaptureConfig, PipelineConfig, ProbeConfig, TrainerConfig
 from cosprobe.evaluation.checks.untrained import weights_table
 from cosprobe.evaluation.intervals import share_interval
 from cosprobe.models.pipelines import sample
 from cosprobe.probes.logistic import fit
-from cosprobe.tasks import Maze, MazeConfig
-from cosprobe.tasks.samples import Sample, draw_samples
+from cosprobe.tasks import MazeConfig
+from cosprobe.tasks.samples import draw_samples
 from tests.examples.pipelines import wan
+from tests.examples.stores import collected
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -37,7 +37,6 @@ TASK = MazeConfig(problems=40, frames=5)
 DRAWN = draw_samples(TASK.build(), TASK, 0)
 PROBE = ProbeConfig(layers="0,2", penalties=[0.1], random_weights=30)
 TRAINER = TrainerConfig(precision="32-true")
-PROBLEM = Maze().problems("train", 1)[0]
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +52,18 @@ def pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def store(model, pipeline, tmp_path_factory) -> ActivationStore:
-    return asked(model, pipeline, PROBE, tmp_path_factory.mktemp("run") / "store")
+def store(model, pipeline, tmp_path_factory) -> StoredSamples:
+    return asked(model, pipeline, PROBE, tmp_path_factory.mktemp("run"))
 
 
-def asked(model, pipeline, probe, folder) -> ActivationStore:
+def asked(model, pipeline, probe, folder) -> StoredSamples:
     settings = StoreSettings.of(pipeline, TASK, probe, 0)
-    return collect(Sampler(model, pipeline, TASK.build()), probe, DRAWN, settings, folder)
+    return collected(Sampler(model, pipeline, TASK.build()), DRAWN, settings, folder)
 
 
 @pytest.fixture(scope="module")
 def samples(store):
-    return load_samples(store, TASK.build())[0]
+    return load_samples(store)[0]
 
 
 # what is asked
@@ -74,8 +73,7 @@ def samples(store):
 def test_few_samples_keep_the_proportions_and_the_first_of_every_split(problems, seeds, most):
     counts = {"train": problems // 2, "validation": problems // 5, "test": problems // 3}
     names = [split for split, count in counts.items() for _ in range(count * seeds)]
-    drawn = [Sample(replace(PROBLEM, split=split), i) for i, split in enumerate(names)]
-    few = few_samples(drawn, most)
+    few = few_samples(np.array(names), most)
     assert len(few) <= most
     assert few == sorted(set(few))
     least = min(int(count * seeds * min(1, most / len(names))) for count in counts.values())
@@ -110,8 +108,8 @@ def test_no_other_weights_are_tried_when_turned_off_or_when_a_split_would_be_emp
     for count in (0, 3):
         store = asked(model, pipeline, replace(PROBE, random_weights=count), tmp_path / str(count))
         assert ("probe.random_weights=3 of 40 samples" in capsys.readouterr().out) == (count == 3)
-        assert store.read(UNTRAINED)[0] == {}
-        samples, _, _ = load_samples(store, TASK.build())
+        assert store.store.read(UNTRAINED)[0] == {}
+        samples, _, _ = load_samples(store)
         assert weights_table(store, samples, PROBE, TRAINER, tmp_path, 0) is None
 
 
@@ -119,10 +117,11 @@ def test_no_other_weights_are_tried_when_turned_off_or_when_a_split_would_be_emp
 
 
 def test_other_weights_answer_the_very_calls_the_trained_ones_did(model, pipeline, store, samples):
-    tensors, notes = store.read(UNTRAINED)
+    tensors, notes = store.store.read(UNTRAINED)
     assert notes["untrained_steps"] == [0, 1, 2]
-    few = tensors["untrained.sample"].tolist()
-    assert few == few_samples(DRAWN, 30)
+    few = store.few
+    assert few == few_samples(np.array([s.problem.split for s in DRAWN]), 30)
+    assert store.store.names(UNTRAINED) == [DRAWN[i].name for i in few]
     assert [sum(samples.split[few] == split) for split in ("train", "validation", "test")] == [15, 6, 9]
     features = tensors["untrained.features"]
     assert features.shape == (30, 2, 3, 2, 1, 4, 24)  # sample, weights, step, layer, position, region, channel
@@ -146,7 +145,7 @@ def test_other_weights_answer_the_very_calls_the_trained_ones_did(model, pipelin
 
 
 def test_the_cost_is_what_was_added(store):
-    calls, seconds = store.read(UNTRAINED)[0]["untrained.spent"].sum(dim=0).tolist()
+    calls, seconds = store.store.read(UNTRAINED)[0]["untrained.spent"].sum(dim=0).tolist()
     assert calls == 30 * 2 * 3  # each kind of weights at three steps
     assert 0 < seconds < 600
 
@@ -158,24 +157,26 @@ def test_the_models_weights_are_as_before(model, store):
 
 
 def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, pipeline, store, monkeypatch, capsys):
-    before = store.read(UNTRAINED)[0]["untrained.features"]
+    before = store.store.read(UNTRAINED)[0]["untrained.features"]
 
     def refuse(*a, **k):
         raise AssertionError("sampled again")
 
     with monkeypatch.context() as patch:
         patch.setattr(import_module("cosprobe.activations.sampler"), "sample", refuse)
-        again = asked(model, pipeline, PROBE, store.folder)
-    assert again.fingerprint == store.fingerprint
+        again = asked(model, pipeline, PROBE, store.store.folder.parent)
+    assert again.store == store.store
     said = capsys.readouterr().out
-    assert "40 samples" in said and "30 of them" in said and str(store.folder) in said
-    (store.folder / "shard-00002.safetensors").unlink()  # as if it had been killed before that shard
-    (store.folder / "manifest.json").unlink()
-    mended = asked(model, pipeline, PROBE, store.folder)
-    assert "4 of 5" in capsys.readouterr().out
-    assert torch.equal(mended.read(UNTRAINED)[0]["untrained.features"], before)
-    with pytest.raises(ValueError, match=r"probe\.random_weights=30.*probe\.random_weights=20"):
-        asked(model, pipeline, replace(PROBE, random_weights=20), store.folder)
+    assert "40 samples" in said and "30 of them" in said and str(store.store.folder) in said
+    names, few = [s.name for s in DRAWN], {DRAWN[i].name for i in store.few}
+    part = {"": names[16:24], UNTRAINED: [name for name in names[16:24] if name in few]}
+    store.store.path(part).unlink()  # as if it had been killed before that shard
+    (store.store.folder / "manifest.json").unlink()
+    mended = asked(model, pipeline, PROBE, store.store.folder.parent)
+    assert "32 of 40" in capsys.readouterr().out
+    assert torch.equal(mended.store.read(UNTRAINED)[0]["untrained.features"], before)
+    fewer = asked(model, pipeline, replace(PROBE, random_weights=20), store.store.folder.parent)
+    assert len(fewer.few) == 20 and set(fewer.few) < set(store.few)
 
 
 # what is read
@@ -185,8 +186,8 @@ def test_the_table_is_that_of_separate_fits_on_the_few(store, samples, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         table = weights_table(store, samples, PROBE, TRAINER, tmp_path, 0)
-        tensors, _ = store.read(UNTRAINED)
-        few = samples.rows(tensors["untrained.sample"].numpy())
+        tensors, _ = store.store.read(UNTRAINED)
+        few = samples.rows(np.array(store.few))
         assert table.targets == ("answer",)  # a random model settles on no answer
         assert table.cells == tuple(Cell(s, n, "cond", "all") for s in (0, 1, 2) for n in (0, 2))
         assert (table.samples, table.evaluations) == (30, 180)
@@ -210,7 +211,7 @@ def test_the_table_is_that_of_separate_fits_on_the_few(store, samples, tmp_path)
 
 
 def test_targets_the_few_do_not_carry_are_left_out(store, samples, tmp_path):
-    few = store.read(UNTRAINED)[0]["untrained.sample"].numpy()
+    few = np.array(store.few)
     labels = samples.labels["answer"].clone()
     test = few[samples.split[few] == "test"]
     labels[torch.from_numpy(test)] = -1
