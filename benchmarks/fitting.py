@@ -45,7 +45,7 @@ from cosprobe.cells import Cell
 from cosprobe.config import KINDS, ProbeConfig, TrainerConfig
 from cosprobe.probes import ProbeBank, design, fit, problem_folds, spread, standardise
 from cosprobe.probes.newton import PROMISED, relative_gaps
-from cosprobe.tasks import Maze, Target
+from cosprobe.tasks import Maze, Role, Target
 
 SIZES = {"train": 300, "validation": 120, "test": 180}
 TOLERANCES = (1e-2, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6)  # `tol` of scikit-learn; its default is 1e-4
@@ -155,7 +155,7 @@ def sklearn_gap(part: Rows, fit: LogisticRegression, penalty: float) -> float:
     weight, bias = torch.from_numpy(fit.coef_).double(), torch.from_numpy(fit.intercept_).double()
     if len(weight) == 1:
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    target = Target("rows", len(weight), "problem", "answer", ("any",))
+    target = Target("rows", len(weight), "problem", Role.ANSWER, ("any",))
     x = torch.from_numpy(part.rows).double()[None, :, None]
     label = torch.from_numpy(np.searchsorted(fit.classes_, part.label))
     return relative_gaps(x, label, target, [penalty], weight.T[None, :, None], bias[None, None]).item()

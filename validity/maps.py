@@ -27,7 +27,7 @@ from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.evaluation import ALPHA, evaluate, read_inputs
 from cosprobe.evaluation.checks import examine
 from cosprobe.probes import fit
-from cosprobe.tasks import Target
+from cosprobe.tasks import Role, Target
 from validity.rows import Row, alarms, shares_covered
 
 REGIONS, CHANNELS, STEPS, LAYERS, FRAMES = 4, 6, 4, 3, 2
@@ -93,9 +93,9 @@ def world(kind: str, rng: np.random.Generator) -> tuple[ProbeSamples, dict[str, 
     labels = {"answer": torch.from_numpy(answer), "seen": torch.from_numpy(seen)}
     labels["control"] = torch.from_numpy(rng.integers(0, REGIONS, len(seeds))[keys])
     targets = (
-        Target("answer", REGIONS, "candidate", "answer", ("one",)),
-        Target("seen", 6, "problem", "perception", ("one",)),
-        Target("control", REGIONS, "candidate", "control", ("one",)),
+        Target("answer", REGIONS, "candidate", Role.ANSWER, ("one",)),
+        Target("seen", 6, "problem", Role.PERCEPTION, ("one",)),
+        Target("control", REGIONS, "candidate", Role.CONTROL, ("one",)),
     )
     controls, relabels = relabelled(targets, labels)
     scores = rng.random((count, STEPS, REGIONS))

@@ -23,7 +23,7 @@ from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import DIFFICULTY, SPLIT_ORDER, Cell
 from cosprobe.errors import InputError
 from cosprobe.runtime import enough_memory
-from cosprobe.tasks import ANSWER_ROLES, RELABELLED, Target, readable_targets
+from cosprobe.tasks import ANSWER_ROLES, RELABELLED, Role, Target, readable_targets
 
 OPTIONAL = ("model_answer", "replica")  # columns that may be None
 
@@ -228,7 +228,7 @@ def relabelled(
     memorising the class of each value (Hewitt and Liang 2019, arXiv 1909.03368, section 2). The attribute is the first
     perception target with one label per problem. Without such a target there are no controls.
     """
-    attributes = [labels[t.name].long() for t in targets if t.role == "perception" and t.form == "problem"]
+    attributes = [labels[t.name].long() for t in targets if t.role is Role.PERCEPTION and t.form == "problem"]
     if not attributes:
         return (), {}
     shown, controls, found = attributes[0], [], {}
@@ -268,7 +268,7 @@ def _unfit(target: Target, labels: np.ndarray, split: np.ndarray) -> str:
     carried = labels.reshape(len(labels), -1)[:, 0] >= 0
     classes = len(np.unique(labels[(split == "train") & carried]))
     empty = [part for part in SPLIT_ORDER if not carried[split == part].any()]
-    whose = "the model's answers have" if target.role == "model_answer" else "it has"
+    whose = "the model's answers have" if target.role is Role.MODEL_ANSWER else "it has"
     if empty:
         return f"target {target.name!r} is left out: no sample of {' and '.join(empty)} has a label of it"
     if classes < 2:

@@ -19,7 +19,7 @@ from cosprobe.early_exit.trajectories import ExitPoints, Trajectories, sample_tr
 from cosprobe.errors import InputError
 from cosprobe.probes import ProbeBank
 from cosprobe.runtime import rank_and_world, say
-from cosprobe.tasks import ANSWER_ROLES, Problem, Target, TaskConfig, fresh_problems, with_noise
+from cosprobe.tasks import ANSWER_ROLES, Problem, Role, Target, TaskConfig, fresh_problems, with_noise
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def probe_for(bank: ProbeBank, kind: str, error_reference: str) -> Target | None
     If the bank has targets of both roles, the role is `model_answer` for the reference `model_answer`, and `answer` for
     `truth`.
     """
-    role = {"model_answer": "model_answer", "truth": "answer"}[error_reference]
+    role = {"model_answer": Role.MODEL_ANSWER, "truth": Role.ANSWER}[error_reference]
     able = [t for t in bank.targets if t.role in ANSWER_ROLES and kind in t.kinds]
     return min(able, key=lambda t: t.role != role, default=None)
 
@@ -122,7 +122,7 @@ def probe_for(bank: ProbeBank, kind: str, error_reference: str) -> Target | None
 def _plan(bank: ProbeBank, target: Target, validation: ProbeSamples, error_reference: str) -> _Planned:
     """Exit points for problems of one kind, from the validation samples of that kind."""
     # probes of a target of role model_answer are chosen by the model's answers, for either reference
-    ends = error_reference == "model_answer" or target.role == "model_answer"
+    ends = error_reference == "model_answer" or target.role is Role.MODEL_ANSWER
     labels = np.asarray(validation.model_answer if ends else validation.labels[target.name])
     cells = plan(bank, target.name, validation.features, validation.cells, labels)
     exits = ExitPoints(bank, target.name, cells)

@@ -20,7 +20,7 @@ from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
 from cosprobe.probes import ProbeBank
 from cosprobe.runtime import rank_and_world
-from cosprobe.tasks import Problem, Sample, TaskConfig, fresh_problems, with_noise
+from cosprobe.tasks import ANSWER_ROLES, Problem, Sample, TaskConfig, fresh_problems, with_noise
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ def early_answers(
         problems = [s.problem for s in batch]
         proba = probabilities(bank, _features_at(sampler, bank, cell, batch)[:, None], target, [cell])[0]
         ends = sampler.parse(problems, sampler(batch)).answers.tolist()
-        for problem, chances, end in zip(problems, proba, ends, strict=True):
+        for problem, each, end in zip(problems, proba, ends, strict=True):
             solutions, model_answer = sampler.task.solutions(problem), None if end < 0 else end
-            found.append(EarlyAnswer(problem, int(chances.argmax()), float(chances.max()), model_answer, solutions))
+            found.append(EarlyAnswer(problem, int(each.argmax()), float(each.max()), model_answer, solutions))
     return found
 
 
@@ -89,7 +89,7 @@ def predict(
     pipeline, grid = sampler.config, Grid.load(folder)
     bank.check_model(*pipeline.parts)
     console = console or Console()
-    for name in grid.with_role("answer", "model_answer"):
+    for name in grid.with_role(*ANSWER_ROLES):
         cell = _best_at(grid, bank, name, use.step, use.layer)
         kind = bank.target(name).kinds[0]
         samples = with_noise(fresh_problems(sampler.task, "test", task.problems, use.problems, [kind]), seed)

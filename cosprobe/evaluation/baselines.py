@@ -41,12 +41,12 @@ from cosprobe.probes import (
     standardise,
     validated,
 )
-from cosprobe.tasks import Target, readable_targets
+from cosprobe.tasks import Role, Target, readable_targets
 
 LOCAL = (NOISE, FIRST_FRAME, EMBED, X_T)  # inputs that have frames and regions
 # The inputs that a target is compared with, by role of the target. Perception targets are visible in the input by
 # definition, and nuisance and control targets are not findings: these roles are compared with chance only.
-MUST_BEAT = {"answer": INPUTS, "model_answer": INPUTS, "memory": LOCAL}
+MUST_BEAT = {Role.ANSWER: INPUTS, Role.MODEL_ANSWER: INPUTS, Role.MEMORY: LOCAL}
 GAP = 1e-4  # a fit ends at this relative gap of the objective
 NUMBERS = 2**25  # feature values processed at a time: 128 MB in fp32
 
@@ -91,7 +91,7 @@ def read_inputs(
     found: dict[str, dict[str, InputReading]] = {}
     for target in readable_targets(samples.targets, samples.regions):
         names = [name for name in (*MUST_BEAT[target.role], X0) if name in inputs] if target.role in MUST_BEAT else []
-        local = target.role == "memory"
+        local = target.role is Role.MEMORY
         for name in names:
             read = [
                 _read(samples, target, list(forms(inputs[name], target, position if local else None)), recipe)
@@ -133,7 +133,7 @@ def input_samples(samples: ProbeSamples, source: InputFeatures, target: str, cel
     """Copies of the samples whose only features are one input, in one form, at the step of `cell`. For refits."""
     kind = next(t for t in readable_targets(samples.targets, samples.regions) if t.name == target)
     step = sorted({c.step for c in samples.cells}).index(cell.step)
-    position = cell.position if kind.role == "memory" else None
+    position = cell.position if kind.role is Role.MEMORY else None
     rows = next(one.rows for one in forms(source, kind, position) if one.name == form)
     at = min(step, rows.shape[1] - 1)  # some inputs have one entry for all steps
     return replace(samples, features=rows[:, [at]], cells=(cell,))

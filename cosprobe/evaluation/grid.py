@@ -19,6 +19,7 @@ from cosprobe.cells import Cell
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
 from cosprobe.runs import find_result
+from cosprobe.tasks import Role
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,7 +96,7 @@ class Grid:
         """Model, data and settings that the bank was trained with."""
         return json.loads(self.dataset.attrs["provenance"])
 
-    def with_role(self, *roles: str) -> tuple[str, ...]:
+    def with_role(self, *roles: Role | str) -> tuple[str, ...]:
         """Targets of these roles, in order."""
         return tuple(name for name, role in zip(self.targets, self.dataset.role.values, strict=True) if role in roles)
 

@@ -12,7 +12,7 @@ from cosprobe.activations import ProbeSamples
 from cosprobe.cells import Cell
 from cosprobe.errors import InputError
 from cosprobe.probes import ProbeBank, brier, ece
-from cosprobe.tasks import Target
+from cosprobe.tasks import ANSWER_ROLES, Role, Target
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def evaluate(
     for target in bank.targets:
         read = dict((readings or {}).get(target.name, {}))
         kinds = np.isin(samples.kinds, target.kinds)
-        none = int((kinds & (settled < 0)).sum()) if target.role == "model_answer" else 0
+        none = int((kinds & (settled < 0)).sum()) if target.role is Role.MODEL_ANSWER else 0
         results.append(
             TargetPredictions(
                 target,
@@ -174,7 +174,7 @@ def _predictions(
     samples: ProbeSamples, target: Target, bank: ProbeBank, steps: list[int], inputs: dict[str, np.ndarray]
 ) -> SplitPredictions:
     x0_parsed = None
-    if target.role in ("answer", "model_answer"):  # the candidate with the highest parser score
+    if target.role in ANSWER_ROLES:  # the candidate with the highest parser score
         scores = samples.scores["x0_scores"][:, steps]
         x0_parsed = np.where(np.isnan(scores).any(-1), -1, np.nan_to_num(scores).argmax(-1)).T
     return SplitPredictions(

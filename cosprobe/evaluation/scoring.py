@@ -41,7 +41,7 @@ from cosprobe.evaluation.variables import (
     X0_BASELINES,
     X0_PARSED,
 )
-from cosprobe.tasks import RELABELLED, Target
+from cosprobe.tasks import RELABELLED, Role, Target
 
 CELL = ("step", "layer", "branch", "position")
 STEP = ("step", "branch", "position")
@@ -448,7 +448,7 @@ def _model_answers(result: TargetPredictions, test: SplitPredictions, rows: Rows
         settled, wrong = test.model_answer >= 0, test.model_answer != test.labels
         if settled.any():
             agreement = (test.predicted[:, settled] == test.model_answer[settled]).mean(axis=1)
-        if wrong.any() and result.target.role == "answer":
+        if wrong.any() and result.target.role is Role.ANSWER:
             right = rows.right[:cells, wrong]
             correct[""], wrong_count = right.mean(axis=1), int(wrong.sum())
             correct["_lower"], correct["_upper"] = share_interval(right, test.keys[wrong])
@@ -564,7 +564,7 @@ def _model_accuracy(evaluated: Evaluated) -> dict[str, float]:
     """
     for result in evaluated.results:
         test = result.test.carried()
-        if result.target.role == "answer" and test.model_answer is not None and len(test.keys):
+        if result.target.role is Role.ANSWER and test.model_answer is not None and len(test.keys):
             right = correctness(test.model_answer[None], test.labels)
             lower, upper = share_interval(right, test.keys)
             return dict(zip(MODEL_ACCURACY, (float(right.mean()), float(lower[0]), float(upper[0])), strict=True))

@@ -13,6 +13,7 @@ from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
 from cosprobe.files import whole_file
 from cosprobe.reporting.figures import side_by_side
+from cosprobe.tasks import Role
 
 
 def named(run: str) -> tuple[str, Grid, str]:
@@ -24,7 +25,7 @@ def named(run: str) -> tuple[str, Grid, str]:
     where, _, target = run.partition(":")
     name, _, folder = where.rpartition("=")
     grid = Grid.load(folder)
-    target = target or (grid.with_role("answer") or grid.targets)[0]
+    target = target or (grid.with_role(Role.ANSWER) or grid.targets)[0]
     if target not in grid.targets:
         raise InputError(f"{run!r}: the run has no target {target!r}; expected one of {', '.join(grid.targets)}")
     return name or Path(folder).name, grid, target

@@ -25,6 +25,7 @@ from matplotlib.patches import Patch
 from cosprobe.cells import EMBED, X0, X_T
 from cosprobe.errors import InputError
 from cosprobe.evaluation import ALPHA, X0_PARSED, Grid
+from cosprobe.tasks import ANSWER_ROLES, Role
 
 WORST = -0.5  # lower end of the colour scale
 STYLE = {
@@ -36,12 +37,12 @@ LAYER_LABEL = "layer (block output)"
 UNDEFINED, HATCH, OUTLINE = "#c9c9c9", "#8a8a8a", "#e6550d"
 
 QUESTIONS = {
-    "answer": "which candidate is right?",
-    "model_answer": "what will the video show?",
-    "perception": "visible in the first frame",
-    "memory": "not visible where it is read",
-    "nuisance": "a possible confound",
-    "control": "random labels: must be hatched",
+    Role.ANSWER: "which candidate is right?",
+    Role.MODEL_ANSWER: "what will the video show?",
+    Role.PERCEPTION: "visible in the first frame",
+    Role.MEMORY: "not visible where it is read",
+    Role.NUISANCE: "a possible confound",
+    Role.CONTROL: "random labels: must be hatched",
 }
 BASELINE_STYLE = {
     X_T: ("probe on x_t, the noisy latent", {"color": "#444444", "linestyle": ":"}),
@@ -99,7 +100,7 @@ def side_by_side(
 
 def headline(grid: Grid) -> Figure:
     """The maps of the targets of role `answer` and `model_answer`."""
-    return maps(grid, grid.with_role("answer", "model_answer") or grid.targets[:2])
+    return maps(grid, grid.with_role(*ANSWER_ROLES) or grid.targets[:2])
 
 
 def frame_maps(grid: Grid, target: str) -> Figure:
@@ -160,7 +161,7 @@ def curves(grid: Grid, targets: Sequence[str], layers: Sequence[int] | None = No
             axes.plot(plane.step, plane.reference, **best_input)
             axes.axhline(float(plane.chance), color="#9a9a9a", linewidth=1.3, label="chance")
             model = grid.dataset.attrs["model_accuracy"]
-            if target in grid.with_role("answer") and np.isfinite(model):
+            if target in grid.with_role(Role.ANSWER) and np.isfinite(model):
                 axes.axhline(model, color="#cc79a7", linewidth=1.3, linestyle="-.", label="finished video")
             axes.set_title(_title(grid, target, plane), loc="left", linespacing=1.35)
             axes.set(xlabel=STEP_LABEL, ylim=(0, 1.02))
@@ -202,7 +203,7 @@ def _title(grid: Grid, target: str, plane: xr.Dataset) -> str:
     whose = "all problems" if everything else f"kind {named}"
     where = f", position {plane.position.values}" if grid.dataset.sizes["position"] > 1 else ""
     where += f", {plane.branch.values}" if "branch" in grid.dataset.dims else ""
-    question = QUESTIONS.get(str(plane.role.values), "")
+    question = QUESTIONS.get(Role(str(plane.role.values)), "")
     result = f"best accuracy {best.accuracy:.2f}" if best.p <= ALPHA else "no evidence"
     return f"$\\bf{{{bold(target)}}}$: {question}\n{whose}, n = {int(plane.n_test)}, {result}{where}"
 

@@ -17,7 +17,7 @@ from cosprobe.evaluation import ALPHA, Grid
 from cosprobe.files import whole_file
 from cosprobe.reporting.summary import COLUMNS, markdown_table, shown_targets, summarise
 from cosprobe.runs import find_result
-from cosprobe.tasks import ANSWER_ROLES
+from cosprobe.tasks import ANSWER_ROLES, Role
 
 HEAD = """\
 # Results
@@ -64,7 +64,7 @@ def of_map(grid: Grid) -> list[str]:
         counts = (str(int((p <= ALPHA).sum())) if p.notnull().any() else "-" for p in tests)  # "-": not tested
         rows.append([target, str(int(here.accuracy.notnull().sum())), *counts])
     lines += [*markdown_table(head, *rows), ""]
-    for target in grid.with_role(*ANSWER_ROLES, "memory"):
+    for target in grid.with_role(*ANSWER_ROLES, Role.MEMORY):
         lines += _along(grid, target)
     return lines
 

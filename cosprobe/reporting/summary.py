@@ -19,7 +19,7 @@ from cosprobe.activations import RANDOM_WEIGHTS, flattened
 from cosprobe.evaluation import ALPHA, GUESSES, LEAST_EFFECTIVE, LEAST_PROBLEMS, Best, Grid
 from cosprobe.evaluation.checks import TRAINED, Checks
 from cosprobe.files import make_folder, whole_file
-from cosprobe.tasks import ANSWER_ROLES, RELABELLED
+from cosprobe.tasks import ANSWER_ROLES, RELABELLED, Role
 
 NONE = "-"
 PRINTED = "summary.txt"  # in the report
@@ -109,7 +109,7 @@ def remarks(grid: Grid, checks: Checks) -> list[str]:
     lines = []
     if np.isfinite(model):
         lines.append(f"The finished video is right on {model:.2f} [{lower:.2f}, {upper:.2f}] of test samples.")
-        for target in grid.with_role("answer"):
+        for target in grid.with_role(Role.ANSWER):
             best = grid.best(target)
             if model > 0 and best.p <= ALPHA:
                 where = f"layer {best.cell.layer}, step {best.cell.step}"
@@ -125,7 +125,7 @@ def remarks(grid: Grid, checks: Checks) -> list[str]:
     for target, (done, fits) in grid.provenance.get("converged", {}).items():
         if done < fits:
             lines.append(f"{target}: {fits - done} of {fits} fits did not converge; the log of the run names them.")
-    for target in grid.with_role("control"):
+    for target in grid.with_role(Role.CONTROL):
         count = int((grid.dataset.p_permutation.sel(target=target) <= ALPHA).sum())
         verdict = "as expected" if count == 0 else "expected 0: results of this grid are not reliable"
         lines.append(f"{target} (random labels) is decodable in {count} cells after correction, {verdict}.")

@@ -26,7 +26,7 @@ from cosprobe.monitoring import SAMPLING, TRAINING, remove_events
 from cosprobe.reporting.figures import curves, default_layers, maps
 from cosprobe.reporting.film import Film, film_motion, film_strip
 from cosprobe.reporting.summary import shown_targets
-from cosprobe.tasks import ANSWER_ROLES
+from cosprobe.tasks import ANSWER_ROLES, Role
 
 REPORT = "report"  # the TensorBoard run of everything that is not a line
 BY_STEP, OTHERS_BY_STEP = "accuracy by denoising step", "other targets by denoising step"  # groups of tags
@@ -95,7 +95,7 @@ def _lines(grid: Grid, target: str, layers: list[int]) -> dict[str, Ends]:
     lines |= {f"baseline {name}": _ends(plane.sel(baseline=name), *names) for name in BASELINES}
     lines["baseline best input"] = _ends(plane.sel(baseline=plane.reference_source), *names)
     lines["baseline chance"] = np.full((3, plane.sizes["step"]), float(plane.chance))
-    if target in grid.with_role("answer"):
+    if target in grid.with_role(Role.ANSWER):
         ends = [grid.dataset.attrs[f"model_accuracy{end}"] for end in ("", "_lower", "_upper")]
         lines["finished video"] = np.repeat(np.array(ends)[:, None], plane.sizes["step"], axis=1)
     return {name: values for name, values in lines.items() if np.isfinite(values[0]).any()}

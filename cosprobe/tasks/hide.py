@@ -25,6 +25,7 @@ from cosprobe.tasks.splits import split_of
 from cosprobe.tasks.task import (
     ParsedAnswer,
     Problem,
+    Role,
     Target,
     check_counts,
     check_request,
@@ -122,15 +123,15 @@ class Hide:
         starts, depends on the arrow.
         """
         return (
-            Target("answer", NONE, "problem", "answer", self.kinds),
-            Target("model_answer", NONE, "problem", "model_answer", self.kinds),
-            Target("inside", NONE + 1, "region", "memory", self.kinds),
-            Target("origin", LANES, "problem", "memory", self.kinds),
-            Target("marked", LANES, "problem", "perception", self.kinds),
-            Target("shift", 3, "problem", "perception", self.kinds),
-            Target("first", NONE + 1, "region", "perception", self.kinds),
-            Target("objects", LANES - 1, "problem", "nuisance", self.kinds),
-            Target("control", NONE, "problem", "control", self.kinds),
+            Target("answer", NONE, "problem", Role.ANSWER, self.kinds),
+            Target("model_answer", NONE, "problem", Role.MODEL_ANSWER, self.kinds),
+            Target("inside", NONE + 1, "region", Role.MEMORY, self.kinds),
+            Target("origin", LANES, "problem", Role.MEMORY, self.kinds),
+            Target("marked", LANES, "problem", Role.PERCEPTION, self.kinds),
+            Target("shift", 3, "problem", Role.PERCEPTION, self.kinds),
+            Target("first", NONE + 1, "region", Role.PERCEPTION, self.kinds),
+            Target("objects", LANES - 1, "problem", Role.NUISANCE, self.kinds),
+            Target("control", NONE, "problem", Role.CONTROL, self.kinds),
         )
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:

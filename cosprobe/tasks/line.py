@@ -27,6 +27,7 @@ from cosprobe.tasks.task import (
     Box,
     ParsedAnswer,
     Problem,
+    Role,
     Target,
     by_turns,
     check_counts,
@@ -134,14 +135,14 @@ class Line:
         """The labels that probes decode."""
         both, cells = self.kinds, self.size**2
         return (
-            Target("answer", cells, "candidate", "answer", ("one",)),
-            Target("model_answer", cells, "candidate", "model_answer", ("several",)),
-            Target("pieces", 3, "region", "perception", both),
-            Target("centre", 9, "problem", "perception", both),
-            Target("lines", 4, "problem", "perception", ("one",)),
-            Target("threat", cells, "candidate", "perception", both),
-            Target("count", COUNT_BINS, "problem", "nuisance", both),
-            Target("control", cells, "candidate", "control", both),
+            Target("answer", cells, "candidate", Role.ANSWER, ("one",)),
+            Target("model_answer", cells, "candidate", Role.MODEL_ANSWER, ("several",)),
+            Target("pieces", 3, "region", Role.PERCEPTION, both),
+            Target("centre", 9, "problem", Role.PERCEPTION, both),
+            Target("lines", 4, "problem", Role.PERCEPTION, ("one",)),
+            Target("threat", cells, "candidate", Role.PERCEPTION, both),
+            Target("count", COUNT_BINS, "problem", Role.NUISANCE, both),
+            Target("control", cells, "candidate", Role.CONTROL, both),
         )
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:

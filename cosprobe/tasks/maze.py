@@ -25,6 +25,7 @@ from cosprobe.tasks.task import (
     Box,
     ParsedAnswer,
     Problem,
+    Role,
     Target,
     by_turns,
     check_counts,
@@ -70,12 +71,12 @@ class Maze:
         """The labels that probes decode."""
         both, side = self.kinds, max(self.rooms)
         return (
-            Target("answer", 4, "candidate", "answer", ("one_exit",)),
-            Target("model_answer", 4, "candidate", "model_answer", ("choice",)),
-            Target("start", side * side, "problem", "perception", both),
-            Target("corridors", 2, "region", "perception", both),
-            Target("length", len(LENGTH_BINS) + 1, "problem", "nuisance", ("one_exit",)),
-            Target("control", 4, "candidate", "control", both),
+            Target("answer", 4, "candidate", Role.ANSWER, ("one_exit",)),
+            Target("model_answer", 4, "candidate", Role.MODEL_ANSWER, ("choice",)),
+            Target("start", side * side, "problem", Role.PERCEPTION, both),
+            Target("corridors", 2, "region", Role.PERCEPTION, both),
+            Target("length", len(LENGTH_BINS) + 1, "problem", Role.NUISANCE, ("one_exit",)),
+            Target("control", 4, "candidate", Role.CONTROL, both),
         )
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:

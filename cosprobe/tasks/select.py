@@ -23,6 +23,7 @@ from cosprobe.tasks.splits import split_of
 from cosprobe.tasks.task import (
     ParsedAnswer,
     Problem,
+    Role,
     Target,
     check_counts,
     check_request,
@@ -91,14 +92,14 @@ class Select:
     def targets(self) -> tuple[Target, ...]:
         """The labels that probes decode."""
         return (
-            Target("answer", 4, "candidate", "answer", self.kinds),
-            Target("model_answer", 4, "candidate", "model_answer", self.kinds),
-            Target("object", len(CELLS), "problem", "perception", self.kinds),  # cell of the named object
-            Target("box", len(COLOURS), "problem", "perception", self.kinds),  # colour of the named box
-            Target("corners", len(COLOURS), "region", "perception", self.kinds),  # colour of the box there
-            Target("move", 4, "problem", "perception", self.kinds),  # first direction: up, down, left, right
-            Target("objects", MOST - FEWEST + 1, "problem", "nuisance", self.kinds),
-            Target("control", 4, "candidate", "control", self.kinds),
+            Target("answer", 4, "candidate", Role.ANSWER, self.kinds),
+            Target("model_answer", 4, "candidate", Role.MODEL_ANSWER, self.kinds),
+            Target("object", len(CELLS), "problem", Role.PERCEPTION, self.kinds),  # cell of the named object
+            Target("box", len(COLOURS), "problem", Role.PERCEPTION, self.kinds),  # colour of the named box
+            Target("corners", len(COLOURS), "region", Role.PERCEPTION, self.kinds),  # colour of the box there
+            Target("move", 4, "problem", Role.PERCEPTION, self.kinds),  # first direction: up, down, left, right
+            Target("objects", MOST - FEWEST + 1, "problem", Role.NUISANCE, self.kinds),
+            Target("control", 4, "candidate", Role.CONTROL, self.kinds),
         )
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,9 +19,31 @@ from jaxtyping import Bool, Float, UInt8
 from cosprobe.errors import InputError
 from cosprobe.tasks.splits import SPLITS
 
-ANSWER_ROLES = ("answer", "model_answer")  # roles whose claims need a selectivity control
-RELABELLED = "relabelled"  # the role of selectivity controls, and the suffix of their names
 
+class Role(StrEnum):
+    """What a target is. It decides which baselines its probes have to beat.
+
+    `answer`: the right answer. `model_answer`: what the finished video shows. `memory`: not visible in the regions it
+    is decoded from. `perception`: visible in the first frame. `nuisance`: a possible confound. `control`: random.
+    `relabelled`: a random relabelling of a visible attribute, the control for selectivity.
+    Raises InputError for another name.
+    """
+
+    ANSWER = "answer"
+    MODEL_ANSWER = "model_answer"
+    MEMORY = "memory"
+    PERCEPTION = "perception"
+    NUISANCE = "nuisance"
+    CONTROL = "control"
+    RELABELLED = "relabelled"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Role:
+        raise InputError(f"role={value!r}: expected one of {', '.join(cls)}")
+
+
+ANSWER_ROLES = (Role.ANSWER, Role.MODEL_ANSWER)  # roles whose claims need a selectivity control
+RELABELLED = Role.RELABELLED  # the role of selectivity controls, and the suffix of their names
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the image
 
@@ -32,16 +55,19 @@ class Target:
     classes: number of classes.
     form: `candidate`: the label is the index of a region; one function, shared by all regions, gives each a score.
     `region`: one label per region. `problem`: one label per problem, decoded from all regions jointly.
-    role: `answer`, `model_answer`, `perception` (visible in the first frame), `memory` (not visible in the regions it
-    is decoded from), `nuisance`, `control` or `relabelled`.
+    role: what the target is; a text such as "answer" becomes a `Role`.
     kinds: the kinds of problems that have this label.
+    Raises InputError for an unknown role.
     """
 
     name: str
     classes: int
     form: str
-    role: str
+    role: Role
     kinds: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "role", Role(self.role))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,20 @@ from sklearn.linear_model import LogisticRegression
 
 from cosprobe.command import load
 from cosprobe.config import TrainRun
-from cosprobe.tasks import FAMILIES, SPLITS, Maze, MazeConfig, ParsedAnswer, Problem, Task, find_families, split_of
+from cosprobe.errors import InputError
+from cosprobe.tasks import (
+    FAMILIES,
+    SPLITS,
+    Maze,
+    MazeConfig,
+    ParsedAnswer,
+    Problem,
+    Role,
+    Target,
+    Task,
+    find_families,
+    split_of,
+)
 from cosprobe.tasks.hide import HideConfig
 from cosprobe.tasks.task import check_request, distinct
 
@@ -364,6 +378,14 @@ def test_requests_that_make_no_sense(split, count, kind, message):
         check_request(split, count, kind, Maze().kinds)
     with pytest.raises(ValueError, match=message):
         Maze().problems(split, count, kind)
+
+
+def test_a_role_is_the_text_that_stands_in_files():
+    target = Target("colour", 4, "problem", "memory", ("one",))
+    assert target.role is Role.MEMORY and target.role == "memory" and json.dumps(target.role) == '"memory"'
+    assert np.array([target.role]).tolist() == ["memory"]
+    with pytest.raises(InputError, match=r"^role='colour': expected one of answer, model_answer, memory, perception"):
+        Target("colour", 4, "problem", "colour", ("one",))
 
 
 def test_forced_choice_is_the_highest_score():
