@@ -140,7 +140,7 @@ def remarks(comparison: Comparison) -> list[str]:
         each = ", ".join(f"{value:.2f} at step {step}" for step, value in known.items())
         found.append(
             "Among pairs of a right and a wrong run of the same problem, the share in which the probe gives the right "
-            f"run the higher probability (0.5: chance): {each}."
+            f"run the higher probability (0.5: it cannot tell them apart): {each}."
         )
     return found
 

@@ -1,6 +1,6 @@
 """Evaluates the probes of a bank on test problems: accuracy, baselines, intervals, significance, latency."""
 
-from cosprobe.evaluation.baselines import input_samples, read_inputs
+from cosprobe.evaluation.baselines import MUST_BEAT, input_samples, read_inputs
 from cosprobe.evaluation.grid import FILE, Best, Grid
 from cosprobe.evaluation.intervals import (
     LEAST_EFFECTIVE,
@@ -21,6 +21,7 @@ __all__ = [
     "GUESSES",
     "LEAST_EFFECTIVE",
     "LEAST_PROBLEMS",
+    "MUST_BEAT",
     "X0_PARSED",
     "Best",
     "Evaluated",

@@ -17,8 +17,9 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, Int, Shaped
 
-from cosprobe.cells import INPUTS, X0
+from cosprobe.cells import DIFFICULTY, INPUTS, X0
 from cosprobe.errors import InputError
+from cosprobe.evaluation.baselines import MUST_BEAT
 from cosprobe.evaluation.grid import Grid
 from cosprobe.evaluation.intervals import (
     correctness,
@@ -35,9 +36,9 @@ from cosprobe.evaluation.variables import (
     ALPHA,
     BASELINES,
     CEILING,
-    CHANCE,
     MAJORITY,
     MEANING,
+    UNIFORM,
     X0_BASELINES,
     X0_PARSED,
 )
@@ -95,9 +96,9 @@ class Rows:
 
     @cached_property
     def ends(self) -> Ends:
-        """95 % interval of every accuracy. The baseline `chance` is known exactly, so its interval has width 0."""
+        """95 % interval of every accuracy. The baseline `uniform` is known exactly, so its interval has width 0."""
         lower, upper = share_interval(self.right, self.keys)
-        exact = self.guess(CHANCE)
+        exact = self.guess(UNIFORM)
         lower[exact] = upper[exact] = self.accuracy[exact]
         return Ends(lower, upper)
 
@@ -117,7 +118,7 @@ class Rows:
 
     def rows_of(self, names: Sequence[str]) -> Int[np.ndarray, "name step branch position"]:
         """Indices of the rows of some baselines, in the order of `names`."""
-        empty = np.empty((0, *self.baseline[CHANCE].shape), dtype=int)
+        empty = np.empty((0, *self.baseline[UNIFORM].shape), dtype=int)
         return np.stack([self.baseline[name] for name in names]) if names else empty
 
 
@@ -172,6 +173,7 @@ def build_grid(
         "role": ("target", [t.role for t in targets]),
         "form": ("target", [t.form for t in targets]),
         "kinds": ("target", [",".join(t.kinds) for t in targets]),
+        "not_measured": ("target", [",".join(missing_inputs(result)) for result in evaluated.results]),
     }
     attributes = {
         "provenance": json.dumps(dict(provenance or {}), default=str),
@@ -195,7 +197,7 @@ def _score(
     )
     guess = majority(np.asarray(result.train_labels))
     of_test, of_validation = (_rows(split, result, evaluated, guess) for split in (test, validation))
-    better = max((CHANCE, MAJORITY), key=lambda name: of_validation.accuracy[of_validation.guess(name)])
+    better = max((UNIFORM, MAJORITY), key=lambda name: of_validation.accuracy[of_validation.guess(name)])
     cross_validation = _of_readings(result, of_test, "accuracy", np.nan)
     reference = _reference(result, of_test, cross_validation, better)
     of_x0 = _x0_rows(of_test)
@@ -239,7 +241,7 @@ def _rows(split: SplitPredictions, result: TargetPredictions, evaluated: Evaluat
         raise InputError(f"x0_parsed has {len(parsed)} steps: expected one per step of the grid, {steps}")
     shape = (steps, layer.shape[2], layer.shape[3])
     baseline = {name: np.full(shape, -1) for name in BASELINES}
-    baseline[CHANCE][:], baseline[MAJORITY][:] = cells, cells + 1
+    baseline[UNIFORM][:], baseline[MAJORITY][:] = cells, cells + 1
     decoded = (parsed >= 0).any(axis=1)
     baseline[X0_PARSED][decoded] = (cells + 2 + np.arange(steps))[decoded, None, None]
     # the parser returns one candidate, so it has no answer for region labels
@@ -291,7 +293,7 @@ def _of_readings(
 ) -> Shaped[np.ndarray, "baseline step branch position"]:
     """A field of every reading, repeated for every branch. `missing` for baselines that are not probes."""
     kind = "<U24" if isinstance(missing, str) else np.float64
-    found = np.full((len(BASELINES), *rows.baseline[CHANCE].shape), missing, dtype=kind)
+    found = np.full((len(BASELINES), *rows.baseline[UNIFORM].shape), missing, dtype=kind)
     for name, reading in result.readings.items():
         found[BASELINES.index(name)] = getattr(reading, field)[:, None]
     return found
@@ -304,8 +306,11 @@ def _reference(
     guess: str,
 ) -> Chosen:
     """The input with the highest cross-validated accuracy. The guess, where that input is less accurate on test than
-    the guess, or where the target is compared with no input."""
+    the guess, or where the target has no input to beat. None, where it has inputs to beat and none was measured."""
     names = _inputs(result)
+    if unmeasured(result):
+        empty = np.full(test.baseline[UNIFORM].shape, -1)
+        return Chosen(empty, np.full(empty.shape, ""))
     best = _highest(test.rows_of(names), cross_validation[[BASELINES.index(name) for name in names]], names)
     below = ~(_take(test.accuracy, best.row) >= test.accuracy[test.guess(guess)])  # true for NaN
     return Chosen(np.where(below, test.guess(guess), best.row), np.where(below, guess, best.source))
@@ -314,6 +319,16 @@ def _reference(
 def _inputs(result: TargetPredictions) -> list[str]:
     """Inputs that the target is compared with."""
     return [name for name in INPUTS if name in result.readings]
+
+
+def missing_inputs(result: TargetPredictions) -> list[str]:
+    """Inputs that the target has to beat and that were not measured. Difficulty exists for some tasks only."""
+    return [name for name in MUST_BEAT.get(result.target.role, ()) if name not in (*result.readings, DIFFICULTY)]
+
+
+def unmeasured(result: TargetPredictions) -> bool:
+    """Whether the target has inputs to beat and none was measured. Then it has neither skill nor evidence."""
+    return result.target.role in MUST_BEAT and not _inputs(result)
 
 
 def _skill(test: Rows, reference: Chosen) -> Variables:
@@ -329,13 +344,14 @@ def _skill(test: Rows, reference: Chosen) -> Variables:
 def _significance(
     result: TargetPredictions, test: SplitPredictions, rows: Rows, guess: str, resampling: Resampling
 ) -> Variables:
-    """p of every cell against chance, the guess and every input; and the smallest detectable skill."""
-    permuted = _above_chance(test, rows, resampling)
+    """p of every cell against chance and every input; and the smallest detectable skill."""
+    permuted = _permuted(test, rows, resampling)
     inputs = _above_all(rows, rows.rows_of(_inputs(result)), resampling)
-    # a cell may be above chance by permutation and still be less accurate than the most frequent label
+    # predictions may go along with the labels and still be less accurate than the most frequent label
     guesses = _above_all(rows, rows.rows_of([MAJORITY] if guess == MAJORITY else []), resampling)
     chance, effective = rows.accuracy[rows.guess(guess)], effective_problems(rows.keys)
     # sign changes: sqrt(problems won) has to reach the critical value; permutations: accuracy in standard deviations
+    evidence = np.fmax(np.fmax(permuted.p, guesses.p), inputs.p)  # NaN only where all are
     deviation = np.sqrt(chance * (1 - chance) / effective)
     gain = max(max(inputs.critical, guesses.critical) ** 2 / effective, permuted.critical * deviation)
     detectable = gain / (1 - chance) if rows.enough and chance < 1 else np.nan
@@ -343,14 +359,14 @@ def _significance(
         "p_permutation": (CELL, permuted.p),
         "p_inputs": (CELL, inputs.p),
         "p_guess": (CELL, guesses.p),
-        "p_evidence": (CELL, np.fmax(np.fmax(permuted.p, guesses.p), inputs.p)),  # NaN only where all are
+        "p_evidence": (CELL, np.full_like(evidence, np.nan) if unmeasured(result) else evidence),
         "chance": ((), np.asarray(chance)),
         "smallest_detectable_skill": ((), np.asarray(detectable)),
     }
 
 
-def _above_chance(split: SplitPredictions, rows: Rows, resampling: Resampling) -> Tested:
-    """p of every cell against chance, by permutation of labels between problems."""
+def _permuted(split: SplitPredictions, rows: Rows, resampling: Resampling) -> Tested:
+    """p of every cell by permutation of labels between problems: do its predictions go along with them?"""
     p = np.full(rows.layer.shape, np.nan)
     if not rows.enough:
         return Tested(p, 0.0)
@@ -468,13 +484,14 @@ def _calibration(result: TargetPredictions, rows: Rows) -> Variables:
 def _found(
     validation: SplitPredictions, rows: Rows, test: Rows, resampling: Resampling
 ) -> Bool[np.ndarray, "step layer branch position"]:
-    """Cells above chance on validation (corrected p at most 0.05). None, if test has too few problems.
+    """Cells with evidence on validation, by permutation of labels (corrected p at most 0.05). None, if test has too few
+    problems.
 
     Test samples are not used: a selection by evidence on test would bias the latencies, which are measured on test.
     """
     if not test.enough:
         return np.zeros(rows.layer.shape, dtype=bool)
-    return np.nan_to_num(_above_chance(validation, rows, resampling).p, nan=1.0) <= ALPHA
+    return np.nan_to_num(_permuted(validation, rows, resampling).p, nan=1.0) <= ALPHA
 
 
 def timing(

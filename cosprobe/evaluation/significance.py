@@ -1,6 +1,6 @@
 """p-values of the cells of a map, corrected for the number of cells. Problems, not samples, are resampled.
 
-* `max_t_permutation`: is a cell above chance? Labels are permuted between problems.
+* `max_t_permutation`: do the predictions of a cell go along with the labels? Labels are permuted between problems.
 * `max_t_bootstrap`: is a cell above a baseline? The signs of the differences are changed problem by problem.
 * `weakest_pair`: is a cell above every one of several baselines?
 """
@@ -138,7 +138,7 @@ def max_t_permutation(
     draws: int = 1000,
     seed: int = 0,
 ) -> MaxT:
-    """Tests whether each cell's accuracy is above chance. p-values corrected for all cells.
+    """Tests whether each cell's predictions go along with the labels. p-values corrected for all cells.
 
     predictions, labels: of each sample (and region). keys: the problem of each sample. draws, seed: number and seed of
     the permutations.

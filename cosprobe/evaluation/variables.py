@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from cosprobe.cells import INPUTS, X0
 
-CHANCE, MAJORITY = "chance", "majority"
+UNIFORM, MAJORITY = "uniform", "majority"  # one over the number of classes; the most frequent training label
 X0_PARSED = "x0_parsed"  # the candidate with the highest parser score in the decoded x0-hat
 WEIGHTS = ("permuted_weights", "fresh_weights")  # measured on few samples: listed, but never the reference
-GUESSES = (CHANCE, MAJORITY)  # baselines without any input
+GUESSES = (UNIFORM, MAJORITY)  # baselines without any input; `chance` is the better one of the two
 X0_BASELINES = (X0_PARSED, X0)  # what x0-hat shows at a step
 BASELINES = (*GUESSES, *INPUTS, *X0_BASELINES, *WEIGHTS)
 ALPHA = 0.05  # a cell has evidence where its corrected p is at most this
@@ -16,14 +16,15 @@ CEILING = 0.95  # skill is NaN where the reference is above this
 MEANING = {
     "accuracy": "test accuracy of the probe",
     "lower": "lower end of the 95 % interval of accuracy", "upper": "upper end of the 95 % interval of accuracy",
-    "skill": "(accuracy - reference) / (1 - reference); NaN where reference > 0.95",
-    "p_permutation": "p of the test that accuracy is above chance, by permutation of labels between problems; "
-    "corrected over all cells of the target",
+    "skill": "(accuracy - reference) / (1 - reference); NaN where reference > 0.95, and where `not_measured` says so",
+    "p_permutation": "p of the test that the predictions go along with the labels, by permutation of labels between "
+    "problems; corrected over all cells of the target",
     "p_inputs": "p of the test that accuracy is above that of every input the target is compared with: the largest p "
     "of the cell's pairs with inputs, corrected over all pairs of the target; NaN where there is no such input",
     "p_guess": "p of the test that accuracy is above that of the most frequent training label, corrected over all "
     "cells of the target; NaN where this guess is not better than one over the number of classes",
-    "p_evidence": "the largest of p_permutation, p_guess and p_inputs; the cell has evidence where it is at most 0.05",
+    "p_evidence": "the largest of p_permutation, p_guess and p_inputs; the cell has evidence where it is at most 0.05; "
+    "NaN where an input has to be beaten and none was measured",
     "above_x0": "accuracy - x0_accuracy",
     "above_x0_lower": "lower end of the paired 95 % interval of above_x0",
     "above_x0_upper": "upper end of the paired 95 % interval of above_x0",
@@ -42,7 +43,7 @@ MEANING = {
     "temperature": "divisor of the decision values before the softmax, fitted on validation",
     "ece": "expected calibration error of the probabilities on test", "ece_raw": "the same without the temperature",
     "brier": "Brier score of the probabilities on test, summed over classes",
-    "latency": "step index where accuracy above the guess first reaches half of its maximum over steps, on test; NaN "
+    "latency": "step index where accuracy above chance first reaches half of its maximum over steps, on test; NaN "
     "without evidence on validation",
     "latency_lower": "lower end of the 95 % interval of latency",
     "latency_upper": "upper end of the 95 % interval of latency",
@@ -52,7 +53,7 @@ MEANING = {
     "x0_latency_censored": "x0_latency is at or before the first step",
     "lag": "x0_latency - latency: positive where a probe decodes the answer before x0-hat shows it",
     "lag_lower": "lower end of the paired 95 % interval of lag", "lag_upper": "upper end of it",
-    "depth": "layer where accuracy above the guess first reaches half of its maximum over layers, on test; NaN without "
+    "depth": "layer where accuracy above chance first reaches half of its maximum over layers, on test; NaN without "
     "evidence on validation",
     "depth_lower": "lower end of the 95 % interval of depth", "depth_upper": "upper end of it",
     "baseline_accuracy": "test accuracy of each baseline",
@@ -72,8 +73,8 @@ MEANING = {
     "x0_accuracy": "test accuracy of the best x0-hat baseline: x0_latent (chosen by its cross-validated accuracy) or "
     "x0_parsed at one of the nearest decoded steps (chosen by its validation accuracy)",
     "x0_source": "name of the x0-hat baseline that x0_accuracy belongs to",
-    "chance": "test accuracy of the guess that is better on validation: one over the number of classes, or the most "
-    "frequent training label",
+    "chance": "test accuracy of the better guess, chosen on validation: `uniform`, one over the number of classes, or "
+    "`majority`, the most frequent training label",
     "smallest_detectable_skill": "the smallest skill above chance that can count as evidence, in the best case: the "
     "cell is right wherever the baseline is right, and on more problems",
     "n_train": "training samples", "n_validation": "validation samples", "n_test": "test samples",

@@ -24,7 +24,7 @@ from matplotlib.patches import Patch
 
 from cosprobe.cells import EMBED, X0, X_T
 from cosprobe.errors import InputError
-from cosprobe.evaluation import ALPHA, X0_PARSED, Grid
+from cosprobe.evaluation import ALPHA, MUST_BEAT, X0_PARSED, Grid
 from cosprobe.tasks import ANSWER_ROLES, Role
 
 WORST = -0.5  # lower end of the colour scale
@@ -93,7 +93,7 @@ def side_by_side(
             axes.set(xlabel=STEP_LABEL, ylabel=LAYER_LABEL)
         for axes in panels[len(shown) :]:
             axes.set_visible(False)
-        _colorbar(figure, panels)
+        _colorbar(figure, panels, [(grid, target) for _, grid, target in shown])
         _map_legend(figure, notes, columns)
     return figure
 
@@ -130,7 +130,7 @@ def frame_maps(grid: Grid, target: str) -> Figure:
         panels[1].set(xlabel=STEP_LABEL, ylabel=where)
         panels[0].set_title(f"$\\bf{{{bold(target)}}}$, at step {best.cell.step}", loc="left")
         panels[1].set_title(f"$\\bf{{{bold(target)}}}$, at layer {best.cell.layer}", loc="left")
-        _colorbar(figure, panels)
+        _colorbar(figure, panels, [(grid, target)])
         _map_legend(figure, notes, 2)
     return figure
 
@@ -195,7 +195,10 @@ def bold(text: str) -> str:
 
 
 def _title(grid: Grid, target: str, plane: xr.Dataset) -> str:
-    """Title in two lines: target and its question; kind and number of test samples, and best accuracy."""
+    """Title in two lines: target and its question; kind and number of test samples, and best accuracy.
+
+    A target that is compared with chance alone says so, and one without baselines names those that are missing.
+    """
     kinds, best = str(plane.kinds.values), grid.best(target)
     every = {kind for names in grid.dataset.kinds.values for kind in names.split(",")}
     everything = len(every) > 1 and set(kinds.split(",")) == every
@@ -203,8 +206,11 @@ def _title(grid: Grid, target: str, plane: xr.Dataset) -> str:
     whose = "all problems" if everything else f"kind {named}"
     where = f", position {plane.position.values}" if grid.dataset.sizes["position"] > 1 else ""
     where += f", {plane.branch.values}" if "branch" in grid.dataset.dims else ""
-    question = QUESTIONS.get(Role(str(plane.role.values)), "")
+    role = Role(str(plane.role.values))
+    question = QUESTIONS.get(role, "") + ("" if role in MUST_BEAT else ", against chance")
     result = f"best accuracy {best.accuracy:.2f}" if best.p <= ALPHA else "no evidence"
+    if plane.reference.isnull().all():
+        result = "no skill without these\nbaselines: " + str(plane.not_measured.values).replace(",", ", ")
     return f"$\\bf{{{bold(target)}}}$: {question}\n{whose}, n = {int(plane.n_test)}, {result}{where}"
 
 
@@ -267,11 +273,14 @@ def ticks(values: np.ndarray, most: int = 8) -> list[int]:
     return [int(value) for value in values[::stride]]
 
 
-def _colorbar(figure: Figure, panels: np.ndarray) -> None:
+def _colorbar(figure: Figure, panels: np.ndarray, shown: Sequence[tuple[Grid, str]]) -> None:
+    """The scale of skill. shown: grids and targets; what 0 means depends on what their targets have to beat."""
+    roles = {Role(str(grid.dataset.role.sel(target=target).values)) for grid, target in shown}
+    beaten = "the best input\nor chance" if roles & set(MUST_BEAT) else "chance"
     colours = ScalarMappable(Normalize(WORST, 1), skill_colours())
     bar = figure.colorbar(colours, ax=list(panels), extend="min", aspect=28, pad=0.015, fraction=0.05)
     bar.set_ticks([-0.5, 0, 0.25, 0.5, 0.75, 1], labels=["−0.5", "0", "0.25", "0.5", "0.75", "1"])
-    bar.set_label("skill: 0 = as accurate as the best input\nor chance, 1 = always right", fontsize=8)
+    bar.set_label(f"skill: 0 = as accurate as {beaten}, 1 = always right", fontsize=8)
     bar.outline.set_linewidth(0.5)
 
 

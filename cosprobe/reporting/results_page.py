@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cosprobe.evaluation import ALPHA, Grid
+from cosprobe.evaluation import ALPHA, GUESSES, Grid
 from cosprobe.files import whole_file
 from cosprobe.reporting.summary import COLUMNS, markdown_table, shown_targets, summarise
 from cosprobe.runs import find_result
@@ -56,7 +56,7 @@ def of_map(grid: Grid) -> list[str]:
         "Cells whose p is at most 0.05 after correction for all cells of the target.",
         "",
     ]
-    head = ["target", "cells", "above chance", "above chance and every input", "above x0-hat"]
+    head = ["target", "cells", "above permuted labels", "above chance and every input", "above x0-hat"]
     rows = []
     for target in shown_targets(grid):
         here = data.sel(target=target)
@@ -79,7 +79,7 @@ def _along(grid: Grid, target: str) -> list[str]:
         ("best input", here.reference, here.reference_source),
         ("x0-hat", here.x0_accuracy, here.x0_source),
     ):
-        named = zip(values.values, sources.values, strict=True)
+        named = ((v, "chance" if s in GUESSES else s) for v, s in zip(values.values, sources.values, strict=True))
         rows.append([name, *(f"{_number(value)} {source}".strip() for value, source in named)])
     table = markdown_table([f"`{target}`", *(f"step {int(step)}" for step in steps)], *rows)
     return [f"### Accuracy of `{target}`", "", *table, ""]

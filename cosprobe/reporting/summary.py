@@ -140,10 +140,13 @@ def remarks(grid: Grid, checks: Checks) -> list[str]:
 
 
 def ground(grid: Grid, target: str) -> list[str]:
-    """Remarks on the data of one target: splits that are too small, the smallest detectable skill, and projected
-    inputs."""
+    """Remarks on the data of one target: missing baselines, splits that are too small, the smallest detectable skill,
+    and projected inputs."""
     data = grid.dataset.sel(target=target)
     lines = []
+    if unmeasured := str(data.not_measured.values).replace(",", ", "):
+        so = ", so it has no skill and no evidence" if data.reference.isnull().all() else ""
+        lines.append(f"{target} is not compared with these baselines, which were not measured: {unmeasured}{so}.")
     for split in ("train", "validation", "test"):
         if (count := int(data[f"n_{split}_problems"])) < LEAST_PROBLEMS:
             missing = {"train": "its probes are weak", "validation": "its best cell is random, and it has no latency"}

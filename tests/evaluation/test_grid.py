@@ -91,7 +91,7 @@ def test_names_that_others_script_against(grid):
     for name in ("reference", "reference_source", "x0_accuracy", "x0_source"):
         assert data[name].dims == ("target", "step", "position")
     assert data.baseline.values.tolist() == [
-        "chance", "majority", "noise", "first_frame", "prompt", "difficulty", "embed", "x_t", "x0_parsed", "x0_latent",
+        "uniform", "majority", "noise", "first_frame", "prompt", "difficulty", "embed", "x_t", "x0_parsed", "x0_latent",
         "permuted_weights", "fresh_weights",
     ]  # fmt: skip
     for name in ("latency", "latency_lower", "latency_upper", "latency_censored", "lag", "lag_lower", "lag_upper"):
@@ -165,7 +165,7 @@ def test_the_reference_is_the_best_in_cross_validation_read_on_test():
 
 def test_the_reference_is_never_below_chance():
     data = only(tiny({0: (0.9, 0.9), "embed": (0.9, 0.2, 0.9), "x_t": (0.1, 0.8, 0.1)}))
-    assert str(data.reference_source.values[0]) == "chance"
+    assert str(data.reference_source.values[0]) == "uniform"
     assert float(data.reference[0]) == float(data.chance) == 0.25
     assert float(data.skill[0, 0]) == pytest.approx((0.9 - 0.25) / 0.75)
     level = only(tiny({0: (0.9, 0.9), "embed": (0.9, 0.25, 0.9)}))
@@ -181,7 +181,7 @@ def test_skill_is_undefined_where_the_inputs_leave_no_room():
 
 def test_roles_without_inputs_to_beat_are_held_against_chance_alone(grid):
     data = only(tiny({0: (0.9, 0.9)}, START, train_labels=np.repeat([3, 3, 0, 5], 10)))
-    assert str(data.reference_source.values[0]) == "chance"
+    assert str(data.reference_source.values[0]) == "uniform"
     assert float(data.skill[0, 0]) == pytest.approx((0.9 - 1 / 9) / (1 - 1 / 9))
     often = only(tiny({0: (0.9, 0.9)}, START, train_labels=np.repeat([0, 3, 0, 5], 10)))
     assert str(often.reference_source.values[0]) == "majority"
@@ -321,7 +321,7 @@ def test_how_an_input_was_read_is_in_the_grid():
     lower, upper = share_interval((np.arange(20) < 8).astype(float)[None], np.arange(20))
     np.testing.assert_allclose(at.baseline_lower, [lower[0]] * 2)
     np.testing.assert_allclose(at.baseline_upper, [upper[0]] * 2)
-    others = data.sel(baseline=["chance", "noise", "x0_parsed", "fresh_weights"])
+    others = data.sel(baseline=["uniform", "noise", "x0_parsed", "fresh_weights"])
     assert (others.baseline_form == "").all() and np.isnan(others.baseline_columns).all()
     assert np.isnan(data.baseline_accuracy.sel(baseline=["noise", "x0_latent", "permuted_weights"])).all()
 
@@ -465,7 +465,7 @@ def test_problems_of_several_seeds_count_once_in_the_smallest_skill():
 
 
 @pytest.mark.parametrize(("target", "blind"), [(ANSWER, 0.25), (START, 1 / 9), (DOORS, 0.5)])
-def test_chance_and_majority_are_two_baselines_and_the_better_one_is_the_chance(target, blind):
+def test_chance_is_the_better_one_of_two_guesses(target, blind):
     region = target.form == "region"
     for guess, share in ((0, 1.0), (1, 0.0)):  # every label is 0
         train = np.full((9, 4) if region else 9, guess)
@@ -477,11 +477,11 @@ def test_chance_and_majority_are_two_baselines_and_the_better_one_is_the_chance(
             evaluated = replace(evaluated, results=(replace(evaluated.results[0], validation=parts[0], test=parts[1]),))
         data = only(evaluated)
         accuracy = data.baseline_accuracy.isel(step=0)
-        assert float(accuracy.sel(baseline="chance")) == pytest.approx(blind)
+        assert float(accuracy.sel(baseline="uniform")) == pytest.approx(blind)
         assert float(accuracy.sel(baseline="majority")) == share
         assert float(data.chance) == pytest.approx(max(blind, share))
         for end in ("lower", "upper"):  # known exactly
-            assert float(data[f"baseline_{end}"].sel(baseline="chance").isel(step=0)) == pytest.approx(blind)
+            assert float(data[f"baseline_{end}"].sel(baseline="uniform").isel(step=0)) == pytest.approx(blind)
     even = np.repeat([2, 1, 2, 1], 10)
     tied = only(tiny({0: (1, 1)}, train_labels=even))  # of equals the smallest
     assert float(tied.baseline_accuracy.sel(baseline="majority").isel(step=0)) == 0
@@ -797,7 +797,7 @@ def test_bad_input_is_one_line_that_names_it(grid):
 def test_a_table_has_a_row_for_every_cell_and_a_column_for_every_variable_and_baseline(grid):
     table, data = grid.to_dataframe(), grid.dataset
     assert len(table) == len(grid.targets) * 6 * 8
-    assert {"target", "step", "layer", "accuracy", "p_evidence", "baseline x_t", "baseline chance"} <= set(
+    assert {"target", "step", "layer", "accuracy", "p_evidence", "baseline x_t", "baseline uniform"} <= set(
         table.columns
     )
     for row in table.sample(20, random_state=0).itertuples(index=False):

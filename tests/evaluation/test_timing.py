@@ -31,12 +31,12 @@ def world(layers: dict[int, np.ndarray], picture: np.ndarray, positions: int = 1
     x0 = np.full((len(STEPS), 1, positions), -1)
     x0[decoded] = (lines.size + np.arange(len(STEPS)))[decoded][:, None, None]
     found = (lines > CHANCE + 0.1)[..., None, None].repeat(positions, axis=3)
-    guess = {"chance": np.full_like(x0, len(right) - 1)}
+    guess = {"uniform": np.full_like(x0, len(right) - 1)}
     return Rows(right, np.arange(SAMPLES), layer, guess, STEPS, LAYERS), x0, found
 
 
 def timed(rows: Rows, x0: np.ndarray, found: np.ndarray, draws: int = 50) -> dict[str, np.ndarray]:
-    table = timing(rows, x0, found, "chance", Resampling(draws, 0))
+    table = timing(rows, x0, found, "uniform", Resampling(draws, 0))
     for name, (axes, values) in table.items():
         assert len(axes) == values.ndim, name
     return {name: values for name, (_, values) in table.items()}

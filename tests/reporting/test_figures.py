@@ -230,6 +230,33 @@ def test_every_word_is_legible_and_inside_the_picture(grid, framed, draw):
     assert apart([box for t, box in drawn.items() if "\n" in t.get_text() and "problems" in t.get_text()])  # titles
 
 
+def scale(figure) -> str:
+    return next(axes.get_ylabel() for axes in figure.axes if "skill" in axes.get_ylabel())
+
+
+def test_the_scale_says_what_a_target_has_to_beat(grid, framed):
+    assert "as the best input\nor chance" in scale(maps(grid, ["answer", "start"]))
+    assert "best input" in scale(frame_maps(framed, "answer"))
+    alone = maps(grid, ["start", "control"])
+    assert "best input" not in scale(alone) and "as accurate as chance" in scale(alone)
+    assert all("against chance" in axes.get_title("left") for axes in panels(alone))
+    assert "against chance" not in panels(maps(grid, ["answer"]))[0].get_title("left")
+
+
+def test_a_target_without_baselines_has_no_colour_and_names_them():
+    evaluated = synthetic(2, 3, 40, targets=(ANSWER,))
+    bare = replace(evaluated, results=(replace(evaluated.results[0], readings={}),))
+    built = build_grid(bare, draws=20)
+    assert np.isnan(built.dataset.skill).all() and np.isnan(built.dataset.reference).all()
+    assert np.isnan(built.dataset.p_evidence).all() and np.isfinite(built.dataset.p_permutation).all()
+    figure = maps(built, ["answer"])
+    assert "baselines: noise, first_frame, prompt, embed, x_t" in panels(figure)[0].get_title("left")
+    check_words(figure)
+    some = replace(bare.results[0], readings={"embed": evaluated.results[0].readings["embed"]})
+    part = build_grid(replace(bare, results=(some,)), draws=20).dataset
+    assert part.not_measured.values.tolist() == ["noise,first_frame,prompt,x_t"] and np.isfinite(part.skill).any()
+
+
 def test_ticks_are_few_and_round():
     assert ticks(np.arange(8)) == list(range(8))
     assert ticks(np.arange(20)) == [0, 5, 10, 15]

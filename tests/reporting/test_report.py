@@ -248,6 +248,16 @@ def test_targets_that_were_left_out_are_named():
     assert evaluated.left_out[0] in line and line in summary_markdown(built, NOTHING)
 
 
+def test_baselines_that_were_not_measured_are_named():
+    evaluated = synthetic(2, 2, 60, targets=(ANSWER, START))
+    bare = replace(evaluated.results[0], readings={})
+    built = build_grid(replace(evaluated, results=(bare, evaluated.results[1])), draws=30)
+    (line,) = (line for line in remarks(built, NOTHING) if "baselines" in line)
+    assert "answer" in line and "noise, first_frame, prompt, embed, x_t, so it has no skill" in line
+    (line,) = (line for line in remarks(build_grid(evaluated, draws=30), NOTHING) if "baselines" in line)
+    assert line.endswith("were not measured: first_frame, prompt.")  # the example has the others
+
+
 def test_an_input_that_was_projected_is_named_with_its_columns():
     evaluated = synthetic(2, 2, 60, targets=(ANSWER, START))
     result, test = evaluated.results[0], evaluated.results[0].test.inputs

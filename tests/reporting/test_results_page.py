@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cosprobe.evaluation.scoring import build_grid
-from cosprobe.evaluation.variables import ALPHA
+from cosprobe.evaluation.variables import ALPHA, GUESSES
 from cosprobe.reporting.results_page import main, of_early, of_ensemble, of_map, page
 from tests.examples.grids import ANSWER, CONTROL, synthetic
 
@@ -41,7 +41,7 @@ def test_counts_and_accuracies_are_those_of_the_grid(grid):
         assert rows(lines, f"layer {int(layer)}") == [[f"layer {int(layer)}", *expected]]
     (inputs,) = rows(lines, "best input")
     named = zip(plane.reference.values, plane.reference_source.values, strict=True)
-    assert inputs[1:] == [f"{value:.2f} {source}" for value, source in named]
+    assert inputs[1:] == [f"{value:.2f} {'chance' if source in GUESSES else source}" for value, source in named]
 
 
 def test_only_targets_with_answers_or_memory_get_a_table_of_accuracies(grid):

@@ -2,7 +2,7 @@
 
 A target may be decodable only because it is correlated with a confound, such as the length of the path. Every channel
 of every region is regressed on the confounds, and the probe is refitted to the residuals. The regression is fitted to
-training samples only: if test samples took part, chance correlations in them would bias the test accuracy. This
+training samples only: if test samples took part, accidental correlations in them would bias the test accuracy. This
 procedure is recommended by Snoek, Miletic and Scholte (2019), "How to control for confounds in decoding analyses of
 neuroimaging data".
 
