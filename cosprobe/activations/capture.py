@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from cosprobe.activations.pooling import Pooling, whole_frame
 from cosprobe.activations.unsupported import refuse_unsupported
 from cosprobe.cells import EMBED, FIRST_FRAME, NOISE, PROMPT, SOURCES, X0, X_T, Cell, parse_selection
+from cosprobe.errors import InputError
 from cosprobe.models import architecture, block_list, clean_estimate, experts, step_now
 
 BRANCHES = {"cond": ("cond",), "uncond": ("uncond",), "cond_uncond": ("uncond", "cond")}  # in batch order
@@ -56,7 +57,11 @@ class ActivationCache:
     calls: Counter[tuple[int, str, str]] = field(default_factory=Counter)
 
     def features(self) -> Float[Tensor, "sample step hook_point branch position region channel"]:
-        """All captured features, on the CPU. Sources with fewer channels than a block are padded with zeros."""
+        """All captured features, on the CPU. Sources with fewer channels than a block are padded with zeros.
+
+        Raises InputError inside the `with` block of the capture.
+        """
+        self._check_ended("features()")
         width = max(part.shape[-1] for part in self.parts.values())
 
         def part(step: int, hook_point: str, branch: str) -> Tensor:
@@ -81,13 +86,21 @@ class ActivationCache:
 
         The axis part has the regions of the pooling (`region`, only with region pooling) or the coarse cells of
         `whole_frame` (`whole`). The axis step has one entry for inputs that are the same at every step.
+        Raises InputError inside the `with` block of the capture.
         """
+        self._check_ended("input_features()")
         found = {}
         for name, by_step in self.inputs.items():
             steps = self.steps if name in SOURCES else (0,)
             for part in by_step[steps[0]]:
                 found[f"{name}.{part}"] = torch.stack([by_step[step][part] for step in steps], dim=1)
         return found
+
+    def _check_ended(self, call: str) -> None:
+        if not self.branches:  # set when the capture ends
+            raise InputError(
+                f"{call}: the capture has not ended, or ended with an error; expected a call after the `with` block"
+            )
 
 
 @contextmanager

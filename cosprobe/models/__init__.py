@@ -2,9 +2,12 @@
 
 from cosprobe.models.architectures import Architecture, architecture
 from cosprobe.models.cpu_layout import channels_last
+from cosprobe.models.images import Pictures, image_batch
 from cosprobe.models.pipelines import (
     block_list,
+    check_lengths,
     check_prompts,
+    check_size,
     clean_estimate,
     decode,
     experts,
@@ -17,14 +20,18 @@ from cosprobe.models.pipelines import (
 
 __all__ = [
     "Architecture",
+    "Pictures",
     "architecture",
     "block_list",
     "channels_last",
+    "check_lengths",
     "check_prompts",
+    "check_size",
     "clean_estimate",
     "decode",
     "experts",
     "fingerprint",
+    "image_batch",
     "load_pipeline",
     "sample",
     "step_now",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import lcm
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -25,10 +25,12 @@ from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
 from cosprobe.models.architectures import architecture
 from cosprobe.models.cpu_layout import arrange
+from cosprobe.models.images import Pictures, image_batch
 from cosprobe.runtime import enough_memory
 
 KINDS = (".json", ".safetensors")  # suffixes of the files of a model
 
+SIDE = 16  # the image-to-video pipelines of diffusers take multiples of it
 PROMPTS = ("prompt_embeds", "negative_prompt_embeds")  # per-sample tensors of the sampling loop
 
 
@@ -80,11 +82,13 @@ def clean_estimate(scheduler: Any, step: int, output: Tensor, noisy: Tensor) -> 
     raise InputError(f"{type(scheduler).__name__} predicts {kind!r}: expected flow_prediction, v_prediction or epsilon")
 
 
-def load_pipeline(config: PipelineConfig, device: str = "cpu") -> DiffusionPipeline:
+def load_pipeline(config: PipelineConfig | Path | str | None = None, device: str = "cpu") -> DiffusionPipeline:
     """Loads a local diffusers folder, frozen and in eval mode. Nothing is downloaded; only safetensors are read.
 
+    config: settings or a folder; default: the model in the package.
     Raises InputError when the folder is missing or is not a complete pipeline, and when the adapters do not fit it.
     """
+    config = config if isinstance(config, PipelineConfig) else PipelineConfig(path=str(config or ""))
     folder = config.folder
     if not (folder / "model_index.json").is_file():
         raise InputError(f"pipeline.path={str(folder)!r}: expected a diffusers folder with a model_index.json")
@@ -117,6 +121,26 @@ def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
     return pipeline
+
+
+def check_lengths(images: int, **given: Sequence[object] | str) -> None:
+    """Raises InputError for an argument that does not have one entry for every image. images: number of images."""
+    for name, values in given.items():
+        if isinstance(values, str):
+            raise InputError(f"{name}={values!r}: expected a list with one entry for each of {images} images")
+        if len(values) != images:
+            raise InputError(f"{name}: {len(values)} entries for {images} images; expected one for each image")
+
+
+def check_size(pipeline: DiffusionPipeline, height: int, width: int) -> None:
+    """Raises InputError for images whose sides are not whole numbers of the model's patches."""
+    transformer = next(iter(experts(pipeline).values()))
+    patch = transformer.config.patch_size
+    side = lcm(SIDE, pipeline.vae_scale_factor_spatial * (patch if isinstance(patch, int) else patch[-1]))
+    if height % side or width % side:
+        raise InputError(
+            f"images: {height} x {width} pixels, expected multiples of {side} for this model; resize or crop them"
+        )
 
 
 def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], limit: int) -> None:
@@ -167,7 +191,7 @@ def batched_images(pipeline: DiffusionPipeline) -> Iterator[list[Tensor]]:
 def sample(
     pipeline: DiffusionPipeline,
     config: PipelineConfig,
-    images: Float[Tensor, "batch 3 height width"],
+    images: Pictures,
     prompts: Sequence[str],
     seeds: Sequence[int],
     filter_batch: Callable[[int], Sequence[int] | None] | None = None,
@@ -175,14 +199,19 @@ def sample(
 ) -> np.ndarray | Tensor:
     """Samples a batch of different problems through the pipeline's `__call__`.
 
-    images: first frames in [0, 1]. seeds: one per sample; the noise of a sample depends on its seed alone.
+    images: first frames, as `image_batch` takes them. prompts, seeds: one per image. The noise of a sample depends on
+    its seed alone.
     filter_batch: called with the step index after each step. It returns the samples that continue, as indices into the
     samples that are left, in order, or None for all. Nothing more is computed for the other samples.
     overrides: more arguments of the pipeline call.
     Returns float video [batch, frame, height, width, 3] in [0, 1], or the latent tensor with `output_type="latent"`.
-    Raises InputError for a prompt that is too long, and for `filter_batch` with a pipeline that has to be called with
-    one problem at a time.
+    Raises InputError for images that `image_batch` refuses or whose sides the model does not take, for other numbers of
+    prompts or seeds than of images, for a prompt that is too long, and for `filter_batch` with a pipeline that has to be
+    called with one problem at a time.
     """
+    images = image_batch(images)
+    check_size(pipeline, *images.shape[2:])
+    check_lengths(len(images), prompts=prompts, seeds=seeds)
     check_prompts(pipeline, [*prompts, config.negative_prompt], config.prompt_tokens)
     transformer = next(iter(experts(pipeline).values()))
     if len(images) > 1 and architecture(transformer).one_problem_a_call(transformer):

@@ -11,6 +11,7 @@ from cosprobe.activations.capture import capture, hidden_states
 from cosprobe.activations.pooling import Pooling
 from cosprobe.cells import FIRST_FRAME, NOISE
 from cosprobe.cells import PROMPT as WORDS
+from cosprobe.errors import InputError
 from cosprobe.models.architectures import architecture
 from cosprobe.models.pipelines import block_list, clean_estimate, decode, sample
 from tests.examples.pipelines import CONFIG, PROMPT, cogvideox, wan
@@ -47,6 +48,17 @@ def test_weights_are_unchanged_and_frozen(pipeline):
     assert digest() == before
     assert not pipeline.transformer.training
     assert not any(p.requires_grad for p in pipeline.transformer.parameters())
+
+
+def test_features_are_there_when_the_capture_has_ended(pipeline):
+    with capture(pipeline, "0", Pooling("clip"), inputs=True) as cache:
+        for call in ("features", "input_features"):
+            with pytest.raises(InputError, match=rf"^{call}\(\): the capture has not ended.*after the `with` block"):
+                getattr(cache, call)()
+        run(pipeline)
+        with pytest.raises(InputError, match=r"after the `with` block"):
+            cache.features()
+    assert cache.features().shape[0] == 3 and cache.input_features()
 
 
 def test_features_equal_a_hand_written_hook(pipeline):

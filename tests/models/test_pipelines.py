@@ -11,6 +11,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
 
 from cosprobe.config import PipelineConfig
+from cosprobe.errors import InputError
 from cosprobe.minimodel.encoding import encode_condition
 from cosprobe.models.pipelines import batched_images, experts, fingerprint, load_pipeline, sample
 from tests.examples.pipelines import CONFIG, PROMPT, wan
@@ -204,3 +205,26 @@ def test_samples_that_go_one_by_one_cannot_leave():
     pipeline.transformer.register_to_config(image_dim=8)
     with pytest.raises(ValueError, match=r"WanImageToVideoPipeline.*Wan2\.1.*Wan2\.2"):
         sample(pipeline, CONFIG, IMAGES, [PROMPT] * 2, [1, 2], filter_batch=lambda step: None)
+
+
+def test_a_picture_of_any_kind_gives_the_same_video(folder):
+    pipeline = load_pipeline(folder)
+    pixels = (IMAGES * 255).round().to(torch.uint8)
+    expected = sample(pipeline, CONFIG, pixels.float() / 255, [PROMPT] * 2, [0, 1])
+    for images in (pixels, [np.asarray(p.permute(1, 2, 0)) for p in pixels]):
+        np.testing.assert_array_equal(sample(pipeline, CONFIG, images, [PROMPT] * 2, [0, 1]), expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "seeds", "message"),
+    [
+        (IMAGES * 255, [PROMPT] * 2, [0, 1], r"^images: values from 0\.\d+ to 25\d.*divide by 255"),
+        (IMAGES, [PROMPT], [0, 1], r"^prompts: 1 entries for 2 images; expected one for each image"),
+        (IMAGES, PROMPT, [0, 1], r"^prompts='draw.*expected a list"),
+        (IMAGES, [PROMPT] * 2, [0], r"^seeds: 1 entries for 2 images"),
+        (IMAGES[..., :20], [PROMPT] * 2, [0, 1], r"^images: 32 x 20 pixels, expected multiples of 16"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(images, prompts, seeds, message):
+    with pytest.raises(InputError, match=message):
+        sample(wan(), CONFIG, images, prompts, seeds)
