@@ -11,7 +11,7 @@ from cosprobe.activations.collection import (
     watch,
 )
 from cosprobe.activations.cost import Cost, flops, seconds
-from cosprobe.activations.dataset import InputFeatures, ProbeSamples, difficulty_columns, load_samples
+from cosprobe.activations.dataset import InputFeatures, LabelledRows, ProbeSamples, difficulty_columns, load_samples
 from cosprobe.activations.edits import BACK, average_blocks, average_clean, average_latents, check_finite
 from cosprobe.activations.halt import halting
 from cosprobe.activations.pooling import Pooling
@@ -29,6 +29,7 @@ __all__ = [
     "Cost",
     "FrozenSampling",
     "InputFeatures",
+    "LabelledRows",
     "Pooling",
     "ProbeSamples",
     "Sampler",

@@ -11,11 +11,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+import xarray as xr
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from cosprobe.activations.collection import StoredSamples
@@ -23,9 +25,18 @@ from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import DIFFICULTY, SPLIT_ORDER, Cell
 from cosprobe.errors import InputError
 from cosprobe.runtime import enough_memory
-from cosprobe.tasks import ANSWER_ROLES, RELABELLED, Role, Target, readable_targets
+from cosprobe.tasks import ANSWER_ROLES, RELABELLED, Labels, Role, Target, encode_labels, readable_targets
 
+CELL_AXES = ("step", "layer", "branch", "position")
 OPTIONAL = ("model_answer", "replica")  # columns that may be None
+
+
+class LabelledRows(NamedTuple):
+    """What estimators of scikit-learn take. groups: the problem of each row, for grouped cross-validation."""
+
+    X: Float[np.ndarray, "row column"]
+    y: Int[np.ndarray, " row"]
+    groups: Shaped[np.ndarray, " row"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,93 @@ class ProbeSamples:
     def at(self, part: slice) -> ProbeSamples:
         """All samples, with some of the cells."""
         return replace(self, features=self.features[:, part], cells=self.cells[part])
+
+    def target(self, name: str) -> Target:
+        """The target of this name, in the form in which it is fitted. Raises InputError for an unknown name."""
+        targets = readable_targets(self.targets, self.regions)
+        for target in targets:
+            if target.name == name:
+                return target
+        raise InputError(f"target={name!r}: expected one of {', '.join(t.name for t in targets) or 'none'}")
+
+    def with_label(self, name: str, values: Labels, role: Role | str = Role.ANSWER) -> ProbeSamples:
+        """The same samples with one more target, which has one label per sample.
+
+        values: the class of every sample, as text or whole number. role: what probes have to beat, see `Role`.
+        Answers and model answers get their selectivity control. Raises InputError for a name that is taken, labels that
+        `encode_labels` refuses, an unknown role, and training samples of one class only.
+        """
+        if name in self.labels:
+            raise InputError(f"label {name!r}: these samples have it already; expected a new name")
+        names, label = encode_labels(name, values, len(self), "sample")
+        target = Target(name, len(names), "problem", Role(role), tuple(dict.fromkeys(self.kinds.tolist())), names)
+        if reason := _unfit(target, label, np.asarray(self.split)):
+            raise InputError(reason.replace(" is left out:", ":") + "; add problems")
+        plain = (*(t for t in self.targets if t.role is not RELABELLED), target)
+        labels = {t.name: self.labels[t.name] for t in plain if t is not target} | {name: torch.from_numpy(label)}
+        controls, relabels = relabelled(plain, labels)
+        fit = tuple(t for t in controls if not _unfit(t, relabels[t.name].numpy(), np.asarray(self.split)))
+        return replace(self, targets=plain + fit, labels=labels | relabels)
+
+    def to_xarray(self) -> xr.DataArray:
+        """The features as a labelled array [sample, step, layer, branch, position, region, channel], in float32.
+
+        Along `sample` stand split, key (the problem) and kind, and `label_NAME` for every target.
+        Raises InputError where the cells are not all combinations of their steps, layers, branches and positions.
+        """
+        axes = {axis: list(dict.fromkeys(getattr(c, axis) for c in self.cells)) for axis in CELL_AXES}
+        if self.cells != tuple(Cell(*names) for names in product(*axes.values())):
+            raise InputError(f"{len(self.cells)} cells: expected every step with every layer, branch and position")
+        along = {"split": self.split, "key": self.keys, "kind": self.kinds}
+        coordinates: dict[str, Any] = {name: ("sample", np.asarray(column)) for name, column in along.items()} | axes
+        for target in self.targets:
+            label = self.labels[target.name].numpy()
+            coordinates[f"label_{target.name}"] = (("sample", "region")[: label.ndim], label)
+        values = self.features.float().unflatten(1, [len(axis) for axis in axes.values()])
+        return xr.DataArray(
+            values.numpy(), coordinates, ("sample", *axes, "region", "channel"), "features",
+            {"long_name": "pooled outputs of transformer blocks"},
+        )  # fmt: skip
+
+    def to_sklearn(
+        self,
+        target: str,
+        *,
+        step: int,
+        layer: int,
+        split: str = "train",
+        branch: str | None = None,
+        position: str | None = None,
+    ) -> LabelledRows:
+        """X, y and groups of one cell, target and split, for estimators of scikit-learn.
+
+        Only samples with a label of the target count. A row has the regions of a sample side by side; for targets of
+        form `region`, there is a row for each region. branch, position: needed where there are several.
+        Raises InputError for an unknown target, cell or split.
+        """
+        found, part = self.target(target), self.subset(split)
+        rows, label = part.features[:, part.cell_index(step, layer, branch, position)].float(), part.labels[target]
+        keys = np.asarray(part.keys)
+        if found.form == "region":
+            keys, label, rows = keys.repeat(part.regions), label.flatten(), rows.flatten(0, 1)[:, None]
+        known = (label >= 0).numpy()
+        return LabelledRows(rows.flatten(1).numpy()[known], label.numpy()[known], keys[known])
+
+    def cell_index(self, step: int, layer: int, branch: str | None = None, position: str | None = None) -> int:
+        """Index of a cell on the axis cell. branch, position: may be left out where there is one.
+
+        Raises InputError for a cell that is not there, or more than one.
+        """
+        wanted = {"step": step, "layer": layer, "branch": branch, "position": position}
+        cells = list(enumerate(self.cells))
+        for axis, value in wanted.items():
+            here = list(dict.fromkeys(getattr(cell, axis) for _, cell in cells))
+            if value is None and len(here) > 1:
+                raise InputError(f"{axis}: there are {', '.join(map(str, here))}; expected one of them")
+            if value is not None and value not in here:
+                raise InputError(f"{axis}={value!r}: expected one of {', '.join(map(str, here))}")
+            cells = [(i, cell) for i, cell in cells if value is None or getattr(cell, axis) == value]
+        return cells[0][0]
 
 
 def check_apart(keys: np.ndarray, split: np.ndarray) -> None:

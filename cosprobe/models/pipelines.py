@@ -205,9 +205,9 @@ def sample(
     samples that are left, in order, or None for all. Nothing more is computed for the other samples.
     overrides: more arguments of the pipeline call.
     Returns float video [batch, frame, height, width, 3] in [0, 1], or the latent tensor with `output_type="latent"`.
-    Raises InputError for images that `image_batch` refuses or whose sides the model does not take, for other numbers of
-    prompts or seeds than of images, for a prompt that is too long, and for `filter_batch` with a pipeline that has to be
-    called with one problem at a time.
+    Raises InputError for images that `image_batch` refuses or whose sides the model does not take, for other numbers
+    of prompts or seeds than of images, for a prompt that is too long, and for `filter_batch` with a pipeline that takes
+    one problem per call.
     """
     images = image_batch(images)
     check_size(pipeline, *images.shape[2:])

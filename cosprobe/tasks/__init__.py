@@ -10,6 +10,7 @@ from types import ModuleType
 
 from cosprobe.errors import InputError
 from cosprobe.tasks.hide import Hide, HideConfig
+from cosprobe.tasks.labels import Labels, encode_labels
 from cosprobe.tasks.line import Line, LineConfig
 from cosprobe.tasks.maze import Maze, MazeConfig
 from cosprobe.tasks.samples import Sample, draw_samples, fresh_problems, noise_seed, with_noise
@@ -59,6 +60,7 @@ __all__ = [
     "Box",
     "Hide",
     "HideConfig",
+    "Labels",
     "Line",
     "LineConfig",
     "Maze",
@@ -73,6 +75,7 @@ __all__ = [
     "Task",
     "TaskConfig",
     "draw_samples",
+    "encode_labels",
     "find_families",
     "fresh_problems",
     "noise_seed",

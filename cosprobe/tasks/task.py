@@ -57,6 +57,7 @@ class Target:
     `region`: one label per region. `problem`: one label per problem, decoded from all regions jointly.
     role: what the target is; a text such as "answer" becomes a `Role`.
     kinds: the kinds of problems that have this label.
+    names: of the classes, in order; empty where they are just numbers.
     Raises InputError for an unknown role.
     """
 
@@ -65,9 +66,11 @@ class Target:
     form: str
     role: Role
     kinds: tuple[str, ...]
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "role", Role(self.role))
+        object.__setattr__(self, "names", tuple(self.names))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from cosprobe.activations import images
 from cosprobe.activations.collection import StoredSamples, StoreSettings
@@ -18,10 +19,12 @@ from cosprobe.activations.sampler import Sampler
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import DIFFICULTY, FIRST_FRAME, INPUTS, NOISE, PROMPT, SPLIT_ORDER, X0, Cell
 from cosprobe.config import CaptureConfig, PipelineConfig
+from cosprobe.errors import InputError
 from cosprobe.models.pipelines import sample
 from cosprobe.tasks import Maze, MazeConfig, Target
 from cosprobe.tasks.samples import draw_samples
 from tests.examples.pipelines import wan
+from tests.examples.runs import world
 from tests.examples.stores import collected
 
 PROBE = CaptureConfig(layers="1", steps="0,2", pooling="region", frames=True, decode="0", random_weights=0)
@@ -255,3 +258,101 @@ def test_samples_of_a_store_carry_their_controls(samples):
         assert torch.equal(samples.labels[name] < 0, plain < 0)
     _, again = relabelled(samples.targets, samples.labels)
     assert torch.equal(samples.labels["answer_relabelled"], again["answer_relabelled"])
+
+
+# one more label, and features for other libraries
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return world()[0]
+
+
+def test_one_more_label_is_a_target_with_names(planted):
+    colours = np.array(["red", "green", "blue"])[np.arange(len(planted)) % 3]
+    found = planted.with_label("colour", colours, "perception")
+    target = found.target("colour")
+    assert (target.form, target.classes, target.role) == ("problem", 3, "perception")
+    assert target.names == ("blue", "green", "red") and target.kinds == ("one_exit", "choice")
+    assert np.array(target.names)[found.labels["colour"]].tolist() == colours.tolist()
+    assert [t.name for t in found.targets] == [*(t.name for t in planted.targets[:5]), "colour", *(
+        t.name for t in planted.targets[5:])]  # fmt: skip
+    for name, label in planted.labels.items():
+        assert torch.equal(found.labels[name], label)
+    assert "colour" not in planted.labels
+
+
+def test_an_answer_of_ones_own_gets_its_control(planted):
+    found = planted.with_label("side", np.arange(len(planted)) % 2)
+    control = found.target("side_relabelled")
+    assert control.role == "relabelled" and control.classes == 2
+    pairs = zip(found.labels["start"].tolist(), found.labels["side_relabelled"].tolist(), strict=True)
+    assert len(set(pairs)) == 6  # a function of what is visible
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "role", "message"),
+    [
+        ("start", [0, 1], "answer", r"label 'start': these samples have it already"),
+        ("side", [0, 1] * 200, "colour", r"role='colour': expected one of answer, model_answer"),
+        ("side", [0] * 2, "answer", r"labels 'side': 2 entries, expected 400, one for each sample"),
+        ("side", [0] * 192 + [1] * 208, "answer", r"target 'side': it has 1 class in the training samples"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(planted, name, values, role, message):
+    with pytest.raises(InputError, match=message):
+        planted.with_label(name, values, role)
+
+
+def test_the_labelled_array_has_every_feature_under_its_name(planted):
+    found = planted.to_xarray()
+    assert found.dims == ("sample", "step", "layer", "branch", "position", "region", "channel")
+    for i, cell in enumerate(planted.cells):
+        here = found.sel(step=cell.step, layer=cell.layer, branch=cell.branch, position=cell.position)
+        np.testing.assert_array_equal(here, planted.features[:, i])
+    assert found.split.values.tolist() == planted.split.tolist() and found.key.values.tolist() == planted.keys.tolist()
+    assert found.label_answer.values.tolist() == planted.labels["answer"].tolist()
+    half = replace(planted, features=planted.features.bfloat16()).to_xarray()  # numpy has no bfloat16
+    assert half.dtype == np.float32
+    with pytest.raises(InputError, match="8 cells: expected every step with every layer"):
+        planted.at(slice(0, 8)).to_xarray()
+
+
+def test_scikit_learn_finds_what_was_planted(planted):
+    """Steps 0 to 2: the answer is there from layer 1 on, better from step to step; layer 0 has nothing."""
+    accuracy = {}
+    for layer in (0, 2):
+        X, y, groups = planted.to_sklearn("answer", step=2, layer=layer)
+        assert X.shape == (96, 4 * 16) and y.shape == groups.shape == (96,)  # half of 192 samples are of this kind
+        model = LogisticRegression(C=0.1, max_iter=500).fit(X, y)
+        accuracy[layer] = model.score(*planted.to_sklearn("answer", step=2, layer=layer, split="test")[:2])
+    assert accuracy[2] > 0.45 > 0.4 > accuracy[0]
+    rows = planted.to_sklearn("start", step=0, layer=1, split="validation")
+    part = planted.subset("validation")
+    np.testing.assert_array_equal(rows.X, part.features[:, 1].flatten(1))
+    np.testing.assert_array_equal(rows.y, part.labels["start"])
+    np.testing.assert_array_equal(rows.groups, part.keys)
+
+
+def test_region_labels_are_a_row_for_each_region(samples):
+    rows = samples.to_sklearn("corridors", step=2, layer=1, position="1", split="test")
+    part, cell = samples.subset("test"), samples.cells.index(Cell(2, 1, "cond", "1"))
+    np.testing.assert_array_equal(rows.X, part.features[:, cell].flatten(0, 1))
+    np.testing.assert_array_equal(rows.y, part.labels["corridors"].flatten())
+    assert rows.groups.tolist() == [key for key in part.keys for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ({"step": 5}, r"step=5: expected one of 0, 2"),
+        ({"layer": 3}, r"layer=3: expected one of 1"),
+        ({"position": None}, r"position: there are all, 0, 1; expected one of them"),
+        ({"position": "7"}, r"position='7': expected one of all, 0, 1"),
+        ({"split": "model"}, r"split='model'"),
+        ({"target": "colour"}, r"target='colour': expected one of answer"),
+    ],
+)
+def test_cells_that_are_not_there_are_refused(samples, cell, message):
+    with pytest.raises(InputError, match=message):
+        samples.to_sklearn(**{"target": "start", "step": 0, "layer": 1, "position": "all"} | cell)
