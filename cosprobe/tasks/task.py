@@ -125,8 +125,10 @@ class Task(Protocol):
     """The interface of every task.
 
     name: name of the task. kinds: kinds of problems. targets: the labels that probes decode.
-    candidates: number of possible answers. regions: number of regions of every problem; equal to `candidates` when the
-    answer is a region. frames: number of frames of a video.
+    candidates: number of possible answers. 0: the task has no parser; `video` and what stands below it then raise
+    InputError, and there is no model_answer.
+    regions: number of regions of every problem; equal to `candidates` when the answer is a region.
+    frames: number of frames of a video.
     """
 
     @property
