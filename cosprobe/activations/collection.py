@@ -21,7 +21,7 @@ from cosprobe.activations.capture import ActivationCache, capture
 from cosprobe.activations.pooling import Pooling, whole_frame
 from cosprobe.activations.predicting import FrozenSampling, Sampled, Shard, announce, predict_shards
 from cosprobe.activations.random_weights import RANDOM_WEIGHTS, replay, with_random_weights
-from cosprobe.activations.sampler import Parsed, Sampler
+from cosprobe.activations.sampler import Parsed, Sampler, unparsed
 from cosprobe.activations.store import MANIFEST, ActivationStore, Rows
 from cosprobe.activations.table import SampleTable
 from cosprobe.cells import SPLIT_ORDER, X0
@@ -342,15 +342,16 @@ def _collect_batch(sampler: Sampler, probe: CaptureConfig, batch: list[Sample], 
     rows: indices in the batch of the samples for random weights.
     """
     problems, total = [s.problem for s in batch], sampler.config.steps
-    decoded, few = probe.steps_decoded(total), few_steps(probe, total)
+    parser = sampler.task.candidates > 0
+    decoded, few = probe.steps_decoded(total) if parser else (), few_steps(probe, total)
     before_last = [step for step in decoded if step < total - 1]
     layers = probe.layers_kept(sampler.depth)
     with capture(
         sampler.model, list(map(str, layers)), Pooling.of(probe, problems), probe.steps, before_last,
         few if rows else (), inputs=True,
     ) as cache:  # fmt: skip
-        video = sampler(batch)
-    final = sampler.parse(problems, video)
+        video = sampler(batch, **({} if parser else {"output_type": "latent"}))
+    final = sampler.parse(problems, video) if parser else unparsed(len(batch))
     parsed = _parse_estimates(sampler, problems, cache, before_last)
     if total - 1 in decoded:  # at the last step, x0-hat is the finished video
         parsed.scores[:, -1], parsed.answers[:, -1] = final.scores, final.answers

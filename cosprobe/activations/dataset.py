@@ -48,6 +48,7 @@ class ProbeSamples:
     splits and confidence intervals treat the samples of a problem as one unit. kinds: kind of each problem.
     scores: further arrays, `x0_scores` [sample, step, candidate] (NaN at steps that were not decoded), `final`
     [sample, candidate] and `solved` [sample]. model_answer: what the finished video shows, -1 for none.
+    Without a parser, there are no scores, and model_answer is None.
     replica: index of the noise seed among those of the problem, from 0.
     difficulty: named whole numbers per sample; they are the confounds that are partialled out.
     left_out: for every target of the task that is not in `targets`, a sentence with the reason.
@@ -260,6 +261,7 @@ def load_samples(
         for branch in notes["branches"]
         for position in notes["positions"]
     )
+    parser = tensors["final"].shape[1] > 0  # a task without a parser has no candidates
     kinds = np.array(table.kinds)[columns["kind"].numpy()]
     split = np.array(SPLIT_ORDER)[columns["split"].numpy()]
     labels = {}
@@ -281,9 +283,9 @@ def load_samples(
         split=split,
         keys=np.array([f"{key:015x}" for key in columns["key"].tolist()]),
         kinds=kinds,
-        model_answer=tensors["model_answer"].numpy(),
+        model_answer=tensors["model_answer"].numpy() if parser else None,
         replica=columns["replica"].numpy(),
-        scores={name: tensors[name].numpy() for name in ("x0_scores", "final", "solved")},
+        scores={name: tensors[name].numpy() for name in ("x0_scores", "final", "solved") if parser},
         difficulty={name: value.numpy() for name, value in _under("difficulty.", columns).items()},
         left_out=tuple(reason for reason in reasons.values() if reason),
     )

@@ -29,6 +29,11 @@ class Parsed:
         return self.scores.argmax(dim=-1)
 
 
+def unparsed(samples: int) -> Parsed:
+    """What stands in place of parsed answers where the task has no parser: no answer, and no candidates."""
+    return Parsed(torch.full((samples,), -1), torch.empty(samples, 0))
+
+
 @dataclass(frozen=True, eq=False)
 class Sampler:
     """A loaded diffusers pipeline (`model`), its settings, and the task whose problems it samples.

@@ -174,7 +174,7 @@ def _predictions(
     samples: ProbeSamples, target: Target, bank: ProbeBank, steps: list[int], inputs: dict[str, np.ndarray]
 ) -> SplitPredictions:
     x0_parsed = None
-    if target.role in ANSWER_ROLES:  # the candidate with the highest parser score
+    if target.role in ANSWER_ROLES and "x0_scores" in samples.scores:  # the candidate with the highest parser score
         scores = samples.scores["x0_scores"][:, steps]
         x0_parsed = np.where(np.isnan(scores).any(-1), -1, np.nan_to_num(scores).argmax(-1)).T
     return SplitPredictions(
