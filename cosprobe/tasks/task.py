@@ -125,8 +125,8 @@ class Task(Protocol):
     """The interface of every task.
 
     name: name of the task. kinds: kinds of problems. targets: the labels that probes decode.
-    candidates: number of possible answers. 0: the task has no parser; `video` and what stands below it then raise
-    InputError, and there is no model_answer.
+    candidates: number of possible answers. 0: the task has no parser, and so there is no model_answer. Then
+    `solutions` is empty, and `video`, `workspace`, `plausible_answers` and `parse` raise InputError.
     regions: number of regions of every problem; equal to `candidates` when the answer is a region.
     frames: number of frames of a video.
     """

@@ -25,9 +25,10 @@ def test_it_is_a_task_without_a_parser():
     problem = task.all[3]
     assert np.array_equal(task.image(problem), IMAGES[3]) and problem.prompt == "picture 3"
     assert problem.regions == ((0, 0, 1, 1),) and task.regions == 1
-    for call in (task.video, task.workspace, task.solutions, task.plausible_answers):
+    for call in (task.video, task.workspace, task.plausible_answers):
         with pytest.raises(InputError, match="no parser"):
             call(problem)
+    assert task.solutions(problem) == ()
     with pytest.raises(InputError, match="no parser"):
         task.parse(problem, IMAGES[None] / 255)
 
