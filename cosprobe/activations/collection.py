@@ -62,10 +62,17 @@ class StoreSettings:
     @classmethod
     def of(cls, pipeline: PipelineConfig, task: TaskConfig, probe: CaptureConfig, seed: int) -> StoreSettings:
         """The settings of a run. Reads the files of the model for the fingerprint."""
+        return cls.of_model(fingerprint(*pipeline.parts), pipeline, dict(vars(task)), probe, seed)
+
+    @classmethod
+    def of_model(
+        cls, model: str, pipeline: PipelineConfig, task: dict[str, Any], probe: CaptureConfig, seed: int
+    ) -> StoreSettings:
+        """The settings for a model of this fingerprint. task: what was sampled, as JSON."""
         bare = replace(pipeline, name="", path="", lora="")
         captured = CaptureConfig(**{name: getattr(probe, name) for name in asdict(CaptureConfig())})
         versions = {name: version(name) for name in ("torch", "diffusers")}
-        return cls(fingerprint(*pipeline.parts), seed, bare, dict(vars(task)), captured, versions)
+        return cls(model, seed, bare, task, captured, versions)
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> StoreSettings:
@@ -110,6 +117,14 @@ class StoredSamples:
     def whole(cls, store: ActivationStore) -> StoredSamples:
         """All that is in a store: the largest table of samples, and every layer and step."""
         return cls(store, SampleTable.largest(store.folder), _kept(store, CaptureConfig(**store.settings["probe"])))
+
+    @property
+    def settings(self) -> StoreSettings:
+        """The settings of a run that reads these samples."""
+        saved = self.store.settings
+        return StoreSettings.from_json(
+            saved | {"task": saved["task"] | self.table.request, "probe": asdict(self.probe)}
+        )
 
     def save(self, folder: Path) -> None:
         """Writes to a folder which store, table, layers and steps are read."""

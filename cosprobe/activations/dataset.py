@@ -136,17 +136,22 @@ class ProbeSamples:
                 return target
         raise InputError(f"target={name!r}: expected one of {', '.join(t.name for t in targets) or 'none'}")
 
-    def with_label(self, name: str, values: Labels, role: Role | str = Role.ANSWER) -> ProbeSamples:
+    def with_label(
+        self, name: str, values: Labels, role: Role | str = Role.ANSWER, names: Sequence[str] = ()
+    ) -> ProbeSamples:
         """The same samples with one more target, which has one label per sample.
 
         values: the class of every sample, as text or whole number. role: what probes have to beat, see `Role`.
+        names: of the classes, where values are indices of them; default: the values themselves.
         Answers and model answers get their selectivity control. Raises InputError for a name that is taken, labels that
         `encode_labels` refuses, an unknown role, and training samples of one class only.
         """
         if name in self.labels:
             raise InputError(f"label {name!r}: these samples have it already; expected a new name")
-        names, label = encode_labels(name, values, len(self), "sample")
-        target = Target(name, len(names), "problem", Role(role), tuple(dict.fromkeys(self.kinds.tolist())), names)
+        found, label = encode_labels(name, values, len(self), "sample")
+        if names:
+            found, label = tuple(names), np.asarray(values)
+        target = Target(name, len(found), "problem", Role(role), tuple(dict.fromkeys(self.kinds.tolist())), found)
         if reason := _unfit(target, label, np.asarray(self.split)):
             raise InputError(reason.replace(" is left out:", ":") + "; add problems")
         plain = (*(t for t in self.targets if t.role is not RELABELLED), target)

@@ -1,5 +1,7 @@
 """Loads frozen diffusers pipelines and samples with them. `architectures` has what differs between transformers."""
 
+from diffusers import DiffusionPipeline
+
 from cosprobe.models.architectures import Architecture, architecture
 from cosprobe.models.cpu_layout import channels_last
 from cosprobe.models.images import Pictures, image_batch
@@ -13,6 +15,7 @@ from cosprobe.models.pipelines import (
     experts,
     fingerprint,
     load_pipeline,
+    pipeline_fingerprint,
     sample,
     step_now,
     stop_after,
@@ -20,6 +23,7 @@ from cosprobe.models.pipelines import (
 
 __all__ = [
     "Architecture",
+    "DiffusionPipeline",
     "Pictures",
     "architecture",
     "block_list",
@@ -33,6 +37,7 @@ __all__ = [
     "fingerprint",
     "image_batch",
     "load_pipeline",
+    "pipeline_fingerprint",
     "sample",
     "step_now",
     "stop_after",

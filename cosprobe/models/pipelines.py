@@ -292,6 +292,24 @@ def decode(pipeline: DiffusionPipeline, latents: Tensor) -> np.ndarray:
     return pipeline.video_processor.postprocess_video(video, output_type="np")
 
 
+def pipeline_fingerprint(pipeline: DiffusionPipeline, config: PipelineConfig) -> str:
+    """A hash that identifies the model of a pipeline: `fingerprint` of the folder it was loaded from.
+
+    A pipeline without a folder on this machine, or with adapters that are not those of `config`, is identified by its
+    weights in memory.
+    """
+    folder = Path(str(getattr(pipeline, "name_or_path", "") or ""))
+    adapted = any(hasattr(model, "peft_config") for model in experts(pipeline).values())
+    if (folder / "model_index.json").is_file() and adapted == bool(config.lora):
+        return fingerprint(folder, *([Path(config.lora)] if config.lora else []))
+    digest = hashlib.sha256()
+    for name, part in sorted(pipeline.components.items()):
+        for key, value in part.state_dict().items() if isinstance(part, nn.Module) else ():
+            some = value.detach().flatten()[:: max(1, value.numel() // 64)].float().cpu()
+            digest.update(f"{name}.{key}:{tuple(value.shape)}:{value.dtype}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def fingerprint(*folders: Path) -> str:
     """A hash that identifies a model: of every config file, and of the size and 16 parts of every weight file."""
     digest = hashlib.sha256()

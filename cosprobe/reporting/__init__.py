@@ -1,6 +1,6 @@
 """Reports of a run: figures, summary, TensorBoard, film strip, comparison of runs."""
 
-from cosprobe.reporting.figures import STYLE, new_figure
+from cosprobe.reporting.figures import STYLE, MapFigure, headline, maps, new_figure
 from cosprobe.reporting.film import Film, film_row, film_strip, record
 from cosprobe.reporting.report import write_report
 from cosprobe.reporting.summary import WIDTH, markdown_table, open_table, print_again, print_summary
@@ -10,9 +10,12 @@ __all__ = [
     "STYLE",
     "WIDTH",
     "Film",
+    "MapFigure",
     "film_row",
     "film_strip",
+    "headline",
     "log_tensorboard",
+    "maps",
     "markdown_table",
     "new_figure",
     "open_table",

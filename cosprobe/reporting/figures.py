@@ -7,6 +7,7 @@ right. Figures are 8 inches wide, so their smallest text is 10 px high at 100 px
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,15 @@ BASELINE_STYLE = {
 }
 
 
+class MapFigure(Figure):
+    """A figure that a notebook shows when it is the last value of a cell."""
+
+    def _repr_png_(self) -> bytes:
+        picture = BytesIO()
+        self.savefig(picture, format="png", dpi=100)
+        return picture.getvalue()
+
+
 def skill_colours() -> LinearSegmentedColormap:
     """Colour map of skill: brown below zero, white at zero, light to dark blue above.
 
@@ -64,7 +74,7 @@ def skill_colours() -> LinearSegmentedColormap:
     return LinearSegmentedColormap.from_list("skill", stops, N=300).with_extremes(bad=UNDEFINED)
 
 
-def maps(grid: Grid, targets: Sequence[str], position: str | None = None, branch: str | None = None) -> Figure:
+def maps(grid: Grid, targets: Sequence[str], position: str | None = None, branch: str | None = None) -> MapFigure:
     """One map of layers and steps per target, two per row.
 
     A map shows skill, cells without evidence, cells above x0-hat, and the best cell. Default position and branch: those
@@ -75,7 +85,7 @@ def maps(grid: Grid, targets: Sequence[str], position: str | None = None, branch
 
 def side_by_side(
     shown: Sequence[tuple[str, Grid, str]], position: str | None = None, branch: str | None = None
-) -> Figure:
+) -> MapFigure:
     """The maps of several grids, as in `maps`. shown: for each map its name (printed in the title), grid and target."""
     columns, rows = (1 if len(shown) == 1 else 2), -(-len(shown) // 2)
     with rc_context(STYLE):
@@ -98,7 +108,7 @@ def side_by_side(
     return figure
 
 
-def headline(grid: Grid) -> Figure:
+def headline(grid: Grid) -> MapFigure:
     """The maps of the targets of role `answer` and `model_answer`."""
     return maps(grid, grid.with_role(*ANSWER_ROLES) or grid.targets[:2])
 
@@ -182,9 +192,9 @@ def default_layers(grid: Grid, targets: Sequence[str], most: int = 4) -> list[in
     return sorted({*map(int, spread), *(grid.best(target).cell.layer for target in targets)})
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> MapFigure:
     """An empty figure of this size in inches, outside pyplot."""
-    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    figure = MapFigure(figsize=(width, height), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot, which keeps figures alive and may need a display
     return figure
 

@@ -1,0 +1,253 @@
+"""Probes for your own labels on your own images, in a notebook.
+
+    pipeline = load_pipeline()
+    data = collect(pipeline, images=images, prompts=prompts, labels={"colour": colours})
+    bank = fit_probes(data)
+    grid = evaluate(bank, data)
+    plot_map(grid, "colour")
+
+The same steps as in `train.py`, with the same code. The activations stay on disk; the same call uses them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Int
+
+from cosprobe.activations import (
+    ActivationStore,
+    InputFeatures,
+    LabelledRows,
+    ProbeSamples,
+    Sampler,
+    StoredSamples,
+    StoreSettings,
+    find_store,
+    load_samples,
+)
+from cosprobe.activations import collect as collect_store
+from cosprobe.cells import SPLIT_ORDER, ranges
+from cosprobe.config import CaptureConfig, PipelineConfig, ProbeConfig, TrainerConfig
+from cosprobe.errors import InputError
+from cosprobe.evaluation import Grid, build_grid, read_inputs
+from cosprobe.evaluation import evaluate as evaluate_probes
+from cosprobe.models import DiffusionPipeline, Pictures, check_size, image_batch, pipeline_fingerprint
+from cosprobe.probes import ProbeBank, fit
+from cosprobe.reporting import MapFigure, headline, maps
+from cosprobe.runs import POINTER, STORE, find_result
+from cosprobe.tasks import Box, Labels, OwnImages, Role, encode_labels, with_noise
+
+# The whole image, cut into 4 x 4 boxes. A probe reads them side by side, so it sees where something is.
+BOXES: tuple[Box, ...] = tuple((c / 4, r / 4, (c + 1) / 4, (r + 1) / 4) for r in range(4) for c in range(4))
+ONE_DEVICE = TrainerConfig(devices="1", enable_progress_bar=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Activations with labels, from `collect` or `open_activations`.
+
+    samples: features and labels. inputs: what the probes are compared with, by name. experts: the transformer of each
+    step. stored: where the activations are, and what of them was read. order: for every sample the index of its image,
+    in the order in which the images were given.
+    """
+
+    samples: ProbeSamples
+    inputs: dict[str, InputFeatures]
+    experts: tuple[str, ...]
+    stored: StoredSamples
+    order: Int[np.ndarray, " sample"]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __repr__(self) -> str:
+        cells, shape = self.samples.cells, self.samples.features.shape
+        splits = ", ".join(f"{int((self.samples.split == split).sum())} {split}" for split in SPLIT_ORDER)
+        steps, layers = (ranges(list({getattr(c, axis) for c in cells})) for axis in ("step", "layer"))
+        lines = [
+            f"Activations({shape[0]} samples of {len(set(self.order.tolist()))} images: {splits}; steps {steps}; "
+            f"layers {layers}; {shape[2]} regions, {shape[3]} channels)"
+        ]
+        for target in self.samples.targets:
+            names = f": {', '.join(target.names)}" if target.names else ""
+            lines.append(f"  {target.name} ({target.role}), {target.classes} classes{names}")
+        return "\n".join([*lines, f"  in {str(self.stored.store.folder)!r}"])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
+
+    def with_label(self, name: str, values: Labels, role: Role | str = Role.ANSWER) -> Activations:
+        """The same activations with one more label.
+
+        values: the class of every image, as text or whole number, in the order in which the images were given. role:
+        what probes of this label have to beat, see `Role`. Raises InputError as `ProbeSamples.with_label` does.
+        """
+        names, index = encode_labels(name, values, int(self.order.max()) + 1, "image")
+        return replace(self, samples=self.samples.with_label(name, index[self.order], role, names))
+
+    def to_xarray(self) -> xr.DataArray:
+        """The features as a labelled array; see `ProbeSamples.to_xarray`."""
+        return self.samples.to_xarray()
+
+    def to_sklearn(
+        self,
+        label: str,
+        *,
+        step: int,
+        layer: int,
+        split: str = "train",
+        branch: str | None = None,
+        position: str | None = None,
+    ) -> LabelledRows:
+        """X, y and groups of one cell, label and split, for scikit-learn; see `ProbeSamples.to_sklearn`."""
+        return self.samples.to_sklearn(label, step=step, layer=layer, split=split, branch=branch, position=position)
+
+
+def collect(
+    pipeline: DiffusionPipeline,
+    *,
+    images: Pictures,
+    prompts: Sequence[str],
+    labels: Mapping[str, Labels] | Labels | None = None,
+    roles: Mapping[str, Role | str] | Role | str = Role.ANSWER,
+    boxes: Sequence[Box] | None = None,
+    groups: Sequence[str | int] | None = None,
+    config: PipelineConfig | None = None,
+    layers: str = "all",
+    steps: str = "all",
+    seeds: int = 1,
+    seed: int = 0,
+    folder: Path | str = "activations",
+) -> Activations:
+    """Samples a video for every image and prompt, and keeps what happens inside the transformer.
+
+    pipeline: from `load_pipeline`. images: PIL, numpy or torch, of one size; see `models.image_batch`. prompts: one for
+    each image. labels: by name, the class of each image, as text or whole number; a list is the label `label`.
+    roles: what probes have to beat, for all labels or by name, see `Role`. Default: `answer`, that is every input.
+    boxes: where probes read, in fractions of the image; default: 4 x 4 boxes that cover it. A probe reads all boxes
+    side by side. Fewer boxes need less disk space.
+    groups: images of one group are never in two splits; default: equal images with equal prompts. About half of the
+    groups train the probes, a fifth chooses penalties and the best cell, the others test.
+    config: how the pipeline samples (steps, guidance, frames); default: `PipelineConfig()`.
+    layers, steps: what is kept, as in `0:30:5`. seeds: noise seeds of each image. seed: they are derived from it.
+    folder: the activations are kept in a folder of it, named after the model and the settings. The same call uses them
+    again, with any labels, and continues when it was interrupted. With more images, only these are sampled.
+    Raises InputError before anything is sampled: for what does not fit together, a split with fewer than 2 images, a
+    disk that is too small.
+    """
+    config = config or PipelineConfig()
+    pictures = image_batch(images)
+    check_size(pipeline, *pictures.shape[2:])
+    pixels = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    named = _by_name(labels, roles)
+    for name, (values, _) in named.items():
+        encode_labels(name, values, len(pixels), "image")
+    if seeds < 1:
+        raise InputError(f"seeds={seeds}: expected at least 1 noise seed for each image")
+    own = OwnImages(pixels, prompts, config.frames, BOXES if boxes is None else boxes, groups)
+    drawn = with_noise([p for split in SPLIT_ORDER for p in own.problems(split, len(pixels))], seed, seeds)
+    capture = CaptureConfig(layers=layers, steps=steps, random_weights=0)
+    what = {"size": list(pixels.shape[1:3]), "boxes": [list(map(float, box)) for box in own.boxes], "seeds": seeds}
+    what["problems"] = _digest("".join(s.name + s.problem.key for s in drawn))
+    settings = StoreSettings.of_model(pipeline_fingerprint(pipeline, config), config, what, capture, seed)
+    place = Path(folder) / _digest(json.dumps([settings.identity, layers, steps], sort_keys=True)) / STORE
+    sampler = Sampler(pipeline, config, own, ONE_DEVICE)
+    stored = collect_store(sampler, lambda: drawn, settings, find_store(settings, sampler.depth, place))
+    samples, inputs, experts = load_samples(stored)
+    data = Activations(samples, inputs, tuple(experts), stored, np.array([s.problem.layout for s in drawn]))
+    for name, (values, role) in named.items():
+        data = data.with_label(name, values, role)
+    return data
+
+
+def open_activations(folder: Path | str) -> Activations:
+    """The activations of a finished `train.py` run or of `collect`, with the labels that are kept with them.
+
+    folder: a run folder such as `runs/maze-layers`, one of its results, or a store. Of a result, what its run used is
+    read; of a store, everything. The images of `with_label` are those of the problems of the run, in order. The labels
+    of `collect` are not kept; add them with `with_label`.
+    Raises InputError for a store that is missing, half-written or damaged.
+    """
+    place = Path(folder)
+    if (find_result(place) / POINTER).is_file():
+        stored = StoredSamples.load(find_result(place))
+    else:
+        stored = StoredSamples.whole(ActivationStore.open(place / STORE if (place / STORE).is_dir() else place))
+    samples, inputs, experts = load_samples(stored)
+    problems = [name.rpartition("/")[0] for name in stored.table.names]  # without the index of the seed
+    at = {name: i for i, name in enumerate(dict.fromkeys(problems))}
+    return Activations(samples, inputs, tuple(experts), stored, np.array([at[name] for name in problems]))
+
+
+def fit_probes(
+    data: Activations, *, kind: str = "logistic", penalties: Sequence[float] = (0.01, 0.1, 1.0), seed: int = 0
+) -> ProbeBank:
+    """Fits a probe for every label, layer and step.
+
+    kind: `logistic`, `newton` (the same probes, another solver) or `ridge`. penalties: candidates; one is chosen for
+    each label and cell, without test samples. `ProbeBank.save` keeps the probes, `load_probes` reads them.
+    Raises InputError when there is no label, and for a label that cannot be fitted.
+    """
+    if not data.samples.targets:
+        raise InputError("labels: none; expected at least one; add it with data.with_label(name, values)")
+    settings = data.stored.settings
+    config = ProbeConfig(**asdict(settings.probe), kind=kind, penalties=list(penalties))
+    with tempfile.TemporaryDirectory() as curves:
+        bank = fit(data.samples, config, ONE_DEVICE, Path(curves), seed)
+    return bank.with_provenance(store=settings)
+
+
+def evaluate(bank: ProbeBank, data: Activations) -> Grid:
+    """Tests the probes on images that no probe was fitted to, against chance and against probes of the inputs.
+
+    Returns the grid: accuracy, intervals, baselines, skill and p of every label, layer and step. Raises InputError for
+    labels or cells of the probes that the activations do not have.
+    """
+    for target in bank.targets:
+        if data.samples.target(target.name) != target:
+            raise InputError(f"label {target.name!r}: the probes were fitted to other classes; fit them again")
+    if bank.cells != data.samples.cells:
+        raise InputError(
+            f"these probes have {len(bank.cells)} cells, and the activations {len(data.samples.cells)} others; "
+            "expected the same layers and steps; fit them again"
+        )
+    made = bank.provenance
+    samples = replace(data.samples, targets=bank.targets)
+    readings = read_inputs(samples, data.inputs, made.probe["kind"], made.probe["penalties"], made.seed)
+    evaluated = evaluate_probes(samples, data.experts, bank, readings)
+    return build_grid(evaluated, seed=made.seed, provenance=asdict(made))
+
+
+def plot_map(grid: Grid, label: str | None = None, position: str | None = None, branch: str | None = None) -> MapFigure:
+    """The map of a label over layers and denoising steps: skill, evidence, the best cell.
+
+    label: default: the answers, side by side. position, branch: default: those of the best cell.
+    Returns a matplotlib figure, which a notebook shows. Raises InputError for a label that the grid does not have.
+    """
+    return headline(grid) if label is None else maps(grid, [label], position, branch)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _by_name(
+    labels: Mapping[str, Labels] | Labels | None, roles: Mapping[str, Role | str] | Role | str
+) -> dict[str, tuple[Labels, Role]]:
+    """Values and role of every label, by name."""
+    given: Mapping[str, Any] = {} if labels is None else labels if isinstance(labels, Mapping) else {"label": labels}
+    by_name = roles if isinstance(roles, Mapping) else dict.fromkeys(given, roles)
+    if unknown := [name for name in by_name if name not in given]:
+        raise InputError(f"roles: {unknown[0]!r} is not a label; expected one of {', '.join(given) or 'none'}")
+    return {name: (values, Role(by_name.get(name, Role.ANSWER))) for name, values in given.items()}
