@@ -1,0 +1,261 @@
+"""From one's own images and labels to a map. Oracles: planted signals, scikit-learn on the same rows, `train.py`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from cosprobe import api
+from cosprobe.activations import ActivationStore, Sampler, StoreSettings, load_samples
+from cosprobe.activations import collect as collect_store
+from cosprobe.api import collect, evaluate, fit_probes, open_activations, plot_map
+from cosprobe.config import CaptureConfig, PipelineConfig, ProbeConfig, TrainerConfig
+from cosprobe.errors import InputError
+from cosprobe.evaluation import build_grid, read_inputs
+from cosprobe.evaluation import evaluate as evaluate_probes
+from cosprobe.models import load_pipeline, pipeline_fingerprint
+from cosprobe.probes import fit, load_probes
+from cosprobe.tasks import SelectConfig, draw_samples
+from tests.examples.pipelines import PROMPT, wan
+
+CONFIG = PipelineConfig(steps=2, frames=5, batch=16)
+COLOURS = {"red": (230, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 230)}
+COUNT = 60
+
+
+def pictures() -> tuple[list[np.ndarray], list[str], list[int]]:
+    """Noisy images of one colour; its name; and a label that has nothing to do with it."""
+    rng = np.random.default_rng(3)
+    names = [list(COLOURS)[i % 3] for i in range(COUNT)]
+    pixels = [np.clip(np.array(COLOURS[n]) + rng.normal(scale=25, size=(32, 32, 3)), 0, 255) for n in names]
+    return [p.astype(np.uint8) for p in pixels], names, rng.integers(0, 2, COUNT).tolist()
+
+
+IMAGES, NAMES, COINS = pictures()
+PROMPTS = [PROMPT] * COUNT
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "wan"
+    wan().save_pretrained(folder)
+    return load_pipeline(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("activations")
+
+
+def own(pipeline, folder, **changes):
+    given = {"images": IMAGES, "prompts": PROMPTS, "labels": {"colour": NAMES, "coin": COINS}, "config": CONFIG,
+             "roles": {"colour": "perception", "coin": "nuisance"}, "folder": folder}  # fmt: skip
+    return collect(pipeline, **(given | changes))
+
+
+@pytest.fixture(scope="module")
+def data(pipeline, place):
+    return own(pipeline, place)
+
+
+@pytest.fixture(scope="module")
+def bank(data):
+    return fit_probes(data, kind="newton")
+
+
+@pytest.fixture(scope="module")
+def grid(bank, data):
+    return evaluate(bank, data)
+
+
+def test_labels_stay_with_their_images(data):
+    assert sorted(data.order) == list(range(COUNT)) and data.order.tolist() != list(range(COUNT))
+    target = data.samples.target("colour")
+    assert target.names == ("blue", "green", "red")
+    found = [target.names[i] for i in data.samples.labels["colour"].tolist()]
+    assert found == [NAMES[i] for i in data.order]
+    assert data.samples.labels["coin"].tolist() == [COINS[i] for i in data.order]
+    said = repr(data)
+    assert "60 samples of 60 images" in said and "colour (perception), 3 classes: blue, green, red" in said
+    assert str(data.store.folder) in data._repr_html_()
+
+
+@pytest.fixture(scope="module")
+def seen(place):
+    """The same images, larger, through the model in the package, which passes on what it sees."""
+    large = [image.repeat(2, axis=0).repeat(2, axis=1) for image in IMAGES]
+    return own(load_pipeline(), place, images=large, layers="2,6")
+
+
+@pytest.mark.slow
+def test_probes_find_what_is_there_and_nothing_else(seen):
+    grid = evaluate(fit_probes(seen), seen)
+    assert grid.best("colour").accuracy > 0.9 and grid.best("colour").p <= 0.05
+    assert (grid.dataset.p_evidence.sel(target="coin") > 0.05).all()
+    assert np.isnan(grid.dataset.attrs["model_accuracy"]) and np.isnan(grid.dataset.agreement).all()
+    table = grid.to_dataframe()
+    assert len(table) == 2 * 2 * 2 and {"accuracy", "baseline uniform"} <= set(table)
+
+
+@pytest.mark.slow
+def test_an_answer_that_the_image_shows_is_no_evidence(seen):
+    """Every input is measured, and is as right as the probe: without inputs this would look like a finding."""
+    answer = seen.with_label("hue", NAMES)
+    grid = evaluate(fit_probes(answer), answer)
+    here = grid.dataset.sel(target="hue")
+    assert float(here.accuracy.max()) > 0.9 and not (here.p_evidence <= 0.05).any()
+    assert str(here.not_measured.values) == "" and (here.baseline_accuracy.sel(baseline="first_frame") > 0.9).all()
+    assert "hue_relabelled" in grid.targets  # its control, from the perception label
+
+
+def test_the_same_call_uses_what_is_there_with_other_labels(pipeline, place, data, monkeypatch):
+    monkeypatch.setattr(type(pipeline), "__call__", None)  # no sampling
+    again = own(pipeline, place, labels=COINS, roles="answer")
+    assert torch.equal(again.samples.features, data.samples.features)
+    assert [t.name for t in again.samples.targets] == ["label"]
+    assert again.store.folder == data.store.folder
+    with pytest.raises(TypeError):
+        own(pipeline, place, layers="0")
+
+
+def test_images_of_any_kind_are_the_same_images(pipeline, place, data):
+    tensors = torch.from_numpy(np.stack(IMAGES)).permute(0, 3, 1, 2).float() / 255
+    assert own(pipeline, place, images=tensors).store.folder == data.store.folder
+
+
+def test_scikit_learn_on_the_rows_gives_the_same_accuracy(data, bank, grid):
+    for i, cell in list(enumerate(bank.cells))[::2]:
+        X, y, groups = data.to_sklearn("colour", step=cell.step, layer=cell.layer)
+        assert len(set(groups)) == len(X) == len(y)
+        mean, std = X.mean(0).reshape(16, -1).mean(0), X.reshape(len(X) * 16, -1).std(0)
+        x, test = ((rows.reshape(len(rows), 16, -1) - mean) / std for rows in
+                   (X, data.to_sklearn("colour", step=cell.step, layer=cell.layer, split="test").X))  # fmt: skip
+        penalty = float(bank.penalties["colour"][i])
+        model = LogisticRegression(C=1 / (len(X) * penalty), max_iter=5000, tol=1e-8).fit(x.reshape(len(x), -1), y)
+        truth = data.to_sklearn("colour", step=cell.step, layer=cell.layer, split="test").y
+        score = model.score(test.reshape(len(test), -1), truth)
+        assert float(grid.at("colour", cell).accuracy) == pytest.approx(score, abs=1e-9)
+
+
+def test_one_more_label_is_its_own_fit(data, grid):
+    alone = data.with_label("second", NAMES, "perception")
+    both = evaluate(fit_probes(alone, kind="newton"), alone).dataset
+    for name in ("accuracy", "lower", "p_evidence", "skill"):
+        first, second = (both[name].sel(target=t).values for t in ("colour", "second"))
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_array_equal(first, grid.dataset[name].sel(target="colour").values)
+
+
+def test_own_labels_equal_to_those_of_the_task_give_the_grid_of_train(pipeline, tmp_path):
+    task_config = SelectConfig(problems=60, frames=5)
+    task, probe = task_config.build(), ProbeConfig(layers="1", kind="newton", random_weights=0)
+    config, trainer = replace(CONFIG, path=pipeline.name_or_path), TrainerConfig(enable_progress_bar=False)
+    drawn = draw_samples(task, task_config, 0)
+    settings = StoreSettings.of(config, task_config, probe, 0)
+    store = collect_store(Sampler(pipeline, config, task, trainer), probe, drawn, settings, tmp_path / "store")
+    samples, inputs, experts = load_samples(store, task)
+    bank = fit(samples, probe, trainer, tmp_path, 0)
+    readings = read_inputs(samples, inputs, probe.kind, probe.penalties, 0)
+    expected = build_grid(evaluate_probes(samples, experts, bank, readings)).dataset
+
+    data = open_activations(tmp_path / "store", task)
+    assert [t.name for t in data.samples.targets] == [t.name for t in samples.targets]
+    mine = data.with_label("mine", [s.problem.labels["box"] for s in drawn], "perception")
+    found = evaluate(fit_probes(mine, kind="newton"), mine).dataset
+    names = expected.target.values.tolist()
+    for name in ("accuracy", "skill", "p_evidence", "reference"):
+        np.testing.assert_array_equal(found[name].sel(target=names), expected[name])
+        np.testing.assert_array_equal(found[name].sel(target="mine"), expected[name].sel(target="box"))
+
+
+def test_probes_are_saved_and_read(bank, data, grid, tmp_path):
+    bank.save(tmp_path / "probes")
+    again = load_probes(tmp_path / "probes")
+    assert again.target("colour").names == ("blue", "green", "red") and again.store == bank.store
+    np.testing.assert_array_equal(evaluate(again, data).dataset.accuracy, grid.dataset.accuracy)
+
+
+def test_probes_of_other_classes_or_cells_are_refused(bank, data, pipeline, place):
+    with pytest.raises(InputError, match=r"^label 'colour': the probes were fitted to other classes"):
+        evaluate(bank, own(pipeline, place, labels={"colour": COINS, "coin": COINS}, roles="nuisance"))
+    with pytest.raises(InputError, match=r"^target='coin': expected one of colour"):
+        evaluate(bank, own(pipeline, place, labels={"colour": NAMES}, roles="perception"))
+    with pytest.raises(InputError, match=r"^these probes have \d+ cells, and the activations \d+ others"):
+        evaluate(bank.select(bank.cells[:2]), data)
+
+
+def test_several_seeds_of_an_image_share_label_and_split(pipeline, tmp_path):
+    data = own(pipeline, tmp_path, images=IMAGES[:30], prompts=PROMPTS[:30], labels=NAMES[:30], roles="perception",
+               layers="1", seeds=2)  # fmt: skip
+    assert len(data) == 60 and data.order[::2].tolist() == data.order[1::2].tolist()
+    assert data.samples.keys[::2].tolist() == data.samples.keys[1::2].tolist()
+    assert not torch.equal(data.samples.features[0], data.samples.features[1])
+
+
+def test_boxes_are_regions(pipeline, tmp_path):
+    halves = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
+    data = own(pipeline, tmp_path, layers="1", steps="0", boxes=halves)
+    assert data.to_xarray().sizes["region"] == 2
+
+
+def test_a_map_is_a_picture(grid):
+    figure = plot_map(grid, "colour")
+    assert figure._repr_png_().startswith(b"\x89PNG") and len(figure.axes) == 2
+    assert plot_map(grid)._repr_png_()
+    with pytest.raises(InputError, match="target='hue': expected one of colour, coin"):
+        plot_map(grid, "hue")
+
+
+def test_a_pipeline_without_a_folder_is_known_by_its_weights(pipeline):
+    here, same = wan(), wan()
+    assert pipeline_fingerprint(here, CONFIG) == pipeline_fingerprint(same, CONFIG)
+    with torch.no_grad():
+        same.transformer.blocks[1].ffn.net[2].weight[0, 0] += 1
+    assert pipeline_fingerprint(here, CONFIG) != pipeline_fingerprint(same, CONFIG)
+    loaded = pipeline_fingerprint(pipeline, CONFIG)
+    assert (
+        loaded
+        == StoreSettings.of(replace(CONFIG, path=pipeline.name_or_path), SelectConfig(), CaptureConfig(), 0).model
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": {"colour": NAMES[:9]}}, r"labels 'colour': 9 entries, expected 60, one for each image"),
+        ({"labels": {"colour": ["red"] * 60}}, r"labels 'colour': one class only, 'red'"),
+        ({"labels": {"colour": [float("nan"), *COINS[1:]]}}, r"labels 'colour': nan at index 0"),
+        ({"roles": "shape"}, r"role='shape': expected one of answer, model_answer"),
+        ({"roles": {"shape": "answer"}}, r"roles: 'shape' is not a label; expected one of colour, coin"),
+        ({"prompts": PROMPTS[:9]}, r"prompts: 9 entries for 60 images"),
+        ({"prompts": PROMPT}, r"prompts='draw.*expected a list"),
+        ({"images": [*IMAGES[:59], IMAGES[59][:16]]}, r"images\[59\]: 16 x 32 pixels"),
+        ({"images": np.stack(IMAGES).astype(float)}, r"images: values from \d+ to 2\d\d, expected floats from 0 to 1"),
+        ({"images": [i[:, :20] for i in IMAGES]}, r"images: 32 x 20 pixels, expected multiples of 16"),
+        (
+            {"images": IMAGES[:3], "prompts": PROMPTS[:3], "labels": None, "roles": "answer"},
+            r"images: [01] of 3 are in",
+        ),
+        ({"layers": "9"}, r"probe\.layers='9': expected indices from 0 to 2"),
+        ({"seeds": 0}, r"seeds=0: expected at least 1"),
+        ({"groups": [1, 2]}, r"groups: 2 entries for 60 images"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_sampled(pipeline, tmp_path, changes, message):
+    given = {"roles": "perception"} | changes
+    with pytest.raises(InputError, match=rf"^{message}") as caught:
+        own(pipeline, tmp_path / "none", **given)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("shard-*"))
+
+
+def test_without_labels_there_is_nothing_to_fit(pipeline, place):
+    bare = own(pipeline, place, labels=None, roles="answer")
+    with pytest.raises(InputError, match=r"^labels: none; .*with_label"):
+        fit_probes(bare)
+    assert isinstance(bare.store, ActivationStore) and api.BOXES[0] == (0, 0, 0.25, 0.25)
