@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTENTS = {  # title and file of every page, in the order in which people ask
     "Questions": {
         "Start": "README",
+        "Your own labels": "docs/own-labels",
         "The map": "docs/claims",
         "Your own problems": "docs/own-problems",
         "Your own model": "docs/own-model",

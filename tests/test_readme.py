@@ -77,8 +77,14 @@ def test_every_command_runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_snippet_runs(tmp_path, monkeypatch):
+    """The snippets of a page share their names, as for someone who reads it from top to bottom."""
     monkeypatch.chdir(tmp_path)
-    found = list(blocks("python"))
-    assert found
-    for block in found:
-        exec(compile(block, "README snippet", "exec"), {})
+    assert any(snippets(page) for page in PAGES)
+    for page in PAGES:
+        names = {}
+        for block in snippets(page):
+            exec(compile(block, f"snippet of {page.name}", "exec"), names)
+
+
+def snippets(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)

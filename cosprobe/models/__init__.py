@@ -1,6 +1,6 @@
 """Loads frozen diffusers pipelines and samples with them. `architectures` has what differs between transformers."""
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline as DiffusionPipeline  # the type of pipelines, in no list of our own names
 
 from cosprobe.models.architectures import Architecture, architecture
 from cosprobe.models.cpu_layout import channels_last
@@ -23,7 +23,6 @@ from cosprobe.models.pipelines import (
 
 __all__ = [
     "Architecture",
-    "DiffusionPipeline",
     "Pictures",
     "architecture",
     "block_list",

@@ -1,6 +1,7 @@
 """Reports of a run: figures, summary, TensorBoard, film strip, comparison of runs."""
 
-from cosprobe.reporting.figures import STYLE, MapFigure, headline, maps, new_figure
+from cosprobe.reporting.figures import STYLE, headline, maps, new_figure
+from cosprobe.reporting.figures import MapFigure as MapFigure  # a type
 from cosprobe.reporting.film import Film, film_row, film_strip, record
 from cosprobe.reporting.report import write_report
 from cosprobe.reporting.summary import WIDTH, markdown_table, open_table, print_again, print_summary
@@ -10,7 +11,6 @@ __all__ = [
     "STYLE",
     "WIDTH",
     "Film",
-    "MapFigure",
     "film_row",
     "film_strip",
     "headline",
