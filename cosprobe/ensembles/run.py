@@ -122,6 +122,11 @@ def ensemble(
     """
     scorer = ProbeScorer.load(probes, problem.task) if isinstance(probes, str | Path) else probes
     made_for = None if scorer is None else scorer.bank.store
+    if task is None and problem.task not in FAMILIES:
+        raise InputError(
+            f"task={problem.task!r}: not a task of this package, whose videos could be read; expected one of "
+            f"{', '.join(FAMILIES)}, or pass task="
+        )
     task = task or FAMILIES[problem.task](**({} if made_for is None else made_for.task)).build()
     config = config or (PipelineConfig(frames=task.frames) if made_for is None else made_for.pipeline)
     context = RunContext(Sampler(pipeline, config, task), scorer)

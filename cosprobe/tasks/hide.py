@@ -29,6 +29,7 @@ from cosprobe.tasks.task import (
     Target,
     check_counts,
     check_request,
+    check_video,
     distinct,
     draw_seed,
 )
@@ -200,6 +201,7 @@ class Hide:
         the first frame does not contain, so the forced choice is always an object of the first frame.
         path: intersection over union of the objects seen at the ends of the lanes and the objects that should be there.
         """
+        check_video(video)
         scene: Scene = problem.layout
         picture = np.asarray(video[-REST:], dtype=np.float32).mean(0)
         patterns, units, contrast = _patterns(self.image_size)

@@ -32,6 +32,7 @@ from cosprobe.tasks.task import (
     by_turns,
     check_counts,
     check_request,
+    check_video,
     distinct,
     draw_seed,
 )
@@ -284,6 +285,7 @@ class Line:
         now holds a red or gold piece. It is None when there are no or several such cells, or when another piece has
         appeared, disappeared or changed its colour. Which pieces turned gold has an effect on `path` only.
         """
+        check_video(video)
         cell, distance, _ = _raster(self.image_size, self.size)
         core, marks = distance < CORE, np.frombuffer(problem.layout.marks, dtype=np.uint8)
         pixels = np.asarray(video[-1], dtype=np.float32)[core] * 255.0

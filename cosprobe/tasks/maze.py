@@ -30,6 +30,7 @@ from cosprobe.tasks.task import (
     by_turns,
     check_counts,
     check_request,
+    check_video,
     distinct,
     draw_seed,
 )
@@ -160,6 +161,7 @@ class Maze:
         The answer is the exit that cells in the colour of the trail connect to the start. Trail across a wall counts
         too. The answer is None when no exit or several exits are connected.
         """
+        check_video(video)
         layout: Layout = problem.layout
         frame = np.asarray(video[-1], dtype=np.float32) * 255.0
         distance = np.square(frame[:, :, None, :] - PALETTE.astype(np.float32)).sum(-1)

@@ -27,6 +27,7 @@ from cosprobe.tasks.task import (
     Target,
     check_counts,
     check_request,
+    check_video,
     distinct,
     draw_seed,
 )
@@ -164,6 +165,7 @@ class Select:
         hold the named object, when a box holds anything else, or when the named object is seen outside the boxes.
         Scores: squared error of the empty template minus that of the named object; 1 for a perfect image of the object.
         """
+        check_video(video)
         scene: Scene = problem.layout
         wanted = scene.objects[scene.named][1]
         pixels = ((np.arange(BOARD) + 0.5) * video.shape[1] / BOARD).astype(int)  # one pixel per unit

@@ -45,6 +45,8 @@ class Role(StrEnum):
 ANSWER_ROLES = (Role.ANSWER, Role.MODEL_ANSWER)  # roles whose claims need a selectivity control
 RELABELLED = Role.RELABELLED  # the role of selectivity controls, and the suffix of their names
 
+BRIGHTEST = 2.0  # a decoder may leave [0, 1] a little
+
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the image
 
 
@@ -174,8 +176,18 @@ class Task(Protocol):
         ...
 
     def parse(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> ParsedAnswer:
-        """Reads the answer from a video with values in [0, 1]."""
+        """Reads the answer from a video with values in [0, 1]. Raises InputError as `check_video` does."""
         ...
+
+
+def check_video(video: Float[np.ndarray, "frame height width 3"]) -> None:
+    """Raises InputError for a video with whole numbers or with values far outside [0, 1], such as 0 to 255."""
+    values = np.asarray(video)
+    most = float(np.abs(values).max()) if values.size else 0.0
+    if values.dtype.kind != "f" or not most <= BRIGHTEST:
+        raise InputError(
+            f"video: type {values.dtype} with values up to {most:g}, expected floats from 0 to 1; divide by 255"
+        )
 
 
 def check_request(split: str, count: int, kind: str | None, kinds: tuple[str, ...]) -> None:

@@ -270,6 +270,7 @@ def test_a_problem_is_answered(context):
         ({"probes": None}, "strategy='prune'.*probes.*vote, best_of, hidden"),
         ({"problem": HideConfig(frames=5).build().problems("test", 1)[0], "task": HideConfig(frames=5).build()},
          "problem 'hide/hide/test/.*'.*task 'maze'.*choice.*one_exit"),
+        ({"problem": replace(PROBLEMS[0], task="images"), "task": None, "probes": None}, "task='images'.*hide"),
         ({"config": replace(CONFIG, steps=9)}, r"pipeline\.steps=9\b.*\b3\b"),
         ({"config": replace(CONFIG, guidance=2.0)}, r"pipeline\.guidance=2\.0\b.*\b1\.0\b"),
     ],

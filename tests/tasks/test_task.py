@@ -258,6 +258,14 @@ def test_parsing_of_the_reference_is_a_right_solution(task, problems):
         assert len(read.scores) == task.candidates
 
 
+def test_a_video_of_another_range_is_refused(task, problems):
+    """Every answer would be None."""
+    video = task.video(problems[0])
+    for wrong, kind in ((video, "uint8"), (video.astype(np.float32), "float32")):
+        with pytest.raises(InputError, match=rf"^video: type {kind} with values up to 2\d\d, expected floats"):
+            task.parse(problems[0], wrong)
+
+
 def test_a_still_video_reads_as_none(task, problems):
     for p in problems[:200]:
         first = played(task, p)[:1]
