@@ -11,8 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from cosprobe import api
-from cosprobe.activations import ActivationStore, Sampler, StoreSettings, load_samples
-from cosprobe.activations import collect as collect_store
+from cosprobe.activations import Sampler, StoreSettings, load_samples
 from cosprobe.api import collect, evaluate, fit_probes, open_activations, plot_map
 from cosprobe.config import CaptureConfig, PipelineConfig, ProbeConfig, TrainerConfig
 from cosprobe.errors import InputError
@@ -22,6 +21,7 @@ from cosprobe.models import load_pipeline, pipeline_fingerprint
 from cosprobe.probes import fit, load_probes
 from cosprobe.tasks import SelectConfig, draw_samples
 from tests.examples.pipelines import PROMPT, wan
+from tests.examples.stores import collected
 
 CONFIG = PipelineConfig(steps=2, frames=5, batch=16)
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 230)}
@@ -82,7 +82,7 @@ def test_labels_stay_with_their_images(data):
     assert data.samples.labels["coin"].tolist() == [COINS[i] for i in data.order]
     said = repr(data)
     assert "60 samples of 60 images" in said and "colour (perception), 3 classes: blue, green, red" in said
-    assert str(data.store.folder) in data._repr_html_()
+    assert str(data.stored.store.folder) in data._repr_html_()
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +118,36 @@ def test_the_same_call_uses_what_is_there_with_other_labels(pipeline, place, dat
     again = own(pipeline, place, labels=COINS, roles="answer")
     assert torch.equal(again.samples.features, data.samples.features)
     assert [t.name for t in again.samples.targets] == ["label"]
-    assert again.store.folder == data.store.folder
+    assert again.stored.store.folder == data.stored.store.folder
+    fewer = own(pipeline, place, layers="1,2", steps="1")  # a part of what is there
+    np.testing.assert_array_equal(fewer.to_xarray(), data.to_xarray().sel(layer=[1, 2], step=[1]))
     with pytest.raises(TypeError):
-        own(pipeline, place, layers="0")
+        own(pipeline, place, seeds=2)
+
+
+def test_with_more_images_only_these_are_sampled(pipeline, tmp_path, data, monkeypatch):
+    few = {"images": IMAGES[:40], "prompts": PROMPTS[:40], "labels": None, "roles": "answer"}
+    first = own(pipeline, tmp_path, **few)
+    sampled = []
+    original = type(pipeline).__call__
+
+    def counting(self, **arguments):
+        sampled.extend(arguments["prompt"])
+        return original(self, **arguments)
+
+    monkeypatch.setattr(type(pipeline), "__call__", counting)
+    second = own(pipeline, tmp_path)
+    assert len(sampled) == 20 and len(second) == 60
+    for i, image in enumerate(first.order.tolist()):
+        at = second.order.tolist().index(image)
+        assert torch.equal(first.samples.features[i], second.samples.features[at])
+    opened = open_activations(second.stored.store.folder)
+    assert torch.equal(opened.samples.features, second.samples.features)
 
 
 def test_images_of_any_kind_are_the_same_images(pipeline, place, data):
     tensors = torch.from_numpy(np.stack(IMAGES)).permute(0, 3, 1, 2).float() / 255
-    assert own(pipeline, place, images=tensors).store.folder == data.store.folder
+    assert own(pipeline, place, images=tensors).stored.table.names == data.stored.table.names
 
 
 def test_scikit_learn_on_the_rows_gives_the_same_accuracy(data, bank, grid):
@@ -157,13 +179,13 @@ def test_own_labels_equal_to_those_of_the_task_give_the_grid_of_train(pipeline, 
     config, trainer = replace(CONFIG, path=pipeline.name_or_path), TrainerConfig(enable_progress_bar=False)
     drawn = draw_samples(task, task_config, 0)
     settings = StoreSettings.of(config, task_config, probe, 0)
-    store = collect_store(Sampler(pipeline, config, task, trainer), probe, drawn, settings, tmp_path / "store")
-    samples, inputs, experts = load_samples(store, task)
+    stored = collected(Sampler(pipeline, config, task, trainer), drawn, settings, tmp_path)
+    samples, inputs, experts = load_samples(stored)
     bank = fit(samples, probe, trainer, tmp_path, 0)
     readings = read_inputs(samples, inputs, probe.kind, probe.penalties, 0)
     expected = build_grid(evaluate_probes(samples, experts, bank, readings)).dataset
 
-    data = open_activations(tmp_path / "store", task)
+    data = open_activations(tmp_path)
     assert [t.name for t in data.samples.targets] == [t.name for t in samples.targets]
     mine = data.with_label("mine", [s.problem.labels["box"] for s in drawn], "perception")
     found = evaluate(fit_probes(mine, kind="newton"), mine).dataset
@@ -258,4 +280,4 @@ def test_without_labels_there_is_nothing_to_fit(pipeline, place):
     bare = own(pipeline, place, labels=None, roles="answer")
     with pytest.raises(InputError, match=r"^labels: none; .*with_label"):
         fit_probes(bare)
-    assert isinstance(bare.store, ActivationStore) and api.BOXES[0] == (0, 0, 0.25, 0.25)
+    assert bare.stored.table.targets == () and api.BOXES[0] == (0, 0, 0.25, 0.25)
