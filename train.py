@@ -54,7 +54,7 @@ def train(run: TrainRun) -> None:
     draw = cache(lambda: draw_samples(task, run.task, run.seed))
     monitor = ResourceMonitor(build_logger(run.trainer, folder / "tensorboard" / SAMPLING), SAMPLING)
     store = find_store(settings, sampler.depth, run_dir / STORE, run.store)
-    stored = collect(sampler, draw, settings, store, monitor)
+    stored = collect(sampler, draw, settings, store, monitor if "resources" in run.trainer.callbacks else None)
     save_config(run, folder)  # only after `collect` has checked that the store has these settings
     stored.save(folder)
     samples, inputs, experts = load_samples(stored)

@@ -54,6 +54,7 @@ FLAGS = {
     "--config-dir": "a folder with further options of the groups, such as probe/mine.yaml",
     "--hydra-help": "print all other flags",
 }
+SWEEP_FILE = Path("runs", "multirun.yaml")  # in hydra.sweep.dir of the configuration files
 NO_DIFFERENCE = ("run_dir", "store", "trainer", "hydra")  # settings that do not name the folder of a job in a sweep
 # Parameters of `mallopt` and the values set by `keep_freed_memory`. Source: malloc.h of the GNU C library.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
@@ -241,6 +242,9 @@ def _by_hydra(root: Root, arguments: Sequence[str]) -> list[Composed]:
             raise
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise _explained(root, arguments, error) from error
+        finally:
+            if _flags(arguments).multirun:  # Hydra writes its own settings beside the run folders
+                SWEEP_FILE.unlink(missing_ok=True)
     return found
 
 

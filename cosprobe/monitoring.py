@@ -20,7 +20,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from cosprobe.config import TrainerConfig
 from cosprobe.errors import InputError
+from cosprobe.files import make_folder
 
+TENSORBOARD = "tensorboard"  # folder of TensorBoard runs in that of a result
 SAMPLING, TRAINING = "sampling", "training"  # names of TensorBoard runs
 FILES = ("events.out.tfevents.*", "hparams.yaml")  # what `TensorBoardLogger` writes
 SPEED_AND_MEMORY = "speed and memory"  # the group of the tags
@@ -35,10 +37,22 @@ def build_logger(config: TrainerConfig, folder: Path) -> Logger:
         return CSVLogger(folder, name="", version="")
     if config.logger == "wandb":
         try:
-            return WandbLogger(save_dir=folder, name=folder.name, group=folder.parent.name)
+            name, prefix = wandb_names(folder)
+            return WandbLogger(save_dir=make_folder(folder), name=name, prefix=prefix)
         except ModuleNotFoundError as error:
             raise InputError("trainer.logger='wandb': wandb is not installed; pip install wandb, or use csv") from error
     return TensorBoardLogger(folder, name="", version="")
+
+
+def wandb_names(folder: Path) -> tuple[str, str]:
+    """Name of the W&B run, and what stands before the names of its values, for the logger of a folder.
+
+    A process has one W&B run, so the values of `tensorboard/training/median` and of `tensorboard/sampling` are told
+    apart by their names. The run is named by the folder of the result: `maze-layers/logistic`.
+    """
+    parts = folder.resolve().parts
+    at = len(parts) - 1 - parts[::-1].index(TENSORBOARD) if TENSORBOARD in parts else len(parts) - 1
+    return "/".join(parts[max(1, at - 2) : at]), "/".join(parts[at + 1 :])
 
 
 @rank_zero_only

@@ -381,7 +381,7 @@ def test_every_job_of_a_sweep_has_its_run_folder(here):
     assert lines == [f"runs/maze-layers-seed-{n}-kind-ridge {n} ridge" for n in (1, 3)]
     told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert told[0] == "error: seed=2: no" and "seed=2" in told[-1] and len(told) == 2
-    assert sorted(path.name for path in here.iterdir()) == ["print_run_dir.py", "runs"]
+    assert sorted(path.name for path in here.rglob("*")) == ["print_run_dir.py", "runs"]
 
 
 @pytest.mark.slow

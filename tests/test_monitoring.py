@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from cosprobe import monitoring
 from cosprobe.config import TrainerConfig
-from cosprobe.monitoring import ResourceMonitor, build_logger, peak_resident_memory, remove_events
+from cosprobe.monitoring import ResourceMonitor, build_logger, peak_resident_memory, remove_events, wandb_names
 
 SECONDS = (2.0, 4.0, 0.5)  # of the batches
 SIZES = (4, 4, 2)
@@ -114,3 +114,16 @@ def test_removing_events_keeps_other_files_and_named_folders(tmp_path):
         "sampling", "sampling/events.out.tfevents.4", "mine", "mine/notes.txt",
     }  # fmt: skip
     remove_events(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "prefix"),
+    [
+        ("runs/maze-layers/logistic/tensorboard/training/median", "maze-layers/logistic", "training/median"),
+        ("runs/maze-layers/logistic/tensorboard/sampling", "maze-layers/logistic", "sampling"),
+        ("runs/maze-layers/logistic/tensorboard", "maze-layers/logistic", ""),
+    ],
+)
+def test_values_of_one_wandb_run_have_names_of_their_own(tmp_path, monkeypatch, folder, name, prefix):
+    monkeypatch.chdir(tmp_path)
+    assert wandb_names(Path(folder)) == (name, prefix) == wandb_names(tmp_path / folder)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cosprobe.errors import InputError
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+CALLBACKS = ("checkpoints", "curves", "resources")
 LOGGERS = ("tensorboard", "csv", "wandb")
 
 
@@ -29,6 +30,8 @@ class TrainerConfig:
     "Precision of the training of `logistic` probes; the Newton steps after it are in float32 or better."
     logger: str = "tensorboard"
     "Where curves go: `tensorboard`, `csv` or `wandb` (if installed)."
+    callbacks: list[str] = field(default_factory=lambda: list(CALLBACKS))
+    "`checkpoints`: a killed fit goes on; `curves`: of the training; `resources`: speed and memory. `[]`: none."
     enable_progress_bar: bool = True
     "Show progress bars."
     deterministic: bool = False
@@ -44,6 +47,9 @@ class TrainerConfig:
             raise InputError(f"trainer.precision={self.precision!r}: expected one of {', '.join(PRECISIONS)}")
         if self.logger not in LOGGERS:
             raise InputError(f"trainer.logger={self.logger!r}: expected one of {', '.join(LOGGERS)}")
+        for name in self.callbacks:
+            if name not in CALLBACKS:
+                raise InputError(f"trainer.callbacks={name!r}: expected some of {', '.join(CALLBACKS)}")
         if self.num_nodes < 1:
             raise InputError(f"trainer.num_nodes={self.num_nodes}: expected at least 1")
         if self.limit_predict_batches is not None and self.limit_predict_batches < 1:

@@ -205,9 +205,9 @@ class ProbeTraining(L.LightningModule):
 class FitProgress(L.Callback):
     """One progress bar for the whole fit, over all chunks of cells."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, shown: bool):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, transient=True)
+        self.progress = Progress(*columns, transient=True, disable=not shown)
         self.task = self.progress.add_task("fitting probes, epoch", total=total)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -244,15 +244,15 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
     check_targets(targets, train, validation)
     parts = chunks(samples, targets, config)
     curves = Path(folder) / TRAINING
-    progress = FitProgress(config.epochs * len(parts))
+    progress = FitProgress(config.epochs * len(parts), trainer.enable_progress_bar)
     drawn = TrainingCurves(lambda statistic: build_logger(trainer, curves / statistic), len(samples.cells))
     monitor = ResourceMonitor(build_logger(trainer, curves), "fit", lambda batch: batch.size)
     saved = SavedFit(Path(folder) / CHECKPOINTS, samples, config, trainer, seed)
     banks: list[ProbeBank] = []
     endings: list[dict[str, Certificate]] = []
     for number, part in enumerate(parts):
-        checkpoint = EpochCheckpoint(saved.checkpoint(number))
-        runner = _runner(config, trainer, (progress, drawn, monitor, checkpoint))
+        able = {"checkpoints": EpochCheckpoint(saved.checkpoint(number)), "curves": drawn, "resources": monitor}
+        runner = _runner(config, trainer, [progress, *(able[name] for name in trainer.callbacks)])
         chunk, held_out = train.at(part), validation.at(part)
         results = saved.load(number, runner)
         if results is None:
@@ -338,7 +338,7 @@ def _runner(config: ProbeConfig, trainer: TrainerConfig, callbacks: Sequence[L.C
         max_epochs=config.epochs,
         check_val_every_n_epoch=max(1, config.epochs // VALIDATIONS),
         num_sanity_val_steps=0,
-        enable_checkpointing=True,
+        enable_checkpointing="checkpoints" in trainer.callbacks,
         plugins=[ChecksumIO()],
         callbacks=list(callbacks),
         enable_progress_bar=False,

@@ -184,3 +184,12 @@ def test_two_killed_processes_go_on_to_the_same_bits(tmp_path):
     for rank in range(2):
         found, whole = (torch.load(folder / f"values_{rank}.pt") for folder in (tmp_path, tmp_path / "whole"))
         assert all(torch.equal(found[target.name], whole[target.name]) for target in TARGETS)
+
+
+def test_without_callbacks_the_fit_is_the_same_and_no_file_is_written(tmp_path, unbroken, monkeypatch):
+    monkeypatch.setattr("cosprobe.probes.checkpoints.INTERVAL", 0.0)  # a checkpoint would be due after every epoch
+    bank = fit(planted(), ProbeConfig(**RECIPE), TrainerConfig(callbacks=[], enable_progress_bar=False), tmp_path, 0)
+    bank = bank.with_provenance(trainer=unbroken[0].provenance.trainer)
+    assert same(bank, unbroken[0]) and not list(tmp_path.rglob("events*"))
+    with pytest.raises(ValueError, match=r"trainer\.callbacks='curve'.*checkpoints, curves, resources"):
+        TrainerConfig(callbacks=["curve"])
