@@ -13,6 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 demo: $(INSTALLED)
 	$(BIN)/python train.py probe=layers
 
+# bytecode is kept whatever the environment says: tests start many processes, and each would compile all modules again
+test: export PYTHONDONTWRITEBYTECODE =
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 

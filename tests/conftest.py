@@ -6,15 +6,21 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 
+# read when torch and the libraries of linear algebra are loaded, also in every process that a test starts: threads of
+# several processes that wait for each other on the same cores cost several times what a test itself does
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from threadpoolctl import threadpool_limits
 
 settings.register_profile("dev", max_examples=20, deadline=None, derandomize=True)
 settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 torch.set_num_threads(1)
+threadpool_limits(1)  # of what plugins of pytest have loaded before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
