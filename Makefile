@@ -16,16 +16,17 @@ demo: $(INSTALLED)
 # bytecode is kept whatever the environment says: tests start many processes, and each would compile all modules again
 test: export PYTHONDONTWRITEBYTECODE =
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not docs"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the figures of README.md and docs/, and docs/results.md, from real runs
+# the figures of README.md and docs/, and docs/results.md, from real runs; before, every command of the docs, smaller
 SMALL := pipeline.path=runs/small/pipeline pipeline.frames=5 task.frames=5
 docs: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m docs
 	$(BIN)/python -m cosprobe.reporting.gallery docs/figures/families.png
 	for task in maze hide select line; do $(BIN)/python train.py probe=layers task=$$task || exit 1; done
 	$(BIN)/python -m cosprobe.reporting.compare docs/figures/maps.png maze=runs/maze-layers:answer hide=runs/hide-layers:inside \

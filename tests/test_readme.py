@@ -1,4 +1,8 @@
-"""Every command and every snippet that the README and the docs show is run, at a smaller size."""
+"""Every command that the README and the docs show is read, every snippet is run, and what the commands name is there.
+
+`make docs` also runs every command, at a smaller size: minutes on the model in the package. What they do that the runs
+of other tests don't, the tests of `make test` do on a toy model.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,14 @@ import pytest
 
 import probe
 import train
+from cosprobe import Grid
+from cosprobe.command import command
+from cosprobe.config import TrainRun, UseRun
 from cosprobe.ensembles import comparison as seeds
 from cosprobe.evaluation import variables
 from cosprobe.evaluation.checks import suite as checks
 from cosprobe.evaluation.variables import BASELINES
+from tests.examples.pipelines import wan
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,25 +62,59 @@ def test_every_safeguard_names_what_the_grid_holds():
     assert len(names) > 40 and names <= known, names - known
 
 
+def scripts():
+    """Script and arguments of every command of ours; those that use a run come last."""
+    shown = [shlex.split(line)[1:] for line in commands() if line.startswith("python ")]
+    assert {script for script, *_ in shown} == {"train.py", "probe.py"}
+    return sorted(shown, key=lambda words: words[0] == "probe.py")
+
+
+def test_every_command_is_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = []
+    for script, *settings in scripts():
+        if "--help" in settings or "--cfg" in settings:
+            assert {"train.py": train, "probe.py": probe}[script].main(settings) == 0
+        else:
+            root = {"train.py": TrainRun, "probe.py": UseRun}[script]
+            assert command(root, runs.append, "", settings) == 0, settings
+    made = {run.run_dir for run in runs if isinstance(run, TrainRun)}
+    assert made >= {run.run for run in runs if isinstance(run, UseRun)}
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "positions"),
+    [(["task=select", "probe=frames", "probe.kind=ridge", "probe.steps='0,2'"], 3), (["task=hide"], 1)],
+    ids=["frames and ridge", "another family"],
+)
+def test_the_ways_to_run_that_they_show_end_in_a_grid(tmp_path, settings, positions):
+    wan().save_pretrained(tmp_path / "wan")
+    toy = [f"pipeline.path={tmp_path / 'wan'}", "pipeline.frames=5", "task.frames=5"]
+    assert train.main([*toy, *SMALL, *settings, f"run_dir={tmp_path / 'run'}"]) == 0
+    grid = Grid.load(tmp_path / "run").dataset
+    assert grid.sizes["position"] == positions and grid.accuracy.notnull().all()
+    assert (tmp_path / "run" / "report" / "summary.md").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.docs
 def test_every_command_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(seeds.SIZES, "quick", seeds.Size(3, 2, 4, ("middle", "all"), ((0,),), (3,)))
-    shown = [line for line in commands() if line.startswith("python ")]
-    assert any("train.py" in line for line in shown) and any("probe.py" in line for line in shown)
-    for line in sorted(shown, key=lambda line: "probe.py" in line):
-        _, script, *settings = shlex.split(line)
+    for script, *settings in scripts():
         if "--help" in settings or "--cfg" in settings:
-            assert {"train.py": train, "probe.py": probe}[script].main(settings) == 0
-        elif any(setting.startswith("experiment=") for setting in settings):  # their own tests train them
-            assert train.main([*settings, "--cfg", "job"]) == 0
-        elif script == "train.py":
+            continue
+        if any(setting.startswith("experiment=") for setting in settings):  # their own tests train them
+            continue
+        if script == "train.py":
             keys = {setting.split("=")[0] for setting in settings}
             fewer = ["probe.steps='0,2'"] if "probe.steps" in keys else []
-            assert train.main([*settings, *SMALL, *fewer]) == 0, line
+            assert train.main([*settings, *SMALL, *fewer]) == 0, settings
         else:
             use = next(setting.partition("=")[2] for setting in settings if setting.startswith("use="))
-            assert probe.main([*settings, *LESS[use]]) == 0, line
+            assert probe.main([*settings, *LESS[use]]) == 0, settings
 
 
 @pytest.mark.slow
