@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +17,19 @@ import pytest
 import torch
 
 import probe
+import train as training
 from cosprobe import Grid, ensemble, load_pipeline, load_probes
 from cosprobe.activations.collection import UNTRAINED
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.store import ActivationStore
 from cosprobe.command import read_run
-from cosprobe.ensembles.comparison import SIZES, Size
+from cosprobe.ensembles.comparison import SIZES
 from cosprobe.ensembles.strategies import STRATEGIES
 from cosprobe.errors import InputError
 from cosprobe.models.pipelines import fingerprint
 from cosprobe.reporting import results_page
 from tests.examples.pipelines import wan
+from tests.examples.probe_tiny import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = "logistic-epochs-5"  # what `train` makes
@@ -46,10 +50,18 @@ def command(script, *settings):
     )
 
 
-def train(model, folder, *settings):
+def within(script, *settings):
+    """The same in this process: one of its own takes seconds to start."""
+    main = {"train.py": training.main, "probe.py": probe.main, PROBE_TINY: probe.main}[script]
+    with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as errors:
+        code = main(list(settings))
+    return subprocess.CompletedProcess(settings, code, said.getvalue(), errors.getvalue())
+
+
+def train(model, folder, *settings, start=within):
     """Of 64 problems no two answers are equally frequent in train: between such a probe of a constant input takes
     whichever rounding prefers."""
-    result = command(
+    result = start(
         "train.py", "probe=layers", f"pipeline.path={model}", "pipeline.steps=3", "pipeline.frames=5",
         "pipeline.batch=8", "task.frames=5", "task.problems=64", "probe.epochs=5", f"run_dir={folder}", *settings,
     )  # fmt: skip
@@ -61,7 +73,7 @@ def train(model, folder, *settings):
 def run(model, tmp_path_factory):
     """The folder of the result of a run, and what the run printed."""
     folder = tmp_path_factory.mktemp("runs") / "one"
-    output = train(model, folder)
+    output = train(model, folder, start=command)
     return folder / RESULT, output
 
 
@@ -135,7 +147,7 @@ def test_a_second_run_reuses_the_store_and_gives_the_same_grid(model, run):
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_give_the_same_grid(model, run, tmp_path):
-    train(model, tmp_path / "two", "trainer.devices=2")
+    train(model, tmp_path / "two", "trainer.devices=2", start=command)
     one, two = (ActivationStore.open(folder / "store") for folder in (run[0].parent, tmp_path / "two"))
     assert one.fingerprint == two.fingerprint
     assert one.names() == two.names() and one.names(UNTRAINED) == two.names(UNTRAINED)
@@ -155,13 +167,14 @@ def test_two_processes_give_the_same_grid(model, run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize("use", ["early", "ensemble"])
-def test_two_processes_sample_what_one_does(run, tmp_path, use):
+def test_two_processes_sample_what_one_does(run, tmp_path, use, monkeypatch):
     """Early answers and ensembles: the same shards, each of them once."""
+    monkeypatch.setitem(SIZES, "quick", TINY)
     settings = {"early": ["use.calibration=59", "use.problems=3", "use.error_reference=truth"], "ensemble": []}[use]
-    for devices in (1, 2):
+    for devices, start in ((1, within), (2, command)):
         folder = tmp_path / str(devices)
         shutil.copytree(run[0].parent, folder, ignore=shutil.ignore_patterns("early", "ensemble"))
-        started = command(PROBE_TINY, f"use={use}", f"run={folder}", f"trainer.devices={devices}", *settings)
+        started = start(PROBE_TINY, f"use={use}", f"run={folder}", f"trainer.devices={devices}", *settings)
         assert started.returncode == 0, started.stderr
     one, two = (
         {path.name: ActivationStore.open(path) for path in (tmp_path / devices / RESULT / use).iterdir()}
@@ -183,7 +196,7 @@ def test_two_processes_sample_what_one_does(run, tmp_path, use):
 
 @pytest.mark.slow
 def test_predict_reads_early_and_compares(run):
-    result = command("probe.py", "use=predict", f"run={run[0]}", "use.step=1", "use.problems=3")
+    result = within("probe.py", "use=predict", f"run={run[0]}", "use.step=1", "use.problems=3")
     assert result.returncode == 0, result.stderr
     assert re.search(r"answer.*\bstep 1 of 3\b", result.stdout)
     assert re.search(r"\b\d\.\d\d of 3 problems.*probe \d\.\d\d.*\d\.\d\d", result.stdout)
@@ -193,7 +206,7 @@ def test_predict_reads_early_and_compares(run):
 def test_early_stopping_is_calibrated_reported_and_left_in_the_bank(run):
     """The model is random, so no risk can be promised: what is checked is the line from the run to its report."""
     settings = ("use=early", f"run={run[0]}", "use.calibration=59", "use.problems=4", "use.error_reference=truth")
-    result = command("probe.py", *settings)
+    result = within("probe.py", *settings)
     assert result.returncode == 0, result.stderr
     assert re.search(r"one_exit.*\b0\.05\b.*\b0\.95\b.*\b59\b", result.stdout)
     folder = run[0] / "report" / "early"
@@ -202,7 +215,7 @@ def test_early_stopping_is_calibrated_reported_and_left_in_the_bank(run):
     policy = json.loads((folder / "early.json").read_text())["kinds"]["one_exit"]["policy"]
     assert policy["problems"] == 59 and policy["error_reference"] == "truth"
     assert load_probes(run[0]).provenance.policies == (policy,)
-    again = command("probe.py", *settings)
+    again = within("probe.py", *settings)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("re-using them") == 2
 
@@ -246,7 +259,7 @@ def test_another_kind_of_probes_is_another_result_of_the_run(model, run):
 
 @pytest.mark.slow
 def test_other_problems_in_the_same_run_folder_are_refused(model, run):
-    result = command(
+    result = within(
         "train.py", f"pipeline.path={model}", "pipeline.steps=3", "pipeline.frames=5", "pipeline.batch=8",
         "task.frames=5", "task.problems=80", f"run_dir={run[0].parent}",
     )  # fmt: skip
@@ -256,8 +269,7 @@ def test_other_problems_in_the_same_run_folder_are_refused(model, run):
 
 @pytest.mark.slow
 def test_ensembles_are_compared_and_answer(model, run, monkeypatch, capsys):
-    tiny = Size(3, 2, 4, ("middle", "early", "all"), ((0,),), (3,))
-    monkeypatch.setitem(SIZES, "quick", tiny)
+    monkeypatch.setitem(SIZES, "quick", TINY)
     for bars in (2, 0):  # the second time everything is on disk
         assert probe.main(["use=ensemble", f"run={run[0]}"]) == 0
         said = capsys.readouterr().out

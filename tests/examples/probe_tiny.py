@@ -7,7 +7,8 @@ import sys
 import probe
 from cosprobe.ensembles.comparison import SIZES, Size
 
-SIZES["quick"] = Size(3, 2, 4, ("middle", "early", "all"), ((0,),), (3,))
+TINY = Size(3, 2, 4, ("middle", "early", "all"), ((0,),), (3,))
 
 if __name__ == "__main__":
+    SIZES["quick"] = TINY
     sys.exit(probe.main())
