@@ -20,6 +20,7 @@ from cosprobe.probes.linalg import spread, standardise
 from cosprobe.probes.newton import fit_newton
 from cosprobe.probes.ridge import fit_ridge, problem_folds
 from cosprobe.tasks import FAMILIES, Target
+from tests.examples import processes
 
 STEPS, FRAMES, REGIONS, CELLS, CHANNELS = 2, 4, 4, 4, 6
 ANSWER = Target("answer", REGIONS, "candidate", "answer", ("one",))
@@ -529,7 +530,7 @@ def as_process(rank: int, rendezvous: str, folder: str) -> None:
 
 @pytest.mark.ddp
 def test_two_processes_give_the_readings_of_one(tmp_path):
-    torch.multiprocessing.spawn(as_process, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    assert processes.run(as_process, str(tmp_path / "rendezvous"), str(tmp_path), processes=2) == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     for kind in ("newton", "ridge"):
         alone = five_steps(kind)

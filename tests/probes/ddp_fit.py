@@ -23,6 +23,7 @@ from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.probes import checkpoints
 from cosprobe.probes.logistic import ProbeTraining, fit
 from cosprobe.tasks import Target
+from tests.examples import processes
 
 RECIPE = {"penalties": [0.01, 1.0], "epochs": 6, "batch": 101, "memory": 2e-3}  # memory: two chunks of the cells
 TARGETS = (
@@ -73,6 +74,15 @@ def run_script(folder: Path, *arguments: int) -> None:
     command = [sys.executable, __file__, str(folder), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == (-signal.SIGKILL if len(arguments) > 1 else 0), done.stderr[-3000:]
+
+
+def run_killed(folder: Path, step: int) -> None:
+    """The fit of one process, which kills itself before this training step."""
+    assert processes.run(one_process, folder, step) == [-signal.SIGKILL]
+
+
+def one_process(rank: int, folder: Path, step: int) -> None:
+    main(folder, 1, step)
 
 
 def kill_before(step: int) -> None:

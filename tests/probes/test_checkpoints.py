@@ -18,7 +18,7 @@ from cosprobe.probes.bank import ProbeBank
 from cosprobe.probes.checkpoints import ChecksumIO
 from cosprobe.probes.curves import STATISTICS
 from cosprobe.probes.logistic import ProbeTraining, fit
-from tests.probes.ddp_fit import RECIPE, TARGETS, planted, run_script
+from tests.probes.ddp_fit import RECIPE, TARGETS, planted, run_killed, run_script
 
 SPEED = "speed and memory/fit: samples per second"
 EPOCH, CHUNK = 3, 18  # steps; there are two chunks
@@ -51,7 +51,7 @@ def unbroken(tmp_path_factory) -> tuple[ProbeBank, Path]:
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
-    run_script(folder, 1, KILLED)
+    run_killed(folder, KILLED)
     return folder / "fit"
 
 
@@ -93,7 +93,7 @@ def test_a_killed_fit_goes_on_to_the_same_bits(left, steps, unbroken, monkeypatc
 
 @pytest.mark.slow
 def test_a_fit_killed_in_its_first_chunk_goes_on(tmp_path, steps, unbroken):
-    run_script(tmp_path, 1, 4 * EPOCH + 2)
+    run_killed(tmp_path, 4 * EPOCH + 2)
     assert same(run(tmp_path / "fit"), unbroken[0])
     assert len(steps) == 2 * CHUNK - 4 * EPOCH
 

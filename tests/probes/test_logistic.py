@@ -22,6 +22,7 @@ from cosprobe.probes.curves import STATISTICS
 from cosprobe.probes.linalg import design, spread, standardise
 from cosprobe.probes.logistic import chunks, finished, fit
 from cosprobe.probes.newton import AIM, PROMISED, fit_newton, relative_gaps
+from tests.examples import processes
 from tests.probes.ddp_fit import PLANTED, RECIPE, TARGETS, planted, run_script
 
 SPEED = "speed and memory/fit: samples per second"
@@ -373,7 +374,7 @@ def divided_fit(rank: int, folder: str) -> None:
 
 @pytest.mark.ddp
 def test_two_processes_divide_the_cells_and_end_with_the_same_bank(tmp_path):
-    torch.multiprocessing.spawn(divided_fit, (str(tmp_path),), nprocs=2)
+    assert processes.run(divided_fit, str(tmp_path), processes=2) == [0, 0]
     for kind in ("newton", "ridge"):
         alone = run(planted(), tmp_path, kind=kind)
         ranks = [torch.load(tmp_path / f"{kind}_{rank}.pt") for rank in range(2)]
