@@ -1,11 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosprobe.activations.store import ActivationStore
+from tests.examples import processes
 
 NOTES = {"steps": [0, 1]}
 NAMES = [f"problem {i}" for i in range(8)]
@@ -113,40 +110,36 @@ def test_dtypes_are_kept_over_any_resume_point(tmp_path_factory, dtype, cut):
     assert torch.equal(features, torch.cat([shard(i, dtype)["features"] for i in range(4)]))
 
 
-WRITER = """
-import sys, time, torch
-from pathlib import Path
-sys.path[:0] = sys.argv[2:]
-from cosprobe.activations.store import ActivationStore
-from tests.activations.test_store import NOTES, shard
-store = ActivationStore(Path(sys.argv[1]), {"seed": 0})
-store.begin(1000)
-print("ready", flush=True)
-names = [str(i) for i in range(60)]
-for name in store.missing(names)[::2]:
-    index = int(name) // 2
-    store.write({"": names[2 * index : 2 * index + 2]}, shard(index), NOTES)
-    time.sleep(0.01)
-store.finish(names)
-"""
+def writer(folder, begun):
+    store = ActivationStore(folder, {"seed": 0})
+    store.begin(1000)
+    begun.set()
+    names = [str(i) for i in range(60)]
+    for name in store.missing(names)[::2]:
+        index = int(name) // 2
+        store.write({"": names[2 * index : 2 * index + 2]}, shard(index), NOTES)
+        time.sleep(0.01)
+    store.finish(names)
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_from_there(tmp_path):
     folder, chance = tmp_path / "store", random.Random(3)
     names = [str(i) for i in range(60)]
     for _ in range(4):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(folder), os.getcwd()], stdout=subprocess.PIPE)
-        writer.stdout.readline()
+        begun = processes.CONTEXT.Event()
+        process = processes.start(writer, folder, begun)
+        assert begun.wait(100)
         time.sleep(chance.uniform(0.0, 0.12))
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
+        process.kill()
+        process.join()
         store = ActivationStore(folder, {"seed": 0})
         written = 60 - len(store.missing(names))
         if not store.complete(names):
             with pytest.raises(ValueError, match="half-written" if written else "half-written|missing"):
                 ActivationStore.open(folder)
-    subprocess.run([sys.executable, "-c", WRITER, str(folder), os.getcwd()], check=True, stdout=subprocess.PIPE)
+    process = processes.start(writer, folder, processes.CONTEXT.Event())
+    process.join()
+    assert process.exitcode == 0
     tensors, _ = ActivationStore.open(folder).read()
     assert torch.equal(tensors["features"], torch.cat([shard(i)["features"] for i in range(30)]))
     assert not list(folder.glob(".*"))
