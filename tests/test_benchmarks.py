@@ -145,8 +145,9 @@ def test_gaps_stand_beside_the_ratio():
 
 @pytest.mark.slow
 def test_the_whole_run_is_measured():
-    small = ["pipeline.steps=3", "pipeline.batch=8", "probe.layers=6:8", "probe.epochs=3", "probe.random_weights=0"]
-    found = running.measure(1, 24, small)
+    small = ["pipeline.steps=3", "pipeline.batch=8", "pipeline.frames=5", "task.frames=5"]
+    less = ["probe.layers=6:8", "probe.epochs=3", "probe.random_weights=0"]
+    found = running.measure(1, 24, small + less)
     with (console := Console(width=200)).capture() as printed:
         console.print(table(found))
     assert printed.get().count("train.py probe=layers, 24 problems, no random weights") == len(found) == 1

@@ -137,7 +137,8 @@ def test_killed_at_any_moment_it_goes_on_from_there(tmp_path):
         if not store.complete(names):
             with pytest.raises(ValueError, match="half-written" if written else "half-written|missing"):
                 ActivationStore.open(folder)
-    process = processes.start(writer, folder, processes.CONTEXT.Event())
+    begun = processes.CONTEXT.Event()
+    process = processes.start(writer, folder, begun)
     process.join()
     assert process.exitcode == 0
     tensors, _ = ActivationStore.open(folder).read()

@@ -201,13 +201,18 @@ def test_a_video_of_another_length_ends_as_the_reference_does():
     assert len(short) == 5 and np.array_equal(short[-1], TASK.video(problem)[-1])
 
 
+@pytest.fixture(scope="module")
+def text():
+    """Tokenizer and encoder of every prompt."""
+    return build_text(every_prompt(), 0)
+
+
 @pytest.mark.parametrize("phrase", PHRASES)
-def test_a_noun_carries_the_colour_that_stands_before_it(phrase):
+def test_a_noun_carries_the_colour_that_stands_before_it(phrase, text):
     """The same words in another order are another prompt: linearly, at the noun itself, for every pair of colours."""
     pairs = list(product(COLOURS, COLOURS))
     prompts = [phrase.format(colour=one, shape="dash", box=other) for one, other in pairs]
-    tokenizer, encoder = build_text(every_prompt(), 0)
-    embedded = embed(prompts, tokenizer, encoder)
+    embedded = embed(prompts, *text)
     words = phrase.format(colour="red", shape="dash", box="red").split()
     for noun, which in (("dash", 0), ("box", 1)):
         at_noun = embedded[:, words.index(noun)].numpy()
@@ -219,10 +224,9 @@ def test_a_noun_carries_the_colour_that_stands_before_it(phrase):
         assert apart > 0.2 * np.linalg.norm(means, axis=1).mean()
 
 
-def test_every_word_of_every_family_is_known():
-    prompts = every_prompt()
-    tokenizer, _ = build_text(prompts, 0)
-    assert len(prompts) > 100
+def test_every_word_of_every_family_is_known(text):
+    tokenizer, _ = text
+    assert len(every_prompt()) > 100
     unseen = [p.prompt for task in families(FAMILIES, TASK).values() for p in task.problems("test", 100)]
     for text in unseen:
         ids = tokenizer(text).input_ids
