@@ -19,7 +19,7 @@ from cosprobe.tasks import draw_samples
 
 def measure(repeats: int = 7, batch: int = 16, steps: int = 20) -> list[Pair]:
     """One pair. A repeat samples one batch."""
-    run = load(TrainRun, [f"pipeline.steps={steps}"])
+    run = load(TrainRun, [f"pipeline.steps={steps}", f"task.problems={max(10, 2 * batch)}"])  # half are of `train`
     config, task, model = run.pipeline, run.task.build(), load_pipeline(run.pipeline)
     chunk = draw_samples(task, run.task, run.seed)[:batch]
     problems = [s.problem for s in chunk]

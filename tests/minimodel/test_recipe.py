@@ -47,8 +47,14 @@ def weights(folder):
     return {name: load_file(next((folder / name).glob("*.safetensors"))) for name in ("transformer", "vae")}
 
 
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    return every_prompt()
+
+
 @pytest.mark.slow
-def test_a_killed_run_ends_where_an_unbroken_one_would(tmp_path, monkeypatch):
+def test_a_killed_run_ends_where_an_unbroken_one_would(tmp_path, monkeypatch, prompts):
+    monkeypatch.setattr("cosprobe.minimodel.recipe.every_prompt", lambda: prompts)  # drawn once for all runs
     tasks = families(CONFIG.families, TASK)
     whole = train_mini(CONFIG, tasks, tmp_path / "whole", "32-true", every=1)
     original = {kind: kind.training_step for kind in (AutoencoderTraining, FlowMatching)}
@@ -202,9 +208,9 @@ def test_a_video_of_another_length_ends_as_the_reference_does():
 
 
 @pytest.fixture(scope="module")
-def text():
+def text(prompts):
     """Tokenizer and encoder of every prompt."""
-    return build_text(every_prompt(), 0)
+    return build_text(prompts, 0)
 
 
 @pytest.mark.parametrize("phrase", PHRASES)
@@ -224,9 +230,9 @@ def test_a_noun_carries_the_colour_that_stands_before_it(phrase, text):
         assert apart > 0.2 * np.linalg.norm(means, axis=1).mean()
 
 
-def test_every_word_of_every_family_is_known(text):
+def test_every_word_of_every_family_is_known(text, prompts):
     tokenizer, _ = text
-    assert len(every_prompt()) > 100
+    assert len(prompts) > 100
     unseen = [p.prompt for task in families(FAMILIES, TASK).values() for p in task.problems("test", 100)]
     for text in unseen:
         ids = tokenizer(text).input_ids
