@@ -22,13 +22,13 @@ def train(run: TrainRun) -> None:
     from lightning import seed_everything
 
     from cosprobe.activations import Sampler, StoreSettings, collect, find_store, flattened, load_samples
-    from cosprobe.evaluation import evaluate, read_inputs
+    from cosprobe.evaluation import evaluate, read_inputs_once
     from cosprobe.evaluation.checks import examine, weights_table
     from cosprobe.minimodel import train_and_describe
     from cosprobe.models import load_pipeline
     from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger, remove_events
     from cosprobe.probes import fit, kept_bank
-    from cosprobe.reporting import log_tensorboard, print_again, print_summary, record, write_report
+    from cosprobe.reporting import log_tensorboard, print_again, print_summary, record_once, write_report
     from cosprobe.runs import STORE, is_finished, mark_finished, result_name
     from cosprobe.runtime import launch, say
     from cosprobe.tasks import draw_samples
@@ -65,14 +65,15 @@ def train(run: TrainRun) -> None:
             bank.save(folder / "probes")  # here, so that an attempt that is killed later keeps them
     else:
         say(f"probes: those of this command are already in {folder / 'probes'}; re-using them")
-    readings = read_inputs(samples, inputs, run.probe.kind, run.probe.penalties, run.seed)
+    kind, penalties = run.probe.kind, run.probe.penalties
+    readings = read_inputs_once(run_dir, samples, inputs, settings, kind, penalties, run.seed)
     weights = weights_table(stored, samples, run.probe, run.trainer, folder / "tensorboard", run.seed)
     if not fabric.is_global_zero:
         return
 
     evaluated = evaluate(samples, experts, bank, readings)
     grid, checks = examine(evaluated, samples, inputs, bank, weights, run.seed)
-    film = record(sampler, draw, samples, run.probe)
+    film = record_once(run_dir, settings, sampler, draw, samples)
     write_report(grid, checks, folder, film)
     log_tensorboard(grid, folder / "tensorboard", film, flattened(asdict(run)) | {"task": task.name})
     print_summary(grid, checks, folder)

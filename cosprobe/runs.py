@@ -161,18 +161,18 @@ def _size(folder: Path) -> int:
 def mark_finished(folder: Path, bank: str) -> None:
     """Notes that a result is complete. bank: fingerprint of its probes."""
     with whole_file(folder / FINISHED) as part:
-        part.write_text(json.dumps({"probes": bank, "code": _code()}))
+        part.write_text(json.dumps({"probes": bank, "code": code_fingerprint()}))
 
 
 def is_finished(folder: Path, bank: str) -> bool:
     """Whether a result was completed with these probes, by this version of the code."""
     try:
-        return json.loads((folder / FINISHED).read_text()) == {"probes": bank, "code": _code()}
+        return json.loads((folder / FINISHED).read_text()) == {"probes": bank, "code": code_fingerprint()}
     except (OSError, ValueError):
         return False
 
 
-def _code() -> str:
+def code_fingerprint() -> str:
     """A hash of the source files of the package."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):

@@ -19,6 +19,7 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
         "config",
         "runs",
         "runtime",
+        "cache",
         "monitoring",
         "models.architectures",
         "models",

@@ -51,7 +51,7 @@ def test_a_result_is_finished_with_its_probes_and_code_alone(tmp_path, monkeypat
     assert not is_finished(tmp_path, "a")
     mark_finished(tmp_path, "a")
     assert is_finished(tmp_path, "a") and not is_finished(tmp_path, "b")
-    monkeypatch.setattr("cosprobe.runs._code", lambda: "other")
+    monkeypatch.setattr("cosprobe.runs.code_fingerprint", lambda: "other")
     assert not is_finished(tmp_path, "a")
 
 

@@ -1,6 +1,6 @@
 """Evaluates the probes of a bank on test problems: accuracy, baselines, intervals, significance, latency."""
 
-from cosprobe.evaluation.baselines import MUST_BEAT, input_samples, read_inputs
+from cosprobe.evaluation.baselines import MUST_BEAT, input_samples, read_inputs, read_inputs_once
 from cosprobe.evaluation.grid import FILE, Best, Grid
 from cosprobe.evaluation.intervals import (
     LEAST_EFFECTIVE,
@@ -35,5 +35,6 @@ __all__ = [
     "max_t_bootstrap",
     "mean_interval",
     "read_inputs",
+    "read_inputs_once",
     "share_interval",
 ]

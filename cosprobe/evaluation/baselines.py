@@ -17,7 +17,8 @@ The latents of x0-hat are read in the same way. They are not an input and are co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cosprobe.activations import InputFeatures, ProbeSamples
+from cosprobe.activations import InputFeatures, ProbeSamples, StoreSettings
+from cosprobe.cache import Saved, cached
 from cosprobe.cells import EMBED, FIRST_FRAME, INPUTS, NOISE, X0, X_T, Cell
 from cosprobe.evaluation.predictions import InputReading
 from cosprobe.probes import (
@@ -48,6 +50,7 @@ LOCAL = (NOISE, FIRST_FRAME, EMBED, X_T)  # inputs that have frames and regions
 # definition, and nuisance and control targets are not findings: these roles are compared with chance only.
 MUST_BEAT = {Role.ANSWER: INPUTS, Role.MODEL_ANSWER: INPUTS, Role.MEMORY: LOCAL}
 GAP = 1e-4  # a fit ends at this relative gap of the objective
+NUMERIC = ("accuracy", "penalty", "columns", "projected", "validation", "test")  # fields of `InputReading`
 NUMBERS = 2**25  # feature values processed at a time: 128 MB in fp32
 
 
@@ -102,6 +105,41 @@ def read_inputs(
                 **{field: _spread_out(value, steps, len(positions)) for field, value in joined.items()}
             )
     return found
+
+
+def read_inputs_once(
+    folder: Path,
+    samples: ProbeSamples,
+    inputs: Mapping[str, InputFeatures],
+    settings: StoreSettings,
+    kind: str,
+    penalties: Sequence[float],
+    seed: int = 0,
+) -> dict[str, dict[str, InputReading]]:
+    """What `read_inputs` returns, kept in a file in `folder` for later calls.
+
+    settings: of the activations; they determine `samples` and `inputs`.
+    """
+    key = {
+        "activations": asdict(settings),
+        "targets": [asdict(target) for target in samples.targets],
+        "solver": kind if kind == "ridge" else "newton",
+        "penalties": list(penalties),
+        "seed": seed,
+    }
+    arrays, notes = cached(folder, "inputs", key, lambda: _packed(read_inputs(samples, inputs, kind, penalties, seed)))
+    found: dict[str, dict[str, InputReading]] = {}
+    for number, (target, name, form) in enumerate(notes["readings"]):
+        values = {field: arrays[f"{number}.{field}"] for field in NUMERIC}
+        found.setdefault(target, {})[name] = InputReading(form=np.array(form), **values)
+    return found
+
+
+def _packed(readings: Mapping[str, Mapping[str, InputReading]]) -> Saved:
+    """Readings as arrays, and the names and forms of all of them."""
+    each = [(target, name, one) for target, of_target in readings.items() for name, one in of_target.items()]
+    arrays = {f"{i}.{field}": getattr(one, field) for i, (_, _, one) in enumerate(each) for field in NUMERIC}
+    return arrays, {"readings": [[target, name, one.form.tolist()] for target, name, one in each]}
 
 
 def forms(source: InputFeatures, target: Target, position: str | None) -> Iterator[Form]:

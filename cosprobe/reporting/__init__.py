@@ -2,7 +2,7 @@
 
 from cosprobe.reporting.figures import STYLE, headline, maps, new_figure
 from cosprobe.reporting.figures import MapFigure as MapFigure  # a type
-from cosprobe.reporting.film import Film, film_row, film_strip, record
+from cosprobe.reporting.film import Film, film_row, film_strip, record, record_once
 from cosprobe.reporting.report import write_report
 from cosprobe.reporting.summary import WIDTH, markdown_table, open_table, print_again, print_summary
 from cosprobe.reporting.tensorboard import log_tensorboard
@@ -22,5 +22,6 @@ __all__ = [
     "print_again",
     "print_summary",
     "record",
+    "record_once",
     "write_report",
 ]

@@ -8,7 +8,8 @@ task.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -20,7 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from cosprobe.activations import ProbeSamples, Sampler, watch
+from cosprobe.activations import ProbeSamples, Sampler, StoreSettings, watch
+from cosprobe.cache import Saved, cached
 from cosprobe.config import CaptureConfig
 from cosprobe.errors import InputError
 from cosprobe.tasks import Box, Problem, Sample, Task
@@ -95,6 +97,35 @@ def record(
         for (title, i), clips in zip(chosen.items(), watched, strict=True)
     ]
     return Film(tuple(rows), steps)
+
+
+def record_once(
+    folder: Path, settings: StoreSettings, sampler: Sampler, draw: Callable[[], Sequence[Sample]], samples: ProbeSamples
+) -> Film | None:
+    """What `record` returns, kept in a file in `folder` for later calls. settings: of the activations."""
+    arrays, notes = cached(
+        folder, "film", asdict(settings), lambda: _packed(record(sampler, draw, samples, settings.probe))
+    )
+    rows = [
+        FilmRow(
+            first_frame=arrays[f"{i}.first_frame"],
+            clips=arrays[f"{i}.clips"],
+            picks=tuple(row.pop("picks")),
+            regions=tuple((a, b, c, d) for a, b, c, d in row.pop("regions")),
+            **row,
+        )
+        for i, row in enumerate(notes["rows"])
+    ]
+    return Film(tuple(rows), tuple(notes["steps"])) if rows else None
+
+
+def _packed(film: Film | None) -> Saved:
+    """The pictures of a film as arrays, and the rest."""
+    rows = () if film is None else film.rows
+    arrays = {f"{i}.{name}": getattr(row, name) for i, row in enumerate(rows) for name in ("first_frame", "clips")}
+    names = ("title", "picks", "regions", "answer", "model_answer")
+    steps = [] if film is None else list(film.steps)
+    return arrays, {"rows": [{name: getattr(row, name) for name in names} for row in rows], "steps": steps}
 
 
 def film_row(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 
 import numpy as np
@@ -11,10 +11,12 @@ import torch
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from threadpoolctl import threadpool_limits
 
+from cosprobe.activations.collection import StoreSettings
 from cosprobe.activations.dataset import InputFeatures, ProbeSamples
 from cosprobe.cells import INPUTS, X0, Cell
+from cosprobe.config import CaptureConfig, PipelineConfig
 from cosprobe.evaluation import baselines as module
-from cosprobe.evaluation.baselines import MUST_BEAT, forms, input_samples, read_inputs
+from cosprobe.evaluation.baselines import MUST_BEAT, forms, input_samples, read_inputs, read_inputs_once
 from cosprobe.evaluation.predictions import InputReading
 from cosprobe.probes.linalg import spread, standardise
 from cosprobe.probes.newton import fit_newton
@@ -240,6 +242,26 @@ def test_findings_have_to_beat_inputs_by_role():
     fewer = read_inputs(samples, {"embed": noise(120, 1)}, "ridge", [1.0])
     assert all(set(names) == {"embed"} for names in fewer.values())
     assert read_inputs(samples, {}, "ridge", [1.0]) == {}
+
+
+def test_readings_are_computed_once_and_read_as_they_were(tmp_path, monkeypatch):
+    labels = {"answer": torch.randint(0, REGIONS, (120,)), "start": torch.randint(0, 5, (120,))}
+    samples, inputs = samples_of((ANSWER, START), labels), {"embed": noise(120), "x_t": noise(120, seed=1)}
+    settings = StoreSettings("model", 0, PipelineConfig(), {"problems": 120}, CaptureConfig(), {})
+    expected = read_inputs(samples, inputs, "newton", [0.1, 1.0])
+    first = read_inputs_once(tmp_path, samples, inputs, settings, "newton", [0.1, 1.0])
+    monkeypatch.setattr(module, "read_inputs", lambda *given: pytest.fail("computed again"))
+    again = read_inputs_once(tmp_path, samples, inputs, settings, "logistic", [0.1, 1.0])  # has the same optimum
+    for found in (first, again):
+        assert {target: list(of) for target, of in found.items()} == {t: list(of) for t, of in expected.items()}
+        for target, of_target in expected.items():
+            for name, reading in of_target.items():
+                for field in fields(InputReading):
+                    values = getattr(found[target][name], field.name)
+                    np.testing.assert_array_equal(values, getattr(reading, field.name))
+    for changed in (("ridge", [0.1, 1.0]), ("newton", [0.1])):
+        with pytest.raises(pytest.fail.Exception):
+            read_inputs_once(tmp_path, samples, inputs, settings, *changed)
 
 
 def test_memory_gets_only_the_frame_and_region_that_is_read():

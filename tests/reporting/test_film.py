@@ -10,7 +10,9 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from cosprobe.reporting.film import FREE, RIGHT, WRONG, film_motion, film_strip
+from cosprobe.activations import StoreSettings
+from cosprobe.config import CaptureConfig, PipelineConfig
+from cosprobe.reporting.film import FREE, RIGHT, WRONG, film_motion, film_strip, record_once
 from tests.examples.films import film
 
 
@@ -106,3 +108,18 @@ def test_bad_rows_are_named():
         film_strip(strip.rows, strip.steps[:2])
     with pytest.raises(ValueError, match="0 problems.*3 steps"):
         film_strip([], strip.steps)
+
+
+def test_a_film_is_recorded_once_and_read_as_it_was(tmp_path, monkeypatch):
+    settings, calls = StoreSettings("model", 0, PipelineConfig(), {"problems": 9}, CaptureConfig(), {}), []
+    for made in (film(), None):
+        folder = tmp_path / str(made is None)
+        monkeypatch.setattr("cosprobe.reporting.film.record", lambda *given, made=made: calls.append(given) or made)
+        first, again = (record_once(folder, settings, "sampler", "draw", "samples") for _ in range(2))
+        assert (first is None) == (again is None) == (made is None)
+        for a, b, c in zip(*(() if one is None else one.rows for one in (first, again, made)), strict=True):
+            assert replace(a, first_frame=0, clips=0) == replace(b, first_frame=0, clips=0)
+            assert replace(a, first_frame=0, clips=0) == replace(c, first_frame=0, clips=0)
+            np.testing.assert_array_equal(b.first_frame, c.first_frame)
+            np.testing.assert_array_equal(b.clips, c.clips)
+    assert len(calls) == 2 and calls[0] == ("sampler", "draw", "samples", settings.probe)
