@@ -20,7 +20,9 @@ from typing import Any
 
 from cosprobe.command import command, read_run
 from cosprobe.config import EarlyConfig, EnsembleConfig, PredictConfig, RunsConfig, UseRun
-from cosprobe.runs import delete_run, find_result, list_runs, print_runs
+from cosprobe.runs import REPORT, delete_run, find_result, list_runs, mark_finished, print_runs
+
+REPORTS = {EarlyConfig: "early", EnsembleConfig: "ensemble"}  # folders of the uses that write a report
 
 
 def use(run: UseRun) -> None:
@@ -46,9 +48,12 @@ def use(run: UseRun) -> None:
     folder = find_result(run.run)
     bank = load_probes(folder)
     seed_everything(run.seed, workers=True, verbose=False)
-    device = launch(run.trainer).device  # one process per device from here on
-    sampler = Sampler(load_pipeline(trained.pipeline, str(device)), trained.pipeline, trained.task.build(), run.trainer)
+    fabric = launch(run.trainer)  # one process per device from here on
+    pipeline = load_pipeline(trained.pipeline, str(fabric.device))
+    sampler = Sampler(pipeline, trained.pipeline, trained.task.build(), run.trainer)
     uses[type(run.use)](sampler, trained.task, bank, run.use, run.seed, folder)
+    if type(run.use) in REPORTS and fabric.is_global_zero:
+        mark_finished(folder / REPORT / REPORTS[type(run.use)], bank.fingerprint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

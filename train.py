@@ -29,7 +29,7 @@ def train(run: TrainRun) -> None:
     from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger, remove_events
     from cosprobe.probes import fit, kept_bank
     from cosprobe.reporting import log_tensorboard, print_again, print_summary, record_once, write_report
-    from cosprobe.runs import STORE, is_finished, mark_finished, result_name
+    from cosprobe.runs import STORE, is_finished, mark_finished, outdated_reports, result_name
     from cosprobe.runtime import launch, say
     from cosprobe.tasks import draw_samples
 
@@ -77,6 +77,8 @@ def train(run: TrainRun) -> None:
     write_report(grid, checks, folder, film)
     log_tensorboard(grid, folder / "tensorboard", film, flattened(asdict(run)) | {"task": task.name})
     print_summary(grid, checks, folder)
+    for report in outdated_reports(folder, bank.fingerprint):
+        say(f"{report}: was made with other probes than those in {folder / 'probes'}; run probe.py again for new ones")
     mark_finished(folder, bank.fingerprint)
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from cosprobe.files import whole_file
 RUN_FILE = "config.yaml"
 STORE, STORE_FILE = "store", "settings.json"  # the folder of the activations in a run folder, and a file in it
 POINTER = "activations.json"  # in the folder of a result: the store, and what is read of it
-FINISHED = "finished.json"  # in the folder of a result, written last
+REPORT = "report"  # folder of figures and tables in that of a result
+FINISHED = "finished.json"  # in the folder of a result or of a report of `probe.py`, written last
 WIDTH = 120  # width of the printed table if the output is not a terminal
 
 
@@ -159,7 +161,7 @@ def _size(folder: Path) -> int:
 
 
 def mark_finished(folder: Path, bank: str) -> None:
-    """Notes that a result is complete. bank: fingerprint of its probes."""
+    """Notes that a result, or a report of `probe.py`, is complete. bank: fingerprint of the probes."""
     with whole_file(folder / FINISHED) as part:
         part.write_text(json.dumps({"probes": bank, "code": code_fingerprint()}))
 
@@ -170,6 +172,16 @@ def is_finished(folder: Path, bank: str) -> bool:
         return json.loads((folder / FINISHED).read_text()) == {"probes": bank, "code": code_fingerprint()}
     except (OSError, ValueError):
         return False
+
+
+def outdated_reports(folder: Path, bank: str) -> list[Path]:
+    """The reports of `probe.py` in a result that were made with other probes than `bank`, a fingerprint."""
+    found = []
+    for mark in sorted((folder / REPORT).glob(f"*/{FINISHED}")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads(mark.read_text())["probes"] != bank:
+                found.append(mark.parent)
+    return found
 
 
 def code_fingerprint() -> str:

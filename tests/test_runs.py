@@ -16,6 +16,7 @@ from cosprobe.runs import (
     is_finished,
     list_runs,
     mark_finished,
+    outdated_reports,
     print_runs,
     result_name,
 )
@@ -53,6 +54,16 @@ def test_a_result_is_finished_with_its_probes_and_code_alone(tmp_path, monkeypat
     assert is_finished(tmp_path, "a") and not is_finished(tmp_path, "b")
     monkeypatch.setattr("cosprobe.runs.code_fingerprint", lambda: "other")
     assert not is_finished(tmp_path, "a")
+
+
+def test_reports_of_other_probes_are_found(tmp_path):
+    for name, probes in (("early", "a"), ("ensemble", "b")):
+        (tmp_path / "report" / name).mkdir(parents=True)
+        mark_finished(tmp_path / "report" / name, probes)
+    (tmp_path / "report" / "mine").mkdir()
+    (tmp_path / "report" / "mine" / "finished.json").write_text("no JSON")
+    assert outdated_reports(tmp_path, "a") == [tmp_path / "report" / "ensemble"]
+    assert outdated_reports(tmp_path / "none", "a") == []
 
 
 @pytest.fixture

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from cosprobe.errors import InputError
 from cosprobe.evaluation import ALPHA, GUESSES, Grid
 from cosprobe.files import whole_file
+from cosprobe.probes import load_probes
 from cosprobe.reporting.summary import COLUMNS, markdown_table, shown_targets, summarise
-from cosprobe.runs import find_result
+from cosprobe.runs import find_result, outdated_reports
 from cosprobe.tasks import ANSWER_ROLES, Role
 
 HEAD = """\
@@ -30,16 +32,17 @@ SHOWN_STEPS = 8  # largest number of steps in a table
 
 
 def page(runs: Sequence[tuple[str, Path]]) -> str:
-    """The page in Markdown. runs: name and folder of each run. Raises InputError for a folder without a grid."""
+    """The page in Markdown. runs: name and folder of each run.
+
+    Raises InputError for a folder without a grid, and for a report that was made with other probes than those there.
+    """
     lines = [HEAD]
     for name, folder in runs:
-        lines += [
-            f"## {name}",
-            "",
-            *of_map(Grid.load(folder)),
-            *of_early(find_result(folder)),
-            *of_ensemble(find_result(folder)),
-        ]
+        result = find_result(folder)
+        bank = load_probes(result).fingerprint if (result / "probes").is_dir() else ""
+        if bank and (old := outdated_reports(result, bank)):
+            raise InputError(f"{str(old[0])!r}: was made with other probes than those of the run; run probe.py again")
+        lines += [f"## {name}", "", *of_map(Grid.load(result)), *of_early(result), *of_ensemble(result)]
     return "\n".join(lines).rstrip() + "\n"
 
 

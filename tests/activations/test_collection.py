@@ -32,7 +32,7 @@ from cosprobe.config import CaptureConfig, PipelineConfig, TrainerConfig, decode
 from cosprobe.errors import InputError
 from cosprobe.models.pipelines import sample
 from cosprobe.monitoring import ResourceMonitor, build_logger
-from cosprobe.tasks import HideConfig, MazeConfig
+from cosprobe.tasks import HideConfig, Maze, MazeConfig, Target
 from cosprobe.tasks.samples import draw_samples, fresh_problems, noise_seed
 from tests.examples.pipelines import wan
 from tests.examples.stores import collected
@@ -262,6 +262,29 @@ def test_a_run_with_more_problems_samples_only_the_new_ones(sampler, config, tmp
     assert seen == [] and torch.equal(load_samples(again)[0].features, load_samples(few)[0].features)
     _, seen, names = run(20, "seed", seed=1)
     assert seen == names  # other noise is another store
+
+
+def test_another_target_needs_a_table_and_no_sampling(sampler, settings, stored, monkeypatch):
+    class WithParity(Maze):
+        """Mazes with one more target: whether the number of a problem is odd."""
+
+        @property
+        def targets(self):
+            return (*super().targets, Target("odd", 2, "problem", "control", self.kinds))
+
+        def problems(self, *arguments):
+            found = super().problems(*arguments)
+            return [replace(p, labels=p.labels | {"odd": p.index % 2}) for p in found]
+
+    task = WithParity(frames=5)
+    with no_sampling(monkeypatch):
+        drawn = draw_samples(task, TASK, 0)
+        more = collected(replace(sampler, task=task), drawn, settings, stored.store.folder.parent)
+    samples, _, _ = load_samples(more)
+    assert more.store == stored.store and more.table.names == stored.table.names
+    assert samples.labels["odd"].tolist() == [s.problem.index % 2 for s in drawn]
+    assert torch.equal(samples.features, load_samples(stored)[0].features)
+    assert "odd" not in load_samples(stored)[0].labels
 
 
 def test_samples_that_lack_random_weights_are_sampled_again(sampler, config, settings, tmp_path):

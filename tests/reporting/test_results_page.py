@@ -7,9 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from cosprobe.config import PipelineConfig
+from cosprobe.errors import InputError
 from cosprobe.evaluation.scoring import build_grid
 from cosprobe.evaluation.variables import ALPHA, GUESSES
 from cosprobe.reporting.results_page import main, of_early, of_ensemble, of_map, page
+from cosprobe.runs import mark_finished
+from tests.examples.banks import bank_for
 from tests.examples.grids import ANSWER, CONTROL, synthetic
 
 ESTIMATE = {"mean": 0.9, "lower": 0.85, "upper": 0.95}
@@ -93,3 +97,15 @@ def test_command_writes_the_page_or_names_what_is_missing(grid, tmp_path, capsys
     with pytest.raises(SystemExit):
         main([str(tmp_path / "other.md"), f"maze={tmp_path / 'none'}"])
     assert "none" in capsys.readouterr().err and not (tmp_path / "other.md").exists()
+
+
+def test_a_report_of_other_probes_is_refused(grid, tmp_path):
+    grid.save(tmp_path / "report" / "grid.nc")
+    bank = bank_for(PipelineConfig())
+    bank.save(tmp_path / "probes")
+    (tmp_path / "report" / "early").mkdir()
+    mark_finished(tmp_path / "report" / "early", bank.fingerprint)
+    assert "## maze" in page([("maze", tmp_path)])
+    mark_finished(tmp_path / "report" / "early", "other")
+    with pytest.raises(InputError, match=r"report/early.*other probes.*probe\.py"):
+        page([("maze", tmp_path)])
