@@ -8,15 +8,21 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test lint docs site bench validity clean
+.PHONY: demo test test-fast lint docs site bench validity clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train.py probe=layers
 
 # bytecode is kept whatever the environment says: tests start many processes, and each would compile all modules again
-test: export PYTHONDONTWRITEBYTECODE =
+test test-fast: export PYTHONDONTWRITEBYTECODE =
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not docs"
+	$(PYTEST) -m "not docs"
+
+# while writing code: no linter, and none of the tests that take more than a second or start two processes; left out are
+# whole runs, simulations, thousands of problems, the model in the package and killed processes
+test-fast: $(INSTALLED)
+	$(PYTEST) -m "not slow and not ddp and not docs"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -82,6 +82,7 @@ def test_only_the_commands_need_the_command_line():
     assert {room for room, others in arrows().items() if "command" in others} == {"__main__", "train", "probe"}
 
 
+@pytest.mark.slow
 def test_importing_is_fast_and_changes_nothing():
     """The package loads its names on first access, and the settings load neither torch nor diffusers."""
     code = (

@@ -45,6 +45,7 @@ def test_an_unknown_name_is_refused(capsys):
     assert re.search(r"\bcaptur\b.*allocate, capture, fit, learn, run", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_keeping_memory_is_measured():
     small = ["experiment.flow.batch=2", "experiment.flow.compile=false"]
     (pair,) = allocating.measure(repeats=1, batches=1, frames=5, settings=small)
@@ -57,6 +58,7 @@ def test_capture_is_measured():
     assert pair.ratio > 0
 
 
+@pytest.mark.slow
 def test_learning_is_measured_at_both_lengths():
     small = ["experiment.flow.batch=2", "experiment.flow.compile=false"]
     found = learning.measure(repeats=1, batches=1, settings=small)
@@ -99,6 +101,7 @@ def test_candidates_become_one_binary_label_per_region():
     assert (fold.reshape(-1, 4) == np.flatnonzero(known)[:, None]).all()
 
 
+@pytest.mark.slow
 def test_what_a_run_needs_is_sampled_and_decoded_once():
     run = load(TrainRun, ["task.problems=10", "pipeline.steps=2", "pipeline.batch=6", "probe.decode=all"])
     clips = running.needed(load_pipeline(run.pipeline), run)
@@ -110,6 +113,7 @@ def test_a_run_that_fails_is_not_timed():
         running.whole_run(["task.problems=1"])
 
 
+@pytest.mark.slow
 def test_every_kind_of_fit_is_measured():
     sizes = {"kinds": ("logistic", "ridge"), "sizes": SMALL, "steps": 1, "layers": 2, "channels": 8, "some": 1}
     found = fitting.measure(repeats=1, **sizes)

@@ -24,6 +24,7 @@ def options(group: str) -> list[str]:
 # what there is
 
 
+@pytest.mark.slow
 def test_top_level_names_are_frozen():
     """Others script against these: a new or missing one is a decision, not an accident."""
     assert [f.name for f in fields(TrainRun)] == [

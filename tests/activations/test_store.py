@@ -122,6 +122,7 @@ def writer(folder, begun):
     store.finish(names)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_from_there(tmp_path):
     folder, chance = tmp_path / "store", random.Random(3)
     names = [str(i) for i in range(60)]

@@ -118,6 +118,7 @@ def test_a_second_comparison_runs_nothing_and_says_the_same(compared, context, m
     assert json.dumps(numbers(again)) == json.dumps(numbers(first))
 
 
+@pytest.mark.slow
 def test_numbers_on_disk_are_those_of_runs(compared, context):
     """Any candidate, free or not, run by hand on the same problems gives the same answers."""
     found, _ = compared

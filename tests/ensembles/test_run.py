@@ -216,6 +216,7 @@ def test_what_changes_its_runs_cannot_be_replayed(records):
         replay(build_strategy("hidden", params_of("hidden"), 3), records.finished, records.proba)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_price_is_what_is_counted(context, name):
     """Counted operations of a whole call equal the sum of its parts: what is dropped is not computed. Where probes

@@ -100,6 +100,7 @@ def drawn(count: int = 300, classes: int = REGIONS, seed: int = 1) -> torch.Tens
 # static inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "counts"),
     [("maze", (80, 40, 40)), ("hide", (160, 60, 60)), ("select", (80, 40, 40)), ("line", (500, 150, 100))],
@@ -227,6 +228,7 @@ def test_the_forms_of_an_input():
 # which targets are compared with what
 
 
+@pytest.mark.slow
 def test_findings_have_to_beat_inputs_by_role():
     labels = drawn(120)
     roles = ("answer", "model_answer", "memory", "perception", "nuisance", "control", "relabelled")
@@ -521,6 +523,7 @@ def test_an_input_as_a_cell_of_its_own():
     assert torch.equal(made.features[:, 0], source.region[:, 0].mean(1))
 
 
+@pytest.mark.slow
 def test_steps_worked_on_one_by_one_give_the_same(monkeypatch):
     labels = drawn(120)
     samples = samples_of((ANSWER,), {"answer": labels}, steps=5)

@@ -94,6 +94,7 @@ def p_above_latents(evaluated: Evaluated, draws: int, seed: int) -> dict[tuple[i
     return {(cell.step, cell.layer): float(value) for cell, value in zip(evaluated.cells, p, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_the_corrected_map_shows_the_planted_cells_and_no_others(tmp_path, seeds):
     worlds, strays, strays_ahead = 8, 0, 0
@@ -117,6 +118,7 @@ def test_the_corrected_map_shows_the_planted_cells_and_no_others(tmp_path, seeds
     assert strays_ahead <= 2
 
 
+@pytest.mark.slow
 def test_null_stores_show_a_cell_in_at_most_one_map_of_ten(tmp_path, capsys):
     """200 stores without any signal, one and two noise seeds per problem by turns, at level 0.05: 10 of them are
     expected to show a cell, 20 may."""

@@ -230,6 +230,7 @@ def test_a_noun_carries_the_colour_that_stands_before_it(phrase, text):
         assert apart > 0.2 * np.linalg.norm(means, axis=1).mean()
 
 
+@pytest.mark.slow
 def test_every_word_of_every_family_is_known(text, prompts):
     tokenizer, _ = text
     assert len(prompts) > 100

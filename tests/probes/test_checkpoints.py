@@ -111,6 +111,7 @@ def test_a_fit_that_ends_in_its_newton_steps_goes_on_before_the_last_epoch(tmp_p
     assert len(steps) == 2 * CHUNK + EPOCH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"seed": 1}, {"lr": 0.5}, {"penalties": [0.01, 2.0]}])
 def test_files_of_other_settings_are_not_used(left, tmp_path, steps, change):
     found = run(left, **change)
@@ -119,6 +120,7 @@ def test_files_of_other_settings_are_not_used(left, tmp_path, steps, change):
     assert not (left / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["labels", "features", "split"])
 def test_files_of_other_samples_are_not_used(left, tmp_path, steps, changed):
     source = planted()

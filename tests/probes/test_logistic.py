@@ -114,6 +114,7 @@ def test_one_cell_and_one_penalty_are_a_bank(tmp_path, kind):
     assert accuracy(found, planted().at(slice(PLANTED, PLANTED + 1)).subset("test"), "answer") > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_of_cells_do_not_change_the_bank(tmp_path, kind):
     samples, recipe = planted(), {"kind": kind, "epochs": 5}
@@ -135,6 +136,7 @@ def test_the_same_seed_gives_the_same_bank(tmp_path):
     assert not torch.equal(first.weights["start"], other.weights["start"])
 
 
+@pytest.mark.slow
 def test_small_batches_stay_stable_and_reach_the_same_accuracy(tmp_path, bank):
     test = planted().subset("test")
     small = run(planted(), tmp_path, epochs=40, batch=50)
@@ -163,6 +165,7 @@ def test_more_columns_than_rows_with_wild_scales_converges(tmp_path):
     assert int(accuracy(found, samples.subset("test"), "answer").argmax()) == PLANTED
 
 
+@pytest.mark.slow
 def test_each_cell_gets_the_penalty_that_validates_best(tmp_path):
     samples, penalties = planted(), [0.001, 30.0]
     chosen = run(samples, tmp_path, penalties=penalties, epochs=20)
@@ -318,6 +321,7 @@ def test_ridge_chooses_its_penalty_without_a_look_at_validation(tmp_path):
         assert torch.equal(one.weights[target.name], other.weights[target.name])
 
 
+@pytest.mark.slow
 def test_losses_fall_and_every_epoch_has_one_point_over_all_chunks(tmp_path):
     samples = planted()
     for name, memory in (("whole", 4.0), ("chunks", RECIPE["memory"])):

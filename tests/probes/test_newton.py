@@ -181,6 +181,7 @@ def test_rescaled_features_give_rescaled_weights(seed, scale, form):
     assert torch.allclose(scaled.bias, fit.bias, atol=1e-5)
 
 
+@pytest.mark.slow
 @given(DATA, st.sampled_from(["candidate", "region", "problem"]))
 def test_a_cell_and_a_penalty_do_not_depend_on_their_company(seed, form):
     x, labels = cells(seed, 30, count=4), draw_labels(seed, form, 30)

@@ -126,6 +126,7 @@ def test_latency_by_layer_with_the_picture_beside_it(made):
         assert [tick.get_text() for tick in row[3].get_xticklabels()] == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 def test_what_is_missing_says_so(made):
     few = small()
     for row in panels(check_panels(few.grid, few.checks), 4):

@@ -47,6 +47,7 @@ def test_maps_of_one_grid_have_no_name_before_them(runs):
     assert title.startswith("$")
 
 
+@pytest.mark.slow
 def test_command_draws_the_picture_or_names_what_is_missing(runs, tmp_path, capsys):
     main([str(tmp_path / "maps.png"), str(runs / "base"), str(runs / "adapted")])
     assert Image.open(tmp_path / "maps.png").width >= 800

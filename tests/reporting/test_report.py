@@ -166,6 +166,7 @@ def test_printed_paths_are_never_broken(grid, tmp_path):
 # with checks
 
 
+@pytest.mark.slow
 def test_a_run_with_checks_reports_them(tmp_path):
     made = small_run()
     folder = write_report(made.grid, made.checks, tmp_path)
@@ -206,6 +207,7 @@ def test_fits_that_missed_their_optimum_are_counted():
     assert re.search(r"^answer\b.*\b3 of 480\b", line)
 
 
+@pytest.mark.slow
 def test_relabelled_controls_stay_out_of_tables_figures_and_charts(tmp_path):
     made = small_run()
     assert {"answer_relabelled", "model_answer_relabelled"} <= set(made.grid.targets)
@@ -283,6 +285,7 @@ def test_the_smallest_skill_is_said_of_every_answer_and_model_answer(grid):
         assert len(said) == (target in ("answer", "model_answer"))
 
 
+@pytest.mark.slow
 def test_a_run_of_few_problems_says_what_it_cannot_show(tmp_path):
     few = small()  # 8 test problems of each kind, 6 of validation, 12 of train
     text = summary_markdown(few.grid, few.checks)
@@ -295,6 +298,7 @@ def test_a_run_of_few_problems_says_what_it_cannot_show(tmp_path):
     assert write_report(few.grid, few.checks, tmp_path).is_dir()  # figures of maps without any p
 
 
+@pytest.mark.slow
 def test_a_grid_without_an_answer_or_a_model_answer_has_no_checks_to_draw(tmp_path):
     samples, inputs = world({"train": 24, "validation": 12, "test": 16})
     plain = tuple(t for t in samples.targets if t.role in ("perception", "control"))

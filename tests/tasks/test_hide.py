@@ -109,6 +109,7 @@ def test_key_is_the_same_upside_down_and_for_nothing_else(problems):
         assert scene.key not in {other.key for other in others}
 
 
+@pytest.mark.slow
 def test_there_are_enough_problems():
     """No scene is its own mirror image, since all objects differ: half of all scenes are distinct problems."""
 
@@ -208,6 +209,7 @@ def test_the_picture_of_the_mirrored_problem_is_the_mirrored_picture(problems):
         assert np.array_equal(TASK.video(mirrored), TASK.video(problem)[:, ::-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [80, 128, 480])
 def test_any_resolution_shows_the_same_problem(size):
     large = Hide(image_size=size)

@@ -158,6 +158,7 @@ def test_there_are_more_than_twenty_thousand_boards():
         assert len(keys) >= 10_090
 
 
+@pytest.mark.slow
 def test_three_in_a_row_has_the_boards_that_can_be_counted():
     """All boards of 3 x 3, by brute force: every one that fits is drawn, and no other."""
     wanted: dict[str, set[str]] = {"one": set(), "several": set()}
@@ -357,6 +358,7 @@ def test_a_board_that_cannot_be_built_is_refused_at_once(settings, message):
         LineConfig(**settings)
 
 
+@pytest.mark.slow
 def test_a_board_too_full_to_be_drawn_is_refused():
     with pytest.raises(ValueError, match=r"task\.pieces=\(33, 33\).*\b1 to 1\b"):
         Line(row=3, pieces=(33, 33)).problems("model", 1, "one")

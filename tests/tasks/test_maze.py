@@ -138,6 +138,7 @@ def test_workspace_does_not_tell_which_exit_the_reference_takes(problems):
             assert np.array_equal(TASK.image(other), TASK.image(problem))
 
 
+@pytest.mark.slow
 def test_any_resolution_shows_the_same_problem():
     large = Maze(image_size=480)
     for small_one, large_one in zip(TASK.problems("test", 20), large.problems("test", 20), strict=True):

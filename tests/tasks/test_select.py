@@ -168,6 +168,7 @@ def test_key_tells_different_problems_apart(problems):
         assert canonical_key(moved) != problem.key  # boxes differ in colour, so no symmetry maps one onto the other
 
 
+@pytest.mark.slow
 def test_more_than_20000_problems_are_different():
     """Boxes of four colours leave no scene like its own mirror image, so the count is exact: cells x identities x
     object named x box named x places of the boxes, of which every 8 are one problem."""
@@ -267,6 +268,7 @@ def test_shapes_are_bold_and_differ(problems):
 # parsing
 
 
+@pytest.mark.slow
 def test_parsing_stands_noise_and_blur(problems, rng):
     for problem in problems[:80]:
         video = played(problem)
@@ -280,6 +282,7 @@ def test_parsing_stands_noise_and_blur(problems, rng):
             assert read(problem, change(still, noise)).path < 0.1
 
 
+@pytest.mark.slow
 def test_videos_of_wrong_answers_read_as_those(problems):
     for problem in problems[:100]:
         for corner in {0, 1, 2, 3} - {problem.answer}:
@@ -289,6 +292,7 @@ def test_videos_of_wrong_answers_read_as_those(problems):
             assert seen.path < 0.7
 
 
+@pytest.mark.slow
 def test_another_object_in_a_box_reads_as_none(problems, rng):
     for problem in problems[:40]:
         for k in set(range(len(problem.layout.objects))) - {problem.layout.named}:
@@ -377,6 +381,7 @@ def test_answers_are_balanced_and_regions_tell_nothing(problems, many):
     assert abs(fit(boxes, answers) - 0.25) < 0.05
 
 
+@pytest.mark.slow
 def test_neither_picture_nor_prompt_alone_gives_the_answer_away(many):
     """A guesser that knows what the picture leaves possible is right in 1 of 4; linear classifiers of pixels, of
     words, and of both side by side do no better."""

@@ -187,6 +187,7 @@ def test_kinds_take_turns_and_fewer_problems_are_the_first_of_more(task, problem
 # identity
 
 
+@pytest.mark.slow
 def test_a_problem_is_in_the_split_its_key_says_and_in_no_other(task):
     keys: list[str] = []
     for split in SPLITS:
@@ -196,6 +197,7 @@ def test_a_problem_is_in_the_split_its_key_says_and_in_no_other(task):
     assert len(set(keys)) == len(keys) == 40 * len(SPLITS)
 
 
+@pytest.mark.slow
 def test_problems_are_the_same_on_every_call_and_at_any_size(family, task, problems):
     again = task.problems("model", 60)
     assert again == problems[:60] and [p.layout for p in again] == [p.layout for p in problems[:60]]
@@ -255,6 +257,7 @@ def test_reference_video_starts_at_the_image_moves_and_rests(family, size, frame
 # parsing
 
 
+@pytest.mark.slow
 def test_parsing_of_the_reference_is_a_right_solution(task, problems):
     for p in problems:
         read = task.parse(p, played(task, p))

@@ -91,6 +91,7 @@ def test_inputs_that_were_not_read_are_not_described(made):
     assert checks.skipped == ()
 
 
+@pytest.mark.slow
 def test_the_grid_without_its_checks_is_the_grid(made):
     provenance = asdict(made.bank.provenance)
     plain = build_grid(made.evaluated, seed=0, provenance=provenance)

@@ -104,6 +104,7 @@ def test_few_steps_are_kept_decoded_and_in_the_first_half(steps, decode, total, 
     assert few_steps(CaptureConfig(steps=steps, decode=decode), total) == expected
 
 
+@pytest.mark.slow
 def test_no_other_weights_are_tried_when_turned_off_or_when_a_split_would_be_empty(model, pipeline, tmp_path, capsys):
     for count in (0, 3):
         store = asked(model, pipeline, replace(PROBE, random_weights=count), tmp_path / str(count))
