@@ -67,6 +67,7 @@ def test_a_room_says_what_happens_in_it_and_what_it_offers(room):
     assert len(set(module.__all__)) == len(module.__all__)
 
 
+@pytest.mark.slow
 def test_the_chart_in_the_docs_is_the_one_of_the_code():
     assert f"```mermaid\n{drawing()}\n```" in (ROOT / "docs" / "architecture.md").read_text()
 

@@ -52,6 +52,7 @@ def test_keeping_memory_is_measured():
     assert re.search("1 batches.*5 frames.*kept", pair.measured) and pair.ratio > 0
 
 
+@pytest.mark.slow
 def test_capture_is_measured():
     (pair,) = capturing.measure(repeats=1, batch=2, steps=2)
     assert "8 layers and all inputs" in pair.measured
@@ -125,6 +126,7 @@ def test_every_kind_of_fit_is_measured():
     assert found[1].gaps == found[0].gaps and found[2].gaps == ()
 
 
+@pytest.mark.slow
 def test_the_gap_of_sklearn_falls_with_its_tolerance_and_the_loosest_that_keeps_the_promise_is_taken():
     samples = fitting.synthetic(SMALL, steps=1, layers=2, channels=12)
     x, held = fitting.standardised(samples, np.array([1]))

@@ -54,6 +54,7 @@ def wanted_globally(path) -> bool:
     return (CONFIGS / path).read_text().startswith("# @package _global_\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name], ids=str)
 def test_every_file_composes(path):
     root = UseRun if path.parent.name == "use" else TrainRun
@@ -71,6 +72,7 @@ def test_every_file_composes(path):
             assert {key: getattr(found, key) for key in inside} == inside if inside else found == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combination", list(product(*map(options, ("probe", "trainer", "experiment")))), ids=str)
 def test_every_combination_composes(combination):
     probe, trainer, experiment = combination
@@ -151,6 +153,7 @@ def test_the_model_draws_as_many_frames_as_the_reference_has():
     assert load(TrainRun, ["task.frames=5", "pipeline.frames=9"]).pipeline.frames == 9
 
 
+@pytest.mark.slow
 def test_run_folder_follows_from_the_command():
     """Without a clock in its name, the same command finds its own run again, on every rank."""
     assert load(TrainRun, []).run_dir == "runs/maze-layers"
@@ -179,6 +182,7 @@ def test_help_shows_purpose_groups_and_every_setting():
 # settings of a run on disk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_settings_are_read_back_as_they_were(tmp_path, experiment):
     run = load(TrainRun, [f"experiment={experiment}", "task.rooms=[5]", "probe.steps=0:9:2", f"run_dir={tmp_path}"])

@@ -69,6 +69,7 @@ def scripts():
     return sorted(shown, key=lambda words: words[0] == "probe.py")
 
 
+@pytest.mark.slow
 def test_every_command_is_understood(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = []

@@ -20,6 +20,7 @@ def kept(rows: list[Row]) -> bool:
     return all(row.holds for row in of(rows, True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [shares, differences])
 def test_intervals_cover_and_simpler_ones_do_not(module, monkeypatch):
     monkeypatch.setattr(shares, "PROBLEMS", (12, 60))
@@ -29,6 +30,7 @@ def test_intervals_cover_and_simpler_ones_do_not(module, monkeypatch):
     assert all(0 < row.width < 1.5 and row.runs == 2000 for row in rows)
 
 
+@pytest.mark.slow
 def test_grids_that_know_nothing_rarely_show_a_cell(monkeypatch):
     monkeypatch.setattr(guessing, "SETTINGS", guessing.SETTINGS[3:6])
     rows = guessing.simulate(150, 1)
@@ -65,6 +67,7 @@ def test_onsets_are_compared_with_the_curve_they_come_from(monkeypatch):
     )  # without noise there is nothing to be unsure of
 
 
+@pytest.mark.slow
 def test_early_answers_keep_the_promise_and_their_intervals(monkeypatch):
     monkeypatch.setattr(stopping, "HONESTY", (1.0,))
     monkeypatch.setattr(stopping, "MANY", 20_000)

@@ -390,6 +390,7 @@ def test_refuses_a_step_cache():
         run(pipeline)
 
 
+@pytest.mark.slow
 def test_refuses_a_compiled_transformer(pipeline):
     pipeline = wan()
     pipeline.transformer.blocks[0].compile()

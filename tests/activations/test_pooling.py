@@ -76,6 +76,7 @@ def test_shapes_and_positions_agree(pooling):
     assert pooling(tokens(), SIZE).shape == (2, len(pooling.positions(3)), pooling.regions, 5)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 99), scale=st.floats(-3, 3))
 def test_linear_and_blind_to_the_order_inside_a_frame(seed, scale):
     a, b = tokens(seed), tokens(seed + 100)

@@ -35,6 +35,7 @@ def examined(**options) -> report.KindReport:
     return report.KindReport(calibrated, rules, result, live, Film(tuple(rows), (0, 2, 4)), [(2, "probe: 1"), None])
 
 
+@pytest.mark.slow
 def test_everything_is_written_and_the_tables_are_printed(tmp_path):
     one, console = examined(), Console(width=140, record=True)
     folder = write_early_report([one], PRICES, tmp_path, console)
@@ -76,6 +77,7 @@ def test_a_policy_that_never_stops_says_so():
     assert re.search(r"0\.1 .*0\.95.*0\.020.*\b300\b.*finished", lines[0])
 
 
+@pytest.mark.slow
 def test_the_frontier_shows_every_rule_and_the_promise():
     for error_reference, others in (("model_answer", "1 - risk asked for (0.1)"), ("truth", "finished video")):
         axes = frontier_figure([examined(error_reference=error_reference)]).axes[0]

@@ -110,6 +110,7 @@ def compared(context, tmp_path_factory):
     return compare(context, TINY, 20, 0, folder, {}), folder
 
 
+@pytest.mark.slow
 def test_a_second_comparison_runs_nothing_and_says_the_same(compared, context, monkeypatch):
     first, folder = compared
     monkeypatch.setattr(module, "run", None)
@@ -167,6 +168,7 @@ def test_a_stopped_comparison_keeps_finished_batches(context, tmp_path, monkeypa
     assert len(calls) == 5 and pool["answers"].shape == (4, 3) and pool["proba"].shape == (4, 3, 3, 4)
 
 
+@pytest.mark.slow
 def test_the_page_the_numbers_and_the_figure_are_written(compared, tmp_path):
     found, _ = compared
     page = write_ensemble(found, tmp_path / "ensemble")

@@ -72,6 +72,7 @@ finished = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(finished)
 def test_the_majority_is_what_counting_gives(found):
     """Most votes, then the larger sum of scores; of its videos the clearest. None votes only where all are none."""
@@ -240,6 +241,7 @@ def test_the_order_of_seeds_changes_nothing(context, name):
     np.testing.assert_allclose(one.video, other.video, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_problem_is_answered(context):
     for name in ("prune", "hidden", "vote"):
         found = ensemble(context.sampler.model, PROBLEMS[0], name, 3, probes=context.scorer, task=TASK, config=CONFIG)

@@ -140,6 +140,7 @@ def test_static_features_reach_a_shared_scorer_with_nothing_lost(family, counts,
 # forms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", FORMS)
 def test_an_input_is_read_in_the_form_that_carries_the_answer(where):
     labels = drawn()
@@ -160,6 +161,7 @@ def test_an_input_is_read_in_the_form_that_carries_the_answer(where):
         assert (right(only(alone, samples), samples) < 0.45).all(), other
 
 
+@pytest.mark.slow
 def test_every_step_has_a_form_of_its_own():
     labels = drawn()
     samples = samples_of((ANSWER,), {"answer": labels})
@@ -266,6 +268,7 @@ def test_readings_are_computed_once_and_read_as_they_were(tmp_path, monkeypatch)
             read_inputs_once(tmp_path, samples, inputs, settings, *changed)
 
 
+@pytest.mark.slow
 def test_memory_gets_only_the_frame_and_region_that_is_read():
     """The label stands in latent frame 0 of the regions, and everywhere in the whole frame."""
     labels = drawn(300, 5)
@@ -302,6 +305,7 @@ def test_what_does_not_change_along_the_steps_is_the_same_at_all_of_them():
 # nothing leaks
 
 
+@pytest.mark.slow
 def test_the_form_is_chosen_without_looking_at_test():
     labels = drawn()
     samples = samples_of((ANSWER,), {"answer": labels})
@@ -335,6 +339,7 @@ def test_problems_make_the_folds():
     assert only(InputFeatures(values), samples, name="prompt", penalties=[0.01]).accuracy.item() > 0.9  # what it guards
 
 
+@pytest.mark.slow
 def test_folds_and_hence_accuracy_follow_the_seed_and_nothing_else_of_a_run():
     labels = drawn(150)
     samples = samples_of((ANSWER,), {"answer": labels}, steps=1)
@@ -348,6 +353,7 @@ def test_folds_and_hence_accuracy_follow_the_seed_and_nothing_else_of_a_run():
         np.testing.assert_array_equal(first.test, other.test)  # the fit itself has no folds
 
 
+@pytest.mark.slow
 def test_samples_without_a_label_take_no_part():
     labels = drawn(240)
     keep = torch.arange(240) % 4 > 0
@@ -366,6 +372,7 @@ def test_samples_without_a_label_take_no_part():
 # against scikit-learn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["newton", "ridge"])
 @pytest.mark.parametrize("where", ["region, mean", "whole, mean"])
 @threadpool_limits.wrap(limits=1)
@@ -430,6 +437,7 @@ def test_equals_a_plain_loop_of_sklearn_fits(kind, where):
             assert (getattr(found, split)[step, 0] != oracle.predict(x[part])).sum() <= 1
 
 
+@pytest.mark.slow
 def test_logistic_and_newton_have_one_optimum():
     labels = drawn(120)
     samples = samples_of((ANSWER,), {"answer": labels})

@@ -142,6 +142,7 @@ def test_intervals_and_p_are_those_of_the_rows_of_right_and_wrong(grid):
         np.testing.assert_allclose(plane.upper.values.ravel(), upper)
 
 
+@pytest.mark.slow
 def test_control_gives_evidence_in_one_grid_of_twenty_and_a_decodable_target_always():
     alarms = 0
     for seed in range(25):

@@ -67,6 +67,7 @@ def test_temperatures_stay_within_bounds():
     assert found.dtype == torch.float32
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.4, 2.5))
 def test_temperature_follows_the_scale_and_ignores_shifts_order_and_missing_labels(seed, scale):

@@ -98,6 +98,7 @@ def test_a_fit_killed_in_its_first_chunk_goes_on(tmp_path, steps, unbroken):
     assert len(steps) == 2 * CHUNK - 4 * EPOCH
 
 
+@pytest.mark.slow
 def test_a_fit_that_ends_in_its_newton_steps_goes_on_before_the_last_epoch(tmp_path, steps, monkeypatch, unbroken):
     def failing(*_):
         raise RuntimeError("killed")

@@ -71,6 +71,7 @@ def test_logistic_probes_equal_sklearn(tmp_path, name, form, value):
     assert np.abs(probabilities - oracle.predict_proba(rows["test"])).mean() < 0.005
 
 
+@pytest.mark.slow
 def test_two_candidates_are_a_logistic_regression_of_their_difference(tmp_path):
     source, value = planted(), 0.02
     labels = {"answer": source.labels["answer"].clamp(max=1)}
@@ -96,6 +97,7 @@ def test_the_planted_cell_is_found_and_the_control_stays_at_chance(bank):
     assert accuracy(bank, test, "control").max() < 0.45
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bank_of_many_cells_is_the_separate_runs(tmp_path, kind):
     samples, recipe = planted(), {"kind": kind, "penalties": [0.01, 1.0], "epochs": 10}
@@ -127,6 +129,7 @@ def test_chunks_of_cells_do_not_change_the_bank(tmp_path, kind):
         assert torch.allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bank(tmp_path):
     torch.manual_seed(1)
     first = run(planted(), tmp_path, epochs=4, batch=64)
@@ -237,6 +240,7 @@ def bank_gaps(bank: ProbeBank, samples: ProbeSamples, name: str, value: float) -
     return relative_gaps(x, labels, target, [value], weight, bias)[:, 0], (here - lowest) / here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.01, 1.0])
 def test_every_cell_is_within_its_certificate_of_the_optimum(tmp_path, monkeypatch, value):
     """That of a nearly separable cell too, which training alone leaves far from it."""
@@ -276,6 +280,7 @@ def test_accuracies_are_those_of_sklearn_run_to_its_end(tmp_path, value):
     assert np.mean(np.abs(same) < 1e-6) >= 0.9
 
 
+@pytest.mark.slow
 def test_equally_accurate_penalties_go_to_the_lower_validation_loss(tmp_path):
     """The loss is that of finished weights: a single epoch would rank the penalties otherwise."""
     samples, penalties = nearly_separable(), [0.003, 0.1, 3.0]

@@ -53,6 +53,7 @@ def objective(
     return loss + value / 2 * weight.square().sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("channels", [5, 60])
 @pytest.mark.parametrize("form", ["region", "problem"])
@@ -194,6 +195,7 @@ def test_a_cell_and_a_penalty_do_not_depend_on_their_company(seed, form):
     assert torch.allclose(single.weight[:, :, 0], together.weight[:, :, 0], atol=1e-5)
 
 
+@pytest.mark.slow
 @given(DATA)
 def test_rows_without_a_label_do_not_count(seed):
     x, labels = cells(seed, 30), draw_labels(seed, "problem", 30)

@@ -86,6 +86,7 @@ def test_a_saved_state_goes_on_to_the_same_bits():
     assert torch.equal(rest[0], whole[0])
 
 
+@pytest.mark.slow
 def test_logistic_regression_is_that_of_scikit_learn():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 5)) * [1, 2, 3, 0.5, 0.1]

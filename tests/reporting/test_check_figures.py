@@ -142,6 +142,7 @@ def test_what_is_missing_says_so(made):
     assert words(panels(check_panels(made.grid, other), 4)[1, 2]) == ["too few samples"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", ["generalisation", "one matrix", "checks", "checks of a small run"])
 def test_every_word_is_legible_and_inside_the_picture(made, draw):
     few = small()

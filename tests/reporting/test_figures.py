@@ -216,6 +216,7 @@ def test_outline_colour_is_not_on_the_map():
     assert np.abs(skill_colours()(np.linspace(0, 1, 300))[:, :3] - rgb).sum(1).min() > 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", ["headline", "others", "curves", "frames", "one"])
 def test_every_word_is_legible_and_inside_the_picture(grid, framed, draw):
     """At 100 px per inch: at least 10 px high, cut off nowhere, no title running into the next panel."""

@@ -33,6 +33,7 @@ def test_rows_are_problems_and_columns_steps():
             assert axes.get_xlabel() == f"candidate {row.picks[i]}"
 
 
+@pytest.mark.slow
 def test_boxes_show_what_is_read_and_whether_it_is_right():
     strip = film()
     panels = np.array(film_strip(strip.rows, strip.steps).axes).reshape(3, 4)

@@ -70,6 +70,7 @@ def test_report_holds_grid_summary_and_figures_and_nothing_half_written(grid, ru
     assert "* `seed`: 3" in text
 
 
+@pytest.mark.slow
 def test_a_grid_with_several_positions_gets_frame_maps(tmp_path):
     framed = build_grid(synthetic(2, 2, 60, positions=("all", "0", "1"), targets=(ANSWER,)), draws=30)
     folder = write_report(framed, NOTHING, tmp_path)

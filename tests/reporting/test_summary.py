@@ -130,6 +130,7 @@ def test_a_latency_at_the_first_step_is_a_bound_and_so_is_its_lag(made):
     assert timed(True, False)[0] == "at or before 0.0"
 
 
+@pytest.mark.slow
 def test_what_was_not_made_is_a_dash(made):
     few = small()
     for name in few.checks.best:

@@ -226,6 +226,7 @@ def test_any_resolution_shows_the_same_problem(size):
 # parsing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", LENGTHS)
 def test_parsing_survives_noise_and_blur(problems, frames, rng):
     task = Hide(frames=frames)
@@ -265,6 +266,7 @@ def test_a_faint_video_keeps_the_order_of_the_scores(problems):
         assert grey.answer in (None, problem.answer)
 
 
+@pytest.mark.slow
 def test_videos_of_a_wrong_answer_read_that_answer(problems):
     read_wrong = 0
     for problem in problems[:300]:

@@ -235,6 +235,7 @@ def test_workspace_and_picture_do_not_tell_what_is_named(problems):
             assert np.array_equal(TASK.image(other), TASK.image(problem))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "frames"), [(80, 17), (128, 13), (240, 9), (480, 5)])
 def test_any_size_shows_the_same_problem(size, frames, rng):
     task = Select(image_size=size, frames=frames)
@@ -326,6 +327,7 @@ def test_a_video_that_stops_on_the_way_reads_as_none(problems):
             assert read(problem, played(problem)[: last + 1]).answer is None
 
 
+@pytest.mark.slow
 def test_an_object_a_little_off_is_still_in_its_box(problems):
     for problem in problems[:50]:
         y, x = CORNERS[problem.answer]

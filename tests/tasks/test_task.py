@@ -275,6 +275,7 @@ def test_a_video_of_another_range_is_refused(task, problems):
             task.parse(problems[0], wrong)
 
 
+@pytest.mark.slow
 def test_a_still_video_reads_as_none(task, problems):
     for p in problems[:200]:
         first = played(task, p)[:1]
@@ -293,6 +294,7 @@ def test_a_grey_video_reads_as_none_and_still_has_scores(task, problems):
         assert read.forced in task.plausible_answers(problems[0])
 
 
+@pytest.mark.slow
 def test_a_faint_video_keeps_the_order_of_the_scores(task, problems):
     for p in problems[:100]:
         video = played(task, p)

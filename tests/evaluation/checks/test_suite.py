@@ -185,6 +185,7 @@ def test_weights_are_in_the_grid_and_their_best_layer_is_the_baseline(made):
     assert not np.isin(data.reference_source.values, ["permuted_weights", "fresh_weights"]).any()
 
 
+@pytest.mark.slow
 def test_reliability_is_that_of_the_best_cell_on_test(made):
     test = made.samples.subset("test")
     for name, cell in made.checks.best.items():
