@@ -162,6 +162,7 @@ def test_a_folder_that_is_no_model_is_named_before_anything_is_written(here, cap
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_settings_reach_the_body_and_success_is_zero():
     seen = []
     assert command(TrainRun, seen.append, "", ["probe=frames", "seed=7", "run_dir=here"]) == 0
@@ -211,6 +212,7 @@ def test_help_shows_purpose_groups_and_two_examples(here, capsys):
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_examples_of_the_help_are_valid(capsys):
     for entry, root in ((train, TrainRun), (probe, UseRun)):
         shown = [line.split() for line in entry.__doc__.splitlines() if line.startswith("  python ")]
@@ -273,6 +275,7 @@ def test_settings_of_an_earlier_version_are_named(finished, now, before, capsys)
     check_told(capsys.readouterr().err, f"run={str(finished)!r}", r"config\.yaml", rf"\b{before}\b")
 
 
+@pytest.mark.slow
 def test_probes_of_an_earlier_version_are_named(finished, capsys):
     path = finished / "probes" / "bank.json"
     saved = json.loads(path.read_text())
@@ -288,6 +291,7 @@ def test_probes_of_an_earlier_version_are_named(finished, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_grid_of_an_earlier_version_is_named(finished, capsys):
     before = {"position": "place", "penalty": "lambda", "x0_accuracy": "visible", "x0_source": "visible_source",
               "above_x0": "excess", "p_x0": "p_excess", "correct_when_model_wrong": "knew"}  # fmt: skip
@@ -305,6 +309,7 @@ def test_a_grid_of_an_earlier_version_is_named(finished, capsys):
     assert ended.value.code == 2 and not (finished / "maps.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["settings.json", "manifest.json"])
 def test_activations_of_an_earlier_version_are_kept_and_named(here, name, capsys):
     """Whether collecting them was finished or not; settings stood in them without a layout."""
@@ -344,6 +349,7 @@ def test_names_of_jobs_need_no_quotes_and_differ_as_the_jobs_do():
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -86,6 +86,7 @@ def test_problems_are_shared_out_and_the_seeds_of_one_stay_together():
         assert owner.setdefault(s.problem.key, s.problem.split) == s.problem.split
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [MazeConfig(problems=30, frames=5), HideConfig(problems=30, frames=9)])
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_fresh_problems_are_none_the_run_has_seen_and_begin_where_it_ended(config, split):
@@ -338,6 +339,7 @@ def test_what_a_result_reads_is_written_beside_it(stored, tmp_path):
         StoredSamples.load(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_every_sampled_batch_is_logged_at_its_samples(sampler, settings, tmp_path):
     def logged() -> list[int]:
         events = EventAccumulator(str(tmp_path / "sampling")).Reload()
