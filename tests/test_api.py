@@ -14,12 +14,14 @@ from cosprobe import api
 from cosprobe.activations import Sampler, StoreSettings, load_samples
 from cosprobe.api import collect, evaluate, fit_probes, open_activations, plot_map
 from cosprobe.config import CaptureConfig, PipelineConfig, ProbeConfig, TrainerConfig
+from cosprobe.early_exit import Policy, attach
 from cosprobe.errors import InputError
 from cosprobe.evaluation import build_grid, read_inputs
 from cosprobe.evaluation import evaluate as evaluate_probes
-from cosprobe.models import load_pipeline, pipeline_fingerprint
+from cosprobe.models import load_pipeline, pipeline_fingerprint, sample
 from cosprobe.probes import fit, load_probes
-from cosprobe.tasks import SelectConfig, draw_samples
+from cosprobe.tasks import OwnImages, SelectConfig, draw_samples, noise_seed
+from cosprobe.tasks.own_images import NAME
 from tests.examples.pipelines import PROMPT, wan
 from tests.examples.stores import collected
 
@@ -173,6 +175,7 @@ def test_one_more_label_is_its_own_fit(data, grid):
         np.testing.assert_array_equal(first, grid.dataset[name].sel(target="colour").values)
 
 
+@pytest.mark.slow
 def test_own_labels_equal_to_those_of_the_task_give_the_grid_of_train(pipeline, tmp_path):
     task_config = SelectConfig(problems=60, frames=5)
     task, probe = task_config.build(), ProbeConfig(layers="1", kind="newton", random_weights=0)
@@ -200,6 +203,20 @@ def test_probes_are_saved_and_read(bank, data, grid, tmp_path):
     again = load_probes(tmp_path / "probes")
     assert again.target("colour").names == ("blue", "green", "red") and again.store == bank.store
     np.testing.assert_array_equal(evaluate(again, data).dataset.accuracy, grid.dataset.accuracy)
+
+
+def test_a_reader_reads_the_probes_of_own_labels(bank, data, pipeline):
+    """With a policy of one's own; `probe.py use=early` calibrates those of tasks."""
+    task, cells = OwnImages(np.stack(IMAGES), PROMPTS, CONFIG.frames, api.BOXES), (bank.cells[0], bank.cells[-1])
+    problems = list(task.all[:2])
+    policy = Policy("colour", NAME, NAME, "truth", cells, float("inf"), 0.05, 0.95, 0, 0, 0, 1.0)
+    seeds = [noise_seed(problem, 0, 0) for problem in problems]
+    with attach(bank, pipeline, problems, policy) as reader:
+        sample(pipeline, CONFIG, IMAGES[:2], PROMPTS[:2], seeds)
+    rows = [data.order.tolist().index(i) for i in (0, 1)]
+    proba = bank.probabilities(data.samples.features[rows], "colour")
+    expected = [tuple(proba[bank.cells.index(cell)].argmax(-1).tolist()) for cell in cells]
+    assert [reading.prediction for reading in reader.readings] == expected
 
 
 def test_probes_of_other_classes_or_cells_are_refused(bank, data, pipeline, place):
