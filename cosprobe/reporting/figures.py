@@ -217,7 +217,10 @@ def _title(grid: Grid, target: str, plane: xr.Dataset) -> str:
     where = f", position {plane.position.values}" if grid.dataset.sizes["position"] > 1 else ""
     where += f", {plane.branch.values}" if "branch" in grid.dataset.dims else ""
     role = Role(str(plane.role.values))
-    question = QUESTIONS.get(role, "") + ("" if role in MUST_BEAT else ", against chance")
+    question = QUESTIONS.get(role, "")
+    if role is Role.ANSWER and str(plane.form.values) != "candidate":
+        question = "which answer is right?"
+    question += "" if role in MUST_BEAT else ", against chance"
     result = f"best accuracy {best.accuracy:.2f}" if best.p <= ALPHA else "no evidence"
     if plane.reference.isnull().all():
         result = "no skill without these\nbaselines: " + str(plane.not_measured.values).replace(",", ", ")

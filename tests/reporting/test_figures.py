@@ -64,6 +64,12 @@ def test_map_shows_the_skill_of_every_cell(grid):
         assert (axes.get_xlabel(), axes.get_ylabel()) == (STEP_LABEL, LAYER_LABEL)
 
 
+def test_an_answer_that_is_no_region_is_no_candidate():
+    colour = replace(ANSWER, name="colour", form="problem")
+    title = panels(headline(build_grid(synthetic(4, 4, 80, targets=(colour,)), draws=50)))[0].get_title(loc="left")
+    assert "answer" in title and "candidate" not in title
+
+
 def test_title_says_what_is_decoded_from_how_many_of_what(grid):
     answer, model_answer = (axes.get_title(loc="left") for axes in panels(headline(grid)))
     assert QUESTIONS["answer"] in answer
