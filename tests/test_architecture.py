@@ -72,6 +72,7 @@ def test_the_chart_in_the_docs_is_the_one_of_the_code():
     assert f"```mermaid\n{drawing()}\n```" in (ROOT / "docs" / "architecture.md").read_text()
 
 
+@pytest.mark.slow
 def test_libraries_stay_in_their_rooms(path):
     for module, _ in imports(path):
         allowed = ONLY_IN.get(module.split(".")[0])

@@ -109,6 +109,7 @@ def test_what_a_run_needs_is_sampled_and_decoded_once():
     assert clips == 10 + 5  # every video, and x0-hat of step 0 for the problems that are not trained on
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_not_timed():
     with pytest.raises(RuntimeError, match=r"task\.problems=1.*\b2\b"):
         running.whole_run(["task.problems=1"])

@@ -102,6 +102,7 @@ def test_the_recipe_of_the_model_has_one_home():
 # overrides
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argument", "group", "name", "value"),
     [
@@ -128,6 +129,7 @@ def test_overrides_are_read_by_the_type_of_the_option(argument, group, name, val
     assert type(read) is type(value)
 
 
+@pytest.mark.slow
 def test_nested_and_optional_settings():
     run = load(
         TrainRun, ["experiment=mini", "experiment.flow.warmup=7", "experiment.autoencoder.stages=[[1,2,3],[5,2,1]]"]

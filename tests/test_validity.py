@@ -39,6 +39,7 @@ def test_grids_that_know_nothing_rarely_show_a_cell(monkeypatch):
     assert not any(row.holds for row in guessing.simulate(60, 1))  # the rows can tell
 
 
+@pytest.mark.slow
 def test_picking_the_strongest_input_makes_false_maps_and_asking_all_inputs_does_not(monkeypatch):
     monkeypatch.setattr(inputs, "WORLDS", inputs.WORLDS[1:2])
     found, picked = inputs.simulate(60, 1, (180,))

@@ -59,6 +59,7 @@ def test_parts_add_up_to_a_whole_run():
     assert counter.get_total_flops() == cost.run(CONFIG.steps)
 
 
+@pytest.mark.slow
 def test_guidance_by_two_calls_doubles_an_evaluation_but_not_its_first_half():
     guided = PipelineConfig(steps=3, frames=5, prompt_tokens=32, guidance=3.0)
     plain, both = (flops(wan(), config, IMAGES[:1], [PROMPT]) for config in (CONFIG, guided))

@@ -139,6 +139,7 @@ def test_both_branches_are_averaged_and_weights_are_asked_for_once(pipeline):
     assert asked == [(0, 0), (1, 0)] and len(seen) == 2 * CONFIG.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AVERAGES)
 def test_nothing_chosen_is_bit_identical_and_everything_is_undone(pipeline, name):
     plain = draw(pipeline)

@@ -94,6 +94,7 @@ def test_sums_run_in_fp32():
     torch.testing.assert_close(Pooling("clip")(x, SIZE)[:, 0, 0], x.float().mean(1))
 
 
+@pytest.mark.slow
 @given(x=st.floats(0, 0.9), y=st.floats(0, 0.9), w=st.floats(0.001, 0.1))
 def test_every_box_gets_a_token(x, y, w):
     assert box_masks([(x, y, x + w, y + w)], 4, 8).sum() >= 1

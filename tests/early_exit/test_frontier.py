@@ -56,6 +56,7 @@ def test_a_policy_that_never_stops_finishes_every_run():
     assert (nothing.risk, nothing.interval) == (0.0, (0.0, 1.0))
 
 
+@pytest.mark.slow
 def test_the_stopping_rules_are_these_four():
     calibrated = synthetic()
     trajectories = calibrated.fresh
@@ -77,6 +78,7 @@ def test_the_stopping_rules_are_these_four():
     assert (np.diff(policy.compute) <= 1e-12).all() and (np.diff(entropy.compute) <= 1e-12).all()
 
 
+@pytest.mark.slow
 def test_the_entropy_rule_stops_at_the_first_exit_point_with_no_more_than_its_entropy():
     calibrated = synthetic()
     trajectories = calibrated.fresh

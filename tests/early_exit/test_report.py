@@ -54,6 +54,7 @@ def test_everything_is_written_and_the_tables_are_printed(tmp_path):
     assert "![frontier.png](frontier.png)" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gain", "verdict"),
     [
@@ -71,6 +72,7 @@ def test_more_often_right_is_said_only_when_the_interval_says_so(gain, verdict):
         assert sum(word in line for word in ("more often", "less often", "differ")) == 1
 
 
+@pytest.mark.slow
 def test_a_policy_that_never_stops_says_so():
     lines = remarks(examined(threshold=np.inf))
     assert len(lines) == 1
@@ -85,6 +87,7 @@ def test_the_frontier_shows_every_rule_and_the_promise():
         assert {"fixed step", "parsed x0-hat", "entropy rule", "policy", "calibrated policy", others} == set(labels)
 
 
+@pytest.mark.slow
 def test_the_step_that_answered_is_framed():
     one = examined()
     figure = strip_figure(one)

@@ -47,6 +47,7 @@ def truth() -> dict[float, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("honest", [0.4, 1.0, 2.0])
 @pytest.mark.parametrize("error_reference", ["model_answer", "truth"])
 def test_the_risk_is_exceeded_no_more_often_than_promised(error_reference, honest, truth):
@@ -65,6 +66,7 @@ def test_the_risk_is_exceeded_no_more_often_than_promised(error_reference, hones
     assert passed.mean() > 0.1, "a policy that never stops keeps every promise"
 
 
+@pytest.mark.slow
 def test_the_promise_is_used_not_only_kept(truth):
     """The test above would pass if policies were far too careful: where the risk can be reached, some exceed it."""
     confidence, wrong = runs(np.random.default_rng(1), (DRAWS, SAMPLES), 1.0)
@@ -74,6 +76,7 @@ def test_the_promise_is_used_not_only_kept(truth):
     assert np.median(risk) > RISK / 3
 
 
+@pytest.mark.slow
 def test_choosing_without_a_test_breaks_the_promise(truth):
     """The same runs, the most eager threshold whose *observed* risk is small enough: far above one in ten."""
     confidence, wrong = runs(np.random.default_rng(1), (DRAWS, SAMPLES), 1.0)

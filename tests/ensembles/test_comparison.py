@@ -61,6 +61,7 @@ def test_planted_errors_show_their_correlation(rng):
     assert error_correlation(np.repeat(independent[:, :1], 5, axis=1)) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_groups_split_near_the_middle():
     problems = TASK.problems("test", 40)
     found = groups(problems)
@@ -148,6 +149,7 @@ def test_every_budget_is_kept(compared):
     assert set(found.chosen["three runs'"]) == set(STRATEGIES)
 
 
+@pytest.mark.slow
 def test_a_stopped_comparison_keeps_finished_batches(context, tmp_path, monkeypatch):
     problems = {"test": TASK.problems("test", 4)}
     trajectories = Trajectories(context, problems, 3, 0, tmp_path, {})

@@ -180,6 +180,7 @@ def test_every_step_has_a_form_of_its_own():
         np.testing.assert_array_equal(getattr(found, field)[1], getattr(apart[1], field)[1])
 
 
+@pytest.mark.slow
 def test_a_scorer_shared_by_the_candidates_needs_fewer_samples_than_a_weight_for_each():
     """Why regions are tried at all: what is the same in every candidate is learnt from all of them."""
     labels = drawn(120)
@@ -190,6 +191,7 @@ def test_a_scorer_shared_by_the_candidates_needs_fewer_samples_than_a_weight_for
     assert shared > apart + 0.05
 
 
+@pytest.mark.slow
 def test_problem_and_region_targets_keep_their_form():
     labels = drawn(300, 5)
     told = planted("region, mean", labels, candidate=False)

@@ -745,6 +745,7 @@ def test_cells_that_were_not_captured_are_empty():
     np.testing.assert_array_equal(np.isfinite(data.p_permutation), np.isfinite(data.accuracy))
 
 
+@pytest.mark.slow
 def test_saved_grid_comes_back_the_same(grid, tmp_path):
     path = grid.save(tmp_path / "run" / "report" / "grid.nc")
     for place in (path, path.parent, path.parent.parent, str(path)):
@@ -755,6 +756,7 @@ def test_saved_grid_comes_back_the_same(grid, tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["grid.nc"]
 
 
+@pytest.mark.slow
 def test_missing_and_damaged_files_are_named(grid, tmp_path):
     with pytest.raises(InputError, match=r"grid '.*/nowhere'.*missing.*grid\.nc"):
         Grid.load(tmp_path / "nowhere")

@@ -340,6 +340,7 @@ def false_alarms(worlds: int, cells: int, problems: int, seeds: int, by_problem:
     return alarms / worlds
 
 
+@pytest.mark.slow
 def test_without_signal_a_whole_grid_gives_a_false_alarm_in_one_of_twenty():
     assert false_alarms(200, cells=40, problems=60, seeds=1, by_problem=True) < 0.10
     assert false_alarms(200, cells=10, problems=30, seeds=6, by_problem=True) < 0.10

@@ -34,6 +34,7 @@ def solved(task, right):
     return Solved(problems, right, ~right, right.astype(float))
 
 
+@pytest.mark.slow
 def test_a_rate_is_a_share_with_its_interval():
     found = solved(Maze(), [1] * 30 + [0] * 10)
     text = rate(found, np.ones(40, dtype=bool))

@@ -40,6 +40,7 @@ def test_only_the_adapters_are_trained(trained):
     assert len(moved) == 3 * (8 + 2)  # they start from zero
 
 
+@pytest.mark.slow
 def test_diffusers_loads_them_and_the_rest_is_untouched(trained):
     model, adapter = trained
     plain, adapted = (WanImageToVideoPipeline.from_pretrained(model) for _ in range(2))

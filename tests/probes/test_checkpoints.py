@@ -138,6 +138,7 @@ def test_files_of_other_samples_are_not_used(left, tmp_path, steps, changed):
     assert same(found, run(tmp_path / "fresh", samples))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "again"), [("ckpt", CHUNK), ("safetensors", 2 * CHUNK - 2 * EPOCH)])
 @pytest.mark.parametrize("damage", ["one bit", "cut", "empty"])
 def test_damaged_files_are_not_trusted(left, steps, unbroken, kind, again, damage):
@@ -156,6 +157,7 @@ def test_checkpoints_cannot_run_code(tmp_path):
         ChecksumIO().load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["newton", "ridge"])
 def test_finished_chunks_of_other_kinds_are_kept(tmp_path, monkeypatch, kind):
     """The fit fails in its second chunk, and the next attempt fits only that one."""

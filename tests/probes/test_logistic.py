@@ -54,6 +54,7 @@ def standard_rows(samples: ProbeSamples, cell: int, form: str) -> dict[str, np.n
     return {s: x[torch.from_numpy(samples.split == s)].flatten(0, 1).numpy() for s in ("train", "test")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.01, 0.1])
 @pytest.mark.parametrize(("name", "form"), [("doors", "region"), ("start", "problem")])
 def test_logistic_probes_equal_sklearn(tmp_path, name, form, value):
@@ -147,6 +148,7 @@ def test_small_batches_stay_stable_and_reach_the_same_accuracy(tmp_path, bank):
         assert abs(float(accuracy(small, test, name).mean() - accuracy(bank, test, name).mean())) < 0.02
 
 
+@pytest.mark.slow
 def test_more_columns_than_rows_with_wild_scales_converges(tmp_path):
     """Padding, one huge channel and fewer samples than channels, as with wide models."""
     source = planted()
@@ -179,6 +181,7 @@ def test_each_cell_gets_the_penalty_that_validates_best(tmp_path):
     assert set(chosen.penalties["start"].tolist()) <= {torch.tensor(v).item() for v in penalties}
 
 
+@pytest.mark.slow
 def test_bf16_mixed_precision_reads_the_same(tmp_path, bank):
     test = planted().subset("test")
     mixed = run(planted(), tmp_path, precision="bf16-mixed")
@@ -186,6 +189,7 @@ def test_bf16_mixed_precision_reads_the_same(tmp_path, bank):
         assert torch.allclose(accuracy(mixed, test, name), accuracy(bank, test, name), atol=0.04)
 
 
+@pytest.mark.slow
 def test_without_a_region_axis_the_answer_is_a_class_of_the_clip(tmp_path):
     source = planted()
     pooled = replace(source, features=source.features.flatten(2)[:, :, None])
@@ -263,6 +267,7 @@ def test_every_cell_is_within_its_certificate_of_the_optimum(tmp_path, monkeypat
         assert trained["start"][SEPARABLE] > PROMISED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.01, 0.1])
 def test_accuracies_are_those_of_sklearn_run_to_its_end(tmp_path, value):
     samples = nearly_separable()

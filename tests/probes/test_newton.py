@@ -164,6 +164,7 @@ def close(one: NewtonFit, other: NewtonFit, at: float = 1e-5) -> bool:
     return torch.allclose(one.weight, other.weight, atol=at) and torch.allclose(one.bias, other.bias, atol=at)
 
 
+@pytest.mark.slow
 @given(DATA, st.sampled_from(["candidate", "region", "problem"]))
 def test_the_order_of_samples_does_not_matter(seed, form):
     x, labels = cells(seed, 30), draw_labels(seed, form, 30)
@@ -172,6 +173,7 @@ def test_the_order_of_samples_does_not_matter(seed, form):
     assert close(fit, fit_newton(x[:, order], labels[order], target(form), [0.05], tolerance=1e-8))
 
 
+@pytest.mark.slow
 @given(DATA, st.floats(0.1, 10.0), st.sampled_from(["candidate", "region", "problem"]))
 def test_rescaled_features_give_rescaled_weights(seed, scale, form):
     """(x, w, lambda) and (s x, w / s, s^2 lambda) are the same problem."""
@@ -204,6 +206,7 @@ def test_rows_without_a_label_do_not_count(seed):
     assert close(fit, fit_newton(x[:, keep], labels[keep], target("problem"), [0.05], tolerance=1e-8))
 
 
+@pytest.mark.slow
 @given(DATA, st.sampled_from(["candidate", "region", "problem"]))
 def test_a_larger_penalty_gives_smaller_weights(seed, form):
     x, labels = cells(seed, 30), draw_labels(seed, form, 30)
@@ -253,6 +256,7 @@ def excess(x: torch.Tensor, labels: torch.Tensor, found: NewtonFit, one: Target)
     return shares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [5, 60])
 @pytest.mark.parametrize("form", ["candidate", "region", "problem"])
 def test_the_gap_is_never_less_than_what_is_left_to_the_optimum(form, channels):

@@ -16,6 +16,8 @@ from cosprobe.reporting.check_figures import check_panels, generalisation
 from tests.examples.figures import apart, check_words
 from tests.examples.runs import Run, run, small
 
+pytestmark = pytest.mark.slow  # what all of them read takes seconds to make
+
 
 @pytest.fixture(scope="module")
 def made() -> Run:
@@ -126,7 +128,6 @@ def test_latency_by_layer_with_the_picture_beside_it(made):
         assert [tick.get_text() for tick in row[3].get_xticklabels()] == ["0", "1", "2"]
 
 
-@pytest.mark.slow
 def test_what_is_missing_says_so(made):
     few = small()
     for row in panels(check_panels(few.grid, few.checks), 4):
@@ -142,7 +143,6 @@ def test_what_is_missing_says_so(made):
     assert words(panels(check_panels(made.grid, other), 4)[1, 2]) == ["too few samples"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("draw", ["generalisation", "one matrix", "checks", "checks of a small run"])
 def test_every_word_is_legible_and_inside_the_picture(made, draw):
     few = small()

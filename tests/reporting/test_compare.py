@@ -29,6 +29,7 @@ def skills(figure) -> list[np.ndarray]:
     return [np.ma.filled(mesh.get_array(), np.nan) for mesh in meshes]
 
 
+@pytest.mark.slow
 def test_each_map_is_that_of_its_run_and_target(runs):
     shown = [named(f"{runs / 'base'}"), named(f"tuned={runs / 'adapted'}:model_answer")]
     assert [(name, target) for name, _, target in shown] == [("base", "answer"), ("tuned", "model_answer")]

@@ -108,6 +108,7 @@ def test_cells_without_any_p_are_hatched_too():
     assert len(outline.get_segments()) == 0
 
 
+@pytest.mark.slow
 def test_outline_holds_the_cells_that_read_more_than_the_picture_shows(grid):
     plane = grid.plane("answer").transpose("layer", "step", ...)
     inside = ((plane.p_x0 <= 0.05) & (plane.p_evidence <= 0.05)).values

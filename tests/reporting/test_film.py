@@ -61,6 +61,7 @@ def test_legend_speaks_of_the_rows_shown():
     assert len(film_strip(strip.rows, strip.steps).legends[0].get_texts()) == 4
 
 
+@pytest.mark.slow
 def test_many_steps_are_thinned_from_first_to_last():
     strip = film(steps=20)
     titles = [axes.get_title() for axes in film_strip(strip.rows, strip.steps).axes[:8]]
@@ -69,6 +70,7 @@ def test_many_steps_are_thinned_from_first_to_last():
     assert len(film_strip(strip.rows, strip.steps).axes) == 3 * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [3, 20])
 def test_words_stay_inside_the_picture_and_apart(steps):
     strip = film(steps)

@@ -43,6 +43,7 @@ def test_videos_of_two_lengths_are_refused(shown):
         gallery([*shown, (task, task.problems("test", 1)[0])])
 
 
+@pytest.mark.slow
 def test_it_is_drawn_from_the_command_line(tmp_path):
     main([str(tmp_path / "families.png")])
     with Image.open(tmp_path / "families.png") as picture:

@@ -35,6 +35,8 @@ from tests.examples.grids import ANSWER, CONTROL, MODEL_ANSWER, START, reading, 
 from tests.examples.runs import examined, small, world
 from tests.examples.runs import run as small_run
 
+pytestmark = pytest.mark.slow  # what all of them read takes seconds to make
+
 FIGURES = {"headline.png", "curves.png", "others.png", "film.png"}
 NOTHING = Checks({}, (), (), (), {}, None, ())
 PROVENANCE = {"probe": {"kind": "logistic", "penalties": [0.1, 1.0]}, "seed": 3}
@@ -70,7 +72,6 @@ def test_report_holds_grid_summary_and_figures_and_nothing_half_written(grid, ru
     assert "* `seed`: 3" in text
 
 
-@pytest.mark.slow
 def test_a_grid_with_several_positions_gets_frame_maps(tmp_path):
     framed = build_grid(synthetic(2, 2, 60, positions=("all", "0", "1"), targets=(ANSWER,)), draws=30)
     folder = write_report(framed, NOTHING, tmp_path)
@@ -167,7 +168,6 @@ def test_printed_paths_are_never_broken(grid, tmp_path):
 # with checks
 
 
-@pytest.mark.slow
 def test_a_run_with_checks_reports_them(tmp_path):
     made = small_run()
     folder = write_report(made.grid, made.checks, tmp_path)
@@ -208,7 +208,6 @@ def test_fits_that_missed_their_optimum_are_counted():
     assert re.search(r"^answer\b.*\b3 of 480\b", line)
 
 
-@pytest.mark.slow
 def test_relabelled_controls_stay_out_of_tables_figures_and_charts(tmp_path):
     made = small_run()
     assert {"answer_relabelled", "model_answer_relabelled"} <= set(made.grid.targets)
@@ -286,7 +285,6 @@ def test_the_smallest_skill_is_said_of_every_answer_and_model_answer(grid):
         assert len(said) == (target in ("answer", "model_answer"))
 
 
-@pytest.mark.slow
 def test_a_run_of_few_problems_says_what_it_cannot_show(tmp_path):
     few = small()  # 8 test problems of each kind, 6 of validation, 12 of train
     text = summary_markdown(few.grid, few.checks)
@@ -299,7 +297,6 @@ def test_a_run_of_few_problems_says_what_it_cannot_show(tmp_path):
     assert write_report(few.grid, few.checks, tmp_path).is_dir()  # figures of maps without any p
 
 
-@pytest.mark.slow
 def test_a_grid_without_an_answer_or_a_model_answer_has_no_checks_to_draw(tmp_path):
     samples, inputs = world({"train": 24, "validation": 12, "test": 16})
     plain = tuple(t for t in samples.targets if t.role in ("perception", "control"))

@@ -18,6 +18,8 @@ from cosprobe.reporting.tensorboard import MOST_LAYERS, log_tensorboard
 from tests.examples.films import film
 from tests.examples.grids import ANSWER, CONTROL, MODEL_ANSWER, START, synthetic
 
+pytestmark = pytest.mark.slow  # what all of them read takes seconds to make
+
 LAYERS, STEPS = 3, 4
 SETTINGS = {
     "task": "maze", "task.problems": 600, "pipeline.steps": 20, "pipeline.lora": "", "probe.penalties": [0.1, 1.0],
@@ -138,7 +140,6 @@ def test_maps_are_images(runs):
         assert all(400 < picture.width < 900 for picture in runs["report"].Images(tag)), tag
 
 
-@pytest.mark.slow
 def test_the_film_is_one_moving_picture_per_denoising_step(grid, runs, tmp_path):
     tag = "map and film/x0-hat, moving (slider: denoising step)"
     pictures = runs["report"].Images(tag)
@@ -172,7 +173,6 @@ def test_settings_that_vary_and_results_are_hyperparameters(grid, runs):
     assert results == {tag: pytest.approx(value, rel=1e-6) for tag, value in wanted.items()}
 
 
-@pytest.mark.slow
 def test_of_several_positions_and_branches_lines_are_those_of_the_best_cell(tmp_path):
     positions, branches = ("all", "0"), ("cond", "uncond")
     evaluated = synthetic(2, 3, 60, positions=positions, branches=branches, targets=(ANSWER, START))
@@ -186,7 +186,6 @@ def test_of_several_positions_and_branches_lines_are_those_of_the_best_cell(tmp_
             assert list(found.values()) == pytest.approx(plane.accuracy.sel(layer=layer).values.tolist(), rel=1e-6)
 
 
-@pytest.mark.slow
 def test_of_a_deep_model_some_layers_are_shown(tmp_path):
     """Custom Scalars selects nothing at first if there are more than 40 runs."""
     deep = build_grid(synthetic(60, 2, 60, targets=(ANSWER,)), draws=30)

@@ -141,6 +141,7 @@ def test_difficulty_is_kept_to():
 # pictures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", LENGTHS)
 def test_reference_moves_evenly_and_rests(problems, frames):
     task = Hide(frames=frames)
@@ -160,6 +161,7 @@ def test_reference_moves_evenly_and_rests(problems, frames):
         assert np.abs(lefts - path).max() <= 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", LENGTHS)
 def test_hidden_frames_are_those_in_which_nothing_is_seen(problems, frames):
     task = Hide(frames=frames)

@@ -234,6 +234,7 @@ def test_any_resolution_shows_the_same_problem():
 # parsing
 
 
+@pytest.mark.slow
 def test_parsing_bears_noise_and_blur(problems, rng):
     for problem in problems[:200]:
         video = played(TASK, problem)

@@ -107,6 +107,7 @@ def test_key_tells_different_mazes_apart(problems):
     assert canonical_key(replace(layout, passages=fewer)) != problems[0].key
 
 
+@pytest.mark.slow
 def test_difficulty_is_kept_to():
     for problem in Maze(rooms=(5, 5, 6), length=(6, 8)).problems("validation", 30):
         assert problem.difficulty["rooms"] in (5, 6)

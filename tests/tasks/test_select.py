@@ -227,6 +227,7 @@ def test_move_distance_and_pace_agree_with_the_video(problems):
         assert bool(steps[0, 1]) == longer
 
 
+@pytest.mark.slow
 def test_workspace_and_picture_do_not_tell_what_is_named(problems):
     for problem in problems[:40]:
         for k, corner in product(range(len(problem.layout.objects)), range(4)):
@@ -252,6 +253,7 @@ def test_any_size_shows_the_same_problem(size, frames, rng):
         assert not ((video != video[0]).any((0, 3)) & ~task.workspace(problem)).any()
 
 
+@pytest.mark.slow
 def test_shapes_are_bold_and_differ(problems):
     pictures = {}
     for problem in problems:
@@ -306,6 +308,7 @@ def test_another_object_in_a_box_reads_as_none(problems, rng):
             assert read(problem, both).answer is None
 
 
+@pytest.mark.slow
 def test_two_copies_read_as_none(problems, rng):
     """In two boxes, in a box and still at home, in a box and on the way."""
     for problem in problems[:40]:
@@ -321,6 +324,7 @@ def test_two_copies_read_as_none(problems, rng):
             assert read(problem, blurred(twice)).answer is None
 
 
+@pytest.mark.slow
 def test_a_video_that_stops_on_the_way_reads_as_none(problems):
     for problem in problems[:40]:
         for last in (1, 4, 6, 8):
@@ -339,6 +343,7 @@ def test_an_object_a_little_off_is_still_in_its_box(problems):
             assert seen.answer == seen.forced == problem.answer
 
 
+@pytest.mark.slow
 def test_a_faint_video_keeps_the_order_of_the_scores(problems):
     for problem in problems[:100]:
         seen = read(problem, 0.15 * blurred(played(problem)) + np.float32(0.85 * 0.5))

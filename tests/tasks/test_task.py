@@ -173,6 +173,7 @@ def test_prompts_are_plain_words_that_fit_the_text_encoder(problems):
         assert p.prompt == " ".join(words) and all(word.isalpha() and word.islower() for word in words)
 
 
+@pytest.mark.slow
 def test_kinds_take_turns_and_fewer_problems_are_the_first_of_more(task, problems):
     assert [p.kind for p in problems[:4]] == [task.kinds[i % len(task.kinds)] for i in range(4)]
     for kind in (None, *task.kinds):

@@ -23,6 +23,8 @@ from cosprobe.evaluation.scoring import build_grid
 from cosprobe.probes.calibration import reliability
 from tests.examples.runs import TARGETS, Run, run, small
 
+pytestmark = pytest.mark.slow  # what all of them read takes seconds to make
+
 
 @pytest.fixture(scope="module")
 def made() -> Run:
@@ -91,7 +93,6 @@ def test_inputs_that_were_not_read_are_not_described(made):
     assert checks.skipped == ()
 
 
-@pytest.mark.slow
 def test_the_grid_without_its_checks_is_the_grid(made):
     provenance = asdict(made.bank.provenance)
     plain = build_grid(made.evaluated, seed=0, provenance=provenance)
@@ -185,7 +186,6 @@ def test_weights_are_in_the_grid_and_their_best_layer_is_the_baseline(made):
     assert not np.isin(data.reference_source.values, ["permuted_weights", "fresh_weights"]).any()
 
 
-@pytest.mark.slow
 def test_reliability_is_that_of_the_best_cell_on_test(made):
     test = made.samples.subset("test")
     for name, cell in made.checks.best.items():

@@ -157,6 +157,7 @@ def test_the_models_weights_are_as_before(model, store):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_second_call_reuses_the_store_and_a_third_mends_it(model, pipeline, store, monkeypatch, capsys):
     before = store.store.read(UNTRAINED)[0]["untrained.features"]
 
