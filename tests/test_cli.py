@@ -114,6 +114,7 @@ def check_told(said: str, *fragments: str) -> None:
     assert re.fullmatch(rf"error: {re.escape(first)}.*{'.*'.join(others)}.*\n", said), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("argument", "message"), MISTAKES, ids=[argument for argument, _ in MISTAKES])
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(argument, message, here, capsys, monkeypatch):
     monkeypatch.setattr(train, "train", lambda run: pytest.fail(f"{argument} was accepted"))
@@ -124,6 +125,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(argument, message, here
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "first", "message"),
     [
@@ -149,6 +151,7 @@ def test_mistakes_in_using_a_run(arguments, first, message, here, capsys):
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_group_cannot_be_set_to_a_value(capsys):
     assert train.main(["experiment=mini", "experiment.flow=3"]) == 2
     check_told(
@@ -156,6 +159,7 @@ def test_a_group_cannot_be_set_to_a_value(capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_model_is_named_before_anything_is_written(here, capsys):
     assert train.main(["probe=layers", "pipeline.path=nowhere"]) == 2
     check_told(capsys.readouterr().err, "pipeline.path='nowhere'", r"model_index\.json")
@@ -169,6 +173,7 @@ def test_settings_reach_the_body_and_success_is_zero():
     assert (seen[0].probe.frames, seen[0].seed, seen[0].run_dir) == (True, 7, "here")
 
 
+@pytest.mark.slow
 def test_an_error_of_ours_on_several_lines_is_told_on_one(capsys):
     def body(run):
         raise InputError("pipeline.path=x:\n  expected a folder")
@@ -177,11 +182,13 @@ def test_an_error_of_ours_on_several_lines_is_told_on_one(capsys):
     assert capsys.readouterr().err == "error: pipeline.path=x: expected a folder\n"
 
 
+@pytest.mark.slow
 def test_an_error_that_is_a_defect_keeps_its_traceback():
     with pytest.raises(ValueError, match="broadcast"):
         command(TrainRun, lambda run: np.zeros(2) + np.zeros(3), "", [])
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(capsys):
     def body(run):
         raise KeyboardInterrupt
@@ -191,6 +198,7 @@ def test_ctrl_c_says_how_to_go_on(capsys):
     assert said.out == "" and re.fullmatch(r".*same command.*\n", said.err)
 
 
+@pytest.mark.slow
 def test_help_shows_purpose_groups_and_two_examples(here, capsys):
     for flag in ("--help", "-h"):
         assert train.main([flag]) == 0
@@ -266,6 +274,7 @@ def finished(here, capsys) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("now", "before"), [("penalties", "lambdas"), ("random_weights", "randomised")])
 def test_settings_of_an_earlier_version_are_named(finished, now, before, capsys):
     path = finished / "config.yaml"

@@ -74,6 +74,7 @@ def store(stored):
     return stored.store
 
 
+@pytest.mark.slow
 def test_problems_are_shared_out_and_the_seeds_of_one_stay_together():
     drawn = draw_samples(TASK.build(), MazeConfig(problems=40, seeds=2), seed=0)
     counts = {}
@@ -196,6 +197,7 @@ def test_labels_belong_to_their_kinds(store):
     assert samples.keys.tolist() == [p.key[:15] for p in problems]
 
 
+@pytest.mark.slow
 def test_a_second_call_reuses_the_store_and_a_third_mends_it(sampler, settings, store, monkeypatch):
     before = store.read()[0]["features"]
     with no_sampling(monkeypatch):

@@ -61,6 +61,7 @@ def test_round_trip(tmp_path):
     assert tensors["model_answer"].tolist() == [0, -1, 1, -1, 2, -1]
 
 
+@pytest.mark.slow
 @given(order=st.permutations(range(6)), count=st.integers(1, 6))
 def test_samples_are_read_in_the_order_asked_for(tmp_path_factory, order, count):
     store = filled(tmp_path_factory.mktemp("store"))
@@ -95,6 +96,7 @@ def test_a_sample_in_two_shards_is_read_from_the_first(tmp_path):
     assert store.read("few.", [NAMES[1]])[0]["few.x"].tolist() == [3]
 
 
+@pytest.mark.slow
 @given(dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), cut=st.integers(0, 4))
 def test_dtypes_are_kept_over_any_resume_point(tmp_path_factory, dtype, cut):
     folder = tmp_path_factory.mktemp("store")
