@@ -20,6 +20,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -333,7 +334,9 @@ def _run_dir(choices: Mapping[str, str]) -> str:
     return f"runs/{choices['task']}-{choices['probe'] if choices['experiment'] == 'probes' else choices['experiment']}"
 
 
+@cache
 def _register() -> None:
+    """Tells Hydra the dataclasses of all groups, once."""
     store = ConfigStore.instance()
     for kind in (TrainRun, UseRun):
         store.store(group="schema/root", name=kind.entry, node=kind)

@@ -17,7 +17,7 @@ from cosprobe.probes import logistic
 from cosprobe.probes.bank import ProbeBank
 from cosprobe.probes.checkpoints import ChecksumIO
 from cosprobe.probes.curves import STATISTICS
-from cosprobe.probes.logistic import ProbeTraining, fit
+from cosprobe.probes.logistic import ProbeTraining, chunks, fit
 from tests.probes.ddp_fit import RECIPE, TARGETS, planted, run_killed, run_script
 
 SPEED = "speed and memory/fit: samples per second"
@@ -179,16 +179,23 @@ def test_finished_chunks_of_other_kinds_are_kept(tmp_path, monkeypatch, kind):
 
 
 @pytest.mark.ddp
-def test_two_killed_processes_go_on_to_the_same_bits(tmp_path):
+def test_two_processes_give_the_bank_of_one_also_after_they_were_killed(tmp_path, unbroken):
+    """With an uneven last batch and several chunks of cells. Lightning's launcher starts the second process."""
     run_script(tmp_path, 2, KILLED)
     assert len(files(tmp_path / "fit", "safetensors")) == len(files(tmp_path / "fit", "ckpt")) == 1
     run_script(tmp_path, 2)
     assert not (tmp_path / "fit" / "checkpoints").exists()
     (tmp_path / "whole").mkdir()
     run_script(tmp_path / "whole", 2)
-    for rank in range(2):
-        found, whole = (torch.load(folder / f"values_{rank}.pt") for folder in (tmp_path, tmp_path / "whole"))
-        assert all(torch.equal(found[target.name], whole[target.name]) for target in TARGETS)
+    killed, whole = (
+        [torch.load(folder / f"values_{rank}.pt") for rank in range(2)] for folder in (tmp_path, tmp_path / "whole")
+    )
+    samples = planted()
+    assert len(chunks(samples, TARGETS, ProbeConfig(**RECIPE))) == 2
+    for target in TARGETS:
+        alone = unbroken[0].decision(samples.features, target.name)
+        assert torch.allclose(whole[0][target.name], alone, atol=1e-4)
+        assert all(torch.equal(values[target.name], whole[0][target.name]) for values in (*killed, *whole))
 
 
 def test_without_callbacks_the_fit_is_the_same_and_no_file_is_written(tmp_path, unbroken, monkeypatch):

@@ -23,7 +23,7 @@ from cosprobe.probes.linalg import design, spread, standardise
 from cosprobe.probes.logistic import chunks, finished, fit
 from cosprobe.probes.newton import AIM, PROMISED, fit_newton, relative_gaps
 from tests.examples import processes
-from tests.probes.ddp_fit import PLANTED, RECIPE, TARGETS, planted, run_script
+from tests.probes.ddp_fit import PLANTED, RECIPE, TARGETS, planted
 
 SPEED = "speed and memory/fit: samples per second"
 
@@ -395,17 +395,3 @@ def test_two_processes_divide_the_cells_and_end_with_the_same_bank(tmp_path):
         for target in TARGETS:
             assert torch.equal(ranks[0][target.name], ranks[1][target.name])
             assert torch.allclose(ranks[0][target.name], alone.weights[target.name], atol=1e-6)
-
-
-@pytest.mark.ddp
-def test_two_processes_give_the_bank_of_one(tmp_path):
-    """With an uneven last batch and several chunks of cells. Lightning's launcher starts the second process."""
-    run_script(tmp_path, 2)
-    samples = planted()
-    assert len(chunks(samples, TARGETS, ProbeConfig(**RECIPE))) == 2
-    alone = run(samples, tmp_path / "alone", **RECIPE)
-    together = [torch.load(tmp_path / f"values_{rank}.pt") for rank in range(2)]
-    for target in TARGETS:
-        expected = alone.decision(samples.features, target.name)
-        assert torch.equal(together[0][target.name], together[1][target.name])
-        assert torch.allclose(together[0][target.name], expected, atol=1e-4)
