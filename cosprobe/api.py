@@ -97,8 +97,12 @@ class Activations:
         return replace(self, samples=self.samples.with_label(name, index[self.order], role, names))
 
     def to_xarray(self) -> xr.DataArray:
-        """The features as a labelled array; see `ProbeSamples.to_xarray`."""
-        return self.samples.to_xarray()
+        """The features as a labelled array; see `ProbeSamples.to_xarray`.
+
+        Samples are ordered by split. The coordinate `image` is the index of the image of each sample, in the order in
+        which the images were given.
+        """
+        return self.samples.to_xarray().assign_coords(image=("sample", self.order))
 
     def to_sklearn(
         self,
@@ -132,9 +136,10 @@ def collect(
 ) -> Activations:
     """Samples a video for every image and prompt, and keeps what happens inside the transformer.
 
-    pipeline: from `load_pipeline`. images: PIL, numpy or torch, of one size; see `models.image_batch`. prompts: one for
-    each image. labels: by name, the class of each image, as text or whole number; a list is the label `label`.
-    roles: what probes have to beat, for all labels or by name, see `Role`. Default: `answer`, that is every input.
+    pipeline: from `load_pipeline`. images: PIL, numpy or torch, of one size; see `cosprobe.models.image_batch`.
+    prompts: one for each image. labels: by name, the class of each image, as text or whole number; a list is the label
+    `label`. roles: what probes have to beat, for all labels or by name, see `cosprobe.tasks.Role`. Default: `answer`,
+    that is every input.
     boxes: where probes read, in fractions of the image; default: 4 x 4 boxes that cover it. A probe reads all boxes
     side by side. Fewer boxes need less disk space.
     groups: images of one group are never in two splits; default: equal images with equal prompts. About half of the
@@ -175,14 +180,17 @@ def open_activations(folder: Path | str) -> Activations:
     """The activations of a finished `train.py` run or of `collect`, with the labels that are kept with them.
 
     folder: a run folder such as `runs/maze-layers`, one of its results, or a store. Of a result, what its run used is
-    read; of a store, everything. The images of `with_label` are those of the problems of the run, in order. The labels
-    of `collect` are not kept; add them with `with_label`.
+    read; of a store, its samples, which must be one set. The images of `with_label` are those of the problems of the
+    run, in order. The labels of `collect` are not kept; add them with `with_label`.
     Raises InputError for a store that is missing, half-written or damaged.
     """
     place = Path(folder)
     if (find_result(place) / POINTER).is_file():
         stored = StoredSamples.load(find_result(place))
     else:
+        several = sorted(path.parent for path in place.glob(f"*/{STORE}"))
+        if several and not (place / STORE).is_dir():
+            raise InputError(f"folder={str(place)!r}: expected one of {', '.join(map(str, several))}")
         stored = StoredSamples.whole(ActivationStore.open(place / STORE if (place / STORE).is_dir() else place))
     samples, inputs, experts = load_samples(stored)
     problems = [name.rpartition("/")[0] for name in stored.table.names]  # without the index of the seed
@@ -211,7 +219,8 @@ def fit_probes(
 def evaluate(bank: ProbeBank, data: Activations) -> Grid:
     """Tests the probes on images that no probe was fitted to, against chance and against probes of the inputs.
 
-    Returns the grid: accuracy, intervals, baselines, skill and p of every label, layer and step. Raises InputError for
+    Returns the grid: accuracy, intervals, baselines, skill and p of every label, layer and step. Each variable explains
+    itself, as in `grid.dataset.skill.attrs["long_name"]`. Raises InputError for
     labels or cells of the probes that the activations do not have.
     """
     for target in bank.targets:

@@ -39,8 +39,9 @@ SPLIT_ORDER = ("train", "validation", "test")
 class Cell:
     """What one probe is trained on.
 
-    step: index of the sampler step. layer: index of the transformer block. branch: `cond` or `uncond`. position: see
-    the module.
+    step: index of the sampler step. layer: index of the transformer block. branch: `cond` or `uncond`, the two
+    evaluations of classifier-free guidance. position: what features are averaged over: `all` latent frames, one latent
+    frame (`0`, `1`, ...), or a coarse cell of the frame (`r0c1`: row 0, column 1).
     """
 
     step: int

@@ -85,6 +85,8 @@ class RunFolder:
 def list_runs(root: Path | str) -> list[RunFolder]:
     """The run folders in `root`. Raises InputError when there is no such folder."""
     root = Path(root)
+    if results(root) and (root / STORE).is_dir():
+        raise InputError(f"run={str(root)!r}: is a run folder; expected a folder of run folders, {str(root.parent)!r}")
     if not root.is_dir():
         raise InputError(f"run={str(root)!r}: is no folder; expected a folder of run folders, such as run=runs")
     found = []

@@ -21,7 +21,7 @@ from cosprobe.evaluation import evaluate as evaluate_probes
 from cosprobe.models import load_pipeline, pipeline_fingerprint, sample
 from cosprobe.probes import fit, load_probes
 from cosprobe.tasks import OwnImages, SelectConfig, draw_samples, noise_seed
-from cosprobe.tasks.own_images import NAME
+from cosprobe.tasks.own_images import OWN_IMAGES
 from tests.examples.pipelines import PROMPT, wan
 from tests.examples.stores import collected
 
@@ -82,6 +82,9 @@ def test_labels_stay_with_their_images(data):
     found = [target.names[i] for i in data.samples.labels["colour"].tolist()]
     assert found == [NAMES[i] for i in data.order]
     assert data.samples.labels["coin"].tolist() == [COINS[i] for i in data.order]
+    array = data.to_xarray()
+    assert [array.label_colour.attrs["classes"][i] for i in array.label_colour.values] == found
+    assert array.image.values.tolist() == data.order.tolist()
     said = repr(data)
     assert "60 samples of 60 images" in said and "colour (perception), 3 classes: blue, green, red" in said
     assert str(data.stored.store.folder) in data._repr_html_()
@@ -147,6 +150,16 @@ def test_with_more_images_only_these_are_sampled(pipeline, tmp_path, data, monke
     assert torch.equal(opened.samples.features, second.samples.features)
 
 
+def test_a_folder_of_several_sets_of_images_is_not_guessed_at(pipeline, tmp_path):
+    for part in (slice(0, 30), slice(30, 60)):
+        given = {"images": IMAGES[part], "prompts": PROMPTS[part], "labels": None, "roles": "answer"}
+        folder = own(pipeline, tmp_path, layers="0", steps="0", **given).stored.store.folder
+    with pytest.raises(InputError, match="several sets of samples"):
+        open_activations(folder)
+    with pytest.raises(InputError, match=rf"folder=.*expected one of .*{folder.parent.name}"):
+        open_activations(tmp_path)
+
+
 def test_images_of_any_kind_are_the_same_images(pipeline, place, data):
     tensors = torch.from_numpy(np.stack(IMAGES)).permute(0, 3, 1, 2).float() / 255
     assert own(pipeline, place, images=tensors).stored.table.names == data.stored.table.names
@@ -209,7 +222,7 @@ def test_a_reader_reads_the_probes_of_own_labels(bank, data, pipeline):
     """With a policy of one's own; `probe.py use=early` calibrates those of tasks."""
     task, cells = OwnImages(np.stack(IMAGES), PROMPTS, CONFIG.frames, api.BOXES), (bank.cells[0], bank.cells[-1])
     problems = list(task.all[:2])
-    policy = Policy("colour", NAME, NAME, "truth", cells, float("inf"), 0.05, 0.95, 0, 0, 0, 1.0)
+    policy = Policy("colour", OWN_IMAGES, OWN_IMAGES, "truth", cells, float("inf"), 0.05, 0.95, 0, 0, 0, 1.0)
     seeds = [noise_seed(problem, 0, 0) for problem in problems]
     with attach(bank, pipeline, problems, policy) as reader:
         sample(pipeline, CONFIG, IMAGES[:2], PROMPTS[:2], seeds)

@@ -99,6 +99,11 @@ def test_run_folders_are_listed_with_results_sizes_and_whose_activations_they_re
         list_runs(runs / "nowhere")
 
 
+def test_a_run_folder_is_no_folder_of_run_folders(runs):
+    with pytest.raises(InputError, match=r"run='.*/runs/a'.*is a run folder.*runs'"):
+        list_runs(runs / "a")
+
+
 def test_activations_that_others_read_are_not_deleted(runs):
     for name in ("a", str(runs / "a" / "store"), "a/store"):
         with pytest.raises(InputError, match=r"use\.delete=.*read by .*b/logistic"):

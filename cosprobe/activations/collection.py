@@ -202,7 +202,9 @@ def find_store(settings: StoreSettings, depth: int, own: Path, named: str = "") 
                 if other.settings == _as_json(settings.identity) and not _lacking(other, settings.probe):
                     others.append(other)
         if others:
-            return max(others, key=lambda store: len(store.names()))
+            found = max(others, key=lambda store: len(store.names()))
+            say(f"{STORE}: that of {found.folder.parent} has the same settings; reading it, and adding what is missing")
+            return found
     return ActivationStore(given, _as_json(settings.identity), new)
 
 

@@ -163,7 +163,8 @@ class ProbeSamples:
     def to_xarray(self) -> xr.DataArray:
         """The features as a labelled array [sample, step, layer, branch, position, region, channel], in float32.
 
-        Along `sample` stand split, key (the problem) and kind, and `label_NAME` for every target.
+        Along `sample` stand split, key (the problem) and kind, and `label_NAME` for every target, whose attribute
+        `classes` has the names of the classes.
         Raises InputError where the cells are not all combinations of their steps, layers, branches and positions.
         """
         axes = {axis: list(dict.fromkeys(getattr(c, axis) for c in self.cells)) for axis in CELL_AXES}
@@ -173,7 +174,8 @@ class ProbeSamples:
         coordinates: dict[str, Any] = {name: ("sample", np.asarray(column)) for name, column in along.items()} | axes
         for target in self.targets:
             label = self.labels[target.name].numpy()
-            coordinates[f"label_{target.name}"] = (("sample", "region")[: label.ndim], label)
+            names = {"classes": list(target.names)} if target.names else {}
+            coordinates[f"label_{target.name}"] = (("sample", "region")[: label.ndim], label, names)
         values = self.features.float().unflatten(1, [len(axis) for axis in axes.values()])
         return xr.DataArray(
             values.numpy(), coordinates, ("sample", *axes, "region", "channel"), "features",
@@ -379,6 +381,10 @@ def _unfit(target: Target, labels: np.ndarray, split: np.ndarray) -> str:
     if classes < 2:
         which = "1 class" if classes == 1 else f"{classes} classes"
         return f"target {target.name!r} is left out: {whose} {which} in the training samples, expected at least 2"
+    trained = labels[(split == "train") & carried]
+    for part in ("validation", "test"):
+        if not np.isin(labels[(split == part) & carried], trained).any():
+            return f"target {target.name!r} is left out: no class of {part} is among the training samples"
     return ""
 
 

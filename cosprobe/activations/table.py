@@ -100,8 +100,18 @@ class SampleTable:
 
     @classmethod
     def largest(cls, folder: Path) -> SampleTable:
-        """The table in the folder of a store that has most samples. Raises InputError when there is none."""
+        """The table in the folder of a store that has most samples.
+
+        Raises InputError when there is none, and when it lacks samples of another table.
+        """
         tables = [cls.load(path) for path in sorted(folder.glob(FILES))]
         if not tables:
             raise InputError(f"store {str(folder)!r} has no table of samples ({FILES}): run train.py again to write it")
-        return max(tables, key=lambda table: len(table.names))
+        largest = max(tables, key=lambda table: len(table.names))
+        for table in tables:
+            if not set(table.names) <= set(largest.names):
+                raise InputError(
+                    f"store {str(folder)!r} holds several sets of samples, and none has all of them: expected a run "
+                    "folder or a result, which says which set is meant; or collect the images again, which samples none"
+                )
+        return largest

@@ -71,10 +71,13 @@ class Grid:
         return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
 
     def _summary(self) -> list[tuple[str, ...]]:
-        rows = [("target", "best cell", "accuracy [95 %]", "p")]
-        for best in map(self.best, self.targets):
+        rows = [("target", "best cell", "accuracy [95 %]", "p_evidence")]
+        varied = [name for name in ("branch", "position") if self.dataset.sizes.get(name, 1) > 1]
+        for best in (self.best(name) for name in self.targets if name not in self.with_role(Role.RELABELLED)):
             interval = f"{best.accuracy:.2f} [{best.lower:.2f}, {best.upper:.2f}]"
-            rows.append((best.target, str(best.cell), interval, f"{best.p:.3f}"))
+            where = [f"step {best.cell.step}", f"layer {best.cell.layer}"]
+            where += [str(getattr(best.cell, name)) for name in varied]
+            rows.append((best.target, ", ".join(where), interval, f"{best.p:.3f}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return [tuple(v.ljust(w) for v, w in zip(row, widths, strict=True)) for row in rows]
 

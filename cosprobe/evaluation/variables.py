@@ -73,8 +73,8 @@ MEANING = {
     "x0_accuracy": "test accuracy of the best x0-hat baseline: x0_latent (chosen by its cross-validated accuracy) or "
     "x0_parsed at one of the nearest decoded steps (chosen by its validation accuracy)",
     "x0_source": "name of the x0-hat baseline that x0_accuracy belongs to",
-    "chance": "test accuracy of the better guess, chosen on validation: `uniform`, one over the number of classes, or "
-    "`majority`, the most frequent training label",
+    "chance": "the higher test accuracy of two guesses: `uniform`, one over the number of classes, and `majority`, the "
+    "most frequent training label",
     "smallest_detectable_skill": "the smallest skill above chance that can count as evidence, in the best case: the "
     "cell is right wherever the baseline is right, and on more problems",
     "n_train": "training samples", "n_validation": "validation samples", "n_test": "test samples",

@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cosprobe.evaluation import Grid
+from cosprobe.evaluation import LEAST_PROBLEMS, Grid
 from cosprobe.evaluation.checks import WEIGHTS, Checks, Matrix
 from cosprobe.reporting.figures import OUTLINE, STYLE, bold, new_figure, ticks
 
@@ -135,7 +135,8 @@ def _latency(axes: Axes, grid: Grid, checks: Checks, name: str) -> None:
     axes.set(xlabel="layer", ylabel="latency, steps")
     known = np.isfinite(plane.latency.values)
     if not known.any():
-        _absent(axes, "no evidence")
+        few = int(plane.n_validation_problems) < LEAST_PROBLEMS or int(plane.n_test_problems) < LEAST_PROBLEMS
+        _absent(axes, "too few problems" if few else "no evidence\non validation")
         axes.set_xticks([])
         axes.set_yticks([])
         return

@@ -26,7 +26,7 @@ from matplotlib.patches import Patch
 from cosprobe.cells import EMBED, X0, X_T
 from cosprobe.errors import InputError
 from cosprobe.evaluation import ALPHA, MUST_BEAT, X0_PARSED, Grid
-from cosprobe.tasks import ANSWER_ROLES, Role
+from cosprobe.tasks import ANSWER_ROLES, OWN_IMAGES, Role
 
 WORST = -0.5  # lower end of the colour scale
 STYLE = {
@@ -43,7 +43,7 @@ QUESTIONS = {
     Role.PERCEPTION: "visible in the first frame",
     Role.MEMORY: "not visible where it is read",
     Role.NUISANCE: "a possible confound",
-    Role.CONTROL: "random labels: must be hatched",
+    Role.CONTROL: "random labels",
 }
 BASELINE_STYLE = {
     X_T: ("probe on x_t, the noisy latent", {"color": "#444444", "linestyle": ":"}),
@@ -104,7 +104,7 @@ def side_by_side(
         for axes in panels[len(shown) :]:
             axes.set_visible(False)
         _colorbar(figure, panels, [(grid, target) for _, grid, target in shown])
-        _map_legend(figure, notes, columns)
+        _map_legend(figure, notes, columns, [(grid, target) for _, grid, target in shown])
     return figure
 
 
@@ -141,7 +141,7 @@ def frame_maps(grid: Grid, target: str) -> Figure:
         panels[0].set_title(f"$\\bf{{{bold(target)}}}$, at step {best.cell.step}", loc="left")
         panels[1].set_title(f"$\\bf{{{bold(target)}}}$, at layer {best.cell.layer}", loc="left")
         _colorbar(figure, panels, [(grid, target)])
-        _map_legend(figure, notes, 2)
+        _map_legend(figure, notes, 2, [(grid, target)])
     return figure
 
 
@@ -167,7 +167,7 @@ def curves(grid: Grid, targets: Sequence[str], layers: Sequence[int] | None = No
                 known = np.isfinite(values.values)  # x0-hat is decoded at few steps, which are joined
                 if known.any():
                     axes.plot(plane.step[known], values[known], linewidth=1.3, markersize=3.5, label=label, **style)
-            best_input = {"color": "#e6ab02", "linewidth": 1.3, "label": "best input (skill 0)"}
+            best_input = {"color": "#e6ab02", "linewidth": 1.3, "label": "best input by cross-validation (skill 0)"}
             axes.plot(plane.step, plane.reference, **best_input)
             axes.axhline(float(plane.chance), color="#9a9a9a", linewidth=1.3, label="chance")
             model = grid.dataset.attrs["model_accuracy"]
@@ -213,14 +213,14 @@ def _title(grid: Grid, target: str, plane: xr.Dataset) -> str:
     every = {kind for names in grid.dataset.kinds.values for kind in names.split(",")}
     everything = len(every) > 1 and set(kinds.split(",")) == every
     named = " and ".join(kind.replace("_", "-") for kind in kinds.split(","))
-    whose = "all problems" if everything else f"kind {named}"
+    whose = "own images" if kinds == OWN_IMAGES else "all problems" if everything else f"kind {named}"
     where = f", position {plane.position.values}" if grid.dataset.sizes["position"] > 1 else ""
     where += f", {plane.branch.values}" if "branch" in grid.dataset.dims else ""
     role = Role(str(plane.role.values))
     question = QUESTIONS.get(role, "")
     if role is Role.ANSWER and str(plane.form.values) != "candidate":
         question = "which answer is right?"
-    question += "" if role in MUST_BEAT else ", against chance"
+    question += "" if role in MUST_BEAT else " (compared with chance)"
     result = f"best accuracy {best.accuracy:.2f}" if best.p <= ALPHA else "no evidence"
     if plane.reference.isnull().all():
         result = "no skill without these\nbaselines: " + str(plane.not_measured.values).replace(",", ", ")
@@ -286,10 +286,13 @@ def ticks(values: np.ndarray, most: int = 8) -> list[int]:
     return [int(value) for value in values[::stride]]
 
 
+def _roles(shown: Sequence[tuple[Grid, str]]) -> set[Role]:
+    return {Role(str(grid.dataset.role.sel(target=target).values)) for grid, target in shown}
+
+
 def _colorbar(figure: Figure, panels: np.ndarray, shown: Sequence[tuple[Grid, str]]) -> None:
     """The scale of skill. shown: grids and targets; what 0 means depends on what their targets have to beat."""
-    roles = {Role(str(grid.dataset.role.sel(target=target).values)) for grid, target in shown}
-    beaten = "the best input\nor chance" if roles & set(MUST_BEAT) else "chance"
+    beaten = "the best input\nor chance" if _roles(shown) & set(MUST_BEAT) else "chance"
     colours = ScalarMappable(Normalize(WORST, 1), skill_colours())
     bar = figure.colorbar(colours, ax=list(panels), extend="min", aspect=28, pad=0.015, fraction=0.05)
     bar.set_ticks([-0.5, 0, 0.25, 0.5, 0.75, 1], labels=["−0.5", "0", "0.25", "0.5", "0.75", "1"])
@@ -297,14 +300,15 @@ def _colorbar(figure: Figure, panels: np.ndarray, shown: Sequence[tuple[Grid, st
     bar.outline.set_linewidth(0.5)
 
 
-def _map_legend(figure: Figure, notes: set[str], columns: int) -> None:
+def _map_legend(figure: Figure, notes: set[str], columns: int, shown_targets: Sequence[tuple[Grid, str]]) -> None:
+    beaten = "chance and inputs" if _roles(shown_targets) & set(MUST_BEAT) else "chance"
     handles = {
         "best": (Line2D([], [], marker="*", color="white", markeredgecolor="black", markersize=10, linestyle=""),
                  "best cell (chosen on validation)"),
         "above_x0": (Line2D([], [], color=OUTLINE, linewidth=1.8), "outlined: more accurate than x0-hat"),
         "no_evidence": (Patch(facecolor="white", edgecolor=HATCH, hatch="/////"),
-                        "hatched: no evidence above chance and inputs"),
-        "no_room": (Patch(facecolor=UNDEFINED), "grey: an input alone exceeds 0.95"),
+                        f"hatched: no evidence above {beaten}"),
+        "no_room": (Patch(facecolor=UNDEFINED), "grey: an input alone is right on more than 95 %"),
     }  # fmt: skip
     shown = [handles[name] for name in handles if name in notes]
     _legend(figure, [h for h, _ in shown], [label for _, label in shown], columns)

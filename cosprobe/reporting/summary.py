@@ -78,12 +78,17 @@ class SummaryRow:
     def cells(self) -> tuple[str, ...]:
         """Text of every column."""
         b = self.best
-        none = f"none here, in {self.elsewhere} cells" if self.elsewhere else "no evidence"
+        none = f"not here; in {counted(self.elsewhere, 'other cell')}" if self.elsewhere else "no evidence"
         evidence = f"p = {b.p:.3f}" if self.found else none
         accuracy = f"{b.accuracy:.2f} [{b.lower:.2f}, {b.upper:.2f}]"
         named = (self.inputs, self.x0)
         inputs, x0 = (f"{value:.2f} {name}" if name and name not in GUESSES else "-" for value, name in named)
         return (b.target, self.where, accuracy, f"{self.chance:.2f}", inputs, x0, evidence, str(self.samples))
+
+
+def counted(number: int, what: str) -> str:
+    """A number with its noun: `1 sample`, `2 samples`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def summarise(grid: Grid) -> list[SummaryRow]:
@@ -117,7 +122,7 @@ def remarks(grid: Grid, checks: Checks) -> list[str]:
     for row in summarise(grid):
         if row.left_out:
             lines.append(
-                f"{row.best.target}: {row.left_out} samples are left out, because their finished videos show no answer."
+                f"{row.best.target}: without {counted(row.left_out, 'sample')} whose finished video shows no answer."
             )
     lines += [f"{sentence}." for sentence in json.loads(grid.dataset.attrs["left_out"])]
     for target in shown_targets(grid):
@@ -149,7 +154,10 @@ def ground(grid: Grid, target: str) -> list[str]:
         lines.append(f"{target} is not compared with these baselines, which were not measured: {unmeasured}{so}.")
     for split in ("train", "validation", "test"):
         if (count := int(data[f"n_{split}_problems"])) < LEAST_PROBLEMS:
-            missing = {"train": "its probes are weak", "validation": "its best cell is random, and it has no latency"}
+            missing = {
+                "train": "its probes are weak",
+                "validation": "too few to choose the best cell by, and it has no latency",
+            }
             lines.append(
                 f"{target}: {count} {split} problems, expected at least {LEAST_PROBLEMS}: "
                 f"{missing.get(split, 'it has no p-values and no intervals of differences')}; raise task.problems."
@@ -316,7 +324,8 @@ def _above(cell: xr.Dataset, level: xr.DataArray, source: xr.DataArray, p: xr.Da
     if not np.isfinite(p):
         return NONE
     evidence = f"p = {float(p):.3f}" if float(p) <= ALPHA else "no evidence"
-    return f"{float(cell.accuracy - level):+.2f} over {source.values}, {evidence}"
+    named = "chance" if source.values in GUESSES else source.values
+    return f"{float(cell.accuracy - level):+.2f} over {named}, {evidence}"
 
 
 def _correct_when_model_wrong(cell: xr.Dataset) -> str:

@@ -13,7 +13,7 @@ from cosprobe.tasks.hide import Hide, HideConfig
 from cosprobe.tasks.labels import Labels, encode_labels
 from cosprobe.tasks.line import Line, LineConfig
 from cosprobe.tasks.maze import Maze, MazeConfig
-from cosprobe.tasks.own_images import OwnImages
+from cosprobe.tasks.own_images import OWN_IMAGES, OwnImages
 from cosprobe.tasks.samples import Sample, draw_samples, fresh_problems, noise_seed, with_noise
 from cosprobe.tasks.select import Select, SelectConfig
 from cosprobe.tasks.splits import SPLITS, split_of
@@ -67,6 +67,7 @@ __all__ = [
     "Maze",
     "MazeConfig",
     "Problem",
+    "OWN_IMAGES",
     "OwnImages",
     "ParsedAnswer",
     "Role",

@@ -29,7 +29,9 @@ def encode_labels(
         raise InputError(f"labels {name!r}: {len(entries)} entries, expected {count}, one for each {each}")
     for i, entry in enumerate(entries):
         if entry is None or entry != entry:
-            raise InputError(f"labels {name!r}: {entry} at index {i}, expected a class for each {each}; leave that out")
+            raise InputError(
+                f"labels {name!r}: {entry} at index {i}, expected a class for each {each}; leave out that {each}"
+            )
         if not isinstance(entry, str | int) and not (isinstance(entry, float) and entry.is_integer()):
             raise InputError(f"labels {name!r}: {entry!r} at index {i}, expected class names or whole numbers")
     texts = {isinstance(entry, str) for entry in entries}

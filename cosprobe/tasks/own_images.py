@@ -23,7 +23,7 @@ from cosprobe.tasks.task import Box, Problem, Target
 
 WHOLE = ((0.0, 0.0, 1.0, 1.0),)  # the box of the whole image
 LEAST = 2  # problems of a split
-NAME = "images"  # of the task and of its only kind
+OWN_IMAGES = "images"  # name of the task and of its only kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,8 @@ class OwnImages:
     frames: int
     boxes: Sequence[Box] = WHOLE
     groups: Sequence[str | int] | None = None
-    name: str = field(default=NAME, init=False)
-    kinds: tuple[str, ...] = field(default=(NAME,), init=False)
+    name: str = field(default=OWN_IMAGES, init=False)
+    kinds: tuple[str, ...] = field(default=(OWN_IMAGES,), init=False)
     targets: tuple[Target, ...] = field(default=(), init=False)
     candidates: int = field(default=0, init=False)
 
@@ -82,9 +82,8 @@ class OwnImages:
             key = content if self.groups is None else hashlib.sha256(str(self.groups[i]).encode()).hexdigest()
             named = hashlib.sha256(f"{content}{boxes}{copies[content]}".encode()).hexdigest()
             copies[content] += 1
-            found.append(
-                Problem(NAME, NAME, share_of(key), int(named[:12], 16), key, prompt, None, {}, {}, boxes, layout=i)
-            )
+            number, split = int(named[:12], 16), share_of(key)
+            found.append(Problem(OWN_IMAGES, OWN_IMAGES, split, number, key, prompt, None, {}, {}, boxes, layout=i))
         return tuple(found)
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
@@ -98,8 +97,8 @@ class OwnImages:
     def _no_parser(self, *_: object) -> NoReturn:
         """Raises InputError: these images have no right answers and no parser."""
         raise InputError(
-            f"task {NAME!r} has no parser, so no answer can be read from its videos; expected a task with a parser, "
-            "such as maze"
+            f"task {OWN_IMAGES!r} has no parser, so no answer can be read from its videos; expected a task with a "
+            "parser, such as maze"
         )
 
     video = workspace = plausible_answers = parse = _no_parser

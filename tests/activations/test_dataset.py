@@ -162,6 +162,15 @@ def test_a_target_that_a_split_lacks_is_left_out_and_named(store):
     assert {"start", "length", "control"} <= names and not {"start", "length", "control"} & set(said)
 
 
+def test_a_target_whose_classes_are_never_trained_is_left_out(store, samples):
+    each = torch.arange(20)
+    test = torch.from_numpy(samples.split == "test")
+    found, _, _ = load_samples(altered(store, **{"label.start": lambda y: torch.where(test, 8, each % 4)}))
+    assert re.search(r"no class of test\b", reasons(found)["start"])
+    with pytest.raises(InputError, match="label 'each'|target 'each': no class of validation"):
+        samples.with_label("each", list(range(20)))
+
+
 def test_a_target_of_one_class_is_left_out_and_a_model_answer_says_whose_it_is(store):
     train = torch.from_numpy(load_samples(store)[0].split == "train")
     same = altered(

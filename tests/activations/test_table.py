@@ -55,3 +55,15 @@ def test_a_damaged_or_missing_table_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(InputError, match=rf"{path.name}.*damaged.*train\.py"):
         SampleTable.load(path)
+
+
+def test_a_store_of_several_sets_is_not_guessed_at(tmp_path):
+    config = MazeConfig(problems=40)
+    table = SampleTable.of(config.build(), draw_samples(config.build(), config, 0), {})
+    for i, part in enumerate((slice(0, 20), slice(20, 40))):
+        columns = {name: values[part] for name, values in table.columns.items()}
+        replace(table, request={"part": i}, names=table.names[part], columns=columns).save(tmp_path)
+    with pytest.raises(InputError, match="several sets.*run folder"):
+        SampleTable.largest(tmp_path)
+    table.save(tmp_path)
+    assert SampleTable.largest(tmp_path).names == table.names

@@ -175,6 +175,15 @@ def test_the_reference_is_never_below_chance():
     assert (str(often.reference_source.values[0]), float(often.reference[0])) == ("majority", 1.0)
 
 
+def test_chance_is_the_better_guess_on_test():
+    """On validation the more frequent label is right more often than 1 / classes, on test less often."""
+    evaluated = tiny({0: (0.9, 0.9)}, train_labels=np.zeros(40, dtype=int))
+    unlucky = only(changed(evaluated, labels=np.repeat([0, 1], [2, 18]), predicted=np.zeros((1, 20), dtype=int)))
+    assert float(unlucky.baseline_accuracy.sel(baseline="majority").isel(step=0)) == 0.1
+    assert float(unlucky.chance) == 0.25
+    assert float(only(evaluated).chance) == 1.0
+
+
 def test_skill_is_undefined_where_the_inputs_leave_no_room():
     assert np.isnan(only(tiny({0: (1.0, 1.0), "x_t": (1.0, 1.0)})).skill).all()
     assert np.isfinite(only(tiny({0: (1.0, 1.0), "x_t": (0.95, 0.95)})).skill).all()
@@ -812,8 +821,10 @@ def test_a_table_has_a_row_for_every_cell_and_a_column_for_every_variable_and_ba
 
 def test_a_grid_prints_its_best_cells(grid):
     text, page = repr(grid), grid._repr_html_()
-    assert "steps: 6, layers: 8" in text and len(text.splitlines()) == len(grid.targets) + 2
-    for target in grid.targets:
+    shown = [target for target in grid.targets if target not in grid.with_role("relabelled")]
+    assert "steps: 6, layers: 8" in text and len(text.splitlines()) == len(shown) + 2
+    for target in shown:
         best = grid.best(target)
-        for words in (target, str(best.cell), f"{best.accuracy:.2f} [{best.lower:.2f}, {best.upper:.2f}]"):
+        cell = f"step {best.cell.step}, layer {best.cell.layer}"
+        for words in (target, cell, f"{best.accuracy:.2f} [{best.lower:.2f}, {best.upper:.2f}]"):
             assert words in text and words in page

@@ -184,7 +184,7 @@ def derive(folder: Path, target: str, seed: int = 0) -> dict[str, np.ndarray]:
 
     # guesses, inputs and x0-hat
     usual = np.bincount(y[train]).argmax()
-    better = (y[validation] == usual).mean() > 1 / described["classes"]
+    better = (y[test] == usual).mean() > 1 / described["classes"]
     out["chance"] = np.asarray((y[test] == usual).mean() if better else 1 / described["classes"])
     read_, trusted = np.empty((steps, len(INPUTS) + 1, test.sum()), dtype=bool), np.empty((steps, len(INPUTS) + 1))
     for step in range(steps):

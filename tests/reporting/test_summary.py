@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cosprobe.evaluation.grid import Grid
+from cosprobe.evaluation.variables import GUESSES
 from cosprobe.reporting.summary import NONE, check_table
 from tests.examples.runs import Run, run, small
 
@@ -54,8 +55,9 @@ def test_a_column_per_target_and_a_row_per_check(made):
 def test_numbers_are_those_of_the_best_cell(made):
     for name, at in made.checks.best.items():
         cell, text = made.grid.at(name, at), column(made.grid, made.checks, name)
-        above = float(cell.accuracy - cell.reference)
-        assert text["above inputs"].startswith(f"{above:+.2f} over {cell.reference_source.values}, p = ")
+        above, source = float(cell.accuracy - cell.reference), str(cell.reference_source.values)
+        named = "chance" if source in GUESSES else source
+        assert text["above inputs"].startswith(f"{above:+.2f} over {named}, p = ")
         assert numbers(text["above inputs"])[-1] == pytest.approx(float(cell.p_inputs), abs=5e-4)
         assert text["above x0"].startswith(f"{float(cell.above_x0):+.2f} over {cell.x0_source.values}")
         ends = float(cell.selectivity_lower), float(cell.selectivity_upper)
