@@ -28,12 +28,13 @@ from cosprobe.ensembles.strategies import STRATEGIES
 from cosprobe.errors import InputError
 from cosprobe.models.pipelines import fingerprint
 from cosprobe.reporting import results_page
+from tests.examples import processes
 from tests.examples.pipelines import wan
-from tests.examples.probe_tiny import TINY
+from tests.examples.probe_tiny import TINY, probe_tiny
+from tests.examples.shapes import unchecked
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = "logistic-epochs-5"  # what `train` makes
-PROBE_TINY = "tests/examples/probe_tiny.py"  # probe.py with a small comparison of ensembles
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,8 @@ def command(script, *settings):
 
 def within(script, *settings):
     """The same in this process: one of its own takes seconds to start."""
-    main = {"train.py": training.main, "probe.py": probe.main, PROBE_TINY: probe.main}[script]
-    with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as errors:
+    main = {"train.py": training.main, "probe.py": probe.main}[script]
+    with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as errors, unchecked():
         code = main(list(settings))
     return subprocess.CompletedProcess(settings, code, said.getvalue(), errors.getvalue())
 
@@ -134,7 +135,8 @@ def test_a_second_run_reuses_the_store_and_gives_the_same_grid(model, run):
     assert {path.name for path in board} >= {"sampling", "training", "median", "layer 0", "finished video", "report"}
     written = {path: path.stat().st_mtime_ns for path in store.iterdir()}
     output = train(model, run[0].parent)
-    assert output.count("re-using") == 1  # the store
+    assert output.count("re-using them") == 1  # the activations
+    assert output.count("re-using it") == 2  # baselines and film
     assert {path: path.stat().st_mtime_ns for path in store.iterdir()} == written
     events = [path.relative_to(run[0]).parent for path in run[0].rglob("events.out.tfevents.*")]
     assert set(events) == board and len(events) == len(board)  # one file each: no chart is drawn twice
@@ -171,11 +173,14 @@ def test_two_processes_sample_what_one_does(run, tmp_path, use, monkeypatch):
     """Early answers and ensembles: the same shards, each of them once."""
     monkeypatch.setitem(SIZES, "quick", TINY)
     settings = {"early": ["use.calibration=59", "use.problems=3", "use.error_reference=truth"], "ensemble": []}[use]
-    for devices, start in ((1, within), (2, command)):
+    for devices in (1, 2):
         folder = tmp_path / str(devices)
         shutil.copytree(run[0].parent, folder, ignore=shutil.ignore_patterns("early", "ensemble"))
-        started = start(PROBE_TINY, f"use={use}", f"run={folder}", f"trainer.devices={devices}", *settings)
-        assert started.returncode == 0, started.stderr
+        given = [f"use={use}", f"run={folder}", f"trainer.devices={devices}", *settings]
+        if devices == 1:
+            assert within("probe.py", *given).returncode == 0
+        else:
+            assert processes.run_devices(probe_tiny, given) == [0, 0]
     one, two = (
         {path.name: ActivationStore.open(path) for path in (tmp_path / devices / RESULT / use).iterdir()}
         for devices in "12"
@@ -226,7 +231,7 @@ def test_a_second_run_keeps_the_probes_and_their_policies(model, run):
     bank.with_provenance(policies=({"threshold": 0.9},)).save(run[0] / "probes")
     before = Grid.load(run[0]).dataset.load()
     (run[0] / "finished.json").unlink()  # as if the code had changed
-    assert train(model, run[0].parent).count("re-using") == 2  # the store and the probes
+    assert train(model, run[0].parent).count("re-using them") == 2  # the activations and the probes
     assert load_probes(run[0]).provenance.policies == ({"threshold": 0.9},)
     bank.save(run[0] / "probes")
     np.testing.assert_array_equal(before.accuracy.values, Grid.load(run[0]).dataset.accuracy.values)
@@ -247,7 +252,7 @@ def test_another_kind_of_probes_is_another_result_of_the_run(model, run):
     """It reads the same activations, and the first result keeps its probes, policies, grid and curves."""
     files = {path: path.stat().st_mtime_ns for path in run[0].rglob("*") if path.is_file()}
     output = train(model, run[0].parent, "probe.kind=ridge")
-    assert output.count("re-using") == 1 and "Predicting" not in output
+    assert output.count("re-using them") == 1 and "film: computed before" in output and "Predicting" not in output
     other = run[0].parent / "ridge-epochs-5"
     assert Grid.load(other).dataset.accuracy.shape == Grid.load(run[0]).dataset.accuracy.shape
     assert load_probes(other).provenance.probe["kind"] == "ridge" and (other / "tensorboard").is_dir()

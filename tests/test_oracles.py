@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import train
+from tests.examples.shapes import unchecked
 from tests.oracles.derive import compare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "maze"
     settings = ["task.problems=120", "pipeline.steps=3", "probe.steps='0,2'", "probe.decode=0", "probe.layers='2,6'"]
-    command = [sys.executable, str(ROOT / "train.py"), "probe=layers", *settings, "probe.random_weights=0"]
-    done = subprocess.run([*command, f"run_dir={folder}"], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return folder / "logistic"
+    settings += ["probe.random_weights=0", "probe.penalties=[0.1,1.0]", "pipeline.frames=5", "task.frames=5"]
+    with unchecked():
+        assert train.main(["probe=layers", *settings, f"run_dir={folder}"]) == 0
+    return folder / "logistic-penalties-0.1-1.0"
 
 
 @pytest.mark.slow

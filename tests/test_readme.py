@@ -21,7 +21,9 @@ from cosprobe.ensembles import comparison as seeds
 from cosprobe.evaluation import variables
 from cosprobe.evaluation.checks import suite as checks
 from cosprobe.evaluation.variables import BASELINES
+from cosprobe.runs import find_result
 from tests.examples.pipelines import wan
+from tests.examples.shapes import unchecked
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -93,10 +95,11 @@ def test_every_command_is_understood(tmp_path, monkeypatch):
 def test_the_ways_to_run_that_they_show_end_in_a_grid(tmp_path, settings, positions):
     wan().save_pretrained(tmp_path / "wan")
     toy = [f"pipeline.path={tmp_path / 'wan'}", "pipeline.frames=5", "task.frames=5"]
-    assert train.main([*toy, *SMALL, *settings, f"run_dir={tmp_path / 'run'}"]) == 0
+    with unchecked():
+        assert train.main([*toy, *SMALL, *settings, f"run_dir={tmp_path / 'run'}"]) == 0
     grid = Grid.load(tmp_path / "run").dataset
     assert grid.sizes["position"] == positions and grid.accuracy.notnull().all()
-    assert (tmp_path / "run" / "report" / "summary.md").stat().st_size > 1000
+    assert (find_result(tmp_path / "run") / "report" / "summary.md").stat().st_size > 1000
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from cosprobe.evaluation.scoring import build_grid
 from cosprobe.evaluation.significance import max_t_bootstrap
 from cosprobe.probes.logistic import fit
 from cosprobe.tasks import Target
+from tests.examples.shapes import unchecked
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -124,10 +125,11 @@ def test_null_stores_show_a_cell_in_at_most_one_map_of_ten(tmp_path, capsys):
     expected to show a cell, 20 may."""
     worlds, alarms, evidence, ahead = 200, 0, 0, 0
     for seed in range(worlds):
-        evaluated, grid = through(*store(1000 + seed, 4, 4, seeds=1 + seed % 2), tmp_path, seed, draws=199)
+        with unchecked(seed > 1):
+            evaluated, grid = through(*store(1000 + seed, 4, 4, seeds=1 + seed % 2), tmp_path, seed, draws=199)
+            ahead += min(p_above_latents(evaluated, 199, seed).values()) <= LEVEL
         alarms += bool((grid.dataset.p_permutation <= LEVEL).any())
         evidence += bool((grid.dataset.p_evidence <= LEVEL).any())
-        ahead += min(p_above_latents(evaluated, 199, seed).values()) <= LEVEL
     said = f"{alarms} show a cell above chance, {evidence} one above inputs too, {ahead} one ahead of x0-hat"
     with capsys.disabled():
         print(f"\nof {worlds} null maps {said}")  # noqa: T201

@@ -1,14 +1,17 @@
-"""probe.py with a comparison of ensembles of a few seconds. Lightning starts this script again for a second process."""
+"""probe.py with a comparison of ensembles of a few seconds."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import probe
 from cosprobe.ensembles.comparison import SIZES, Size
 
 TINY = Size(3, 2, 4, ("middle", "early", "all"), ((0,),), (3,))
 
-if __name__ == "__main__":
+
+def probe_tiny(arguments: Sequence[str]) -> None:
+    """Ends the process with the exit code of the command."""
     SIZES["quick"] = TINY
-    sys.exit(probe.main())
+    sys.exit(probe.main(arguments))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -22,7 +26,28 @@ def start(function: Callable[..., None], *arguments: Any) -> BaseProcess:
 
 def run(function: Callable[..., None], *arguments: Any, processes: int = 1) -> list[int | None]:
     """Exit codes of processes that call `function(rank, *arguments)` side by side; None: not ended in time."""
-    started = [start(function, rank, *arguments) for rank in range(processes)]
+    return _ended([start(function, rank, *arguments) for rank in range(processes)])
+
+
+def run_devices(function: Callable[..., None], *arguments: Any, devices: int = 2) -> list[int | None]:
+    """Exit codes of the processes of `devices` devices that call `function(*arguments)`.
+
+    They are what Lightning's launcher starts, without its seconds of imports: the environment says who is who.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return _ended([start(_as_device, rank, devices, port, function, *arguments) for rank in range(devices)])
+
+
+def _as_device(rank: int, devices: int, port: int, function: Callable[..., None], *arguments: Any) -> None:
+    names = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": devices, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def _ended(started: list[BaseProcess]) -> list[int | None]:
     for process in started:
         process.join(400)
     return [process.exitcode for process in started]

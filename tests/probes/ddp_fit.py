@@ -1,16 +1,9 @@
-"""Planted samples, and as a script the fit of them by two processes (see test_training.py).
-
-`python ddp_fit.py FOLDER DEVICES [STEP]` saves each process's decision values; with STEP, every process kills itself
-before that training step. Lightning starts the same script again for the second process, which is why this cannot
-happen inside pytest.
-"""
+"""Planted samples, and the fit of them by processes of their own, which may kill themselves."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -67,15 +60,6 @@ def planted(count: int = 700, regions: int = 3, channels: int = 10, cells: int =
     )
 
 
-def run_script(folder: Path, *arguments: int) -> None:
-    """Runs this file as a script, and checks that it ends well, or is killed if a step for this is given."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, __file__, str(folder), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == (-signal.SIGKILL if len(arguments) > 1 else 0), done.stderr[-3000:]
-
-
 def run_killed(folder: Path, step: int) -> None:
     """The fit of one process, which kills itself before this training step."""
     assert processes.run(one_process, folder, step) == [-signal.SIGKILL]
@@ -98,6 +82,7 @@ def kill_before(step: int) -> None:
 
 
 def main(folder: Path, devices: int, step: int | None = None) -> None:
+    """Saves the decision values of each process. step: the training step before which every process kills itself."""
     torch.set_num_threads(1)
     checkpoints.INTERVAL = 0.0
     if step is not None:
@@ -106,7 +91,3 @@ def main(folder: Path, devices: int, step: int | None = None) -> None:
     bank = fit(samples, ProbeConfig(**RECIPE), TrainerConfig(devices=devices), folder / "fit", seed=0)
     values = {t.name: bank.decision(samples.features, t.name) for t in bank.targets}
     torch.save(values, folder / f"values_{os.environ.get('LOCAL_RANK', 0)}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

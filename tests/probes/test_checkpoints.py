@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from cosprobe.probes.bank import ProbeBank
 from cosprobe.probes.checkpoints import ChecksumIO
 from cosprobe.probes.curves import STATISTICS
 from cosprobe.probes.logistic import ProbeTraining, chunks, fit
-from tests.probes.ddp_fit import RECIPE, TARGETS, planted, run_killed, run_script
+from tests.examples import processes
+from tests.probes.ddp_fit import RECIPE, TARGETS, main, planted, run_killed
 
 SPEED = "speed and memory/fit: samples per second"
 EPOCH, CHUNK = 3, 18  # steps; there are two chunks
@@ -180,13 +182,13 @@ def test_finished_chunks_of_other_kinds_are_kept(tmp_path, monkeypatch, kind):
 
 @pytest.mark.ddp
 def test_two_processes_give_the_bank_of_one_also_after_they_were_killed(tmp_path, unbroken):
-    """With an uneven last batch and several chunks of cells. Lightning's launcher starts the second process."""
-    run_script(tmp_path, 2, KILLED)
+    """With an uneven last batch and several chunks of cells."""
+    assert processes.run_devices(main, tmp_path, 2, KILLED) == [-signal.SIGKILL] * 2
     assert len(files(tmp_path / "fit", "safetensors")) == len(files(tmp_path / "fit", "ckpt")) == 1
-    run_script(tmp_path, 2)
+    assert processes.run_devices(main, tmp_path, 2) == [0, 0]
     assert not (tmp_path / "fit" / "checkpoints").exists()
     (tmp_path / "whole").mkdir()
-    run_script(tmp_path / "whole", 2)
+    assert processes.run_devices(main, tmp_path / "whole", 2) == [0, 0]
     killed, whole = (
         [torch.load(folder / f"values_{rank}.pt") for rank in range(2)] for folder in (tmp_path, tmp_path / "whole")
     )
