@@ -16,8 +16,10 @@ demo: $(INSTALLED)
 # bytecode is kept whatever the environment says: tests start many processes, and each would compile all modules again
 test test-fast: export PYTHONDONTWRITEBYTECODE =
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-test: lint
-	$(PYTEST) -m "not docs"
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy & types=$$!; $(PYTEST) -m "not docs"; tests=$$?; wait $$types && exit $$tests
 
 # while writing code: no linter, and none of the tests that take more than a third of a second or start two processes, such as
 # whole runs, most fits and figures, simulations, thousands of problems, the model in the package and killed processes
