@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as array_bytes
-from safetensors.numpy import save_file
+import torch
 
-from cosprobe.files import make_folder, whole_file
+from cosprobe.checked import read_tensors, write_tensors
+from cosprobe.errors import InputError
+from cosprobe.files import make_folder
 from cosprobe.runs import code_fingerprint
 from cosprobe.runtime import rank_and_world, say
 
@@ -28,35 +29,15 @@ def cached(folder: Path, name: str, key: Mapping[str, Any], compute: Callable[[]
     """
     text = json.dumps(key, sort_keys=True)
     path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.safetensors"
-    code = code_fingerprint()
-    found = _read(path, text, code)
-    if found is not None:
-        say(f"{name}: computed before, in {path}; re-using it")
-        return found
+    made_by = {"key": text, "code": code_fingerprint()}
+    with suppress(InputError):  # missing or damaged
+        tensors, about = read_tensors(path)
+        if made_by.items() <= about.items():
+            say(f"{name}: computed before, in {path}; re-using it")
+            return {label: values.numpy() for label, values in tensors.items()}, about["notes"]
     arrays, notes = compute()
     if rank_and_world()[0] == 0:
         make_folder(folder)
-        ready = {label: np.ascontiguousarray(array) for label, array in arrays.items()}
-        checksum = hashlib.sha256(array_bytes(ready)).hexdigest()
-        with whole_file(path) as part:
-            save_file(ready, part, {"key": text, "code": code, "notes": json.dumps(notes), "checksum": checksum})
+        tensors = {label: torch.from_numpy(np.array(array, order="C")) for label, array in arrays.items()}
+        write_tensors(path, tensors, made_by | {"notes": notes})
     return arrays, notes
-
-
-def _read(path: Path, key: str, code: str) -> Saved | None:
-    """The content of a file, None unless it is complete and has this key and code."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "np") as file:
-            about = file.metadata() or {}
-            if (about.get("key"), about.get("code")) != (key, code):
-                return None
-            arrays = {name: file.get_tensor(name) for name in list(file.keys())}
-        return (arrays, json.loads(about["notes"])) if _intact(arrays, about["checksum"]) else None
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None
-
-
-def _intact(arrays: dict[str, np.ndarray], checksum: str) -> bool:
-    return hashlib.sha256(array_bytes(arrays)).hexdigest() == checksum

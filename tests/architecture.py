@@ -15,6 +15,7 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
         "errors",
         "cells",
         "files",
+        "checked",
         "tasks",
         "config",
         "runs",

@@ -261,6 +261,12 @@ def load_samples(
     stored = StoredSamples.whole(stored) if isinstance(stored, ActivationStore) else stored
     table, columns = stored.table, stored.table.columns
     tensors, notes = stored.store.read(names=table.names, part=partial(_selected, stored))
+    whole = replace(stored, probe=stored.kept)
+    if (notes["steps"], notes["hook_points"]) != (list(whole.steps), list(map(str, whole.layers))):
+        raise InputError(
+            f"store {str(stored.store.folder)!r} is damaged: its settings name other layers or steps than its shards "
+            "hold; delete it and run train.py again"
+        )
     cells = tuple(
         Cell(step, layer, branch, position)
         for step in stored.steps

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cosprobe.checked import checksum
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
 from cosprobe.runs import STORE_FILE
@@ -163,7 +164,8 @@ class ActivationStore:
             "notes": json.dumps(notes, sort_keys=True),
         }
         for group in rows:
-            metadata[f"checksum {group}"] = _checksum({n: v for n, v in ready.items() if _group(n, rows) == group})
+            part_of = {name: values for name, values in ready.items() if _group(name, rows) == group}
+            metadata[f"checksum {group}"] = checksum(part_of, metadata["notes"])
         path = self.path(rows)
         with whole_file(path) as part:
             try:
@@ -269,7 +271,7 @@ class ActivationStore:
                 tensors = {name: content.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise self._damaged(file, str(error).splitlines()[0]) from error
-        if metadata.get(f"checksum {group}") != _checksum(tensors):
+        if metadata.get(f"checksum {group}") != checksum(tensors, metadata["notes"]):
             raise self._damaged(file, "its checksum differs")
         return metadata["notes"], tensors
 
@@ -308,15 +310,6 @@ def _not_readable(path: Path) -> InputError:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _short(value: Any) -> str:

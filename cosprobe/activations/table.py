@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cosprobe.cells import SPLIT_ORDER
+from cosprobe.checked import read_tensors, write_tensors
 from cosprobe.errors import InputError
-from cosprobe.files import whole_file
 from cosprobe.tasks import Sample, Target, Task
 
 FILES = "samples-*.safetensors"
@@ -75,28 +73,17 @@ class SampleTable:
     def save(self, folder: Path) -> Path:
         """Writes the table to the folder of a store, atomically, and returns the file."""
         path = self.path(folder, self.request, self.targets, self.kinds)
-        metadata = {
-            "request": json.dumps(self.request),
-            "names": json.dumps(self.names),
-            "targets": json.dumps([asdict(target) for target in self.targets]),
-            "kinds": json.dumps(self.kinds),
-        }
-        with whole_file(path) as part:
-            save_file({name: values.contiguous() for name, values in self.columns.items()}, part, metadata)
+        targets = [asdict(target) for target in self.targets]
+        about = {"request": self.request, "names": self.names, "targets": targets, "kinds": self.kinds}
+        write_tensors(path, self.columns, about)
         return path
 
     @classmethod
     def load(cls, path: Path) -> SampleTable:
-        """Reads a table. Raises InputError when it is damaged."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = {name: json.loads(text) for name, text in file.metadata().items()}
-                columns = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            targets = tuple(Target(**entry | {"kinds": tuple(entry["kinds"])}) for entry in found["targets"])
-            return cls(found["request"], tuple(found["names"]), targets, tuple(found["kinds"]), columns)
-        except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"table {str(path)!r} is damaged ({reason}): delete it and run train.py again") from error
+        """Reads a table. Raises InputError when it is missing or damaged."""
+        columns, about = read_tensors(path)
+        targets = tuple(Target(**entry | {"kinds": tuple(entry["kinds"])}) for entry in about["targets"])
+        return cls(about["request"], tuple(about["names"]), targets, tuple(about["kinds"]), columns)
 
     @classmethod
     def largest(cls, folder: Path) -> SampleTable:

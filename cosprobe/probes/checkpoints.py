@@ -12,6 +12,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,12 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as tensor_bytes
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cosprobe.activations import ProbeSamples
+from cosprobe.checked import read_tensors, write_tensors
 from cosprobe.config import ProbeConfig, TrainerConfig
+from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
 from cosprobe.runtime import accelerator
 
@@ -119,16 +119,16 @@ class SavedFit:
 
     def load(self, number: int, trainer: L.Trainer) -> dict[str, Tensor] | None:
         """The results of a finished chunk; None if it is not finished, or the file is damaged."""
-        tensors = _read(self._finished(number))
+        tensors: dict[str, Tensor] | None = None
+        with suppress(InputError):
+            tensors, _ = read_tensors(self._finished(number))
         return tensors if trainer.strategy.broadcast(tensors is not None) else None
 
     def save(self, number: int, tensors: Mapping[str, Tensor], trainer: L.Trainer) -> None:
         """Saves the results of a finished chunk, and deletes its checkpoint."""
         if trainer.is_global_zero:
             make_folder(self.own)
-            checksum = hashlib.sha256(tensor_bytes(dict(tensors))).hexdigest()
-            with whole_file(self._finished(number)) as part:
-                save_file(dict(tensors), part, {CHECKSUM: checksum})
+            write_tensors(self._finished(number), tensors, {})
             self.checkpoint(number).unlink(missing_ok=True)
 
     def remove(self, trainer: L.Trainer) -> None:
@@ -139,17 +139,6 @@ class SavedFit:
 
     def _finished(self, number: int) -> Path:
         return self.own / f"chunk-{number}.safetensors"
-
-
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a safetensors file, None unless they have the checksum in its metadata."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            checksum = (file.metadata() or {}).get(CHECKSUM)
-    except (OSError, SafetensorError):
-        return None
-    return tensors if hashlib.sha256(tensor_bytes(tensors)).hexdigest() == checksum else None
 
 
 def fingerprint(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, seed: int) -> str:

@@ -162,6 +162,12 @@ def test_a_target_that_a_split_lacks_is_left_out_and_named(store):
     assert {"start", "length", "control"} <= names and not {"start", "length", "control"} & set(said)
 
 
+def test_a_store_whose_settings_name_other_layers_than_its_shards_is_refused(store):
+    other = replace(store.store, captured=store.store.captured | {"layers": "2"})
+    with pytest.raises(InputError, match="damaged.*layers"):
+        load_samples(replace(store, store=other, probe=replace(store.probe, layers="2")))
+
+
 def test_a_target_whose_classes_are_never_trained_is_left_out(store, samples):
     each = torch.arange(20)
     test = torch.from_numpy(samples.split == "test")

@@ -53,7 +53,7 @@ def test_a_damaged_or_missing_table_is_named(tmp_path):
     config = MazeConfig(problems=20)
     path = SampleTable.of(config.build(), draw_samples(config.build(), config, 0), {}).save(tmp_path)
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(InputError, match=rf"{path.name}.*damaged.*train\.py"):
+    with pytest.raises(InputError, match=rf"{path.name}.*damaged"):
         SampleTable.load(path)
 
 
