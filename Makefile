@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test test-fast lint docs site bench validity clean
+.PHONY: demo test test-fast style lint docs site bench validity clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train.py probe=layers
@@ -16,9 +16,7 @@ demo: $(INSTALLED)
 # bytecode is kept whatever the environment says: tests start many processes, and each would compile all modules again
 test test-fast: export PYTHONDONTWRITEBYTECODE =
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-test: $(INSTALLED)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: style
 	$(BIN)/mypy & types=$$!; $(PYTEST) -m "not docs"; tests=$$?; wait $$types && exit $$tests
 
 # while writing code: no linter, and none of the tests that take more than a third of a second or start two processes, such as
@@ -26,9 +24,11 @@ test: $(INSTALLED)
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow and not ddp and not docs"
 
-lint: $(INSTALLED)
+style: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint: style
 	$(BIN)/mypy
 
 # the figures of README.md and docs/, and docs/results.md, from real runs; before, every command of the docs, smaller

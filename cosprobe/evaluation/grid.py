@@ -73,7 +73,8 @@ class Grid:
     def _summary(self) -> list[tuple[str, ...]]:
         rows = [("target", "best cell", "accuracy [95 %]", "p_evidence")]
         varied = [name for name in ("branch", "position") if self.dataset.sizes.get(name, 1) > 1]
-        for best in (self.best(name) for name in self.targets if name not in self.with_role(Role.RELABELLED)):
+        controls = self.with_role(Role.RELABELLED)
+        for best in (self.best(name) for name in self.targets if name not in controls):
             interval = f"{best.accuracy:.2f} [{best.lower:.2f}, {best.upper:.2f}]"
             where = [f"step {best.cell.step}", f"layer {best.cell.layer}"]
             where += [str(getattr(best.cell, name)) for name in varied]

@@ -7,7 +7,6 @@ from cosprobe.models.cpu_layout import channels_last
 from cosprobe.models.images import Pictures, image_batch
 from cosprobe.models.pipelines import (
     block_list,
-    check_lengths,
     check_prompts,
     check_size,
     clean_estimate,
@@ -27,7 +26,6 @@ __all__ = [
     "architecture",
     "block_list",
     "channels_last",
-    "check_lengths",
     "check_prompts",
     "check_size",
     "clean_estimate",

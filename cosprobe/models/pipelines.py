@@ -27,6 +27,7 @@ from cosprobe.models.architectures import architecture
 from cosprobe.models.cpu_layout import arrange
 from cosprobe.models.images import Pictures, image_batch
 from cosprobe.runtime import enough_memory
+from cosprobe.tasks import check_lengths
 
 KINDS = (".json", ".safetensors")  # suffixes of the files of a model
 
@@ -121,15 +122,6 @@ def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
     return pipeline
-
-
-def check_lengths(images: int, **given: Sequence[object] | str) -> None:
-    """Raises InputError for an argument that does not have one entry for every image. images: number of images."""
-    for name, values in given.items():
-        if isinstance(values, str):
-            raise InputError(f"{name}={values!r}: expected a list with one entry for each of {images} images")
-        if len(values) != images:
-            raise InputError(f"{name}: {len(values)} entries for {images} images; expected one for each image")
 
 
 def check_size(pipeline: DiffusionPipeline, height: int, width: int) -> None:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 from cosprobe.errors import InputError
 from cosprobe.tasks.hide import Hide, HideConfig
-from cosprobe.tasks.labels import Labels, encode_labels
+from cosprobe.tasks.labels import Labels, check_lengths, encode_labels
 from cosprobe.tasks.line import Line, LineConfig
 from cosprobe.tasks.maze import Maze, MazeConfig
 from cosprobe.tasks.own_images import OWN_IMAGES, OwnImages
@@ -78,6 +78,7 @@ __all__ = [
     "Task",
     "TaskConfig",
     "draw_samples",
+    "check_lengths",
     "encode_labels",
     "find_families",
     "fresh_problems",

@@ -43,3 +43,12 @@ def encode_labels(
         raise InputError(f"labels {name!r}: {only}; expected at least 2 classes")
     at = {entry: i for i, entry in enumerate(classes)}
     return tuple(map(str, classes)), np.array([at[entry] for entry in entries])
+
+
+def check_lengths(images: int, **given: Sequence[object] | str) -> None:
+    """Raises InputError for an argument that does not have one entry for every image. images: number of images."""
+    for name, values in given.items():
+        if isinstance(values, str):
+            raise InputError(f"{name}={values!r}: expected a list with one entry for each of {images} images")
+        if len(values) != images:
+            raise InputError(f"{name}: {len(values)} entries for {images} images; expected one for each image")

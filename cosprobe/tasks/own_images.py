@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 
 from cosprobe.cells import SPLIT_ORDER
 from cosprobe.errors import InputError
+from cosprobe.tasks.labels import check_lengths
 from cosprobe.tasks.samples import SHARES
 from cosprobe.tasks.task import Box, Problem, Target
 
@@ -50,11 +51,7 @@ class OwnImages:
 
     def __post_init__(self) -> None:
         count = len(self.images)
-        for name, values in (("prompts", self.prompts), ("groups", self.groups)):
-            if isinstance(values, str):
-                raise InputError(f"{name}={values!r}: expected a list with one entry for each of {count} images")
-            if values is not None and len(values) != count:
-                raise InputError(f"{name}: {len(values)} entries for {count} images; expected one for each image")
+        check_lengths(count, prompts=self.prompts, **({} if self.groups is None else {"groups": self.groups}))
         if not len(self.boxes):
             raise InputError("boxes: none; expected at least one, or leave boxes out for the whole image")
         for box in self.boxes:
