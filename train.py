@@ -28,8 +28,8 @@ def train(run: TrainRun) -> None:
     from cosprobe.models import load_pipeline
     from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger, remove_events
     from cosprobe.probes import fit, kept_bank
-    from cosprobe.reporting import log_tensorboard, print_again, print_summary, record_once, write_report
-    from cosprobe.runs import STORE, is_finished, mark_finished, outdated_reports, result_name
+    from cosprobe.reporting import log_tensorboard, print_summary, record_once, write_report
+    from cosprobe.runs import REPORT, STORE, finished, mark_finished, outdated_reports, result_name
     from cosprobe.runtime import launch, say
     from cosprobe.tasks import draw_samples
 
@@ -43,9 +43,9 @@ def train(run: TrainRun) -> None:
     folder = run_dir / result_name(run.probe, run.trainer)
     settings = StoreSettings.of(run.pipeline, run.task, run.probe, run.seed)
     bank = kept_bank(folder / "probes", settings, run.probe, run.trainer, run.seed)
-    if bank is not None and is_finished(folder, bank.fingerprint):
+    if bank is not None and (printed := finished(folder / REPORT, bank.fingerprint)) is not None:
         say(f"{folder}: this command has run to its end; its result is unchanged")
-        print_again(folder)
+        print(printed, end="")
         return
 
     seed_everything(run.seed, workers=True, verbose=False)
@@ -76,10 +76,10 @@ def train(run: TrainRun) -> None:
     film = record_once(run_dir, settings, sampler, draw, samples)
     write_report(grid, checks, folder, film)
     log_tensorboard(grid, folder / "tensorboard", film, flattened(asdict(run)) | {"task": task.name})
-    print_summary(grid, checks, folder)
+    printed = print_summary(grid, checks, folder)
     for report in outdated_reports(folder, bank.fingerprint):
         say(f"{report}: was made with other probes than those in {folder / 'probes'}; run probe.py again for new ones")
-    mark_finished(folder, bank.fingerprint)
+    mark_finished(folder / REPORT, bank.fingerprint, printed)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ RUN_FILE = "config.yaml"
 STORE, STORE_FILE = "store", "settings.json"  # the folder of the activations in a run folder, and a file in it
 POINTER = "activations.json"  # in the folder of a result: the store, and what is read of it
 REPORT = "report"  # folder of figures and tables in that of a result
-FINISHED = "finished.json"  # in the folder of a result or of a report of `probe.py`, written last
+FINISHED = "finished.json"  # in the folder of a report, written last
 WIDTH = 120  # width of the printed table if the output is not a terminal
 
 
@@ -97,7 +97,7 @@ def list_runs(root: Path | str) -> list[RunFolder]:
                 RunFolder(
                     folder,
                     tuple(path.name for path in of_run),
-                    tuple(path.name for path in of_run if not (path / FINISHED).is_file()),
+                    tuple(path.name for path in of_run if not (path / REPORT / FINISHED).is_file()),
                     {path.name: store for path in of_run if (store := _store_of(path)) is not None},
                     _size(folder),
                     _size(folder / STORE),
@@ -162,18 +162,29 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def mark_finished(folder: Path, bank: str) -> None:
-    """Notes that a result, or a report of `probe.py`, is complete. bank: fingerprint of the probes."""
-    with whole_file(folder / FINISHED) as part:
-        part.write_text(json.dumps({"probes": bank, "code": code_fingerprint()}))
+def mark_finished(report: Path, bank: str, printed: str = "") -> None:
+    """Notes that a report is complete: that of a result, or one of `probe.py`.
+
+    bank: fingerprint of the probes. printed: what the command printed at its end.
+    """
+    files = sorted(path.name for path in report.iterdir() if path.is_file() and path.name != FINISHED)
+    with whole_file(report / FINISHED) as part:
+        part.write_text(
+            json.dumps({"probes": bank, "code": code_fingerprint(), "files": files, "printed": printed}, indent=1)
+        )
 
 
-def is_finished(folder: Path, bank: str) -> bool:
-    """Whether a result was completed with these probes, by this version of the code."""
+def finished(report: Path, bank: str) -> str | None:
+    """What was printed when a report was completed with these probes, by this version of the code; None otherwise.
+
+    A report of which a file is missing does not count.
+    """
     try:
-        return json.loads((folder / FINISHED).read_text()) == {"probes": bank, "code": code_fingerprint()}
-    except (OSError, ValueError):
-        return False
+        mark = json.loads((report / FINISHED).read_text())
+        same = (mark["probes"], mark["code"]) == (bank, code_fingerprint())
+        return mark["printed"] if same and all((report / name).is_file() for name in mark["files"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def outdated_reports(folder: Path, bank: str) -> list[Path]:

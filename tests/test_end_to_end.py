@@ -83,7 +83,7 @@ def test_the_run_folder_is_complete(run):
     folder, output = run
     for name in (
         "config.yaml", "activations.json", "../store/manifest.json", "probes/bank.safetensors", "probes/bank.json",
-        "tensorboard", "finished.json",
+        "tensorboard", "report/finished.json",
     ):  # fmt: skip
         assert (folder / name).exists(), name
     for name in ("grid.nc", "summary.md", "headline.png", "curves.png", "film.png", "others.png"):
@@ -230,7 +230,7 @@ def test_a_second_run_keeps_the_probes_and_their_policies(model, run):
     bank = load_probes(run[0])
     bank.with_provenance(policies=({"threshold": 0.9},)).save(run[0] / "probes")
     before = Grid.load(run[0]).dataset.load()
-    (run[0] / "finished.json").unlink()  # as if the code had changed
+    (run[0] / "report" / "finished.json").unlink()  # as if the code had changed
     assert train(model, run[0].parent).count("re-using them") == 2  # the activations and the probes
     assert load_probes(run[0]).provenance.policies == ({"threshold": 0.9},)
     bank.save(run[0] / "probes")
@@ -243,7 +243,8 @@ def test_a_finished_result_is_printed_again_and_nothing_is_done(model, run):
     files = {path: path.stat().st_mtime_ns for path in run[0].parent.rglob("*") if path.is_file()}
     output = train(model, run[0].parent)
     assert "unchanged" in output and "re-using" not in output
-    assert (run[0] / "report" / "summary.txt").read_text() in output
+    assert json.loads((run[0] / "report" / "finished.json").read_text())["printed"] in output
+    assert "report: " in output
     assert {path: path.stat().st_mtime_ns for path in run[0].parent.rglob("*") if path.is_file()} == files
 
 

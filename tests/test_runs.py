@@ -13,7 +13,7 @@ from cosprobe.errors import InputError
 from cosprobe.runs import (
     delete_run,
     find_result,
-    is_finished,
+    finished,
     list_runs,
     mark_finished,
     outdated_reports,
@@ -48,12 +48,18 @@ def test_a_run_folder_with_one_result_stands_for_it(tmp_path):
         find_result(tmp_path / "run")
 
 
-def test_a_result_is_finished_with_its_probes_and_code_alone(tmp_path, monkeypatch):
-    assert not is_finished(tmp_path, "a")
+def test_a_report_is_finished_with_its_probes_code_and_files_alone(tmp_path, monkeypatch):
+    assert finished(tmp_path, "a") is None
+    (tmp_path / "map.png").write_text("picture")
+    mark_finished(tmp_path, "a", "seen: all")
+    assert finished(tmp_path, "a") == "seen: all" and finished(tmp_path, "b") is None
+    mark_finished(tmp_path, "a", "seen: all")
+    (tmp_path / "map.png").unlink()  # it has to be drawn again
+    assert finished(tmp_path, "a") is None
     mark_finished(tmp_path, "a")
-    assert is_finished(tmp_path, "a") and not is_finished(tmp_path, "b")
+    assert finished(tmp_path, "a") == ""
     monkeypatch.setattr("cosprobe.runs.code_fingerprint", lambda: "other")
-    assert not is_finished(tmp_path, "a")
+    assert finished(tmp_path, "a") is None
 
 
 def test_reports_of_other_probes_are_found(tmp_path):
@@ -71,8 +77,8 @@ def runs(tmp_path):
     """Run `a` has two results and the activations that run `b` reads too; `c` trained a model; `d` was killed."""
     root = tmp_path / "runs"
     for name, size in (
-        ("a/logistic/config.yaml", 10), ("a/logistic/finished.json", 10), ("a/ridge/config.yaml", 10),
-        ("a/store/settings.json", 1000), ("b/logistic/config.yaml", 10), ("b/logistic/finished.json", 10),
+        ("a/logistic/config.yaml", 10), ("a/logistic/report/finished.json", 10), ("a/ridge/config.yaml", 10),
+        ("a/store/settings.json", 1000), ("b/logistic/config.yaml", 10), ("b/logistic/report/finished.json", 10),
         ("c/config.yaml", 7), ("d/store/settings.json", 100), ("notes/mine.txt", 1),
     ):  # fmt: skip
         path = root / name

@@ -4,7 +4,7 @@ from cosprobe.reporting.figures import STYLE, headline, maps, new_figure
 from cosprobe.reporting.figures import MapFigure as MapFigure  # a type
 from cosprobe.reporting.film import Film, film_row, film_strip, record, record_once
 from cosprobe.reporting.report import write_report
-from cosprobe.reporting.summary import WIDTH, markdown_table, open_table, print_again, print_summary
+from cosprobe.reporting.summary import WIDTH, markdown_table, open_table, print_summary
 from cosprobe.reporting.tensorboard import log_tensorboard
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "markdown_table",
     "new_figure",
     "open_table",
-    "print_again",
     "print_summary",
     "record",
     "record_once",

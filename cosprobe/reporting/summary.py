@@ -18,11 +18,9 @@ from rich.table import Table
 from cosprobe.activations import RANDOM_WEIGHTS, flattened
 from cosprobe.evaluation import ALPHA, GUESSES, LEAST_EFFECTIVE, LEAST_PROBLEMS, Best, Grid
 from cosprobe.evaluation.checks import TRAINED, Checks
-from cosprobe.files import make_folder, whole_file
 from cosprobe.tasks import ANSWER_ROLES, RELABELLED, Role
 
 NONE = "-"
-PRINTED = "summary.txt"  # in the report
 COLUMNS = ("target", "best cell", "accuracy [95 %]", "chance", "best input", "x0-hat shows", "evidence", "n")
 WIDTH = 110  # width of printed tables if the output is not a terminal
 
@@ -224,11 +222,8 @@ def markdown_table(head: Sequence[str], *rows: Sequence[str]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
 
 
-def print_summary(grid: Grid, checks: Checks, run_dir: Path, console: Console | None = None) -> None:
-    """Prints the tables, the remarks, and the paths of the report and of TensorBoard, and keeps the text in the report.
-
-    See `print_again`.
-    """
+def print_summary(grid: Grid, checks: Checks, run_dir: Path, console: Console | None = None) -> str:
+    """Prints tables, remarks, and the paths of the report and of TensorBoard. Returns the text without colours."""
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=max(WIDTH, console.width))
@@ -254,15 +249,7 @@ def print_summary(grid: Grid, checks: Checks, run_dir: Path, console: Console | 
     for name, path in (("report", run_dir / "report" / "summary.md"), ("TensorBoard", run_dir / "tensorboard")):
         text = f"{name}: {'tensorboard --logdir ' if name == 'TensorBoard' else ''}{path}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)  # paths are not broken
-    make_folder(run_dir / "report")
-    with whole_file(run_dir / "report" / PRINTED) as part:
-        part.write_text(console.export_text(), encoding="utf-8")
-
-
-def print_again(run_dir: Path) -> None:
-    """Prints what `print_summary` printed for a finished result. run_dir: the folder of the result."""
-    text = (run_dir / "report" / PRINTED).read_text(encoding="utf-8")
-    Console().print(text, markup=False, highlight=False, soft_wrap=True, end="")
+    return console.export_text()
 
 
 def open_table() -> Table:
