@@ -220,7 +220,7 @@ def _title(grid: Grid, target: str, plane: xr.Dataset) -> str:
     question = QUESTIONS.get(role, "")
     if role is Role.ANSWER and str(plane.form.values) != "candidate":
         question = "which answer is right?"
-    question += "" if role in MUST_BEAT else " (compared with chance)"
+    question += "" if role in MUST_BEAT else " (vs chance)"
     result = f"best accuracy {best.accuracy:.2f}" if best.p <= ALPHA else "no evidence"
     if plane.reference.isnull().all():
         result = "no skill without these\nbaselines: " + str(plane.not_measured.values).replace(",", ", ")

@@ -247,8 +247,8 @@ def test_the_scale_says_what_a_target_has_to_beat(grid, framed):
     assert "best input" in scale(frame_maps(framed, "answer"))
     alone = maps(grid, ["start", "control"])
     assert "best input" not in scale(alone) and "as accurate as chance" in scale(alone)
-    assert all("compared with chance" in axes.get_title("left") for axes in panels(alone))
-    assert "compared with chance" not in panels(maps(grid, ["answer"]))[0].get_title("left")
+    assert all("vs chance" in axes.get_title("left") for axes in panels(alone))
+    assert "vs chance" not in panels(maps(grid, ["answer"]))[0].get_title("left")
 
 
 def test_a_target_without_baselines_has_no_colour_and_names_them():
