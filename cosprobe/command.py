@@ -364,8 +364,8 @@ def _explained(root: Root, arguments: Sequence[str], error: Exception | None = N
     for override in overrides:
         if found := _wrong_option(base, override, folder):
             return InputError(found)
-    chosen = [str(o.input_line) for o in overrides if o.key_or_group in base.choices]
-    base = _composed(root, [*chosen, *(["--config-dir", folder] if folder else [])])
+    if chosen := [str(o.input_line) for o in overrides if o.key_or_group in base.choices]:
+        base = _composed(root, [*chosen, *(["--config-dir", folder] if folder else [])])
     for override in overrides:
         if override.key_or_group not in base.choices and (found := _wrong_setting(base, override)):
             return InputError(found)

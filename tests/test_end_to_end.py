@@ -74,7 +74,7 @@ def train(model, folder, *settings, start=within):
 def run(model, tmp_path_factory):
     """The folder of the result of a run, and what the run printed."""
     folder = tmp_path_factory.mktemp("runs") / "one"
-    output = train(model, folder, start=command)
+    output = train(model, folder)
     return folder / RESULT, output
 
 

@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 Edge = tuple[int, int]
 
@@ -76,31 +77,36 @@ def draw_layout(n: int, kind: str, rng: np.random.Generator) -> Layout:
     Cuts predict the answer too: an exit near a wall is less likely to be reachable. Two measures reduce this. Cuts near
     the fork are more likely than cuts near the exit. A maze is kept with probability exp(LEAST - `_hint`), at most 1.
     """
-    corners, doors = corners_of(n), doors_of(n)
+    corners, doors = corners_of(n), len(doors_of(n))
     while True:
-        shuffled, start = rng.permutation(len(doors)).tolist(), int(rng.integers(n * n))
+        order, start = rng.permutation(doors).tolist(), int(rng.integers(n * n))
         if start in corners:
             continue
-        tree, neighbours = _spanning_tree(n, [doors[i] for i in shuffled])
-        parents = _parents(start, neighbours)
-        if not _apart(start, parents, corners):
+        parents = _spanning_tree(n, start, order, corners)
+        if parents is None:
             continue
         walks = [_walk(start, parents, corner) for corner in corners]
         steps = [[_edge(a, b) for a, b in pairwise(walk)] for walk in walks]
-        order = [int(k) for k in rng.permutation(4)]
-        kept = order[: 1 if kind == "one_exit" else int(rng.integers(2, 4))]
+        exits = rng.permutation(4).tolist()
+        kept = exits[: 1 if kind == "one_exit" else int(rng.integers(2, 4))]
         shared = {edge for k in kept for edge in steps[k]}
-        passages = set(tree)
-        for j in order[len(kept) :]:
+        passages = {_edge(room, parent) for room, parent in enumerate(parents) if room != start}
+        for j in exits[len(kept) :]:
             branch = [edge for edge in steps[j] if edge not in shared][:-1]  # never the door next to the exit
             if branch and all(edge in passages for edge in steps[j]):
-                weight = EARLY ** np.arange(len(branch))
-                passages.remove(branch[rng.choice(len(branch), p=weight / weight.sum())])
+                passages.remove(branch[np.searchsorted(_cuts(len(branch)), rng.random(), side="right")])
         alive = {k for k in range(4) if all(edge in passages for edge in steps[k])}
         if alive != set(kept):  # a third exit may have no door of its own to cut
             continue
         if rng.random() < np.exp(LEAST - _hint(n, start, passages, kept)):
             return Layout(n, start, frozenset(passages), {corners[k]: walks[k] for k in kept}, corners[kept[0]])
+
+
+@lru_cache
+def _cuts(doors: int) -> Float[np.ndarray, "door"]:
+    """Cumulative probabilities of a cut at each door of a branch, from the fork on."""
+    weight = EARLY ** np.arange(doors)
+    return np.cumsum(weight / weight.sum())
 
 
 def _hint(n: int, start: int, passages: set[Edge], kept: list[int]) -> float:
@@ -110,9 +116,9 @@ def _hint(n: int, start: int, passages: set[Edge], kept: list[int]) -> float:
     the same mean over the other exits. It approximates the difference in log-odds that such a classifier gives.
     """
     doors, rooms = _hints(n)
-    each = np.array([rooms[k][start] + sum(doors[k].get(edge, 0.0) for edge in passages) for k in range(4)])
-    others = [k for k in range(4) if k not in kept]
-    return float(each[kept].mean() - each[others].mean())
+    each = [rooms[k][start] + sum(doors[k][edge] for edge in passages & doors[k].keys()) for k in range(4)]
+    others = [each[k] for k in range(4) if k not in kept]
+    return sum(each[k] for k in kept) / len(kept) - sum(others) / len(others)
 
 
 @lru_cache
@@ -127,51 +133,47 @@ def _hints(n: int) -> tuple[list[dict[Edge, float]], list[list[float]]]:
     return doors, rooms
 
 
-def _spanning_tree(n: int, doors: Sequence[Edge]) -> tuple[list[Edge], list[list[int]]]:
-    """A spanning tree, by Kruskal's algorithm in the order of `doors`: its doors, and the neighbours of each room."""
-    group, members = list(range(n * n)), [[room] for room in range(n * n)]
-    tree: list[Edge] = []
-    neighbours: list[list[int]] = [[] for _ in range(n * n)]
-    for door in doors:
-        a, b = door
-        larger, smaller = group[a], group[b]
-        if larger != smaller:
-            if len(members[larger]) < len(members[smaller]):
-                larger, smaller = smaller, larger
-            for room in members[smaller]:
-                group[room] = larger
-            members[larger] += members[smaller]
-            tree.append(door)
-            neighbours[a].append(b)
-            neighbours[b].append(a)
-            if len(tree) == n * n - 1:
-                break
-    return tree, neighbours
+def _spanning_tree(n: int, start: int, order: Sequence[int], ends: Sequence[int]) -> list[int] | None:
+    """The parent of each room in a spanning tree with root `start`; the parent of start is start.
 
-
-def _parents(start: int, neighbours: list[list[int]]) -> list[int]:
-    """The room before each room on the way from start. The parent of start is start."""
-    parents, frontier = [-1] * len(neighbours), [start]
+    It is the minimum spanning tree when doors have the weights 0, 1, ... in the order of `order` (Prim's algorithm).
+    None if one of the last two rooms on the way to one of the `ends` is also on the way to another.
+    """
+    weight = sorted(range(len(order)), key=order.__getitem__)  # the inverse permutation
+    around, parents = _doors_around(n), [-1] * (n * n)
     parents[start] = start
-    for a in frontier:  # the list grows during the loop
-        for b in neighbours[a]:
-            if parents[b] < 0:
-                parents[b] = a
-                frontier.append(b)
+    frontier = [(weight[door], start, room) for door, room in around[start]]
+    heapify(frontier)
+    doorsteps, passed = {start}, {start}  # the last rooms before the ends found so far, and all rooms on the way there
+    while frontier:
+        _, before, room = heappop(frontier)
+        if parents[room] >= 0:
+            continue
+        parents[room] = before
+        if room in ends:
+            if before in passed:
+                return None
+            above = before
+            while above != start:
+                passed.add(above)
+                above = parents[above]
+                if above in doorsteps and above != start:
+                    return None
+            doorsteps.add(before)
+        for door, beyond in around[room]:
+            if parents[beyond] < 0:
+                heappush(frontier, (weight[door], room, beyond))
     return parents
 
 
-def _apart(start: int, parents: list[int], ends: Sequence[int]) -> bool:
-    """Whether the last two rooms on the way from start to each end are on the way to no other end."""
-    doorsteps = [parents[end] for end in ends]
-    if start in doorsteps or len({*doorsteps}) < len(ends):
-        return False
-    for room in doorsteps:
-        while room != start:
-            room = parents[room]
-            if room in doorsteps:
-                return False
-    return True
+@lru_cache
+def _doors_around(n: int) -> list[list[tuple[int, int]]]:
+    """For each room its doors, as indices into `doors_of`, and the rooms behind them."""
+    around: list[list[tuple[int, int]]] = [[] for _ in range(n * n)]
+    for door, (a, b) in enumerate(doors_of(n)):
+        around[a].append((door, b))
+        around[b].append((door, a))
+    return around
 
 
 def _walk(start: int, parents: list[int], end: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from scipy.stats import chi2_contingency, chisquare
+from scipy.stats import chi2_contingency, chisquare, poisson
 from sklearn.linear_model import LogisticRegression
 
 from cosprobe.command import load
@@ -63,12 +63,6 @@ def problems_of(family: str, count: int = 1000) -> list[Problem]:
 @pytest.fixture
 def problems(family) -> list[Problem]:
     return problems_of(family)
-
-
-@pytest.fixture
-def many(family) -> list[Problem]:
-    """Ten thousand problems."""
-    return problems_of(family, 10_000)
 
 
 def played(task: Task, problem: Problem) -> np.ndarray:
@@ -231,10 +225,15 @@ def test_problems_are_the_same_in_every_process():
 
 
 @pytest.mark.slow
-def test_there_are_twenty_thousand_problems(many):
-    """Half of all problems belong to the split `model`: ten thousand there are twenty thousand in all."""
-    keys = {p.key for p in many}
-    assert len(keys) * 100 / SPLITS["model"] == 20_000
+def test_there_are_twenty_thousand_problems(family, problems):
+    """Two sets of n problems that are drawn independently share n^2 / N of them or more when there are N, however
+    unequal their probabilities (Cauchy-Schwarz). Half of all problems belong to the split `model`."""
+    others = FAMILIES[family](seed=1).build().problems("model", len(problems))
+    shared = len({p.key for p in problems} & {p.key for p in others})
+    expected = len(problems) ** 2 / (20_000 * SPLITS["model"] / 100)
+    print(f"{family}: {shared} of {len(problems)} problems are drawn twice")  # noqa: T201
+    assert len({p.key for p in problems}) == len(problems)
+    assert poisson.cdf(shared, expected) < RARE
 
 
 # pictures
@@ -339,19 +338,19 @@ def test_no_candidate_is_favoured(task, problems):
 
 
 @pytest.mark.slow
-def test_a_linear_classifier_of_the_first_frame_finds_little(family, task, many):
+def test_a_linear_classifier_of_the_first_frame_finds_little(family, task):
     """It learns from 1,500 problems with one answer and is tested on 3,500 unseen ones of every kind, against a guess
     among the candidates that the first frame leaves possible."""
     (answered,) = task.targets[0].kinds
-    learn = [p for p in many if p.kind == answered][:1500]
+    drawn = {kind: task.problems("model", 3500 + 1500 * (kind == answered), kind) for kind in task.kinds}
+    learn, drawn[answered] = drawn[answered][:1500], drawn[answered][1500:]
 
     def pixels(several: list[Problem]) -> np.ndarray:
         images = np.stack([task.image(p) for p in several]).reshape(-1, 16, 4, 16, 4, 3)
         return images.mean((2, 4)).reshape(len(several), -1) / 255
 
     probe = LogisticRegression(C=0.3, max_iter=500).fit(pixels(learn), [p.answer for p in learn])
-    for kind in task.kinds:
-        unseen = [p for p in many if p.kind == kind][1500:5000]
+    for kind, unseen in drawn.items():
         proba = np.full((len(unseen), task.candidates), -1.0)
         proba[:, probe.classes_] = probe.predict_proba(pixels(unseen))
         possible = np.array([[k in task.plausible_answers(p) for k in range(task.candidates)] for p in unseen])
