@@ -74,8 +74,8 @@ def train(run: TrainRun) -> None:
     evaluated = evaluate(samples, experts, bank, readings)
     grid, checks = examine(evaluated, samples, inputs, bank, weights, run.seed)
     film = record_once(run_dir, settings, sampler, draw, samples)
-    write_report(grid, checks, folder, film)
-    log_tensorboard(grid, folder / "tensorboard", film, flattened(asdict(run)) | {"task": task.name})
+    figures = write_report(grid, checks, folder, film)
+    log_tensorboard(grid, figures, folder / "tensorboard", film, flattened(asdict(run)) | {"task": task.name})
     printed = print_summary(grid, checks, folder)
     for report in outdated_reports(folder, bank.fingerprint):
         say(f"{report}: was made with other probes than those in {folder / 'probes'}; run probe.py again for new ones")

@@ -114,13 +114,13 @@ class Grid:
         order = [
             name for name in ("step", "layer", "branch", "position") if name in self.dataset.validation_accuracy.dims
         ]
-        data = self.dataset.sel(target=target).transpose(*order, ...)
-        chosen = np.nanargmax(data.validation_accuracy.values.round(12))  # rounded, so that ties are ties
-        at = np.unravel_index(chosen, data.validation_accuracy.shape)
-        cell = data.isel(dict(zip(order, at, strict=True)))
+        shown = self.dataset[["accuracy", "lower", "upper", "p_evidence", "validation_accuracy"]].sel(target=target)
+        validation = shown.validation_accuracy.transpose(*order)
+        chosen = np.nanargmax(validation.values.round(12))  # rounded, so that ties are ties
+        at = np.unravel_index(chosen, validation.shape)
+        cell = shown.isel(dict(zip(order, at, strict=True)))
         name = Cell(int(cell.step), int(cell.layer), str(cell.branch.values), str(cell.position.values))
-        values = (cell[v] for v in ("accuracy", "lower", "upper", "p_evidence", "validation_accuracy"))
-        return Best(target, name, *map(float, values))
+        return Best(target, name, *(float(values) for values in cell.data_vars.values()))
 
     def at(self, target: str, cell: Cell) -> xr.Dataset:
         """All variables at one cell."""

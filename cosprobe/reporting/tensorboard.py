@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, UInt8
-from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
@@ -23,14 +22,21 @@ from torch.utils.tensorboard.summary import hparams
 from cosprobe.cells import X0
 from cosprobe.evaluation import X0_PARSED, Grid
 from cosprobe.monitoring import SAMPLING, TRAINING, remove_events
-from cosprobe.reporting.figures import curves, default_layers, maps
-from cosprobe.reporting.film import Film, film_motion, film_strip
+from cosprobe.reporting.figures import default_layers
+from cosprobe.reporting.film import Film, film_motion
 from cosprobe.reporting.summary import shown_targets
 from cosprobe.tasks import ANSWER_ROLES, Role
 
 REPORT = "report"  # the TensorBoard run of everything that is not a line
 BY_STEP, OTHERS_BY_STEP = "accuracy by denoising step", "other targets by denoising step"  # groups of tags
 IMAGES, SUMMARY, ENDS = "map and film", "summary", "upper and lower ends of 95 % intervals"
+FIGURES = {  # of the report
+    "curves.png": f"{BY_STEP}/with 95 % intervals",
+    "headline.png": f"{IMAGES}/map of skill",
+    "others.png": f"{IMAGES}/map of skill, other targets",
+    "film.png": f"{IMAGES}/x0-hat, last frame by denoising step",
+}
+WIDTH = 880  # of an image, in pixels
 BASELINES = (X0, X0_PARSED)  # the others are in the best input
 MOST_LAYERS = 26  # with 2 best layers and 12 other runs there are 40; of more, Custom Scalars selects none at first
 VARIED = (  # the settings that runs usually differ in
@@ -43,14 +49,16 @@ Ends = Float[np.ndarray, "3 step"]  # accuracy, lower and upper end of its inter
 
 
 def log_tensorboard(
-    grid: Grid, folder: Path, film: Film | None = None, settings: Mapping[str, Any] | None = None
+    grid: Grid, report: Path, folder: Path, film: Film | None = None, settings: Mapping[str, Any] | None = None
 ) -> Path:
     """Writes the charts of a grid as TensorBoard runs in `folder`, which replace those of an earlier call.
 
     Each layer, each baseline and the finished video is a run with the tags `accuracy by denoising step/TARGET` for
     targets of role `answer` and `model_answer`, and `other targets by denoising step/TARGET`. The axis of both is the
-    denoising step (a step index). Their intervals are in Custom Scalars. The run `report` has images, the film, the
-    hyperparameters and the results of the best cells. Runs of sampling and training stay.
+    denoising step (a step index). Their intervals are in Custom Scalars. The run `report` has the figures of the report
+    in FIGURES that are there, the film, the hyperparameters and the results of the best cells. Runs of sampling and
+    training stay.
+    report: the folder that `write_report` returned.
     settings: all settings by their dotted names. Those in VARIED become hyperparameters. Returns `folder`.
     """
     folder = Path(folder)
@@ -74,7 +82,7 @@ def log_tensorboard(
             category = f"{group}/{target}" if target in answers else group
             charts.setdefault(category, {})[f"{target}, with 95 % intervals"] = ["Margin", [*_tags(group, target)]]
         writer.add_custom_scalars(charts)
-        _add_images(writer, grid, answers, [target for target in groups if target not in answers], film)
+        _add_images(writer, report, film)
         _add_results(writer, grid, settings or {})
     return folder
 
@@ -128,21 +136,18 @@ def _add_results(writer: SummaryWriter, grid: Grid, settings: Mapping[str, Any])
         writer._get_file_writer().add_summary(summary)
 
 
-def _add_images(
-    writer: SummaryWriter, grid: Grid, answers: tuple[str, ...], others: list[str], film: Film | None
-) -> None:
-    writer.add_image(f"{BY_STEP}/with 95 % intervals", _pixels(curves(grid, answers)), dataformats="HWC")
-    writer.add_image(f"{IMAGES}/map of skill", _pixels(maps(grid, answers)), dataformats="HWC")
-    if others:
-        writer.add_image(f"{IMAGES}/map of skill, other targets", _pixels(maps(grid, others)), dataformats="HWC")
+def _add_images(writer: SummaryWriter, report: Path, film: Film | None) -> None:
+    for name, tag in FIGURES.items():
+        if (report / name).is_file():
+            with Image.open(report / name) as drawn:
+                smaller = drawn.convert("RGB").resize((WIDTH, round(WIDTH * drawn.height / drawn.width)))
+            writer.add_image(tag, np.asarray(smaller), dataformats="HWC")
     if film is not None:
-        strip = _pixels(film_strip(film.rows, film.steps))
-        writer.add_image(f"{IMAGES}/x0-hat, last frame by denoising step", strip, dataformats="HWC")
+        tag = f"{IMAGES}/x0-hat, moving (slider: denoising step)"
         for index, step in enumerate(film.steps):
             frames = film_motion(film, index)
             height, width = frames.shape[1:3]
             picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=_gif(frames))
-            tag = f"{IMAGES}/x0-hat, moving (slider: denoising step)"
             writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
 
 
@@ -152,9 +157,3 @@ def _gif(frames: UInt8[np.ndarray, "frame height width 3"]) -> bytes:
     file, milliseconds = BytesIO(), 1000 // FRAMES_PER_SECOND
     first.save(file, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
     return file.getvalue()
-
-
-def _pixels(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
-    figure.set_dpi(110)
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3]

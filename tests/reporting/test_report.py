@@ -214,7 +214,8 @@ def test_relabelled_controls_stay_out_of_tables_figures_and_charts(tmp_path):
     assert [row.best.target for row in summarise(made.grid)] == ["answer", "model_answer", "start", "length", "control"]
     assert "relabelled" not in summary_markdown(made.grid, made.checks)
     assert "relabelled" not in printed(made.grid, Path("run"), made.checks)
-    for run in log_tensorboard(made.grid, tmp_path).iterdir():
+    report = write_report(made.grid, made.checks, tmp_path)
+    for run in log_tensorboard(made.grid, report, tmp_path / "tensorboard").iterdir():
         tags = EventAccumulator(str(run)).Reload().Tags()
         assert not any("relabelled" in tag for tag in (*tags["scalars"], *tags["images"]))
 

@@ -12,9 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from cosprobe.evaluation.checks import Checks
 from cosprobe.evaluation.grid import Grid
 from cosprobe.evaluation.scoring import build_grid
-from cosprobe.reporting.tensorboard import MOST_LAYERS, log_tensorboard
+from cosprobe.reporting.report import write_report
+from cosprobe.reporting.tensorboard import FIGURES, MOST_LAYERS, log_tensorboard
 from tests.examples.films import film
 from tests.examples.grids import ANSWER, CONTROL, MODEL_ANSWER, START, synthetic
 
@@ -52,8 +54,9 @@ def runs(grid, tmp_path_factory) -> Runs:
     for name in ("grid", "sampling", "training/median"):  # `grid` is of an earlier version
         (folder / name).mkdir(parents=True)
         (folder / name / "events.out.tfevents.1.host").touch()
-    log_tensorboard(grid, folder)
-    assert log_tensorboard(grid, folder, film(), SETTINGS) == folder  # replaces the first
+    report = write_report(grid, Checks({}, (), (), (), {}, None, ()), tmp_path_factory.mktemp("run"), film())
+    log_tensorboard(grid, report, folder)
+    assert log_tensorboard(grid, report, folder, film(), SETTINGS) == folder  # replaces the first
     return read(folder)
 
 
@@ -135,7 +138,7 @@ def test_intervals_are_charts_of_custom_scalars(runs):
 
 def test_maps_are_images(runs):
     images = runs["report"].Tags()["images"]
-    assert {"map and film/map of skill", "map and film/map of skill, other targets"} <= set(images)
+    assert set(FIGURES.values()) <= set(images)
     for tag in images:
         assert all(400 < picture.width < 900 for picture in runs["report"].Images(tag)), tag
 
@@ -148,7 +151,7 @@ def test_the_film_is_one_moving_picture_per_denoising_step(grid, runs, tmp_path)
         clip = Image.open(BytesIO(picture.encoded_image_string))
         assert clip.format == "GIF" and clip.n_frames == film().rows[0].clips.shape[1] and clip.info["loop"] == 0
         assert clip.size == (picture.width, picture.height)
-    log_tensorboard(grid, tmp_path)
+    log_tensorboard(grid, tmp_path, tmp_path)
     assert not any("x0-hat" in name for name in read(tmp_path)["report"].Tags()["images"])
 
 
@@ -177,7 +180,7 @@ def test_of_several_positions_and_branches_lines_are_those_of_the_best_cell(tmp_
     positions, branches = ("all", "0"), ("cond", "uncond")
     evaluated = synthetic(2, 3, 60, positions=positions, branches=branches, targets=(ANSWER, START))
     framed = build_grid(evaluated, draws=30)
-    runs = read(log_tensorboard(framed, tmp_path))
+    runs = read(log_tensorboard(framed, tmp_path, tmp_path))
     for target in ("answer", "start"):
         plane = framed.plane(target)
         assert plane.accuracy.ndim == 2
@@ -189,7 +192,7 @@ def test_of_several_positions_and_branches_lines_are_those_of_the_best_cell(tmp_
 def test_of_a_deep_model_some_layers_are_shown(tmp_path):
     """Custom Scalars selects nothing at first if there are more than 40 runs."""
     deep = build_grid(synthetic(60, 2, 60, targets=(ANSWER,)), draws=30)
-    runs = read(log_tensorboard(deep, tmp_path))
+    runs = read(log_tensorboard(deep, tmp_path, tmp_path))
     layers = sorted(name for name in runs if name.startswith("layer"))
     assert len(runs) + len(("sampling", "training", "best", "lower", "median", "upper")) <= 40
     assert MOST_LAYERS <= len(layers) <= MOST_LAYERS + 1
@@ -199,6 +202,6 @@ def test_of_a_deep_model_some_layers_are_shown(tmp_path):
 
 def test_a_grid_without_answers_shows_its_first_targets(tmp_path):
     plain = build_grid(synthetic(2, 2, 60, targets=(START, CONTROL)), draws=30)
-    tags = read(log_tensorboard(plain, tmp_path))["layer 1"].Tags()["scalars"]
+    tags = read(log_tensorboard(plain, tmp_path, tmp_path))["layer 1"].Tags()["scalars"]
     assert {"accuracy by denoising step/start", "accuracy by denoising step/control"} <= set(tags)
     assert np.isnan(plain.dataset.attrs["model_accuracy"])
