@@ -40,6 +40,7 @@ def use(run: UseRun) -> None:
     from cosprobe.activations import Sampler
     from cosprobe.early_exit import answer_early, predict
     from cosprobe.ensembles import ensembles
+    from cosprobe.evaluation import Grid
     from cosprobe.models import load_pipeline
     from cosprobe.probes import load_probes
     from cosprobe.runtime import launch
@@ -47,6 +48,7 @@ def use(run: UseRun) -> None:
     uses: dict[type, Any] = {PredictConfig: predict, EarlyConfig: answer_early, EnsembleConfig: ensembles}
     folder = find_result(run.run)
     bank = load_probes(folder)
+    bank.check_result(trained, Grid.load(folder).provenance["bank"], folder)
     seed_everything(run.seed, workers=True, verbose=False)
     fabric = launch(run.trainer)  # one process per device from here on
     pipeline = load_pipeline(trained.pipeline, str(fabric.device))

@@ -21,7 +21,8 @@ def train(run: TrainRun) -> None:
     # imported here, so that --help does not wait for torch and diffusers
     from lightning import seed_everything
 
-    from cosprobe.activations import Sampler, StoreSettings, collect, find_store, flattened, load_samples
+    from cosprobe.activations import Sampler, StoreSettings, collect, find_store, load_samples
+    from cosprobe.differences import flattened
     from cosprobe.evaluation import evaluate, read_inputs_once
     from cosprobe.evaluation.checks import examine, weights_table
     from cosprobe.minimodel import train_and_describe
@@ -39,11 +40,12 @@ def train(run: TrainRun) -> None:
         print(f"trained; see {train_and_describe(run.experiment, task, run.pipeline, run_dir, run.seed)}")
         return
 
-    check_results(run, run_dir)
     folder = run_dir / result_name(run.probe, run.trainer)
     settings = StoreSettings.of(run.pipeline, run.task, run.probe, run.seed)
+    check_results(run, run_dir, settings.model)
     bank = kept_bank(folder / "probes", settings, run.probe, run.trainer, run.seed)
     if bank is not None and (printed := finished(folder / REPORT, bank.fingerprint)) is not None:
+        save_config(run, folder, settings.model)  # the model may have moved
         say(f"{folder}: this command has run to its end; its result is unchanged")
         print(printed, end="")
         return
@@ -55,7 +57,7 @@ def train(run: TrainRun) -> None:
     monitor = ResourceMonitor(build_logger(run.trainer, folder / "tensorboard" / SAMPLING), SAMPLING)
     store = find_store(settings, sampler.depth, run_dir / STORE, run.store)
     stored = collect(sampler, draw, settings, store, monitor if "resources" in run.trainer.callbacks else None)
-    save_config(run, folder)  # only after `collect` has checked that the store has these settings
+    save_config(run, folder, settings.model)  # only after `collect` has checked that the store has these settings
     stored.save(folder)
     samples, inputs, experts = load_samples(stored)
     if bank is None:

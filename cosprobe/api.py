@@ -165,7 +165,7 @@ def collect(
     capture = CaptureConfig(layers=layers, steps=steps, random_weights=0)
     what = {"size": list(pixels.shape[1:3]), "boxes": [list(map(float, box)) for box in own.boxes], "seeds": seeds}
     what["problems"] = _digest("".join(s.name + s.problem.key for s in drawn))
-    settings = StoreSettings.of_model(pipeline_fingerprint(pipeline, config), config, what, capture, seed)
+    settings = StoreSettings.of_model(pipeline_fingerprint(pipeline), config, what, capture, seed)
     place = Path(folder) / _digest(json.dumps([settings.identity, layers, steps], sort_keys=True)) / STORE
     sampler = Sampler(pipeline, config, own, ONE_DEVICE)
     stored = collect_store(sampler, lambda: drawn, settings, find_store(settings, sampler.depth, place))
@@ -235,7 +235,7 @@ def evaluate(bank: ProbeBank, data: Activations) -> Grid:
     samples = replace(data.samples, targets=bank.targets)
     readings = read_inputs(samples, data.inputs, made.probe["kind"], made.probe["penalties"], made.seed)
     evaluated = evaluate_probes(samples, data.experts, bank, readings)
-    return build_grid(evaluated, seed=made.seed, provenance=asdict(made))
+    return build_grid(evaluated, seed=made.seed, provenance=asdict(made) | {"bank": bank.fingerprint})
 
 
 def plot_map(grid: Grid, label: str | None = None, position: str | None = None, branch: str | None = None) -> MapFigure:

@@ -41,6 +41,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cosprobe.config import SCHEMAS, CaptureConfig, TrainRun, UseRun
+from cosprobe.differences import first_difference
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
 from cosprobe.runs import RUN_FILE, find_result, results
@@ -55,6 +56,7 @@ FLAGS = {
     "--config-dir": "a folder with further options of the groups, such as probe/mine.yaml",
     "--hydra-help": "print all other flags",
 }
+MARK = "# sha256 of the other lines: "  # first line of a saved configuration
 SWEEP_FILE = Path("runs", "multirun.yaml")  # in hydra.sweep.dir of the configuration files
 NO_DIFFERENCE = ("run_dir", "store", "trainer", "hydra")  # settings that do not name the folder of a job in a sweep
 # Parameters of `mallopt` and the values set by `keep_freed_memory`. Source: malloc.h of the GNU C library.
@@ -130,63 +132,85 @@ def describe(root: Root, argv: Sequence[str], about: str) -> str:
     return "\n".join([*lines, "", "Flags:", *(f"  {flag:<14}{meaning}" for flag, meaning in FLAGS.items())])
 
 
-def save_config(run: TrainRun, folder: Path) -> Path:
+def save_config(run: TrainRun, folder: Path, model: str = "") -> Path:
     """Writes every setting of `run` to `folder/config.yaml`, atomically, and returns the file. See also `read_run`.
 
-    Raises InputError when `folder` is a file or cannot be written.
+    model: fingerprint of the model. A file with the same content stays. Raises InputError when `folder` is a file or
+    cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run_dir={str(folder)!r}: is a file; expected a folder, or a name that is free")
     make_folder(folder)
-    with whole_file(folder / RUN_FILE) as part:  # every process of a distributed run writes the same text
-        part.write_text(_text(run))
-    return folder / RUN_FILE
+    path, text = folder / RUN_FILE, _text(run, model)
+    text = f"{MARK}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+    if not path.is_file() or path.read_bytes() != text.encode():
+        with whole_file(path) as part:  # every process of a distributed run writes the same text
+            part.write_text(text)
+    return path
 
 
 def read_run(folder: str | Path) -> TrainRun:
     """Reads the settings of a result. folder: its folder, or a run folder with one result.
 
-    Raises InputError when `config.yaml` is missing or cannot be read, and for several results.
+    Raises InputError when `config.yaml` is missing, damaged or was edited, and for several results.
     """
     path = find_result(folder) / RUN_FILE
-    if not path.is_file():
-        raise InputError(f"run={str(folder)!r}: expected the folder of a train.py run, found no {RUN_FILE}")
+    saved = _saved(path)
+    saved.pop("model", "")
     try:
-        saved = yaml.safe_load(path.read_text())
-        if not isinstance(saved, dict):
-            raise TypeError("no settings in it")
         cfg = OmegaConf.structured(TrainRun)
         for group, option in saved.pop("groups").items():
             cfg[group] = OmegaConf.structured(SCHEMAS[group][option])
         cfg.merge_with(saved)
         return cast(TrainRun, OmegaConf.to_object(cfg))
-    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, KeyError, TypeError) as error:
+    except (OmegaConfBaseException, AttributeError, KeyError, TypeError) as error:
         reason = str(error).strip("'").splitlines()[0]
         raise InputError(
-            f"run={str(folder)!r}: {RUN_FILE} is damaged or of another version ({reason}); run train.py again"
+            f"run={str(folder)!r}: {RUN_FILE} is of another version ({reason}); run train.py again"
         ) from error
 
 
-def check_results(run: TrainRun, run_dir: Path) -> None:
-    """Raises InputError when a run folder has a result with another model, other problems or other activations."""
+def _saved(path: Path) -> dict[str, Any]:
+    """The content of a `config.yaml`, after its checksum was compared."""
+    if not path.is_file():
+        raise InputError(f"run={str(path.parent)!r}: expected the folder of a train.py run, found no {RUN_FILE}")
+    head, _, text = path.read_bytes().partition(b"\n")
+    if head.decode(errors="replace") != f"{MARK}{hashlib.sha256(text).hexdigest()}":
+        raise InputError(
+            f"run={str(path.parent)!r}: {RUN_FILE} is damaged, was edited, or is of another version; it says what the "
+            "result was made with; run train.py again, or delete the folder"
+        )
+    return yaml.safe_load(text)
+
+
+def check_results(run: TrainRun, run_dir: Path, model: str) -> None:
+    """Raises InputError when a run folder has a result with another model, other problems or other activations, or the
+    training of a video model. model: fingerprint of the model of `run`."""
+    if (run_dir / RUN_FILE).is_file():
+        raise InputError(
+            f"run_dir={str(run_dir)!r}: a model was trained in this folder; expected a folder of probes, or a new one"
+        )
     for folder in results(run_dir):
-        now, before = (_of_activations(one) for one in (run, read_run(folder)))
-        for name in sorted({*now, *before}):
-            if now.get(name) != before.get(name):
-                raise InputError(
-                    f"run_dir: {str(run_dir)!r} has a result with {name}={json.dumps(before.get(name))}, now "
-                    f"{name}={json.dumps(now.get(name))}; choose another run_dir (activations are shared between run "
-                    "folders) or delete that folder"
-                )
+        before = _of_activations(read_run(folder), _saved(folder / RUN_FILE)["model"])
+        if found := first_difference(before, _of_activations(run, model)):
+            name, made, now = found
+            raise InputError(
+                f"run_dir: {str(run_dir)!r} has a result with {name}={made}, now {name}={now}; choose another run_dir "
+                "(activations are shared between run folders) or delete that folder"
+            )
 
 
-def _of_activations(run: TrainRun) -> dict[str, Any]:
-    """The settings of a run that its activations depend on, by dotted name."""
-    groups: dict[str, Any] = {"task": run.task, "pipeline": run.pipeline, "probe": run.probe}
-    found: dict[str, Any] = {f"{group}.{name}": v for group, one in groups.items() for name, v in vars(one).items()}
-    kept = {f"probe.{entry.name}" for entry in fields(CaptureConfig)}
-    found = {name: value for name, value in found.items() if not name.startswith("probe.") or name in kept}
-    return found | {"task": type(run.task).__name__, "seed": run.seed}
+def _of_activations(run: TrainRun, model: str) -> dict[str, Any]:
+    """The settings of a run that its activations depend on. The model is known by its content, not by its place."""
+    kept = {entry.name for entry in fields(CaptureConfig)}
+    return {
+        "model": model,
+        "family": type(run.task).__name__,
+        "task": vars(run.task),
+        "pipeline": {name: v for name, v in vars(run.pipeline).items() if name not in ("name", "path", "lora")},
+        "probe": {name: v for name, v in vars(run.probe).items() if name in kept},
+        "seed": run.seed,
+    }
 
 
 def keep_freed_memory() -> None:
@@ -520,11 +544,13 @@ def _words(hint: Any, many: bool = False) -> str:
     return " or ".join(_words(part) for part in inner)
 
 
-def _text(run: TrainRun | UseRun) -> str:
-    """YAML of every setting. `groups` at the top has the chosen option of each group in SCHEMAS."""
+def _text(run: TrainRun, model: str) -> str:
+    """YAML of every setting. At the top, `groups` has the chosen option of each group in SCHEMAS, and `model` the
+    fingerprint of the model."""
     groups = {
         group: next(name for name, schema in SCHEMAS[group].items() if schema is type(getattr(run, group)))
         for group in SCHEMAS
         if hasattr(run, group)
     }
-    return OmegaConf.to_yaml(OmegaConf.create({"groups": groups})) + OmegaConf.to_yaml(OmegaConf.structured(run))
+    made_from = OmegaConf.create({"groups": groups, "model": model})
+    return OmegaConf.to_yaml(made_from) + OmegaConf.to_yaml(OmegaConf.structured(run))

@@ -1,13 +1,18 @@
-"""Atomic writing of files."""
+"""Atomic writing of files, and JSON files with a checksum of their content."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from cosprobe.errors import InputError
+
+CHECKSUM = "sha256"  # entry of a JSON file
 
 
 @contextmanager
@@ -45,3 +50,37 @@ def make_folder(path: Path) -> Path:
     with writable(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object with a checksum, atomically. Raises InputError when the file cannot be written."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps({**content, CHECKSUM: _json_checksum(content)}, indent=1))
+
+
+def read_json(path: Path, advice: str, **version: int) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    version: name and value of the entry with the version of the file, such as `layout=2`. Raises InputError, with
+    `advice`, when it is missing, of another version, damaged, or was edited.
+    """
+    try:
+        content = json.loads(path.read_text())
+        for name, expected in version.items():
+            if (found := content.get(name, 1)) != expected:
+                raise InputError(
+                    f"{str(path)!r} has {name} {found}, expected {expected}: from another version of cosprobe; {advice}"
+                )
+        if content.pop(CHECKSUM) != _json_checksum(content):
+            raise ValueError("its checksum differs")
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error.strerror}): {advice}") from error
+    except InputError:
+        raise
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{str(path)!r} is damaged or was edited: {advice}") from error
+    return content
+
+
+def _json_checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,6 @@ folder itself.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,7 +23,7 @@ from rich.table import Table
 
 from cosprobe.config import CaptureConfig, ProbeConfig, TrainerConfig
 from cosprobe.errors import InputError
-from cosprobe.files import whole_file
+from cosprobe.files import read_json, write_json
 
 RUN_FILE = "config.yaml"
 STORE, STORE_FILE = "store", "settings.json"  # the folder of the activations in a run folder, and a file in it
@@ -153,8 +152,8 @@ def print_runs(runs: Sequence[RunFolder], console: Console | None = None) -> Non
 def _store_of(result: Path) -> Path | None:
     """The store that a result reads; None when its file is missing or damaged."""
     try:
-        return (result / json.loads((result / POINTER).read_text())["store"]).resolve()
-    except (OSError, ValueError, KeyError, TypeError):
+        return (result / read_json(result / POINTER, "")["store"]).resolve()
+    except InputError:
         return None
 
 
@@ -168,10 +167,7 @@ def mark_finished(report: Path, bank: str, printed: str = "") -> None:
     bank: fingerprint of the probes. printed: what the command printed at its end.
     """
     files = sorted(path.name for path in report.iterdir() if path.is_file() and path.name != FINISHED)
-    with whole_file(report / FINISHED) as part:
-        part.write_text(
-            json.dumps({"probes": bank, "code": code_fingerprint(), "files": files, "printed": printed}, indent=1)
-        )
+    write_json(report / FINISHED, {"probes": bank, "code": code_fingerprint(), "files": files, "printed": printed})
 
 
 def finished(report: Path, bank: str) -> str | None:
@@ -180,19 +176,19 @@ def finished(report: Path, bank: str) -> str | None:
     A report of which a file is missing does not count.
     """
     try:
-        mark = json.loads((report / FINISHED).read_text())
-        same = (mark["probes"], mark["code"]) == (bank, code_fingerprint())
-        return mark["printed"] if same and all((report / name).is_file() for name in mark["files"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        mark = read_json(report / FINISHED, "")
+    except InputError:
         return None
+    same = (mark["probes"], mark["code"]) == (bank, code_fingerprint())
+    return mark["printed"] if same and all((report / name).is_file() for name in mark["files"]) else None
 
 
 def outdated_reports(folder: Path, bank: str) -> list[Path]:
     """The reports of `probe.py` in a result that were made with other probes than `bank`, a fingerprint."""
     found = []
     for mark in sorted((folder / REPORT).glob(f"*/{FINISHED}")):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads(mark.read_text())["probes"] != bank:
+        with suppress(InputError):
+            if read_json(mark, "")["probes"] != bank:
                 found.append(mark.parent)
     return found
 

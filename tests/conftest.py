@@ -12,14 +12,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 from threadpoolctl import threadpool_limits
 
 settings.register_profile("dev", max_examples=20, deadline=None, derandomize=True)
 settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
-torch.set_num_threads(1)
 threadpool_limits(1)  # of what plugins of pytest have loaded before
 
 
@@ -50,6 +48,8 @@ def rng() -> np.random.Generator:
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
     """Every test starts from the same torch seed and leaves no process group to the next."""
+    import torch  # here, so that the process that only hands out tests starts without it
+
     torch.manual_seed(0)
     yield
     if torch.distributed.is_available() and torch.distributed.is_initialized():

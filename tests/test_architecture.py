@@ -19,7 +19,7 @@ ONLY_IN = {  # library: the rooms that may import it
     "yaml": {"command"},
     "matplotlib": {"reporting", "early_exit", "ensembles"},
     "lightning": {"runtime", "monitoring", "activations", "probes", "minimodel", "train", "probe"},
-    "peft": {"minimodel"},
+    "peft": {"models", "minimodel"},
     "torchmetrics": {"probes"},
     "diffusers": {"models", "minimodel"},
     "transformers": {"models", "minimodel"},

@@ -12,7 +12,7 @@ from benchmarks import allocating, capturing, fitting, learning, pairs, running
 from benchmarks.__main__ import main, table
 from cosprobe.command import load
 from cosprobe.config import ProbeConfig, TrainRun
-from cosprobe.models.pipelines import load_pipeline
+from cosprobe.models.loading import load_pipeline
 from cosprobe.probes.newton import PROMISED
 from tests.examples.shapes import unchecked
 

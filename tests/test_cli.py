@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,11 +20,12 @@ import train
 from cosprobe.activations import collection
 from cosprobe.activations.collection import StoreSettings
 from cosprobe.activations.store import LAYOUT
-from cosprobe.command import command, job_name, load, read_run, save_config
+from cosprobe.command import MARK, command, job_name, load, read_run, save_config
 from cosprobe.config import SCHEMAS, FlowConfig, PipelineConfig, ProbeConfig, TrainerConfig, TrainRun, UseRun
 from cosprobe.errors import InputError
 from cosprobe.evaluation.grid import Grid
 from cosprobe.evaluation.scoring import build_grid
+from cosprobe.files import write_json
 from cosprobe.probes import bank
 from cosprobe.probes.bank import load_probes
 from cosprobe.reporting import compare
@@ -262,6 +264,12 @@ def test_commands_from_another_folder(arguments, first, message, here):
 # folders that earlier versions wrote
 
 
+def rewrite(path: Path, text: str) -> None:
+    """Writes a configuration as a version that had these settings did, with the checksum."""
+    text = text.partition("\n")[2] if text.startswith(MARK) else text
+    path.write_text(f"{MARK}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+
+
 @pytest.fixture
 def finished(here, capsys) -> Path:
     """The folder of a run with its settings, probes and grid, as this version writes them."""
@@ -279,7 +287,7 @@ def finished(here, capsys) -> Path:
 def test_settings_of_an_earlier_version_are_named(finished, now, before, capsys):
     path = finished / "config.yaml"
     assert path.read_text().count(f"  {now}:") == 1
-    path.write_text(path.read_text().replace(f"  {now}:", f"  {before}:"))
+    rewrite(path, path.read_text().replace(f"  {now}:", f"  {before}:"))
     assert probe.main([f"run={finished}"]) == 2
     check_told(capsys.readouterr().err, f"run={str(finished)!r}", r"config\.yaml", rf"\b{before}\b")
 
@@ -289,11 +297,11 @@ def test_probes_of_an_earlier_version_are_named(finished, capsys):
     path = finished / "probes" / "bank.json"
     saved = json.loads(path.read_text())
     cells = [[step, str(layer), *others] for step, layer, *others in saved["cells"]]
-    path.write_text(json.dumps(saved | {"format": 3, "cells": cells, "provenance": {"store": {"model": "none"}}}))
+    write_json(path, saved | {"format": 3, "cells": cells, "provenance": {"store": {"model": "none"}}})
     assert probe.main([f"run={finished}"]) == 2
-    check_told(capsys.readouterr().err, str(finished / "probes"), r"\b3\b", rf"\b{bank.FORMAT}\b")
+    check_told(capsys.readouterr().err, f"{str(path)!r}", r"\bformat 3\b", rf"\b{bank.FORMAT}\b")
     saved["provenance"]["store"]["format"] = 4
-    path.write_text(json.dumps(saved))
+    write_json(path, {name: value for name, value in saved.items() if name != "sha256"})
     with pytest.raises(InputError, match=rf"\b4\b.*\b{collection.FORMAT}\b"):
         load_probes(finished)
     assert probe.main([f"run={finished}"]) == 2
@@ -330,7 +338,7 @@ def test_activations_of_an_earlier_version_are_kept_and_named(here, name, capsys
     (store / name).write_text(json.dumps(content))
     assert train.main(asked) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    check_told(f"{said}\n", "run_dir", re.escape(str(store)), rf"layout 1\b.*\b{LAYOUT}\b")
+    check_told(f"{said}\n", f"{str(store / name)!r}", rf"layout 1\b.*\b{LAYOUT}\b", "run_dir")
     assert [path.name for path in (here / "run").rglob("*")] == ["store", name]
     assert json.loads((store / name).read_text()) == content
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import fields
 from itertools import product
@@ -9,8 +10,9 @@ from itertools import product
 import pytest
 import yaml
 
-from cosprobe.command import CONFIGS, describe, load, read_run, save_config
+from cosprobe.command import CONFIGS, MARK, describe, load, read_run, save_config
 from cosprobe.config import SCHEMAS, MiniConfig, PredictConfig, ProbeExperiment, TrainRun, UseRun
+from cosprobe.errors import InputError
 from cosprobe.tasks import MazeConfig
 
 FILES = sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml"))
@@ -203,19 +205,39 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+@pytest.mark.parametrize("content", ["", "seed: [", "seed: 3\n", "- 3\n", "\x00\xff", f"{MARK}0\nseed: 3\n"])
+def test_damaged_and_edited_settings_are_refused(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=rf"\Arun={str(tmp_path)!r}: config\.yaml is damaged, was edited.*\Z"):
+        read_run(tmp_path)
+
+
+def test_every_letter_of_saved_settings_counts(tmp_path, rng):
+    path = save_config(load(TrainRun, []), tmp_path)
+    whole = path.read_bytes()
+    for at in rng.choice(len(whole) * 8, 200, replace=False):
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"config\.yaml"):
+            read_run(tmp_path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"config\.yaml"):
+        read_run(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("seed: [", "while parsing"),
         ("seed: 3\n", "groups"),
-        ("- 3\n", "no settings in it"),
         ("groups: {task: sudoku}\n", "sudoku"),
         ("groups: {task: maze, experiment: probes}\nsed: 3\n", "sed"),
         ("groups: {task: maze, experiment: probes}\nseed: x\n", "x"),
     ],
 )
-def test_damaged_settings_are_named(tmp_path, content, reason):
-    (tmp_path / "config.yaml").write_text(content)
+def test_settings_of_another_version_are_named(tmp_path, content, reason):
+    checksum = hashlib.sha256(content.encode()).hexdigest()
+    (tmp_path / "config.yaml").write_text(f"{MARK}{checksum}\n{content}")
     named = re.escape(f"run={str(tmp_path)!r}")
     with pytest.raises(ValueError, match=rf"\A{named}.*config\.yaml.*\(.*{re.escape(reason)}.*\Z"):  # one line
         read_run(tmp_path)

@@ -26,7 +26,7 @@ from cosprobe.command import read_run
 from cosprobe.ensembles.comparison import SIZES
 from cosprobe.ensembles.strategies import STRATEGIES
 from cosprobe.errors import InputError
-from cosprobe.models.pipelines import fingerprint
+from cosprobe.models.identity import fingerprint
 from cosprobe.reporting import results_page
 from tests.examples import processes
 from tests.examples.pipelines import wan

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 
 import pytest
@@ -10,6 +9,7 @@ from rich.console import Console
 import probe
 from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.errors import InputError
+from cosprobe.files import write_json
 from cosprobe.runs import (
     delete_run,
     find_result,
@@ -85,7 +85,7 @@ def runs(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x" * size)
     for name, store in (("a/logistic", "../store"), ("a/ridge", "../store"), ("b/logistic", "../../a/store")):
-        (root / name / "activations.json").write_text(json.dumps({"store": store}))
+        write_json(root / name / "activations.json", {"store": store})
     return root
 
 
@@ -114,7 +114,8 @@ def test_activations_that_others_read_are_not_deleted(runs):
     for name in ("a", str(runs / "a" / "store"), "a/store"):
         with pytest.raises(InputError, match=r"use\.delete=.*read by .*b/logistic"):
             delete_run(runs, name)
-    assert delete_run(runs, "a/ridge") == 10 + len('{"store": "../store"}') and not (runs / "a" / "ridge").exists()
+    size = (runs / "a" / "ridge" / "activations.json").stat().st_size
+    assert delete_run(runs, "a/ridge") == 10 + size and not (runs / "a" / "ridge").exists()
     delete_run(runs, str(runs / "b"))
     with pytest.raises(InputError, match=r"use\.delete='a/store'.*read by .*a/logistic"):
         delete_run(runs, "a/store")

@@ -8,7 +8,7 @@ from cosprobe.activations import Sampler
 from cosprobe.config import PipelineConfig
 from cosprobe.minimodel.accuracy import solve
 from cosprobe.minimodel.card import rate, rewordings
-from cosprobe.models.pipelines import load_pipeline
+from cosprobe.models.loading import load_pipeline
 from cosprobe.tasks import FAMILIES, Select
 
 CONFIG = PipelineConfig()

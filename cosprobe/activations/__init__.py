@@ -18,7 +18,7 @@ from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.predicting import FrozenSampling, Sampled, Shard, ShardWriter, announce, predict_shards
 from cosprobe.activations.random_weights import RANDOM_WEIGHTS
 from cosprobe.activations.sampler import Sampler, images
-from cosprobe.activations.store import ActivationStore, flattened
+from cosprobe.activations.store import ActivationStore
 
 __all__ = [
     "BACK",
@@ -47,7 +47,6 @@ __all__ = [
     "check_finite",
     "collect",
     "find_store",
-    "flattened",
     "flops",
     "halting",
     "images",

@@ -26,15 +26,16 @@ from cosprobe.activations.store import MANIFEST, ActivationStore, Rows
 from cosprobe.activations.table import SampleTable
 from cosprobe.cells import SPLIT_ORDER, X0
 from cosprobe.config import CaptureConfig, PipelineConfig
+from cosprobe.differences import first_difference
 from cosprobe.errors import InputError
-from cosprobe.files import whole_file
-from cosprobe.models import architecture, check_prompts, experts, fingerprint
+from cosprobe.files import read_json, write_json
+from cosprobe.models import architecture, check_prompts, experts, model_fingerprint
 from cosprobe.monitoring import ResourceMonitor
 from cosprobe.runs import POINTER, STORE
 from cosprobe.runtime import rank_and_world, say
 from cosprobe.tasks import Problem, Sample, Task, TaskConfig
 
-FORMAT = 6  # version of the content of a shard
+FORMAT = 7  # version of the content of a shard
 UNTRAINED = "untrained."  # group of the tensors from transformers with random weights
 NOT_DECODED = -2  # value in `x0_answer` where x0-hat was not decoded
 DRAWN = ("problems", "seeds")  # settings of a task that say which samples are drawn, and leave each of them the same
@@ -46,8 +47,8 @@ class StoreSettings:
     """All settings that determine the activations of a run, and with them its features and probes.
 
     model: fingerprint of the model's files. seed: base of the noise seeds. pipeline: without name and paths, which the
-    fingerprint replaces. task: settings of the task. probe: what is captured. versions: of torch and diffusers.
-    format: version of the content of a shard.
+    fingerprint replaces. task: settings of the task. probe: what is captured. versions: of torch and diffusers; a
+    difference is a warning. format: version of the content of a shard.
     The batch size is included, because the batch a sample is in changes its activations by rounding errors.
     """
 
@@ -62,7 +63,7 @@ class StoreSettings:
     @classmethod
     def of(cls, pipeline: PipelineConfig, task: TaskConfig, probe: CaptureConfig, seed: int) -> StoreSettings:
         """The settings of a run. Reads the files of the model for the fingerprint."""
-        return cls.of_model(fingerprint(*pipeline.parts), pipeline, dict(vars(task)), probe, seed)
+        return cls.of_model(model_fingerprint(pipeline), pipeline, dict(vars(task)), probe, seed)
 
     @classmethod
     def of_model(
@@ -86,12 +87,17 @@ class StoreSettings:
         return cls(**{**saved, "pipeline": pipeline, "probe": probe})
 
     @property
+    def shaping(self) -> dict[str, Any]:
+        """All settings but the versions of libraries."""
+        return {name: value for name, value in asdict(self).items() if name != "versions"}
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The settings that shape the activations of a sample. Runs that agree in these can share a store.
 
         Left out are the number of samples, and which layers and steps are kept.
         """
-        saved = asdict(self)
+        saved = self.shaping
         for part, names in (("task", DRAWN), ("probe", (*KEPT, "random_weights"))):
             saved[part] = {name: value for name, value in saved[part].items() if name not in names}
         return saved
@@ -123,28 +129,23 @@ class StoredSamples:
         """The settings of a run that reads these samples."""
         saved = self.store.settings
         return StoreSettings.from_json(
-            saved | {"task": saved["task"] | self.table.request, "probe": asdict(self.probe)}
+            saved
+            | {"task": saved["task"] | self.table.request, "probe": asdict(self.probe)}
+            | {"versions": self.store.captured["versions"]}
         )
 
     def save(self, folder: Path) -> None:
         """Writes to a folder which store, table, layers and steps are read."""
         table = self.table.path(self.store.folder, self.table.request, self.table.targets, self.table.kinds)
         where = {"store": os.path.relpath(self.store.folder, folder), "table": table.name, "probe": asdict(self.probe)}
-        with whole_file(folder / POINTER) as part:
-            part.write_text(json.dumps(where, indent=1))
+        write_json(folder / POINTER, where)
 
     @classmethod
     def load(cls, folder: Path) -> StoredSamples:
         """Reads what `save` wrote. Raises InputError when it or the store is missing or damaged."""
-        try:
-            where = json.loads((folder / POINTER).read_text())
-            probe, path = CaptureConfig(**where["probe"]), folder / where["store"]
-            table = path / where["table"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"run={str(folder)!r}: expected {POINTER} of a finished train.py run; run train.py again"
-            ) from error
-        return cls(ActivationStore.open(path), SampleTable.load(table), probe)
+        where = read_json(folder / POINTER, "expected that of a finished train.py run; run train.py again")
+        path = folder / where["store"]
+        return cls(ActivationStore.open(path), SampleTable.load(path / where["table"]), CaptureConfig(**where["probe"]))
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -182,7 +183,7 @@ def find_store(settings: StoreSettings, depth: int, own: Path, named: str = "") 
     Raises InputError when the named store, or the run's own, has other settings or lacks layers or steps.
     """
     total = settings.pipeline.steps
-    new = _kept_texts(settings.probe, depth, total) | {"depth": depth}
+    new = _kept_texts(settings.probe, depth, total) | {"depth": depth, "versions": settings.versions}
     given = Path(named) if named else own
     begun = ActivationStore.begun(given)
     if begun is not None:
@@ -193,7 +194,7 @@ def find_store(settings: StoreSettings, depth: int, own: Path, named: str = "") 
                 f"run_dir: {str(given)!r} holds probe.{name}={value!r}, now "
                 f"probe.{name}={getattr(settings.probe, name)!r}; choose another run_dir or delete that folder"
             )
-        return begun
+        return _of_versions(begun, settings)
     if not named:
         others = []
         for path in sorted(own.parent.parent.glob(f"*/{STORE}/{MANIFEST}")):
@@ -204,8 +205,16 @@ def find_store(settings: StoreSettings, depth: int, own: Path, named: str = "") 
         if others:
             found = max(others, key=lambda store: len(store.names()))
             say(f"{STORE}: that of {found.folder.parent} has the same settings; reading it, and adding what is missing")
-            return found
+            return _of_versions(found, settings)
     return ActivationStore(given, _as_json(settings.identity), new)
+
+
+def _of_versions(store: ActivationStore, settings: StoreSettings) -> ActivationStore:
+    """The store, after a warning if it was begun with other versions of libraries."""
+    if found := first_difference(store.captured["versions"], settings.versions):
+        name, made, now = found
+        say(f"warning: {store.folder} was sampled with {name} {made}, now it is {now}; numbers may differ slightly")
+    return store
 
 
 def _as_json(content: dict[str, Any]) -> dict[str, Any]:

@@ -24,12 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosprobe.checked import checksum
+from cosprobe.differences import first_difference, flattened, shown
 from cosprobe.errors import InputError
-from cosprobe.files import make_folder, whole_file
+from cosprobe.files import make_folder, read_json, whole_file, write_json
 from cosprobe.runs import STORE_FILE
 
 MANIFEST, SETTINGS = "manifest.json", STORE_FILE
-LAYOUT = 2  # version of the files of a store
+LAYOUT = 3  # version of the files of a store
+ADVICE = "delete the store, or choose another run_dir"
 
 Rows = Mapping[str, Sequence[str]]  # names of the samples of a shard, by group of tensors; see `ActivationStore`
 
@@ -65,7 +67,7 @@ class ActivationStore:
 
     def _repr_html_(self) -> str:
         """A table of the content and the settings, for notebooks."""
-        rows = {"store": repr(self)} | {name: _short(value) for name, value in flattened(self.settings).items()}
+        rows = {"store": repr(self)} | {name: shown(value) for name, value in flattened(self.settings).items()}
         lines = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
         return f"<table>{''.join(lines)}</table>"
 
@@ -90,16 +92,10 @@ class ActivationStore:
         files = [folder / name for name in (SETTINGS, MANIFEST) if (folder / name).is_file()]
         if not files:
             return None
-        content = _read_json(files[0])
-        if content.get("layout") != LAYOUT:
-            raise InputError(
-                f"run_dir: store {str(folder)!r} has layout {content.get('layout', 1)}, expected {LAYOUT}: it is from "
-                "another version of cosprobe; delete it, or choose another run_dir"
-            )
-        try:
-            return cls(folder, content["settings"], content["captured"])
-        except KeyError as error:
-            raise _not_readable(folder / SETTINGS) from error
+        content = read_json(files[0], ADVICE, layout=LAYOUT)
+        if files[0].name != SETTINGS:
+            raise InputError(f"{str(folder / SETTINGS)!r} is missing: {ADVICE}")
+        return cls(folder, content["settings"], content["captured"])
 
     def begin(self, size: int) -> None:
         """Creates the folder. size: bytes that will be written.
@@ -118,18 +114,16 @@ class ActivationStore:
             )
         if begun is None:
             content = {"layout": LAYOUT, "settings": self.settings, "captured": self.captured}
-            with whole_file(self.folder / SETTINGS) as part:
-                part.write_text(json.dumps(content, indent=1, sort_keys=True))
+            write_json(self.folder / SETTINGS, content)
 
     def check_settings(self, other: Mapping[str, Any]) -> None:
         """Raises InputError, with the first setting that differs, unless `other` equals the settings of the store."""
-        wanted, other = flattened(json.loads(json.dumps(self.settings))), flattened(other)
-        for name in sorted({*wanted, *other}):
-            if wanted.get(name) != other.get(name):
-                raise InputError(
-                    f"run_dir: {str(self.folder)!r} was made with {name}={_short(other.get(name))}, now "
-                    f"{name}={_short(wanted.get(name))}; choose another run_dir or delete that folder"
-                )
+        if found := first_difference(other, self.settings):
+            name, made, now = found
+            raise InputError(
+                f"run_dir: {str(self.folder)!r} was made with {name}={made}, now {name}={now}; choose another run_dir "
+                "or delete that folder"
+            )
 
     def path(self, rows: Rows) -> Path:
         """The file of a shard. It is named by its samples."""
@@ -183,8 +177,7 @@ class ActivationStore:
         found, listed = self._shards(), self._listed()
         new = sorted(set(found) - set(listed), key=lambda file: min(order.get(n, len(order)) for n in found[file][""]))
         shards = {file: found[file] for file in (*(file for file in listed if file in found), *new)}
-        with whole_file(self.folder / MANIFEST) as part:
-            part.write_text(json.dumps({"layout": LAYOUT, "fingerprint": self.fingerprint, "shards": shards}, indent=1))
+        write_json(self.folder / MANIFEST, {"layout": LAYOUT, "fingerprint": self.fingerprint, "shards": shards})
         for left in self.folder.glob(".shard-*"):  # temporary files of processes that were killed
             left.unlink()
 
@@ -238,9 +231,9 @@ class ActivationStore:
         path = self.folder / MANIFEST
         if not path.is_file():
             return {}
-        content = _read_json(path)
-        if not isinstance(content.get("shards"), dict) or content.get("fingerprint") != self.fingerprint:
-            raise _not_readable(path)
+        content = read_json(path, ADVICE, layout=LAYOUT)
+        if content["fingerprint"] != self.fingerprint:
+            raise InputError(f"{str(path)!r} is of a store with other settings than {SETTINGS} beside it: {ADVICE}")
         return content["shards"]
 
     def _shards(self) -> dict[str, dict[str, list[str]]]:
@@ -279,39 +272,10 @@ class ActivationStore:
         return InputError(f"shard {str(self.folder / file)!r} is damaged ({reason}): delete it and run train.py again")
 
 
-def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as a flat dict with dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _group(name: str, rows: Rows) -> str:
     """The group of a tensor."""
     return max((group for group in rows if name.startswith(group)), key=len)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _not_readable(path) from error
-    if not isinstance(content, dict):
-        raise _not_readable(path)
-    return content
-
-
-def _not_readable(path: Path) -> InputError:
-    return InputError(
-        f"{str(path)!r} is damaged: expected JSON with settings and shards of a store; delete it, run train.py again"
-    )
-
-
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

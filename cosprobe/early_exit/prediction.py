@@ -18,6 +18,7 @@ from cosprobe.config import PredictConfig
 from cosprobe.early_exit.reader import probabilities
 from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
+from cosprobe.models import pipeline_fingerprint
 from cosprobe.probes import ProbeBank
 from cosprobe.runtime import rank_and_world
 from cosprobe.tasks import ANSWER_ROLES, Problem, Sample, TaskConfig, fresh_problems, with_noise
@@ -87,7 +88,7 @@ def predict(
     if rank_and_world()[0]:
         return
     pipeline, grid = sampler.config, Grid.load(folder)
-    bank.check_model(*pipeline.parts)
+    bank.check_model(pipeline_fingerprint(sampler.model), "the loaded pipeline")
     console = console or Console()
     for name in grid.with_role(*ANSWER_ROLES):
         cell = _best_at(grid, bank, name, use.step, use.layer)

@@ -24,6 +24,7 @@ from cosprobe.activations import Pooling, halting
 from cosprobe.cells import Cell
 from cosprobe.early_exit.threshold import Policy, read_policy
 from cosprobe.errors import InputError
+from cosprobe.models import pipeline_fingerprint
 from cosprobe.probes import ProbeBank
 from cosprobe.tasks import Problem
 
@@ -155,12 +156,8 @@ def check_problems(bank: ProbeBank, policy: Policy, problems: Sequence[Problem])
 def check_pipeline(bank: ProbeBank, pipeline: Any) -> None:
     """Raises InputError that names the difference when the bank was made for another model or scheduler."""
     folder = Path(str(getattr(pipeline, "name_or_path", "") or ""))
-    if not (folder / "model_index.json").is_file():
-        raise InputError(
-            "the pipeline has no folder, so its weights cannot be compared; save it and load it from there"
-        )
-    bank.check_model(folder)
-    saved = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    saved = json.loads(scheduler.read_text()) if scheduler.is_file() else {}
     now = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
     for name, value in saved.items():
         if name != "_diffusers_version" and json.loads(json.dumps(now.get(name), default=str)) != value:
@@ -168,6 +165,7 @@ def check_pipeline(bank: ProbeBank, pipeline: Any) -> None:
                 f"this bank was made for a scheduler with {name}={value}, the pipeline's has {name}={now.get(name)}; "
                 "use the scheduler the model was loaded with"
             )
+    bank.check_model(pipeline_fingerprint(pipeline), str(folder) if saved else "the pipeline")
 
 
 def check_call(bank: ProbeBank, pipeline: Any) -> None:

@@ -24,6 +24,7 @@ from cosprobe.ensembles.strategies import PROBES
 from cosprobe.ensembles.trajectories import Candidate
 from cosprobe.evaluation import Grid
 from cosprobe.files import make_folder, whole_file
+from cosprobe.models import pipeline_fingerprint
 from cosprobe.probes import ProbeBank
 from cosprobe.reporting import STYLE, markdown_table, new_figure
 from cosprobe.runtime import rank_and_world
@@ -54,7 +55,7 @@ def ensembles(
     run in `folder`. task: settings of that task. With several processes, all of them sample, and the first one writes.
     Raises InputError when the bank was made for another model.
     """
-    bank.check_model(*sampler.config.parts)
+    bank.check_model(pipeline_fingerprint(sampler.model), "the loaded pipeline")
     scorer = ProbeScorer.of(bank, Grid.load(folder), sampler.task.name)
     context = RunContext(sampler, scorer)
     identity = {"store": asdict(bank.store), "accuracy": scorer.fingerprint}

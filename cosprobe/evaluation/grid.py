@@ -6,7 +6,9 @@ and validation.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -24,7 +26,7 @@ from cosprobe.tasks import Role
 if TYPE_CHECKING:
     import pandas as pd
 
-FILE = "grid.nc"
+FILE, CHECKSUM = "grid.nc", "sha256"  # the file, and an attribute in it
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Grid:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Model, data and settings that the bank was trained with."""
+        """Model, data and settings that the bank was trained with; `bank` is its fingerprint."""
         return json.loads(self.dataset.attrs["provenance"])
 
     def with_role(self, *roles: Role | str) -> tuple[str, ...]:
@@ -138,7 +140,7 @@ class Grid:
         path = Path(path)
         make_folder(path.parent)
         with whole_file(path) as part:
-            self.dataset.to_netcdf(part, engine="netcdf4")
+            self.dataset.assign_attrs({CHECKSUM: _checksum(self.dataset)}).to_netcdf(part, engine="netcdf4")
         return path
 
     @classmethod
@@ -154,10 +156,34 @@ class Grid:
             raise InputError(f"grid {str(path)!r} is missing: expected {FILE} or a run folder; run train.py first")
         try:
             dataset = xr.load_dataset(found[0], engine="netcdf4")
-        except (OSError, ValueError, RuntimeError):
-            raise InputError(f"grid {str(found[0])!r} is damaged: expected netCDF; run train.py again") from None
+        except Exception as error:  # netCDF, HDF5 and xarray raise errors of many classes for damaged files
+            raise InputError(f"grid {str(found[0])!r} is damaged: expected netCDF; run train.py again") from error
         if missing := [name for name in ("position", "p_evidence", "x0_accuracy") if name not in dataset.variables]:
             raise InputError(
                 f"grid {str(found[0])!r} has no {missing[0]}: expected a grid of this version; run train.py again"
             )
+        if dataset.attrs.pop(CHECKSUM, None) != _checksum(dataset):
+            raise InputError(
+                f"grid {str(found[0])!r} is damaged or was edited (its checksum differs); run train.py again"
+            )
         return cls(dataset)
+
+
+def _checksum(dataset: xr.Dataset) -> str:
+    """SHA-256 of all variables, their names along the axes and their attributes, as they are after reading a file."""
+    digest = hashlib.sha256()
+    for name in sorted(map(str, dataset.variables)):
+        variable = dataset.variables[name]
+        values = variable.values
+        digest.update(f"{name} {variable.dims} {values.shape} {_plain(variable.attrs)}".encode())
+        if values.dtype.kind in "biuf":
+            numbers = np.ascontiguousarray(values, dtype=float)
+            digest.update(np.where(np.isnan(numbers), np.nan, numbers).tobytes())
+        else:
+            digest.update(json.dumps(list(map(str, values.ravel()))).encode())
+    digest.update(_plain(dataset.attrs).encode())
+    return digest.hexdigest()
+
+
+def _plain(attributes: Mapping[Any, Any]) -> str:
+    return json.dumps({str(name): np.asarray(value).tolist() for name, value in sorted(attributes.items())})

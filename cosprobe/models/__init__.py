@@ -4,7 +4,9 @@ from diffusers import DiffusionPipeline as DiffusionPipeline  # the type of pipe
 
 from cosprobe.models.architectures import Architecture, architecture
 from cosprobe.models.cpu_layout import channels_last
+from cosprobe.models.identity import fingerprint, model_fingerprint, pipeline_fingerprint
 from cosprobe.models.images import Pictures, image_batch
+from cosprobe.models.loading import load_pipeline
 from cosprobe.models.pipelines import (
     block_list,
     check_prompts,
@@ -12,9 +14,6 @@ from cosprobe.models.pipelines import (
     clean_estimate,
     decode,
     experts,
-    fingerprint,
-    load_pipeline,
-    pipeline_fingerprint,
     sample,
     step_now,
     stop_after,
@@ -33,6 +32,7 @@ __all__ = [
     "experts",
     "fingerprint",
     "image_batch",
+    "model_fingerprint",
     "load_pipeline",
     "pipeline_fingerprint",
     "sample",

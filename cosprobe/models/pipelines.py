@@ -1,15 +1,13 @@
-"""Loads frozen diffusers video pipelines from a folder and samples with them.
+"""Samples with frozen diffusers video pipelines.
 
 Sampling is not re-implemented. `sample` calls the pipeline's `__call__`, once for a batch of different problems.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import lcm
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -17,19 +15,14 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
 from cosprobe.models.architectures import architecture
-from cosprobe.models.cpu_layout import arrange
 from cosprobe.models.images import Pictures, image_batch
 from cosprobe.runtime import enough_memory
 from cosprobe.tasks import check_lengths
-
-KINDS = (".json", ".safetensors")  # suffixes of the files of a model
 
 SIDE = 16  # the image-to-video pipelines of diffusers take multiples of it
 PROMPTS = ("prompt_embeds", "negative_prompt_embeds")  # per-sample tensors of the sampling loop
@@ -81,47 +74,6 @@ def clean_estimate(scheduler: Any, step: int, output: Tensor, noisy: Tensor) -> 
             return (noisy - (1 - alpha).sqrt() * output) / alpha.sqrt()
         return alpha.sqrt() * noisy - (1 - alpha).sqrt() * output
     raise InputError(f"{type(scheduler).__name__} predicts {kind!r}: expected flow_prediction, v_prediction or epsilon")
-
-
-def load_pipeline(config: PipelineConfig | Path | str | None = None, device: str = "cpu") -> DiffusionPipeline:
-    """Loads a local diffusers folder, frozen and in eval mode. Nothing is downloaded; only safetensors are read.
-
-    config: settings or a folder; default: the model in the package.
-    Raises InputError when the folder is missing or is not a complete pipeline, and when the adapters do not fit it.
-    """
-    config = config if isinstance(config, PipelineConfig) else PipelineConfig(path=str(config or ""))
-    folder = config.folder
-    if not (folder / "model_index.json").is_file():
-        raise InputError(f"pipeline.path={str(folder)!r}: expected a diffusers folder with a model_index.json")
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            folder, dtype=getattr(torch, config.dtype), local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise InputError(f"pipeline.path={str(folder)!r}: not a complete diffusers pipeline ({reason})") from error
-    for transformer in experts(pipeline).values():
-        architecture(transformer)
-    try:
-        if config.lora:
-            pipeline.load_lora_weights(config.lora, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise InputError(f"pipeline.lora={config.lora!r}: expected adapters of this model ({reason})") from error
-    pipeline.set_progress_bar_config(disable=True)
-    if device == "cpu":
-        arrange(pipeline.vae, *experts(pipeline).values())
-    return freeze(pipeline.to(device))
-
-
-def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Sets all modules of a pipeline to eval mode, without gradients."""
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            part.eval().requires_grad_(False)
-    return pipeline
 
 
 def check_size(pipeline: DiffusionPipeline, height: int, width: int) -> None:
@@ -282,35 +234,3 @@ def decode(pipeline: DiffusionPipeline, latents: Tensor) -> np.ndarray:
     latents = architecture(transformer).to_decoder(vae, latents.to(vae.device, vae.dtype))
     video = vae.decode(latents, return_dict=False)[0]
     return pipeline.video_processor.postprocess_video(video, output_type="np")
-
-
-def pipeline_fingerprint(pipeline: DiffusionPipeline, config: PipelineConfig) -> str:
-    """A hash that identifies the model of a pipeline: `fingerprint` of the folder it was loaded from.
-
-    A pipeline without a folder on this machine, or with adapters that are not those of `config`, is identified by its
-    weights in memory.
-    """
-    folder = Path(str(getattr(pipeline, "name_or_path", "") or ""))
-    adapted = any(hasattr(model, "peft_config") for model in experts(pipeline).values())
-    if (folder / "model_index.json").is_file() and adapted == bool(config.lora):
-        return fingerprint(folder, *([Path(config.lora)] if config.lora else []))
-    digest = hashlib.sha256()
-    for name, part in sorted(pipeline.components.items()):
-        for key, value in part.state_dict().items() if isinstance(part, nn.Module) else ():
-            some = value.detach().flatten()[:: max(1, value.numel() // 64)].float().cpu()
-            digest.update(f"{name}.{key}:{tuple(value.shape)}:{value.dtype}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def fingerprint(*folders: Path) -> str:
-    """A hash that identifies a model: of every config file, and of the size and 16 parts of every weight file."""
-    digest = hashlib.sha256()
-    paths = [(folder, p) for folder in folders for p in sorted(folder.rglob("*")) if p.suffix in KINDS]
-    for folder, path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}:{size}".encode())
-        with path.open("rb") as file:
-            for sample in range(16) if path.suffix == ".safetensors" else range(1):
-                file.seek(sample * size // 16)
-                digest.update(file.read(65_536 if path.suffix == ".safetensors" else size))
-    return digest.hexdigest()[:16]

@@ -7,7 +7,6 @@ Probes work on standardised features. The decision values depend on the form of 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
@@ -21,16 +20,17 @@ from torch import Tensor
 
 from cosprobe.activations import StoreSettings
 from cosprobe.cells import Cell, ranges
-from cosprobe.config import ProbeConfig, TrainerConfig
+from cosprobe.config import ProbeConfig, TrainerConfig, TrainRun
+from cosprobe.differences import first_difference
 from cosprobe.errors import InputError
-from cosprobe.files import make_folder, whole_file
-from cosprobe.models import fingerprint
+from cosprobe.files import make_folder, read_json, whole_file, write_json
 from cosprobe.probes.calibration import temperatures
 from cosprobe.probes.linalg import affine, classes_last, design, standardise
 from cosprobe.runs import find_result
+from cosprobe.runtime import say
 from cosprobe.tasks import Target
 
-FORMAT = 4
+FORMAT = 5
 TABLES = ("weights", "biases", "penalties", "temperatures")
 TENSORS, DESCRIPTION = "bank.safetensors", "bank.json"
 CHUNK = 2**26  # number of values standardised at a time, 256 MB in fp32
@@ -105,13 +105,46 @@ class ProbeBank:
             raise InputError("this bank does not record the model it was made for: expected a bank saved by train.py")
         return self.provenance.store
 
-    def check_model(self, *folders: Path) -> None:
-        """Raises InputError unless the bank was made for the model whose files are in `folders`."""
-        made_for, found = self.store.model, fingerprint(*folders)
-        if found != made_for:
-            where = " and ".join(map(str, folders))
+    def check_model(self, found: str, where: str) -> None:
+        """Raises InputError unless the bank was made for the model with the fingerprint `found`. where: names it."""
+        if found != self.store.model:
             raise InputError(
-                f"this bank was made for model {made_for}, but {where} holds model {found}; train the probes again"
+                f"this bank was made for model {self.store.model}, but {where} is model {found}; use the model (and "
+                "adapters) of the run, or train the probes again"
+            )
+
+    def made_with(
+        self, store: StoreSettings, probe: ProbeConfig, trainer: TrainerConfig, seed: int
+    ) -> tuple[str, str, str] | None:
+        """The first setting of the fit that differs from these: its name, the value of the bank, and the other one."""
+        made = self.provenance
+        now = {"": store.shaping, "probe": asdict(probe), "trainer": {"precision": trainer.precision}, "seed": seed}
+        before = {
+            "": made.store.shaping if made.store else {},
+            "probe": made.probe,
+            "trainer": {"precision": made.trainer.get("precision")},
+            "seed": made.seed,
+        }
+        return first_difference(before, now)
+
+    def check_result(self, run: TrainRun, grid: str, folder: Path) -> None:
+        """Raises InputError when the result in `folder` is not of one piece, or the files of its model have changed.
+
+        run: the settings of the result, as saved. grid: fingerprint of the bank that the grid was computed with.
+        """
+        settings = StoreSettings.of(run.pipeline, run.task, run.probe, run.seed)
+        if settings.model != self.store.model:
+            self.check_model(settings.model, " and ".join(map(str, run.pipeline.parts)))
+        if found := self.made_with(settings, run.probe, run.trainer, run.seed):
+            name, made, now = found
+            raise InputError(
+                f"run={str(folder)!r}: the probes were made with {name.strip('.')}={made}, the settings of the result "
+                f"have {now}; run train.py again"
+            )
+        if grid != self.fingerprint:
+            raise InputError(
+                f"run={str(folder)!r}: its grid is of other probes ({grid}) than those in it ({self.fingerprint}); run "
+                "train.py again"
             )
 
     def target(self, name: str) -> Target:
@@ -229,15 +262,15 @@ class ProbeBank:
         data = tensor_bytes(self._tensors())
         description = {
             "format": FORMAT,
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "tensors": hashlib.sha256(data).hexdigest(),
             "regions": self.regions,
             "targets": [asdict(target) for target in self.targets],
             "cells": [astuple(cell) for cell in self.cells],
             "provenance": asdict(self.provenance),
         }
-        for name, content in ((TENSORS, data), (DESCRIPTION, json.dumps(description, indent=1).encode())):
-            with whole_file(folder / name) as part:
-                part.write_bytes(content)
+        with whole_file(folder / TENSORS) as part:
+            part.write_bytes(data)
+        write_json(folder / DESCRIPTION, description)
 
     @classmethod
     def load(cls, folder: Path | str) -> ProbeBank:
@@ -246,17 +279,9 @@ class ProbeBank:
         for name in (DESCRIPTION, TENSORS):
             if not (folder / name).is_file():
                 raise InputError(f"{folder}: expected a probe bank, but {name} is missing; run train.py first")
-        try:
-            description = json.loads((folder / DESCRIPTION).read_text())
-            form, digest = description["format"], description["sha256"]
-        except (ValueError, TypeError, KeyError):
-            raise InputError(
-                f"{folder / DESCRIPTION}: expected the description of a probe bank; fit the probes again"
-            ) from None
-        if form != FORMAT:
-            raise InputError(f"{folder}: bank format {form}, expected {FORMAT}; fit the probes again with this version")
+        description = read_json(folder / DESCRIPTION, "fit the probes again", format=FORMAT)
         data = (folder / TENSORS).read_bytes()
-        if hashlib.sha256(data).hexdigest() != digest:
+        if hashlib.sha256(data).hexdigest() != description["tensors"]:
             raise InputError(f"{folder / TENSORS}: damaged, or from another fit than {DESCRIPTION}; fit again")
         tensors = read_tensors(data)
         tables: dict[str, dict[str, Tensor]] = {name: {} for name in TABLES}
@@ -295,11 +320,12 @@ def kept_bank(
         bank = ProbeBank.load(folder)
     except InputError:
         return None
-    made = bank.provenance
-    same = (made.store, made.probe, made.trainer.get("precision"), made.seed) == (
-        store, asdict(probe), trainer.precision, seed,
-    )  # fmt: skip
-    return bank if same else None
+    if bank.made_with(store, probe, trainer, seed):
+        return None
+    if found := first_difference(bank.store.versions, store.versions):
+        name, made, now = found
+        say(f"warning: the probes in {folder} were fitted with {name} {made}, now it is {name} {now}")
+    return bank
 
 
 def _parts(cells: int, each: int) -> Iterator[slice]:

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cosprobe.activations import RANDOM_WEIGHTS, flattened
+from cosprobe.activations import RANDOM_WEIGHTS
+from cosprobe.differences import flattened
 from cosprobe.evaluation import ALPHA, GUESSES, LEAST_EFFECTIVE, LEAST_PROBLEMS, Best, Grid
 from cosprobe.evaluation.checks import TRAINED, Checks
 from cosprobe.tasks import ANSWER_ROLES, RELABELLED, Role

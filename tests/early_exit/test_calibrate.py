@@ -16,7 +16,8 @@ from cosprobe.config import EarlyConfig, PipelineConfig
 from cosprobe.early_exit.calibrate import Calibrated, plan, probe_for, run_live
 from cosprobe.early_exit.reader import attach
 from cosprobe.early_exit.trajectories import ExitPoints, Trajectories, sample_trajectories
-from cosprobe.models.pipelines import load_pipeline, sample
+from cosprobe.models.loading import load_pipeline
+from cosprobe.models.pipelines import sample
 from cosprobe.tasks import Target
 from cosprobe.tasks.samples import with_noise
 from tests.examples.banks import ANSWER, CELLS, TASK, bank_for, policy_at

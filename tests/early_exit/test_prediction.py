@@ -11,7 +11,8 @@ from cosprobe.activations.capture import capture
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.sampler import Sampler
 from cosprobe.early_exit.prediction import early_answers
-from cosprobe.models.pipelines import load_pipeline, sample
+from cosprobe.models.loading import load_pipeline
+from cosprobe.models.pipelines import sample
 from cosprobe.tasks.samples import with_noise
 from tests.examples.banks import CELLS, TASK, bank_for
 from tests.examples.pipelines import CONFIG, wan

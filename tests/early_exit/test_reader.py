@@ -17,7 +17,9 @@ from cosprobe.activations.pooling import Pooling
 from cosprobe.config import PipelineConfig
 from cosprobe.early_exit.reader import attach, bank_policy
 from cosprobe.early_exit.threshold import Policy
-from cosprobe.models.pipelines import fingerprint, load_pipeline, sample
+from cosprobe.models.identity import fingerprint
+from cosprobe.models.loading import load_pipeline
+from cosprobe.models.pipelines import sample
 from cosprobe.probes.bank import ProbeBank, Provenance
 from cosprobe.tasks import Maze
 from tests.examples.banks import CELLS, TASK, bank_for, policy_at
@@ -111,8 +113,12 @@ def test_another_model_or_scheduler_is_refused(bank, pipeline, config, tmp_path)
     changed.scheduler.register_to_config(shift=5.0)
     with pytest.raises(ValueError, match=r"shift=3\.0.*shift=5\.0"):
         refused(bank, changed)
-    with pytest.raises(ValueError, match="pipeline.*folder"):
+    with pytest.raises(ValueError, match=f"made for model {bank.store.model}, but the pipeline is model"):
         refused(bank, wan())
+    changed = load_pipeline(config)
+    changed.transformer.blocks[0].ffn.net[2].weight.data *= 1.01
+    with pytest.raises(ValueError, match=f"made for model {bank.store.model}"):
+        refused(bank, changed)
     with pytest.raises(ValueError, match=r"model.*train\.py"):
         refused(replace(bank, provenance=Provenance()), pipeline)
 
@@ -149,6 +155,10 @@ def test_problems_it_does_not_know_are_refused(bank, pipeline):
 
 def test_an_activation_that_is_not_finite_is_named(bank, pipeline, config):
     broken = load_pipeline(config)
-    broken.transformer.blocks[1].ffn.net[2].bias.data[0] = math.nan
+
+    def call() -> None:
+        broken.transformer.blocks[1].ffn.net[2].bias.data[0] = math.nan
+        run(broken, config)
+
     with pytest.raises(ValueError, match=re.escape(str(CELLS[1])) + ".*finite"):
-        refused(bank, broken, policy=policy_at(math.inf), call=lambda: run(broken, config))
+        refused(bank, broken, policy=policy_at(math.inf), call=call)

@@ -17,7 +17,7 @@ from transformers import T5Config, T5EncoderModel
 
 from cosprobe.config import PipelineConfig
 from cosprobe.minimodel.encoding import TEXT_WIDTH, build_text
-from cosprobe.models.pipelines import freeze
+from cosprobe.models.loading import freeze
 
 PROMPT = "draw a red trail from the green start through the corridors to a blue exit that can be reached"
 CONFIG = PipelineConfig(steps=3, frames=5, prompt_tokens=32)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from cosprobe.config import AdapterConfig, FlowConfig, PipelineConfig
 from cosprobe.minimodel.lora_training import train_adapter
 from cosprobe.minimodel.recipe import families
-from cosprobe.models.pipelines import fingerprint, load_pipeline
+from cosprobe.models.identity import fingerprint
+from cosprobe.models.loading import load_pipeline
 from cosprobe.tasks import Maze
 from tests.examples.pipelines import cogvideox, wan
 

@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 
 from cosprobe.config import PipelineConfig
 from cosprobe.models.cpu_layout import arrange
-from cosprobe.models.pipelines import load_pipeline
+from cosprobe.models.loading import load_pipeline
 from tests.examples.pipelines import wan
 
 RELATIVE = 1e-5  # of the largest entry: rounding through every block, nothing more

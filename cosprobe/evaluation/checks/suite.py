@@ -89,7 +89,7 @@ def examine(
     seed, draws: as in `build_grid`.
     Returns the grid, which includes the checks as variables, and the checks.
     """
-    grid = build_grid(evaluated, draws, seed, asdict(bank.provenance))
+    grid = build_grid(evaluated, draws, seed, asdict(bank.provenance) | {"bank": bank.fingerprint})
     best = {target: grid.best(target).cell for target in grid.with_role(*ANSWER_ROLES)}
     skipped: list[str] = []
     lengths: list[DescriptionLength] = []

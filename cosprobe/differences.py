@@ -1,0 +1,35 @@
+"""Compares what something was made from with the settings of now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+LONGEST = 60  # letters of a value in a message
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as a flat dict with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def first_difference(made: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """The first setting, by its dotted name, that differs: the name, and both values as text. None if all agree.
+
+    Values are compared as they are written in JSON, so a tuple equals a list.
+    """
+    old, new = (flattened(json.loads(json.dumps(tree))) for tree in (made, now))
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            return name, shown(old.get(name)), shown(new.get(name))
+    return None
+
+
+def shown(value: Any) -> str:
+    """A value as text for a message."""
+    text = json.dumps(value)
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

@@ -1,0 +1,125 @@
+"""A fingerprint is the content of everything that is loaded, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosprobe.config import PipelineConfig
+from cosprobe.errors import InputError
+from cosprobe.models.identity import fingerprint, model_fingerprint, pipeline_fingerprint
+from cosprobe.models.loading import load_pipeline
+from tests.examples.adapters import adapter
+from tests.examples.pipelines import wan
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "wan"
+    wan().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    return shutil.copytree(saved, tmp_path / "wan")
+
+
+def flip(path: Path, at: int = -5) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def files(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def test_a_bit_of_any_file_counts(folder):
+    before = fingerprint(folder)
+    assert len(files(folder)) >= 10
+    for name in files(folder):
+        flip(folder / name)
+        assert fingerprint(folder) != before, name
+        flip(folder / name)
+        assert fingerprint(folder) == before, name
+
+
+def test_a_bit_in_the_middle_of_large_weights_counts(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    path = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(bytes(3 << 20))
+    before = fingerprint(tmp_path)
+    flip(path, 1_234_567)
+    assert fingerprint(tmp_path) != before
+
+
+def test_the_place_and_what_is_not_loaded_do_not_count(folder, tmp_path):
+    before = fingerprint(folder)
+    assert fingerprint(shutil.copytree(folder, tmp_path / "moved" / "deeper")) == before
+    (folder / "README.md").write_text("about")
+    (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"never read")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "lock.json").write_text("{}")
+    assert fingerprint(folder) == before
+
+
+def test_links_are_followed_and_a_link_that_is_repointed_counts(folder, tmp_path):
+    before = fingerprint(folder)
+    for name in ("one", "two"):
+        shutil.copytree(folder / "transformer", tmp_path / name)
+    flip(next((tmp_path / "two").glob("*.safetensors")))
+    shutil.rmtree(folder / "transformer")
+    (folder / "transformer").symlink_to(tmp_path / "one")
+    assert fingerprint(folder) == before
+    (folder / "transformer").unlink()
+    (folder / "transformer").symlink_to(tmp_path / "two")
+    assert fingerprint(folder) != before
+    os.symlink(folder, folder / "vae" / "loop")
+    with pytest.raises(InputError, match="too deep"):
+        fingerprint(folder)
+
+
+def test_adapters_count_as_a_file_and_as_a_folder(folder, tmp_path):
+    path = adapter(tmp_path / "adapter")
+    bare = PipelineConfig(path=str(folder))
+    found = {model_fingerprint(PipelineConfig(path=str(folder), lora=str(place))) for place in (path, path.parent)}
+    assert len(found) == 1 and model_fingerprint(bare) not in found
+    flip(path)
+    assert model_fingerprint(PipelineConfig(path=str(folder), lora=str(path))) not in found
+
+
+def test_what_is_no_model_has_no_fingerprint(tmp_path):
+    with pytest.raises(InputError, match=r"pipeline\.path='.*/none'.*model_index\.json.*moved"):
+        model_fingerprint(PipelineConfig(path=str(tmp_path / "none")))
+    with pytest.raises(InputError, match=r"pipeline\.lora='.*/none'"):
+        model_fingerprint(PipelineConfig(lora=str(tmp_path / "none")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"pipeline\.lora='.*/empty'"):
+        model_fingerprint(PipelineConfig(lora=str(tmp_path / "empty")))
+
+
+def test_a_loaded_pipeline_is_its_files_until_something_in_memory_changes(folder, tmp_path):
+    path = adapter(tmp_path / "adapter")
+    config = PipelineConfig(path=str(folder), lora=str(path))
+    pipeline = load_pipeline(config)
+    assert pipeline_fingerprint(pipeline) == model_fingerprint(config)
+    again = load_pipeline(config)
+    with torch.no_grad():
+        again.transformer.blocks[0].ffn.net[2].weight.mul_(1.01)
+    bare = PipelineConfig(path=config.path)
+    assert pipeline_fingerprint(again) not in (model_fingerprint(config), model_fingerprint(bare))
+    pipeline.scheduler.register_to_config(shift=5.0)
+    assert pipeline_fingerprint(pipeline) != model_fingerprint(config)
+
+
+def test_without_files_every_value_in_memory_counts():
+    here, same = wan(), wan()
+    assert pipeline_fingerprint(here) == pipeline_fingerprint(same)
+    with torch.no_grad():
+        same.vae.decoder.conv_out.weight[0, 0, 0, 0, 0] += 1e-6
+    assert pipeline_fingerprint(here) != pipeline_fingerprint(same)

@@ -1,0 +1,135 @@
+"""What is loaded is complete, fits its configuration and is finite; anything else is refused with its name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cosprobe.config import PipelineConfig
+from cosprobe.errors import InputError
+from cosprobe.models.loading import load_pipeline
+from tests.examples.adapters import adapter
+from tests.examples.pipelines import wan
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "wan"
+    wan().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    return shutil.copytree(saved, tmp_path / "wan")
+
+
+def change(folder: Path, part: str, edit) -> None:
+    """Changes the tensors of a part. edit: changes a dict of tensors."""
+    path = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def configure(folder: Path, part: str, **values) -> None:
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def refused(folder: Path, message: str, **settings) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load_pipeline(PipelineConfig(path=str(folder), **settings))
+    assert "\n" not in str(caught.value)
+
+
+NAMES = {  # a tensor of every model
+    "transformer": "blocks.1.attn1.to_q.weight",
+    "vae": "decoder.conv_in.weight",
+    "text_encoder": "encoder.block.0.layer.0.SelfAttention.q.weight",
+}
+
+
+@pytest.mark.parametrize("part", NAMES)
+def test_a_tensor_that_is_missing_is_named(folder, part):
+    change(folder, part, lambda tensors: tensors.pop(NAMES[part]))
+    refused(folder, rf"pipeline\.path=.*{part}: {NAMES[part]} are not in its files")
+
+
+@pytest.mark.parametrize("part", NAMES)
+def test_a_tensor_of_no_layer_is_named(folder, part):
+    change(folder, part, lambda tensors: tensors.update({"extra.weight": torch.ones(2)}))
+    refused(folder, rf"pipeline\.path=.*{part}: extra\.weight are in its files but not in the model")
+
+
+@pytest.mark.parametrize("part", NAMES)
+def test_a_tensor_of_another_shape_is_named(folder, part):
+    change(folder, part, lambda tensors: tensors.update({NAMES[part]: tensors[NAMES[part]][:-1].clone()}))
+    refused(folder, rf"pipeline\.path=.*{NAMES[part]}")
+
+
+@pytest.mark.parametrize("part", NAMES)
+def test_a_value_that_is_not_finite_is_named(folder, part):
+    change(folder, part, lambda tensors: tensors[NAMES[part]].view(-1)[3:4].fill_(float("nan")))
+    refused(folder, rf"pipeline\.path=.*{part}: {NAMES[part]} has NaN")
+
+
+def test_a_configuration_of_fewer_layers_than_there_are_weights_is_refused(folder):
+    configure(folder, "transformer", num_layers=2)
+    refused(
+        folder, r"transformer: blocks\.2\.\S+, blocks\.2\.\S+, blocks\.2\.\S+ and \d+ more tensors are in its files"
+    )
+
+
+def test_a_configuration_of_more_layers_than_there_are_weights_is_refused(folder):
+    configure(folder, "transformer", num_layers=4)
+    refused(folder, r"transformer: blocks\.3\..*not in its files")
+
+
+def test_adapters_that_fit_change_the_model(folder, tmp_path):
+    path = adapter(tmp_path / "adapter")
+    bare, adapted = (load_pipeline(PipelineConfig(path=str(folder), lora=lora)) for lora in ("", str(path)))
+    inputs = torch.randn(1, 12, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 32, 64)
+    with torch.no_grad():
+        before, after = (p.transformer(*inputs, return_dict=False)[0] for p in (bare, adapted))
+    assert (before - after).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"prefix": "model.transformer."}, r"blocks\.0"),  # nothing fits
+        ({"prefix": ""}, r"blocks\.0"),
+        ({"layers": ("attn1.to_q", "attn1.to_z")}, r"attn1\.to_z"),  # a part fits
+        ({"layers": ("attn1.to_z",)}, r"attn1\.to_z"),
+    ],
+)
+def test_adapters_of_which_a_tensor_fits_no_layer_are_refused(folder, tmp_path, settings, named):
+    path = adapter(tmp_path / "adapter", **settings)
+    refused(folder, rf"pipeline\.lora='.*{named}", lora=str(path))
+
+
+def test_adapters_that_are_not_finite_are_refused(folder, tmp_path):
+    path = adapter(tmp_path / "adapter")
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = float("inf")
+    save_file(tensors, path, {"format": "pt"})
+    refused(folder, r"lora_A.*has NaN or infinite", lora=str(path))
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json",
+                                  "tokenizer/tokenizer.json", "text_encoder/config.json"])  # fmt: skip
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\x00\xff\xfe", b'{"a": 1}', b"null"])
+def test_a_damaged_file_ends_in_one_line(folder, name, content):
+    (folder / name).write_bytes(content)
+    refused(folder, r"pipeline\.path=")
+
+
+def test_a_part_that_is_missing_is_named(folder):
+    shutil.rmtree(folder / "vae")
+    refused(folder, r"pipeline\.path=.*vae/ is missing")
