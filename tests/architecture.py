@@ -14,6 +14,7 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
     *(
         "errors",
         "cells",
+        "bounds",
         "differences",
         "files",
         "checked",

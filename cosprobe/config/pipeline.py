@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from cosprobe.bounds import check_bounds
 from cosprobe.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,11 +41,11 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"pipeline.dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
-        for name in ("steps", "frames", "prompt_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"pipeline.{name}={getattr(self, name)}: expected at least 1")
-        if self.guidance < 1:
-            raise InputError(f"pipeline.guidance={self.guidance}: expected 1 (off) or more")
+        check_bounds(
+            "pipeline.", self, steps=(1, 10_000), frames=(1, 10_000), prompt_tokens=(1, 10_000), batch=(1, 10_000),
+            guidance=(1, 1000),
+        )  # fmt: skip
+        self.path, self.lora = (os.path.expanduser(path) for path in (self.path, self.lora))
 
     @property
     def folder(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cosprobe.bounds import MANY, check_bounds
 from cosprobe.cells import parse_selection
 from cosprobe.errors import InputError
 
@@ -31,8 +32,7 @@ class CaptureConfig:
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
             raise InputError(f"probe.pooling={self.pooling!r}: expected one of {', '.join(POOLINGS)}")
-        if self.random_weights < 0:
-            raise InputError(f"probe.random_weights={self.random_weights}: expected 0 or more samples")
+        check_bounds("probe.", self, random_weights=(0, MANY))
 
     def layers_kept(self, depth: int) -> tuple[int, ...]:
         """The captured layers of a transformer with `depth` blocks."""
@@ -68,16 +68,12 @@ class ProbeConfig(CaptureConfig):
         super().__post_init__()
         if self.kind not in KINDS:
             raise InputError(f"probe.kind={self.kind!r}: expected one of {', '.join(KINDS)}")
-        if not self.penalties or min(self.penalties) <= 0:
-            raise InputError(f"probe.penalties={list(self.penalties)}: expected one or more penalties above 0")
-        if self.epochs < 1:
-            raise InputError(f"probe.epochs={self.epochs}: expected at least 1")
-        if not 0 < self.lr <= 1:
-            raise InputError(f"probe.lr={self.lr}: expected a fraction of the largest safe step, above 0 and up to 1")
-        if self.batch < 1:
-            raise InputError(f"probe.batch={self.batch}: expected at least 1 sample")
-        if self.memory <= 0:
-            raise InputError(f"probe.memory={self.memory}: expected a number of GB above 0")
+        if not self.penalties:
+            raise InputError("probe.penalties=[]: expected one or more penalties above 0")
+        check_bounds(
+            "probe.", self, penalties=(1e-9, 1e9), epochs=(1, 100_000), lr=(1e-6, 1.0), batch=(1, 10**9),
+            memory=(0.001, 1e5),
+        )  # fmt: skip
 
 
 def decode_steps(spec: str, total: int) -> tuple[int, ...]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from cosprobe.bounds import LARGEST_SEED, check_bounds
 from cosprobe.config.pipeline import PipelineConfig
 from cosprobe.config.probe import ProbeConfig
 from cosprobe.config.trainer import TrainerConfig
 from cosprobe.config.uses import EarlyConfig, EnsembleConfig, PredictConfig, RunsConfig
 from cosprobe.config.video_training import AdapterConfig, MiniConfig
-from cosprobe.errors import InputError
 from cosprobe.tasks import FAMILIES
 
 MISSING: Any = "???"  # how OmegaConf marks a setting without a value
@@ -47,7 +48,8 @@ class TrainRun:
     "Base of the noise seeds and of all other randomness, 0 or more."
 
     def __post_init__(self) -> None:
-        _check_seed(self.seed)
+        check_bounds("", self, seed=(0, LARGEST_SEED))
+        self.run_dir, self.store = (os.path.expanduser(path) for path in (self.run_dir, self.store))
 
 
 @dataclass
@@ -63,9 +65,5 @@ class UseRun:
     "Base of the noise seeds and of all other randomness, 0 or more."
 
     def __post_init__(self) -> None:
-        _check_seed(self.seed)
-
-
-def _check_seed(seed: int) -> None:
-    if seed < 0:
-        raise InputError(f"seed={seed}: expected 0 or more")
+        check_bounds("", self, seed=(0, LARGEST_SEED))
+        self.run = os.path.expanduser(self.run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cosprobe.bounds import MANY, check_bounds
 from cosprobe.errors import InputError
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -50,11 +51,4 @@ class TrainerConfig:
         for name in self.callbacks:
             if name not in CALLBACKS:
                 raise InputError(f"trainer.callbacks={name!r}: expected some of {', '.join(CALLBACKS)}")
-        if self.num_nodes < 1:
-            raise InputError(f"trainer.num_nodes={self.num_nodes}: expected at least 1")
-        if self.limit_predict_batches is not None and self.limit_predict_batches < 1:
-            raise InputError(
-                f"trainer.limit_predict_batches={self.limit_predict_batches}: expected at least 1, or null"
-            )
-        if self.timeout <= 0:
-            raise InputError(f"trainer.timeout={self.timeout}: expected a number of seconds above 0")
+        check_bounds("trainer.", self, num_nodes=(1, 10_000), limit_predict_batches=(1, MANY), timeout=(1, 10**7))

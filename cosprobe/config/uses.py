@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from cosprobe.bounds import MANY, check_bounds
 from cosprobe.errors import InputError
 
 ERROR_REFERENCES = ("model_answer", "truth")
@@ -23,9 +24,7 @@ class PredictConfig:
     "Layer that the probe reads; null: the layer with the best validation accuracy."
 
     def __post_init__(self) -> None:
-        for name, least in (("step", 0), ("problems", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"use.{name}={getattr(self, name)}: expected at least {least}")
+        check_bounds("use.", self, step=(0, 10_000), problems=(1, MANY), layer=(0, 10_000))
 
 
 @dataclass
@@ -49,8 +48,7 @@ class EarlyConfig:
                 f"use.error_reference={self.error_reference!r}: expected one of {', '.join(ERROR_REFERENCES)}"
             )
         check_promise(self.risk, self.confidence, self.calibration)
-        if self.problems < 1:
-            raise InputError(f"use.problems={self.problems}: expected at least 1")
+        check_bounds("use.", self, problems=(1, MANY), calibration=(1, MANY))
 
 
 @dataclass

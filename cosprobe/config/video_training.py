@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cosprobe.bounds import LARGEST_SEED, MANY, check_bounds
 from cosprobe.errors import InputError
+
+LONGEST = 1001  # frames of a training clip
 
 
 @dataclass
@@ -33,6 +36,13 @@ class AutoencoderConfig:
     "Tasks to train on (repeat a name to weight it); empty: all tasks of the model, equally."
     start: str = ""
     "`pipeline.path` to start from, such as `mini`; empty: random weights. Unused channels are initialised again."
+
+    def __post_init__(self) -> None:
+        _check_stages("experiment.autoencoder", self.stages, "[longest, batch, steps]", self.start)
+        check_bounds(
+            "experiment.autoencoder.", self, base_dim=(1, 4096), dim_mult=(1, 64), z_dim=(1, 4096), patch_size=(1, 16),
+            lr=(1e-9, 10.0), warmup=(0, MANY), kl=(0.0, 1e6), emphasis=(0.0, 1e6),
+        )  # fmt: skip
 
     @property
     def steps(self) -> int:
@@ -75,6 +85,14 @@ class FlowConfig:
     compile: bool = True
     "Compile the transformer: half a minute per length, then steps take a third less time."
 
+    def __post_init__(self) -> None:
+        _check_stages("experiment.flow", self.stages, "[longest, steps]", self.start)
+        check_bounds(
+            "experiment.flow.", self, batch=(1, 10_000), lr=(1e-9, 10.0), muon_lr=(0.0, 10.0), weight_decay=(0.0, 10.0),
+            warmup=(0, MANY), decay_from=(0.0, 1.0), shift=(1e-3, 1e3), emphasis=(0.0, 1e6), dropout=(0.0, 1.0),
+            ema=(0.0, 1.0),
+        )  # fmt: skip
+
     @property
     def steps(self) -> int:
         """Training steps of all stages."""
@@ -111,9 +129,11 @@ class MiniConfig:
     "Random seed."
 
     def __post_init__(self) -> None:
-        _check_clips(self.clips, self.lengths)
-        if any(length % 4 != 1 or length < 5 for length in self.lengths):
-            raise InputError(f"experiment.lengths={self.lengths}: expected 4k + 1 frames, at least 5")
+        _check_clips(self.families, self.clips, self.lengths)
+        check_bounds(
+            "experiment.", self, layers=(1, 1000), heads=(1, 1000), head_dim=(1, 10_000), ffn=(1, 10**6),
+            solve_every=(1, MANY), card=(0, MANY), seed=(0, LARGEST_SEED),
+        )  # fmt: skip
         if len(self.card) != 3 or min(self.card[0], self.card[2]) < 1:
             raise InputError(
                 f"experiment.card={self.card}: expected three numbers of problems, the first and last at least 1"
@@ -147,12 +167,27 @@ class AdapterConfig:
     "Random seed."
 
     def __post_init__(self) -> None:
-        for name in ("rank", "card"):
-            if getattr(self, name) < 1:
-                raise InputError(f"experiment.{name}={getattr(self, name)}: expected at least 1")
-        _check_clips(self.clips, self.lengths)
+        check_bounds("experiment.", self, rank=(1, 10_000), card=(1, MANY), seed=(0, LARGEST_SEED))
+        _check_clips(self.families, self.clips, self.lengths)
+        if not self.layers:
+            raise InputError("experiment.layers=[]: expected names of linear layers")
 
 
-def _check_clips(clips: list[int], lengths: list[int]) -> None:
-    if len(clips) != len(lengths):
-        raise InputError(f"experiment.clips={clips}: expected one number for each of lengths={lengths}")
+def _check_clips(families: list[str], clips: list[int], lengths: list[int]) -> None:
+    if not families:
+        raise InputError("experiment.families=[]: expected at least one task")
+    if not lengths or any(length % 4 != 1 or not 5 <= length <= LONGEST for length in lengths):
+        raise InputError(f"experiment.lengths={lengths}: expected 4k + 1 frames, from 5 to {LONGEST}")
+    if len(clips) != len(lengths) or not all(1 <= count <= MANY for count in clips):
+        raise InputError(f"experiment.clips={clips}: expected a number, 1 or more, for each of lengths={lengths}")
+
+
+def _check_stages(group: str, stages: list[list[int]], form: str, start: str) -> None:
+    """Raises InputError for stages of another form, and for none without weights to start from."""
+    if not stages and not start:
+        raise InputError(
+            f"{group}.stages=[]: expected stages {form}, or {group}.start, a model to start from; without either, the "
+            "weights would be random"
+        )
+    if any(len(stage) != form.count(",") + 1 or not all(1 <= n <= MANY for n in stage) for stage in stages):
+        raise InputError(f"{group}.stages={stages}: expected a list of {form} with numbers from 1 to {MANY}")

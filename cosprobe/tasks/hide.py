@@ -30,6 +30,7 @@ from cosprobe.tasks.task import (
     check_counts,
     check_request,
     check_video,
+    check_video_size,
     distinct,
     draw_seed,
 )
@@ -108,10 +109,7 @@ class Hide:
     regions: int = field(default=LANES, init=False)
 
     def __post_init__(self) -> None:
-        if self.image_size % 16 or self.image_size < 64:
-            raise InputError(f"task.image_size={self.image_size}: expected a multiple of 16, at least 64")
-        if self.frames % 4 != 1 or self.frames < 5:
-            raise InputError(f"task.frames={self.frames}: expected 4k + 1 frames, at least 5")
+        check_video_size(self, 5, chunks=True)
         for name, values in (("objects", self.objects), ("walls", self.walls)):
             if not values or min(values) < 2 or max(values) > 4:
                 raise InputError(f"task.{name}={list(values)}: expected whole numbers from 2 to 4")

@@ -33,6 +33,7 @@ from cosprobe.tasks.task import (
     check_counts,
     check_request,
     check_video,
+    check_video_size,
     distinct,
     draw_seed,
 )
@@ -112,10 +113,9 @@ class Line:
     kinds: tuple[str, str] = field(default=("one", "several"), init=False)
 
     def __post_init__(self) -> None:
+        check_video_size(self, 5)
         least, most = 2 * self.row - 3, self.size**2 - 3
         checks = (
-            (self.image_size % 16 == 0 and self.image_size >= 64, "image_size", "a multiple of 16, at least 64"),
-            (self.frames >= 5, "frames", "at least 5 frames"),
             (3 <= self.size <= 6, "size", "3 to 6 cells a side"),
             (3 <= self.row <= self.size, "row", f"3 to task.size={self.size} in a row"),
             (least <= self.pieces[0] <= self.pieces[1] <= most, "pieces", f"[fewest, most], from {least} to {most}"),

@@ -31,6 +31,7 @@ from cosprobe.tasks.task import (
     check_counts,
     check_request,
     check_video,
+    check_video_size,
     distinct,
     draw_seed,
 )
@@ -58,14 +59,11 @@ class Maze:
     regions: int = field(default=4, init=False)
 
     def __post_init__(self) -> None:
-        if self.image_size % 16 or self.image_size < 64:
-            raise InputError(f"task.image_size={self.image_size}: expected a multiple of 16, at least 64")
+        check_video_size(self, 2)
         if not self.rooms or any(not 4 <= n <= BOARD for n in self.rooms):
             raise InputError(f"task.rooms={list(self.rooms)}: expected rooms per side from 4 to {BOARD}")
         if not 1 <= self.length[0] <= self.length[1]:
             raise InputError(f"task.length={list(self.length)}: expected [shortest, longest] with 1 <= shortest")
-        if self.frames < 2:
-            raise InputError(f"task.frames={self.frames}: expected at least 2 frames")
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -87,7 +85,7 @@ class Maze:
             return distinct(self._draw(split, kind), split, count)
         return by_turns(self.kinds, count, lambda part, one: self.problems(split, part, one))
 
-    def _draw(self, split: str, kind: str) -> Iterator[Problem]:
+    def _draw(self, split: str, kind: str) -> Iterator[Problem | None]:
         entropy = draw_seed(self.seed, split, kind)
         index = 0
         while True:
@@ -96,6 +94,7 @@ class Maze:
             index += 1
             walked = len(layout.solutions[layout.exit]) - 1
             if not self.length[0] <= walked <= self.length[1]:
+                yield None
                 continue
             key = canonical_key(layout)
             owner = split_of(key)

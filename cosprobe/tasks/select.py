@@ -28,6 +28,7 @@ from cosprobe.tasks.task import (
     check_counts,
     check_request,
     check_video,
+    check_video_size,
     distinct,
     draw_seed,
 )
@@ -82,10 +83,7 @@ class Select:
     regions: int = field(default=4, init=False)
 
     def __post_init__(self) -> None:
-        if self.image_size % 16 or self.image_size < 64:
-            raise InputError(f"task.image_size={self.image_size}: expected a multiple of 16, at least 64")
-        if self.frames < 5 or self.frames % 4 != 1:
-            raise InputError(f"task.frames={self.frames}: expected 4k + 1 frames, at least 5")
+        check_video_size(self, 5, chunks=True)
         if len(self.objects) != 2 or not FEWEST <= self.objects[0] <= self.objects[1] <= MOST:
             raise InputError(f"task.objects={list(self.objects)}: expected [fewest, most], from {FEWEST} to {MOST}")
 

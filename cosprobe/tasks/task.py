@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from cosprobe.bounds import LARGEST_SEED, MANY, check_bounds
 from cosprobe.errors import InputError
 from cosprobe.tasks.splits import SPLITS
 
@@ -218,10 +219,20 @@ class TaskConfig(Protocol):
 
 
 def check_counts(config: TaskConfig) -> None:
-    """Raises InputError when `problems` or `seeds` is below 1, or `seed` is below 0."""
-    for name, least in (("problems", 1), ("seeds", 1), ("seed", 0)):
-        if getattr(config, name) < least:
-            raise InputError(f"task.{name}={getattr(config, name)}: expected at least {least}")
+    """Raises InputError when `problems`, `seeds` or `seed` is out of bounds."""
+    check_bounds("task.", config, problems=(1, MANY), seeds=(1, 10_000), seed=(0, LARGEST_SEED))
+
+
+def check_video_size(task: Any, frames: int, chunks: bool = False) -> None:
+    """Raises InputError for images that are too small or too large, or for a video with too few or too many frames.
+
+    task: has image_size and frames. frames: the least number of frames. chunks: expect 4k + 1 frames.
+    """
+    if task.image_size % 16 or not 64 <= task.image_size <= 4096:
+        raise InputError(f"task.image_size={task.image_size}: expected a multiple of 16 from 64 to 4096")
+    if chunks and task.frames % 4 != 1 or not frames <= task.frames <= 10_000:
+        expected = "4k + 1 frames, from" if chunks else "a number of frames from"
+        raise InputError(f"task.frames={task.frames}: expected {expected} {frames} to 10000")
 
 
 def draw_seed(seed: int, split: str, kind: str) -> int:
@@ -235,8 +246,8 @@ def by_turns(kinds: tuple[str, str], count: int, draw: Callable[[int, str], list
     return [halves[i % 2][i // 2] for i in range(count)]
 
 
-def distinct(candidates: Iterator[Problem], split: str, count: int, patience: int = 20_000) -> list[Problem]:
-    """The first `count` problems of `split` with different keys.
+def distinct(candidates: Iterator[Problem | None], split: str, count: int, patience: int = 20_000) -> list[Problem]:
+    """The first `count` problems of `split` with different keys. None: a draw without a problem.
 
     Raises InputError when `patience` draws in a row give no new problem. Then the task has too few distinct problems at
     this difficulty.
@@ -245,7 +256,7 @@ def distinct(candidates: Iterator[Problem], split: str, count: int, patience: in
     since = 0
     for problem in candidates:
         since += 1
-        if problem.split == split and problem.key not in found:
+        if problem is not None and problem.split == split and problem.key not in found:
             found[problem.key] = problem
             since = 0
         if len(found) == count:

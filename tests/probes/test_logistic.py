@@ -358,7 +358,7 @@ def test_losses_fall_and_every_epoch_has_one_point_over_all_chunks(tmp_path):
     ("change", "message"),
     [
         ({"kind": "deep"}, r"probe\.kind='deep'.*logistic, newton, ridge"),
-        ({"penalties": [0.0]}, r"probe\.penalties=\[0\.0\].*above 0"),
+        ({"penalties": [0.0]}, r"probe\.penalties=\[0\.0\].*1e-09"),
         ({"epochs": 0}, r"probe\.epochs=0.*1"),
         ({"lr": 3.0}, r"probe\.lr=3\.0"),
         ({"batch": 0}, r"probe\.batch=0"),
