@@ -153,7 +153,7 @@ def collect(
     """
     config = config or PipelineConfig()
     pictures = image_batch(images)
-    check_size(pipeline, *pictures.shape[2:])
+    check_size(pipeline, pictures.shape[2:], config.frames)
     pixels = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     named = _by_name(labels, roles)
     for name, (values, _) in named.items():

@@ -29,7 +29,7 @@ from cosprobe.config import CaptureConfig, PipelineConfig
 from cosprobe.differences import first_difference
 from cosprobe.errors import InputError
 from cosprobe.files import read_json, write_json
-from cosprobe.models import architecture, check_prompts, experts, model_fingerprint
+from cosprobe.models import architecture, check_prompts, check_size, experts, model_fingerprint
 from cosprobe.monitoring import ResourceMonitor
 from cosprobe.runs import POINTER, STORE
 from cosprobe.runtime import rank_and_world, say
@@ -317,6 +317,7 @@ def collect(
     if missing:
         prompts = [*(sample.problem.prompt for sample in missing), sampler.config.negative_prompt]
         check_prompts(sampler.model, prompts, sampler.config.prompt_tokens)
+        check_size(sampler.model, task.image(missing[0].problem).shape[:2], sampler.config.frames)
     what = f"{len(table.names)} samples" + (f", permuted and fresh weights on {len(few)} of them" if few else "")
     announce(store, table.names, len(missing), store_bytes(sampler, probe, len(table.names), len(few)), what)
     if known is None and rank_and_world()[0] == 0:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import lcm
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import numpy as np
@@ -25,6 +25,7 @@ from cosprobe.runtime import enough_memory
 from cosprobe.tasks import check_lengths
 
 SIDE = 16  # the image-to-video pipelines of diffusers take multiples of it
+Video = TypeVar("Video", np.ndarray, Tensor)
 PROMPTS = ("prompt_embeds", "negative_prompt_embeds")  # per-sample tensors of the sampling loop
 
 
@@ -76,14 +77,25 @@ def clean_estimate(scheduler: Any, step: int, output: Tensor, noisy: Tensor) -> 
     raise InputError(f"{type(scheduler).__name__} predicts {kind!r}: expected flow_prediction, v_prediction or epsilon")
 
 
-def check_size(pipeline: DiffusionPipeline, height: int, width: int) -> None:
-    """Raises InputError for images whose sides are not whole numbers of the model's patches."""
+def check_size(pipeline: DiffusionPipeline, sides: Sequence[int], frames: int) -> None:
+    """Raises InputError for a size or number of frames of the video that diffusers would round.
+
+    sides: height and width in pixels. They have to be whole numbers of the model's patches, and the frames 1 more than
+    a multiple of its chunks.
+    """
+    height, width = sides
     transformer = next(iter(experts(pipeline).values()))
     patch = transformer.config.patch_size
     side = lcm(SIDE, pipeline.vae_scale_factor_spatial * (patch if isinstance(patch, int) else patch[-1]))
     if height % side or width % side:
         raise InputError(
-            f"images: {height} x {width} pixels, expected multiples of {side} for this model; resize or crop them"
+            f"images: {height} x {width} pixels, expected multiples of {side} for this model; resize or crop them, or "
+            "set task.image_size"
+        )
+    chunk = getattr(pipeline, "vae_scale_factor_temporal", 1)
+    if (frames - 1) % chunk:
+        raise InputError(
+            f"pipeline.frames={frames}: expected {chunk}k + 1 frames for this model, such as {3 * chunk + 1}"
         )
 
 
@@ -149,12 +161,12 @@ def sample(
     samples that are left, in order, or None for all. Nothing more is computed for the other samples.
     overrides: more arguments of the pipeline call.
     Returns float video [batch, frame, height, width, 3] in [0, 1], or the latent tensor with `output_type="latent"`.
-    Raises InputError for images that `image_batch` refuses or whose sides the model does not take, for other numbers
-    of prompts or seeds than of images, for a prompt that is too long, and for `filter_batch` with a pipeline that takes
-    one problem per call.
+    Raises InputError for images that `image_batch` refuses, for sides or frames that the model does not take, for
+    videos that are not finite or have another size, for other numbers of prompts or seeds than of images, for a prompt
+    that is too long, and for `filter_batch` with a pipeline that takes one problem per call.
     """
     images = image_batch(images)
-    check_size(pipeline, *images.shape[2:])
+    check_size(pipeline, images.shape[2:], config.frames)
     check_lengths(len(images), prompts=prompts, seeds=seeds)
     check_prompts(pipeline, [*prompts, config.negative_prompt], config.prompt_tokens)
     transformer = next(iter(experts(pipeline).values()))
@@ -186,7 +198,31 @@ def sample(
                 "callback_on_step_end": _filtering(filter_batch, held),
                 "callback_on_step_end_tensor_inputs": names,
             }
-        return pipeline(**(arguments | overrides)).frames
+        video = pipeline(**(arguments | overrides)).frames
+    return _checked(video, pipeline, (config.frames, *images.shape[2:]))
+
+
+def _checked(video: Video, pipeline: DiffusionPipeline, size: tuple[int, ...] = ()) -> Video:
+    """The videos or latents, if they are finite and have the size that was asked for. size: frames, height, width.
+
+    Raises InputError otherwise.
+    """
+    if not (video.isfinite() if isinstance(video, Tensor) else np.isfinite(video)).all():
+        kind = "latents" if isinstance(video, Tensor) else "a video"
+        raise InputError(
+            f"{type(pipeline).__name__} gave {kind} with NaN or infinite values; set pipeline.dtype=float32, or check "
+            "the weights"
+        )
+    if size and not isinstance(video, Tensor) and video.shape[1:4] != size:
+        raise InputError(
+            f"{type(pipeline).__name__} gave videos of {_size(video.shape[1:4])}, expected {_size(size)}; set "
+            "pipeline.frames and task.image_size to what the model gives"
+        )
+    return video
+
+
+def _size(size: Sequence[int]) -> str:
+    return f"{size[0]} frames of {size[1]} x {size[2]} pixels"
 
 
 def _filtering(
@@ -233,4 +269,4 @@ def decode(pipeline: DiffusionPipeline, latents: Tensor) -> np.ndarray:
     vae, transformer = pipeline.vae, next(iter(experts(pipeline).values()))
     latents = architecture(transformer).to_decoder(vae, latents.to(vae.device, vae.dtype))
     video = vae.decode(latents, return_dict=False)[0]
-    return pipeline.video_processor.postprocess_video(video, output_type="np")
+    return _checked(pipeline.video_processor.postprocess_video(video, output_type="np"), pipeline)

@@ -14,7 +14,7 @@ from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
 from cosprobe.minimodel.encoding import encode_condition
 from cosprobe.models.loading import load_pipeline
-from cosprobe.models.pipelines import batched_images, experts, sample
+from cosprobe.models.pipelines import batched_images, decode, experts, sample
 from tests.examples.pipelines import CONFIG, PROMPT, wan
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -214,3 +214,35 @@ def test_a_picture_of_any_kind_gives_the_same_video(folder):
 def test_what_does_not_fit_together_is_refused(images, prompts, seeds, message):
     with pytest.raises(InputError, match=message):
         sample(wan(), CONFIG, images, prompts, seeds)
+
+
+@pytest.mark.parametrize("frames", [1, 4, 5, 12, 15])
+def test_frames_that_diffusers_would_round_are_refused(frames):
+    pipeline = wan()
+    if frames % 4 == 1:
+        assert sample(pipeline, replace(CONFIG, frames=frames), IMAGES[:1], [PROMPT], [0]).shape[1] == frames
+    else:
+        with pytest.raises(InputError, match=rf"pipeline\.frames={frames}: expected 4k \+ 1"):
+            sample(pipeline, replace(CONFIG, frames=frames), IMAGES[:1], [PROMPT], [0])
+
+
+def test_a_video_that_is_not_finite_is_refused():
+    pipeline = wan()
+    pipeline.vae.decoder.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        sample(pipeline, CONFIG, IMAGES[:1], [PROMPT], [0])
+    with pytest.raises(InputError, match="NaN"):
+        decode(pipeline, torch.zeros(1, 4, 2, 4, 4))
+    pipeline.transformer.proj_out.bias.data[0] = float("inf")
+    with pytest.raises(InputError, match="latents with NaN"):
+        sample(pipeline, CONFIG, IMAGES[:1], [PROMPT], [0], output_type="latent")
+
+
+def test_a_video_of_another_size_than_asked_for_is_refused(monkeypatch):
+    pipeline = wan()
+    shorter = pipeline.video_processor.postprocess_video
+    monkeypatch.setattr(
+        pipeline.video_processor, "postprocess_video", lambda video, **given: shorter(video, **given)[:, 1:]
+    )
+    with pytest.raises(InputError, match=r"4 frames of 32 x 32 pixels, expected 5 frames"):
+        sample(pipeline, CONFIG, IMAGES[:1], [PROMPT], [0])
