@@ -25,7 +25,7 @@ def train(run: TrainRun) -> None:
     from cosprobe.differences import flattened
     from cosprobe.evaluation import evaluate, read_inputs_once
     from cosprobe.evaluation.checks import examine, weights_table
-    from cosprobe.minimodel import train_and_describe
+    from cosprobe.minimodel import begin_training, train_and_describe
     from cosprobe.models import load_pipeline
     from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger, remove_events
     from cosprobe.probes import fit, kept_bank
@@ -36,6 +36,7 @@ def train(run: TrainRun) -> None:
 
     task, run_dir = run.task.build(), Path(run.run_dir)
     if not isinstance(run.experiment, ProbeExperiment):  # train a video model, or LoRA adapters of one
+        begin_training(run_dir, run.experiment, task, run.pipeline)
         save_config(run, run_dir)
         print(f"trained; see {train_and_describe(run.experiment, task, run.pipeline, run_dir, run.seed)}")
         return

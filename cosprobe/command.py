@@ -41,7 +41,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cosprobe.config import SCHEMAS, CaptureConfig, TrainRun, UseRun
-from cosprobe.differences import first_difference
+from cosprobe.differences import check_same
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
 from cosprobe.runs import RUN_FILE, find_result, results
@@ -192,12 +192,8 @@ def check_results(run: TrainRun, run_dir: Path, model: str) -> None:
         )
     for folder in results(run_dir):
         before = _of_activations(read_run(folder), _saved(folder / RUN_FILE)["model"])
-        if found := first_difference(before, _of_activations(run, model)):
-            name, made, now = found
-            raise InputError(
-                f"run_dir: {str(run_dir)!r} has a result with {name}={made}, now {name}={now}; choose another run_dir "
-                "(activations are shared between run folders) or delete that folder"
-            )
+        advice = "choose another run_dir (activations are shared between run folders) or delete that folder"
+        check_same(before, _of_activations(run, model), f"run_dir: {str(run_dir)!r} has a result", advice)
 
 
 def _of_activations(run: TrainRun, model: str) -> dict[str, Any]:

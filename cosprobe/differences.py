@@ -6,6 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from cosprobe.errors import InputError
+
+ANOTHER = "choose another run_dir or delete that folder"  # advice
 LONGEST = 60  # letters of a value in a message
 
 
@@ -27,6 +30,16 @@ def first_difference(made: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[s
         if old.get(name) != new.get(name):
             return name, shown(old.get(name)), shown(new.get(name))
     return None
+
+
+def check_same(made: Mapping[str, Any], now: Mapping[str, Any], where: str, advice: str) -> None:
+    """Raises InputError, with the first setting that differs and both values, unless all agree.
+
+    where: begins the message, such as `run_dir: 'runs/maze' was`. advice: ends it.
+    """
+    if found := first_difference(made, now):
+        name, before, after = found
+        raise InputError(f"{where} made with {name}={before}, now {name}={after}; {advice}")
 
 
 def shown(value: Any) -> str:

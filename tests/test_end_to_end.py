@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +21,16 @@ import torch
 import probe
 import train as training
 from cosprobe import Grid, ensemble, load_pipeline, load_probes
-from cosprobe.activations.collection import UNTRAINED
+from cosprobe.activations.collection import UNTRAINED, StoredSamples
 from cosprobe.activations.dataset import load_samples
 from cosprobe.activations.store import ActivationStore
-from cosprobe.command import read_run
+from cosprobe.command import MARK, read_run
 from cosprobe.ensembles.comparison import SIZES
 from cosprobe.ensembles.strategies import STRATEGIES
 from cosprobe.errors import InputError
 from cosprobe.models.identity import fingerprint
 from cosprobe.reporting import results_page
+from cosprobe.runs import finished
 from tests.examples import processes
 from tests.examples.pipelines import wan
 from tests.examples.probe_tiny import TINY, probe_tiny
@@ -306,6 +309,105 @@ def test_the_page_of_results_reads_everything_a_run_holds(run, tmp_path):
         for one in chosen.values():
             row = rf"^\| {re.escape(one['strategy'])} \|.*\b{one['all']['right']['mean']:.3f}\b"
             assert re.search(row, text, re.MULTILINE)
+
+
+def edited(run: Path, **settings: str) -> None:
+    """Changes settings of a result as someone who also mends the checksum would."""
+    path = run / "config.yaml"
+    text = path.read_text().partition("\n")[2]
+    for name, value in settings.items():
+        text, count = re.subn(rf"^(  {name}:) .*$", rf"\1 {value}", text, flags=re.MULTILINE)
+        assert count == 1, name
+    path.write_text(f"{MARK}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"steps": "4"}, None),  # stands in two groups: refused by its checksum
+        ({"guidance": "3.0"}, r"pipeline\.guidance=1\.0, now pipeline\.guidance=3\.0"),
+        ({"dtype": "bfloat16"}, r"pipeline\.dtype"),
+        ({"negative_prompt": "ugly"}, r"pipeline\.negative_prompt"),
+        ({"prompt_tokens": "30"}, r"pipeline\.prompt_tokens"),
+        ({"kind": "ridge"}, r"probe\.kind"),
+    ],
+)
+@pytest.mark.parametrize("use", ["predict", "early", "ensemble"])
+def test_a_result_whose_settings_were_edited_is_refused_before_anything_is_written(run, use, settings, named, capsys):
+    path = run[0] / "config.yaml"
+    before = path.read_text()
+    files = {file: file.stat().st_mtime_ns for file in run[0].parent.rglob("*") if file.is_file() and file != path}
+    try:
+        if named:
+            edited(run[0], **settings)
+        else:
+            path.write_text(before.replace("steps: 3", "steps: 4"))
+        assert probe.main([f"use={use}", f"run={run[0]}"]) == 2
+    finally:
+        path.write_text(before)
+    said = capsys.readouterr().err
+    assert re.search(named or r"config\.yaml is damaged, was edited", said) and said.count("\n") == 1, said
+    now = {file: file.stat().st_mtime_ns for file in run[0].parent.rglob("*") if file.is_file() and file != path}
+    assert now == files
+
+
+@pytest.mark.slow
+def test_a_grid_of_other_probes_is_refused(run, capsys):
+    path = run[0] / "report" / "grid.nc"
+    before = path.read_bytes()
+    grid = Grid.load(run[0])
+    try:
+        other = json.dumps(grid.provenance | {"bank": "0" * 16})
+        Grid(grid.dataset.assign_attrs(provenance=other)).save(path)
+        assert probe.main(["use=predict", f"run={run[0]}"]) == 2
+    finally:
+        path.write_bytes(before)
+    assert re.search(r"grid is of other probes \(0{16}\)", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_of_a_file_of_a_result_is_found_or_changes_nothing(model, run, rng):
+    """Of every file that is read again: an error of ours, or the same values as before."""
+    folder, store = run[0], run[0].parent / "store"
+
+    def everything() -> list:
+        bank, stored = load_probes(folder), StoredSamples.load(folder)
+        found = [read_run(folder), bank.fingerprint, asdict(bank.provenance), stored.settings, stored.table.names]
+        found += [Grid.load(folder).dataset, stored.table.columns, stored.store.read()[0]]
+        return [*found, finished(folder / "report", bank.fingerprint)]
+
+    def same(one, two) -> bool:
+        if isinstance(one, dict) and one and isinstance(next(iter(one.values())), torch.Tensor):
+            return all(torch.equal(torch.nan_to_num(one[n]), torch.nan_to_num(two[n])) for n in one)
+        return one.identical(two) if hasattr(one, "identical") else one == two
+
+    whole = everything()
+    paths = [
+        folder / "config.yaml",
+        folder / "activations.json",
+        folder / "report" / "grid.nc",
+        store / "settings.json",
+    ]
+    paths += [folder / "probes" / "bank.json", folder / "probes" / "bank.safetensors", store / "manifest.json"]
+    paths += [next(store.glob("shard-*")), next(store.glob("samples-*")), folder / "report" / "finished.json"]
+    found = 0
+    for path in paths:
+        content = path.read_bytes()
+        for at in rng.choice(len(content) * 8, 12, replace=False):
+            damaged = bytearray(content)
+            damaged[at // 8] ^= 1 << at % 8
+            path.write_bytes(damaged)
+            try:
+                now = everything()
+                assert all(same(*pair) for pair in zip(whole[:-1], now[:-1], strict=True)), (path, at)
+                assert now[-1] in (whole[-1], None)  # a damaged mark: the report is made again
+                found += now[-1] is None
+            except InputError:
+                found += 1
+            finally:
+                path.write_bytes(content)
+    assert found > 80
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosprobe.checked import checksum
-from cosprobe.differences import first_difference, flattened, shown
+from cosprobe.differences import ANOTHER, check_same, flattened, shown
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, read_json, whole_file, write_json
 from cosprobe.runs import STORE_FILE
@@ -118,12 +118,7 @@ class ActivationStore:
 
     def check_settings(self, other: Mapping[str, Any]) -> None:
         """Raises InputError, with the first setting that differs, unless `other` equals the settings of the store."""
-        if found := first_difference(other, self.settings):
-            name, made, now = found
-            raise InputError(
-                f"run_dir: {str(self.folder)!r} was made with {name}={made}, now {name}={now}; choose another run_dir "
-                "or delete that folder"
-            )
+        check_same(other, self.settings, f"run_dir: {str(self.folder)!r} was", ANOTHER)
 
     def path(self, rows: Rows) -> Path:
         """The file of a shard. It is named by its samples."""

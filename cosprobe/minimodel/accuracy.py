@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +13,10 @@ from rich.progress import track
 
 from cosprobe.activations import Sampler
 from cosprobe.config import PipelineConfig
-from cosprobe.files import whole_file
+from cosprobe.files import read_json, write_json
 from cosprobe.tasks import Problem, Task, with_noise
+
+CURVE = "solved.json"  # the file of a `LearningCurve`, in the folder of a training
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class LearningCurve(L.Callback):
         step = trainer.global_step
         if step % self.every:
             return
-        noted = json.loads(self.path.read_text()) if self.path.is_file() else []
+        noted = read_json(self.path, "delete it")["rows"] if self.path.is_file() else []
         noted = [row for row in noted if row["step"] < step]
         model, settings = self.pipeline_of(module, step)
         for name, task in self.tasks.items():
@@ -79,5 +80,4 @@ class LearningCurve(L.Callback):
                 row = {"step": step, "family": name, "kind": kind, "frames": settings.frames}
                 noted.append(row | {"right": int(solved.right.sum()), "of": len(solved.right)})
                 module.log(f"solved/{name}_{kind}", float(solved.right.mean()))
-        with whole_file(self.path) as part:
-            part.write_text(json.dumps(noted))
+        write_json(self.path, {"rows": noted})

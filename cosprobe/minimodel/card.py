@@ -45,7 +45,7 @@ def train_and_describe(
     experiment: MiniConfig | AdapterConfig, task: Task, pipeline: PipelineConfig, folder: Path, seed: int
 ) -> Path:
     """Trains the mini model (`MiniConfig`) or adapters of `pipeline` (`AdapterConfig`). Returns the path of its
-    card."""
+    card. Call `begin_training` first."""
     tasks = families(experiment.families, task)
     if isinstance(experiment, MiniConfig):
         return describe(train_mini(experiment, tasks, folder), pipeline, tasks, seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from diffusers import AutoencoderKLWan
 from einops import rearrange, repeat
 from jaxtyping import Float
 from rich.progress import track
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
@@ -21,7 +19,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from cosprobe.files import whole_file
+from cosprobe.checked import read_tensors, write_tensors
+from cosprobe.files import read_json, write_json
 from cosprobe.minimodel.autoencoding import IDLE, Family, to_model_range, video_of
 from cosprobe.minimodel.flow_matching import LatentClips
 from cosprobe.tasks import FAMILIES, Problem, Task
@@ -114,9 +113,8 @@ def measure_scale(vae: AutoencoderKLWan, families: Sequence[Family], length: int
             "latents_mean": latents.mean(dim=(0, 2, 3, 4)).tolist(),
             "latents_std": deviations.clamp(min=IDLE * float(deviations.max())).tolist(),
         }
-        with whole_file(path) as part:
-            part.write_text(json.dumps(values))
-    vae.register_to_config(**json.loads(path.read_text()))
+        write_json(path, values)
+    vae.register_to_config(**read_json(path, "delete it"))
 
 
 @torch.no_grad()
@@ -134,9 +132,8 @@ def encode_clips(
         for begin in track(shards, f"encoding {task.name}, {length} frames", disable=len(shards) < 2):
             shard = folder / f"{task.name}-{length:02d}-{begin:06d}.safetensors"
             if not shard.exists():
-                with whole_file(shard) as part:
-                    save_file(_shard(vae, task, problems[begin : begin + SHARD], length), part)
-            for name, value in load_file(shard).items():
+                write_tensors(shard, _shard(vae, task, problems[begin : begin + SHARD], length), {})
+            for name, value in read_tensors(shard)[0].items():
                 parts[name].append(value)
     text = torch.tensor([number[p.prompt] for _, problems in families for p in problems])
     return LatentClips(**{name: torch.cat(values) for name, values in parts.items()}, text=text, prompts=table)

@@ -7,6 +7,7 @@ the stage and step where it stopped. Every part is a class of diffusers or trans
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,10 +29,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from cosprobe.config import MiniConfig, PipelineConfig
+from cosprobe.config import AdapterConfig, MiniConfig, PipelineConfig
+from cosprobe.differences import ANOTHER, check_same
 from cosprobe.errors import InputError
-from cosprobe.files import make_folder, whole_file
-from cosprobe.minimodel.accuracy import LearningCurve
+from cosprobe.files import make_folder, read_json, write_json
+from cosprobe.minimodel.accuracy import CURVE, LearningCurve
 from cosprobe.minimodel.autoencoding import AutoencoderTraining, Family, revive
 from cosprobe.minimodel.encoding import (
     TEXT_WIDTH,
@@ -42,8 +44,11 @@ from cosprobe.minimodel.encoding import (
     measure_scale,
 )
 from cosprobe.minimodel.flow_matching import FlowMatching, LatentClips
-from cosprobe.models import channels_last
+from cosprobe.models import channels_last, load_part, model_fingerprint
+from cosprobe.runs import results
 from cosprobe.tasks import FAMILIES, Task
+
+MADE_FROM = "made_from.json"  # in the folder of a training
 
 
 class ClipSettings(Protocol):
@@ -64,6 +69,44 @@ def families(names: Sequence[str], chosen: Task) -> dict[str, Task]:
         if name not in FAMILIES:
             raise InputError(f"experiment.families: {name!r} is not a task; expected some of {', '.join(FAMILIES)}")
     return {name: chosen if name == chosen.name else FAMILIES[name]().build() for name in dict.fromkeys(names)}
+
+
+def begin_training(folder: Path, experiment: MiniConfig | AdapterConfig, task: Task, pipeline: PipelineConfig) -> None:
+    """Notes in a folder what its training is made from.
+
+    Raises InputError when the folder has a training with other settings, results of probes, or anything else.
+    """
+    made = _made_from(experiment, task, pipeline)
+    if found := results(folder):
+        raise InputError(f"run_dir={str(folder)!r}: has results of probes, such as {found[0].name}; {ANOTHER}")
+    path = folder / MADE_FROM
+    if path.is_file():
+        check_same(read_json(path, ANOTHER), made, f"run_dir: the training in {str(folder)!r} was", ANOTHER)
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"run_dir={str(folder)!r}: is not empty, and has no {MADE_FROM} of a training; {ANOTHER}")
+    make_folder(folder)
+    write_json(path, made)
+
+
+def _made_from(experiment: MiniConfig | AdapterConfig, task: Task, pipeline: PipelineConfig) -> dict[str, Any]:
+    """What the weights of a training depend on: its settings, its tasks, and the models that it starts from."""
+    tasks = families(experiment.families, task)
+    settings = asdict(experiment)
+    weightless = {"card", "solve_every"}  # what is measured, not what is trained
+    made: dict[str, Any] = {
+        "experiment": {name: value for name, value in settings.items() if name not in weightless},
+        "task": {name: asdict(cast(Any, task)) for name, task in tasks.items()},
+    }
+    starts = {"flow": experiment.flow.start}
+    if isinstance(experiment, MiniConfig):
+        starts["autoencoder"] = experiment.autoencoder.start
+    else:
+        made["model"] = model_fingerprint(pipeline)
+    for group, start in starts.items():
+        if start:
+            made[f"{group} starts from model"] = model_fingerprint(PipelineConfig(path=start))
+    return made
 
 
 def train_mini(
@@ -110,7 +153,7 @@ def train_mini(
         model.set_progress_bar_config(disable=True)
         return model, PipelineConfig(steps=8, frames=min(longest, 13))
 
-    curve = LearningCurve(tasks, pipeline_of, folder / "solved.json", config.solve_every)
+    curve = LearningCurve(tasks, pipeline_of, folder / CURVE, config.solve_every)
     with _timed(folder, "flow matching"):
         fit_to(flow, folder / "flow", config.flow.steps, precision, every, None, [curve])
     worlds = {name: asdict(cast(Any, task)) for name, task in tasks.items()}
@@ -135,17 +178,16 @@ def training_sets(config: ClipSettings, tasks: Mapping[str, Task]) -> dict[int, 
 def _begin(model: nn.Module, start: str, group: str, part: str, revived: bool = False) -> None:
     """Loads the weights of an earlier model if `start` is given. revived: whether to apply `revive` to them.
 
-    Raises InputError when the weights are missing or have other sizes.
+    Raises InputError when the weights are missing, are not all of the model, or have other sizes.
     """
     if not start:
         return
+    known = load_part(type(model), PipelineConfig(path=start).folder / part, f"experiment.{group}.start={start!r}")
+    if revived:
+        revive(known)
     try:
-        folder = PipelineConfig(path=start).folder / part
-        known = type(model).from_pretrained(folder, torch_dtype=torch.float32)
-        if revived:
-            revive(known)
         model.load_state_dict(known.state_dict())
-    except (OSError, RuntimeError) as error:
+    except RuntimeError as error:
         raise InputError(
             f"experiment.{group}.start={start!r}: expected a diffusers folder with a {part} of the sizes set here"
         ) from error
@@ -156,7 +198,10 @@ def _before(start: str) -> list[dict[str, Any]]:
     path = PipelineConfig(path=start).folder / "recipe.json"
     if not start or not path.is_file():
         return []
-    recipe = json.loads(path.read_text())
+    try:
+        recipe = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{str(path)!r} is damaged; take the model from its source again") from error
     return [*recipe.pop("before", []), recipe]
 
 
@@ -228,7 +273,10 @@ def fit_to(
         enable_model_summary=False,
     )  # fmt: skip
     if last.exists():
-        saved = torch.load(last, weights_only=True, map_location="cpu")
+        try:
+            saved = torch.load(last, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise InputError(f"{str(last)!r} is damaged: delete it; this stage of the training begins again") from error
         if saved["global_step"] >= steps:
             module.load_state_dict(saved["state_dict"])
             return
@@ -245,18 +293,17 @@ def _timed(folder: Path, stage: str) -> Iterator[None]:
     finally:
         minutes = _minutes(folder)
         minutes[stage] = round(minutes.get(stage, 0.0) + (time.monotonic() - begin) / 60, 2)
-        with whole_file(folder / "minutes.json") as part:
-            part.write_text(json.dumps(minutes))
+        write_json(folder / "minutes.json", minutes)
 
 
 def _curve(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "solved.json"
-    return json.loads(path.read_text()) if path.is_file() else []
+    path = folder / CURVE
+    return read_json(path, "delete it")["rows"] if path.is_file() else []
 
 
 def _minutes(folder: Path) -> dict[str, float]:
     path = folder / "minutes.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path, "delete it") if path.is_file() else {}
 
 
 def export(

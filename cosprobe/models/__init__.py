@@ -6,7 +6,7 @@ from cosprobe.models.architectures import Architecture, architecture
 from cosprobe.models.cpu_layout import channels_last
 from cosprobe.models.identity import fingerprint, model_fingerprint, pipeline_fingerprint
 from cosprobe.models.images import Pictures, image_batch
-from cosprobe.models.loading import load_pipeline
+from cosprobe.models.loading import load_part, load_pipeline
 from cosprobe.models.pipelines import (
     block_list,
     check_prompts,
@@ -32,6 +32,7 @@ __all__ = [
     "experts",
     "fingerprint",
     "image_batch",
+    "load_part",
     "model_fingerprint",
     "load_pipeline",
     "pipeline_fingerprint",

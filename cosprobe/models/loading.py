@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -25,6 +25,7 @@ from cosprobe.models.cpu_layout import arrange
 from cosprobe.models.identity import INDEX, model_fingerprint, remember
 from cosprobe.models.pipelines import experts
 
+Part = TypeVar("Part", bound=nn.Module)
 NAMED = 3  # names of tensors in a message
 
 
@@ -90,12 +91,27 @@ def _load_models(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, nn.Mod
                     f"pipeline.path={str(folder)!r}: {name}/{SCHEDULER_CONFIG_NAME} is none of a scheduler"
                 )
         if isinstance(kind, type) and issubclass(kind, ModelMixin | PreTrainedModel):
-            given: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-            if issubclass(kind, PreTrainedModel):
-                given["ignore_mismatched_sizes"] = True  # they are in the report, instead of an error without names
-            part, report = cast(Any, kind).from_pretrained(folder / name, dtype=dtype, **given)
-            _check_report(report, f"pipeline.path={str(folder)!r}: {name}")
-            yield name, part
+            yield name, _load_model(kind, folder / name, dtype, f"pipeline.path={str(folder)!r}: {name}")
+
+
+def load_part(kind: type[Part], folder: Path, setting: str) -> Part:
+    """Loads one model of a diffusers folder in float32. kind: its class. folder: its own. setting: begins a message.
+
+    Raises InputError as `load_pipeline` does.
+    """
+    with _loading_errors(f"{setting}: {str(folder)!r} is no folder of a {kind.__name__}"):
+        part = _load_model(kind, folder, torch.float32, f"{setting}: {folder.name}")
+    check_weights(part, f"{setting}: {folder.name}")
+    return part
+
+
+def _load_model(kind: type[Part], folder: Path, dtype: torch.dtype, where: str) -> Part:
+    given: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    if issubclass(kind, PreTrainedModel):
+        given["ignore_mismatched_sizes"] = True  # they are in the report, instead of an error without names
+    part, report = cast(Any, kind).from_pretrained(folder, dtype=dtype, **given)
+    _check_report(report, where)
+    return part
 
 
 def _check_report(report: dict[str, Any], where: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from cosprobe.activations import StoreSettings
 from cosprobe.cells import Cell, ranges
 from cosprobe.config import ProbeConfig, TrainerConfig, TrainRun
-from cosprobe.differences import first_difference
+from cosprobe.differences import check_same, first_difference
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, read_json, whole_file, write_json
 from cosprobe.probes.calibration import temperatures
@@ -113,19 +113,16 @@ class ProbeBank:
                 "adapters) of the run, or train the probes again"
             )
 
-    def made_with(
-        self, store: StoreSettings, probe: ProbeConfig, trainer: TrainerConfig, seed: int
-    ) -> tuple[str, str, str] | None:
-        """The first setting of the fit that differs from these: its name, the value of the bank, and the other one."""
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """The settings that the bank depends on, without versions of libraries."""
         made = self.provenance
-        now = {"": store.shaping, "probe": asdict(probe), "trainer": {"precision": trainer.precision}, "seed": seed}
-        before = {
-            "": made.store.shaping if made.store else {},
+        saved = {
             "probe": made.probe,
             "trainer": {"precision": made.trainer.get("precision")},
-            "seed": made.seed,
+            "seed of the fit": made.seed,
         }
-        return first_difference(before, now)
+        return (made.store.shaping if made.store else {}) | saved
 
     def check_result(self, run: TrainRun, grid: str, folder: Path) -> None:
         """Raises InputError when the result in `folder` is not of one piece, or the files of its model have changed.
@@ -135,12 +132,10 @@ class ProbeBank:
         settings = StoreSettings.of(run.pipeline, run.task, run.probe, run.seed)
         if settings.model != self.store.model:
             self.check_model(settings.model, " and ".join(map(str, run.pipeline.parts)))
-        if found := self.made_with(settings, run.probe, run.trainer, run.seed):
-            name, made, now = found
-            raise InputError(
-                f"run={str(folder)!r}: the probes were made with {name.strip('.')}={made}, the settings of the result "
-                f"have {now}; run train.py again"
-            )
+        check_same(
+            self.made_from, _made_from(settings, run.probe, run.trainer, run.seed),
+            f"run={str(folder)!r}: its probes were", "run train.py again",
+        )  # fmt: skip
         if grid != self.fingerprint:
             raise InputError(
                 f"run={str(folder)!r}: its grid is of other probes ({grid}) than those in it ({self.fingerprint}); run "
@@ -320,12 +315,21 @@ def kept_bank(
         bank = ProbeBank.load(folder)
     except InputError:
         return None
-    if bank.made_with(store, probe, trainer, seed):
+    if first_difference(bank.made_from, _made_from(store, probe, trainer, seed)):
         return None
     if found := first_difference(bank.store.versions, store.versions):
         name, made, now = found
         say(f"warning: the probes in {folder} were fitted with {name} {made}, now it is {name} {now}")
     return bank
+
+
+def _made_from(store: StoreSettings, probe: ProbeConfig, trainer: TrainerConfig, seed: int) -> dict[str, Any]:
+    """What `ProbeBank.made_from` is for these settings."""
+    return store.shaping | {
+        "probe": asdict(probe),
+        "trainer": {"precision": trainer.precision},
+        "seed of the fit": seed,
+    }
 
 
 def _parts(cells: int, each: int) -> Iterator[slice]:

@@ -22,6 +22,7 @@ from cosprobe.models.loading import load_pipeline
 from cosprobe.models.pipelines import sample
 from cosprobe.probes.bank import ProbeBank, Provenance
 from cosprobe.tasks import Maze
+from tests.examples.adapters import adapter
 from tests.examples.banks import CELLS, TASK, bank_for, policy_at
 from tests.examples.pipelines import CONFIG, wan
 
@@ -99,6 +100,18 @@ def refused(bank: ProbeBank, pipeline, problems=PROBLEMS, policy: Policy | None 
     with attach(bank, pipeline, problems, policy or policy_at(0.5)):
         if call is not None:
             call()
+
+
+def test_probes_of_a_model_with_adapters_fit_that_model_and_not_the_bare_one(config, pipeline, tmp_path):
+    path = adapter(tmp_path / "adapter")
+    for lora in (path, path.parent):
+        adapted = replace(config, lora=str(lora))
+        made = bank_for(adapted)
+        loaded = load_pipeline(adapted)
+        with attach(made, loaded, PROBLEMS, policy_at(0.5)):
+            run(loaded, adapted)
+        with pytest.raises(ValueError, match=f"made for model {made.store.model}"):
+            refused(made, pipeline)
 
 
 def test_another_model_or_scheduler_is_refused(bank, pipeline, config, tmp_path):
