@@ -20,6 +20,7 @@ from typing import Any
 
 from cosprobe.command import command, read_run
 from cosprobe.config import EarlyConfig, EnsembleConfig, PredictConfig, RunsConfig, UseRun
+from cosprobe.locks import held
 from cosprobe.runs import REPORT, delete_run, find_result, list_runs, mark_finished, print_runs
 
 REPORTS = {EarlyConfig: "early", EnsembleConfig: "ensemble"}  # folders of the uses that write a report
@@ -50,12 +51,13 @@ def use(run: UseRun) -> None:
     bank = load_probes(folder)
     bank.check_result(trained, Grid.load(folder).provenance["bank"], folder)
     seed_everything(run.seed, workers=True, verbose=False)
-    fabric = launch(run.trainer)  # one process per device from here on
-    pipeline = load_pipeline(trained.pipeline, str(fabric.device))
-    sampler = Sampler(pipeline, trained.pipeline, trained.task.build(), run.trainer)
-    uses[type(run.use)](sampler, trained.task, bank, run.use, run.seed, folder)
-    if type(run.use) in REPORTS and fabric.is_global_zero:
-        mark_finished(folder / REPORT / REPORTS[type(run.use)], bank.fingerprint)
+    with held(folder, "run"):
+        fabric = launch(run.trainer)  # one process per device from here on
+        pipeline = load_pipeline(trained.pipeline, str(fabric.device))
+        sampler = Sampler(pipeline, trained.pipeline, trained.task.build(), run.trainer)
+        uses[type(run.use)](sampler, trained.task, bank, run.use, run.seed, folder)
+        if type(run.use) in REPORTS and fabric.is_global_zero:
+            mark_finished(folder / REPORT / REPORTS[type(run.use)], bank.fingerprint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,46 +11,69 @@ import sys
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cosprobe.command import check_results, command, save_config
 from cosprobe.config import ProbeExperiment, TrainRun
+from cosprobe.locks import held
+
+if TYPE_CHECKING:
+    from cosprobe.activations import StoreSettings
+    from cosprobe.probes import ProbeBank
+    from cosprobe.tasks import Task
 
 
 def train(run: TrainRun) -> None:
-    """Collects activations, trains the probes, evaluates them on held-out problems and writes the report."""
+    """Trains probes on a frozen pipeline or, with `experiment`, a video model or adapters of one."""
     # imported here, so that --help does not wait for torch and diffusers
-    from lightning import seed_everything
-
-    from cosprobe.activations import Sampler, StoreSettings, collect, find_store, load_samples
-    from cosprobe.differences import flattened
-    from cosprobe.evaluation import evaluate, read_inputs_once
-    from cosprobe.evaluation.checks import examine, weights_table
+    from cosprobe.activations import StoreSettings
     from cosprobe.minimodel import begin_training, train_and_describe
-    from cosprobe.models import load_pipeline
-    from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger, remove_events
-    from cosprobe.probes import fit, kept_bank
-    from cosprobe.reporting import log_tensorboard, print_summary, record_once, write_report
-    from cosprobe.runs import REPORT, STORE, finished, mark_finished, outdated_reports, result_name
-    from cosprobe.runtime import launch, say
-    from cosprobe.tasks import draw_samples
+    from cosprobe.probes import kept_bank
+    from cosprobe.runs import REPORT, finished, result_name
+    from cosprobe.runtime import say
 
     task, run_dir = run.task.build(), Path(run.run_dir)
-    if not isinstance(run.experiment, ProbeExperiment):  # train a video model, or LoRA adapters of one
-        begin_training(run_dir, run.experiment, task, run.pipeline)
-        save_config(run, run_dir)
-        print(f"trained; see {train_and_describe(run.experiment, task, run.pipeline, run_dir, run.seed)}")
+    if not isinstance(run.experiment, ProbeExperiment):
+        with held(run_dir, "run_dir"):
+            begin_training(run_dir, run.experiment, task, run.pipeline)
+            save_config(run, run_dir)
+            print(f"trained; see {train_and_describe(run.experiment, task, run.pipeline, run_dir, run.seed)}")
         return
 
     folder = run_dir / result_name(run.probe, run.trainer)
     settings = StoreSettings.of(run.pipeline, run.task, run.probe, run.seed)
     check_results(run, run_dir, settings.model)
-    bank = kept_bank(folder / "probes", settings, run.probe, run.trainer, run.seed)
-    if bank is not None and (printed := finished(folder / REPORT, bank.fingerprint)) is not None:
-        save_config(run, folder, settings.model)  # the model may have moved
-        say(f"{folder}: this command has run to its end; its result is unchanged")
-        print(printed, end="")
-        return
+    with held(run_dir, "run_dir"), held(folder, "run_dir"):
+        bank = kept_bank(folder / "probes", settings, run.probe, run.trainer, run.seed)
+        if bank is not None and (printed := finished(folder / REPORT, bank.fingerprint)) is not None:
+            save_config(run, folder, settings.model)  # the model may have moved
+            say(f"{folder}: this command has run to its end; its result is unchanged")
+            print(printed, end="")
+        else:
+            train_probes(run, task, folder, settings, bank)
 
+
+def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSettings, bank: ProbeBank | None) -> None:
+    """Collects activations, trains the probes, evaluates them on held-out problems and writes the report.
+
+    folder: of the result, in the run folder. settings: what the activations depend on. bank: the trained probes, if an
+    earlier attempt has saved them.
+    """
+    from lightning import seed_everything
+
+    from cosprobe.activations import Sampler, collect, find_store, load_samples
+    from cosprobe.differences import flattened
+    from cosprobe.evaluation import evaluate, read_inputs_once
+    from cosprobe.evaluation.checks import examine, weights_table
+    from cosprobe.models import load_pipeline
+    from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger, remove_events
+    from cosprobe.probes import fit
+    from cosprobe.reporting import log_tensorboard, print_summary, record_once, write_report
+    from cosprobe.runs import REPORT, STORE, mark_finished, outdated_reports
+    from cosprobe.runtime import launch, say
+    from cosprobe.tasks import draw_samples
+
+    run_dir = folder.parent
     seed_everything(run.seed, workers=True, verbose=False)
     fabric = launch(run.trainer)  # one process per device from here on
     sampler = Sampler(load_pipeline(run.pipeline, str(fabric.device)), run.pipeline, task, run.trainer)

@@ -15,13 +15,16 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
+from threading import current_thread, main_thread
 from types import NoneType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 from unittest.mock import patch
@@ -42,7 +45,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cosprobe.config import SCHEMAS, CaptureConfig, TrainRun, UseRun
 from cosprobe.differences import check_same
-from cosprobe.errors import InputError
+from cosprobe.errors import InputError, Terminated
 from cosprobe.files import make_folder, whole_file
 from cosprobe.runs import RUN_FILE, find_result, results
 
@@ -80,11 +83,33 @@ def command(root: type[Run], body: Callable[[Run], None], about: str, argv: Sequ
     """Runs `body` on the settings in `argv` (default: the command line) and returns the exit code.
 
     root: class of the settings. about: first part of the help text.
-    Exit codes: 0 success; 2 InputError, printed in one line on stderr; 130 stopped by ctrl-C.
-    Any other exception is a bug and is raised with its traceback.
+    Exit codes: 0 success; 2 InputError, or an error of the operating system for a file, printed in one line on stderr;
+    130 stopped by ctrl-C; 143 by SIGTERM. Any other exception is a bug and is raised with its traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
+    with _terminable():
+        return _command(root, body, about, arguments)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raises Terminated in the block for SIGTERM, if it runs in the main thread and nothing else handles the signal."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise Terminated
+
+    plain = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and current_thread() is main_thread()
+    if plain:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if plain:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _command(root: type[Run], body: Callable[[Run], None], about: str, arguments: Sequence[str]) -> int:
     try:
         flags = _flags(arguments)
         if flags.help:
@@ -101,9 +126,18 @@ def command(root: type[Run], body: Callable[[Run], None], about: str, argv: Sequ
     except InputError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from what is on disk", file=sys.stderr)
-        return 130
+    except OSError as error:
+        where = repr(str(error.filename)) if error.filename else "a file or a connection"
+        print(f"error: {where}: {error.strerror or ' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("error: not enough memory: lower pipeline.batch, task.problems or probe.memory", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        by_signal = isinstance(stopped, Terminated)
+        how = "stopped by SIGTERM" if by_signal else "stopped"
+        print(f"{how}; the same command continues from what is on disk", file=sys.stderr)
+        return 143 if by_signal else 130
     except SystemExit as ended:  # Hydra's argument parser
         return ended.code if isinstance(ended.code, int) else 0
     return 0

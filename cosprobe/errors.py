@@ -1,4 +1,4 @@
-"""The error for wrong input. `train.py` and `probe.py` print it in one line, without a traceback."""
+"""Errors that `train.py` and `probe.py` print in one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class InputError(ValueError):
 
     The message names the value, what was expected and what to do.
     """
+
+
+class Terminated(KeyboardInterrupt):
+    """The process got SIGTERM. Handled like ctrl-C, with exit code 143."""

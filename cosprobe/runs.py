@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rich.table import Table
 from cosprobe.config import CaptureConfig, ProbeConfig, TrainerConfig
 from cosprobe.errors import InputError
 from cosprobe.files import read_json, write_json
+from cosprobe.locks import held
 
 RUN_FILE = "config.yaml"
 STORE, STORE_FILE = "store", "settings.json"  # the folder of the activations in a run folder, and a file in it
@@ -128,7 +129,10 @@ def delete_run(root: Path | str, name: str) -> int:
     if readers:
         raise InputError(f"use.delete={name!r}: its activations are read by {', '.join(readers)}; delete these first")
     size = _size(path)
-    shutil.rmtree(path)
+    with ExitStack() as holds:
+        for part in (path, *results(path)):
+            holds.enter_context(held(part, "use.delete"))
+        shutil.rmtree(path)
     return size
 
 

@@ -114,7 +114,8 @@ def say(line: str) -> None:
 
 @contextmanager
 def keyboard_interrupts() -> Iterator[None]:
-    """Raises KeyboardInterrupt where Lightning's trainer ends the program after ctrl-C, and lets ctrl-C work again.
+    """Raises KeyboardInterrupt where Lightning's trainer ends the program after ctrl-C or SIGTERM, and lets ctrl-C work
+    again.
 
     Lightning closes its processes and files, then ignores ctrl-C and raises SystemExit.
     """
@@ -125,7 +126,7 @@ def keyboard_interrupts() -> Iterator[None]:
         if not isinstance(ended.__context__, KeyboardInterrupt):
             raise
         signal.signal(signal.SIGINT, before)
-        raise KeyboardInterrupt from ended
+        raise type(ended.__context__) from ended  # ctrl-C or SIGTERM
 
 
 @contextmanager

@@ -17,6 +17,7 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
         "bounds",
         "differences",
         "files",
+        "locks",
         "checked",
         "tasks",
         "config",

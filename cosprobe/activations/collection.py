@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,7 @@ from cosprobe.config import CaptureConfig, PipelineConfig
 from cosprobe.differences import first_difference
 from cosprobe.errors import InputError
 from cosprobe.files import read_json, write_json
+from cosprobe.locks import held
 from cosprobe.models import architecture, check_prompts, check_size, experts, model_fingerprint
 from cosprobe.monitoring import ResourceMonitor
 from cosprobe.runs import POINTER, STORE
@@ -319,14 +320,15 @@ def collect(
         check_prompts(sampler.model, prompts, sampler.config.prompt_tokens)
         check_size(sampler.model, task.image(missing[0].problem).shape[:2], sampler.config.frames)
     what = f"{len(table.names)} samples" + (f", permuted and fresh weights on {len(few)} of them" if few else "")
-    announce(store, table.names, len(missing), store_bytes(sampler, probe, len(table.names), len(few)), what)
-    if known is None and rank_and_world()[0] == 0:
-        table.save(store.folder)
-    if monitor is not None:
-        monitor.done = len(table.names) - len(missing)
-    shards = [Shard(store, _rows(batch, few), batch) for batch in sampler.batches(missing)]
-    module = VideoSampler(sampler, probe, frozenset(few), settings.seed)
-    predict_shards(module, shards, [(store, table.names)], sampler.trainer, [monitor] if monitor else [])
+    with held(store.folder, "store") if missing or known is None else nullcontext():
+        announce(store, table.names, len(missing), store_bytes(sampler, probe, len(table.names), len(few)), what)
+        if known is None and rank_and_world()[0] == 0:
+            table.save(store.folder)
+        if monitor is not None:
+            monitor.done = len(table.names) - len(missing)
+        shards = [Shard(store, _rows(batch, few), batch) for batch in sampler.batches(missing)]
+        module = VideoSampler(sampler, probe, frozenset(few), settings.seed)
+        predict_shards(module, shards, [(store, table.names)], sampler.trainer, [monitor] if monitor else [])
     return stored
 
 

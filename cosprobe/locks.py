@@ -1,0 +1,63 @@
+"""Keeps two commands out of one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from cosprobe.errors import InputError
+from cosprobe.files import make_folder, whole_file, writable
+
+LOCK, HOLDER = ".lock", ".holder"  # files in the folder that is held; the second says by which process
+RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # variables of the environment with the index of a process
+
+
+@contextmanager
+def held(folder: Path, setting: str) -> Iterator[None]:
+    """Holds a folder, which is created if needed, until the block ends.
+
+    Only the first of several processes of one command holds it. The operating system ends the hold of a process that is
+    killed. The files of the hold, and a folder that is still empty, are deleted afterwards.
+    setting: names the folder in messages. Raises InputError, with the process, when another command holds it.
+    """
+    if next((os.environ[name] for name in RANKS if name in os.environ), "0") != "0":
+        yield
+        return
+    there = folder.is_dir()
+    make_folder(folder)
+    lock = FileLock(folder / LOCK)
+    try:
+        with writable(folder / LOCK):
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"{setting}={str(folder)!r}: {_holder(folder)} is using it; wait for that command, or choose another folder"
+        ) from None
+    try:
+        with whole_file(folder / HOLDER) as part:
+            about = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+            part.write_text(json.dumps(about))
+        yield
+    finally:
+        for name in (HOLDER, LOCK):  # the lock last, while it is held
+            with suppress(OSError):
+                (folder / name).unlink(missing_ok=True)
+        lock.release()
+        if not there:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def _holder(folder: Path) -> str:
+    try:
+        about = json.loads((folder / HOLDER).read_text())
+        return f"process {about['pid']} on {about['host']} (since {about['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
