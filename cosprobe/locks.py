@@ -33,13 +33,13 @@ def held(folder: Path, setting: str) -> Iterator[None]:
     there = folder.is_dir()
     make_folder(folder)
     lock = FileLock(folder / LOCK)
-    try:
-        with writable(folder / LOCK):
+    with writable(folder / LOCK):
+        try:
             lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(
-            f"{setting}={str(folder)!r}: {_holder(folder)} is using it; wait for that command, or choose another folder"
-        ) from None
+        except Timeout:  # an OSError too
+            raise InputError(
+                f"{setting}={str(folder)!r}: {_holder(folder)} is using it; wait for it, or choose another folder"
+            ) from None
     try:
         with whole_file(folder / HOLDER) as part:
             about = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}

@@ -1,0 +1,104 @@
+"""A folder is held by one command at a time, and a kill ends the hold."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cosprobe.command import command
+from cosprobe.config import TrainRun
+from cosprobe.errors import InputError
+from cosprobe.locks import RANKS, held
+from cosprobe.runs import delete_run
+
+ROOT = Path(__file__).resolve().parent.parent
+HOLD = """
+import sys, time
+from pathlib import Path
+from cosprobe.locks import held
+with held(Path(sys.argv[1]), "run_dir"):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that holds `tmp_path / "run"`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_folder_is_there_while_it_is_held_and_nothing_stays_behind(tmp_path):
+    with held(tmp_path / "a" / "run", "run_dir"):
+        assert (tmp_path / "a" / "run").is_dir()
+    assert not (tmp_path / "a" / "run").exists()
+    with held(tmp_path / "run", "run_dir"):
+        (tmp_path / "run" / "result").mkdir()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["result"]
+    with pytest.raises(ZeroDivisionError), held(tmp_path / "failed", "run_dir"):
+        1 / 0  # noqa: B018
+    assert not (tmp_path / "failed").exists()
+
+
+def test_the_second_of_two_is_refused_with_the_process_that_holds_the_folder(other, tmp_path):
+    with (
+        pytest.raises(InputError, match=rf"^run_dir='.*/run': process {other.pid} on .*since 20\d\d-"),
+        held(tmp_path / "run", "run_dir"),
+    ):
+        pass
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(InputError, match=rf"use\.delete=.*process {other.pid}\b"):
+        delete_run(tmp_path, "run")
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_a_kill_ends_the_hold(other, tmp_path):
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    with held(tmp_path / "run", "run_dir"):
+        pass
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_of_several_processes_of_a_command_the_first_holds(other, tmp_path, monkeypatch, name):
+    for rank in RANKS:
+        monkeypatch.delenv(rank, raising=False)
+    monkeypatch.setenv(name, "1")
+    with held(tmp_path / "run", "run_dir"):
+        pass
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(InputError), held(tmp_path / "run", "run_dir"):
+        pass
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGTERM, 143, " by SIGTERM"), (signal.SIGINT, 130, "")])
+def test_a_signal_ends_a_command_with_a_message_and_its_code(tmp_path, capsys, number, code, said):
+    def body(run):
+        with held(tmp_path / "run", "run_dir"):
+            os.kill(os.getpid(), number)
+            raise AssertionError("not stopped")
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert command(TrainRun, body, "", []) == code
+    assert re.fullmatch(rf"stopped{said}; the same command continues.*\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists() and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_error_of_the_operating_system_names_the_file(tmp_path, capsys):
+    assert command(TrainRun, lambda run: (tmp_path / "none" / "x").write_text(""), "", []) == 2
+    assert re.fullmatch(r"error: '.*/none/x': No such file or directory\n", capsys.readouterr().err)
+    assert command(TrainRun, lambda run: (tmp_path / ("x" * 300)).read_text(), "", []) == 2
+    assert re.fullmatch(r"error: '.*x': File name too long\n", capsys.readouterr().err)
