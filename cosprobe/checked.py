@@ -27,7 +27,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     ready = {name: values.contiguous() for name, values in tensors.items()}
     text = json.dumps(about)
     with whole_file(path) as part:
-        save_file(ready, part, {ABOUT: text, CHECKSUM: checksum(ready, text)})
+        try:
+            save_file(ready, part, {ABOUT: text, CHECKSUM: checksum(ready, text)})
+        except SafetensorError as error:  # safetensors raises this for a full disk
+            raise OSError(str(error)) from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -242,7 +242,10 @@ class ActivationStore:
                 metadata = content.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise self._damaged(file, str(error).splitlines()[0]) from error
-        rows = json.loads(metadata.get("rows", "{}"))
+        try:
+            rows = dict(json.loads(metadata.get("rows", "{}")))
+        except (ValueError, TypeError) as error:
+            raise self._damaged(file, "its list of samples cannot be read") from error
         if metadata.get("fingerprint") != self.fingerprint or self.path(rows).name != file:
             raise InputError(
                 f"shard {str(self.folder / file)!r} belongs to another store or to other samples: expected fingerprint "

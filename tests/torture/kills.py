@@ -1,0 +1,48 @@
+"""Kills at random moments: afterwards the same command has to end as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tests.torture.world import World, clock, content, differences, end, left_over, run, start
+
+PER_RUN = 5  # kills before a run may end
+
+
+def kill(world: World, count: int, rng: np.random.Generator, say: Callable[[str], None]) -> dict[str, int]:
+    """Kills commands of whole runs `count` times. Returns the numbers of kills and of faults."""
+    whole = content(world.finished)
+    counts = {"kills": 0, "lost or doubled": 0, "tracebacks": 0, "halves of files": 0, "refused reruns": 0}
+    takes = {}
+    while counts["kills"] < count:
+        folder, log = world.place("killed"), world.root / "killed.log"
+        share = 0
+        for number, command in enumerate(world.commands(folder)):
+            for _ in range(PER_RUN if number == 0 else 2):
+                begin = clock()
+                process = start(command, log)
+                process.join(float(rng.uniform(0, takes.get(number, 8.0))))
+                if not process.is_alive():  # it has ended before
+                    takes[number] = 0.9 * (clock() - begin)
+                    break
+                process.kill()
+                ended = end(process, log)
+                counts["kills"] += 1
+                counts["tracebacks"] += ended.traceback
+                share += 1
+            begin = clock()
+            ended = run(command, log)
+            takes[number] = max(takes.get(number, 0.0), clock() - begin)
+            counts["tracebacks"] += ended.traceback
+            if ended.code != 0:
+                counts["refused reruns"] += 1
+                say(f"{' '.join(command)}: exit code {ended.code} after a kill: {ended.said[-500:]}")
+        wrong = differences(whole, content(folder))
+        halves = left_over(folder)
+        counts["lost or doubled"] += bool(wrong)
+        counts["halves of files"] += bool(halves)
+        for what in (*wrong, *halves):
+            say(f"after {share} kills: {what}")
+    return counts
