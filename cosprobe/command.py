@@ -373,6 +373,7 @@ def _flags(arguments: Sequence[str]) -> Namespace:
 def _instantiated(composed: Composed) -> Any:
     """The settings as dataclasses, with the default of `run_dir`. Raises InputError for a setting without a value."""
     try:
+        _check_switches(composed)
         missing = OmegaConf.missing_keys(composed.settings)
         if missing:
             raise InputError(f"{min(missing)}: expected {min(missing)}=FOLDER, the folder of a finished train.py run")
@@ -382,6 +383,16 @@ def _instantiated(composed: Composed) -> Any:
     if isinstance(run, TrainRun) and not run.run_dir:
         run.run_dir = _run_dir(composed.choices)
     return run
+
+
+def _check_switches(composed: Composed) -> None:
+    """Raises InputError for a number in place of true or false. OmegaConf takes any number but 0 for true."""
+    for override in OverridesParser.create().parse_overrides(list(composed.overrides)):
+        name = str(override.key_or_group)
+        if isinstance(OmegaConf.select(composed.settings, name), bool):
+            for value in _values(override):
+                if value.lower() not in ("true", "false") and "${" not in value:
+                    raise InputError(f"{override.input_line}: expected true or false")
 
 
 def _run_dir(choices: Mapping[str, str]) -> str:

@@ -158,8 +158,8 @@ def _loading_errors(message: str) -> Iterator[None]:
     """Raises InputError, with the reason in brackets, in place of the errors of diffusers and transformers."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except Exception as error:  # what they raise for damaged files is of many classes
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
         raise InputError(f"{message} ({reason})") from error

@@ -100,9 +100,15 @@ def check_size(pipeline: DiffusionPipeline, sides: Sequence[int], frames: int) -
 
 
 def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], limit: int) -> None:
-    """Raises InputError for a prompt of more than `limit` tokens. Diffusers would truncate it without a warning."""
+    """Raises InputError for a prompt of more than `limit` tokens, which diffusers would truncate without a warning, and
+    for a tokenizer that cannot pad."""
     for prompt in set(prompts):
-        count = len(pipeline.tokenizer(prompt).input_ids)
+        try:
+            count = len(pipeline.tokenizer(prompt).input_ids)
+            pipeline.tokenizer(prompt, padding="max_length", max_length=limit, truncation=True)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise InputError(f"pipeline.path: its tokenizer fails on {prompt[:40]!r} ({reason})") from error
         if count > limit:
             raise InputError(
                 f"prompt {prompt[:40]!r}... has {count} tokens: expected at most {limit}; "

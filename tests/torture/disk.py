@@ -21,13 +21,12 @@ def fill(world: World, count: int, rng: np.random.Generator, say: Callable[[str]
         for command in world.commands(folder):
             limit = int(10 ** rng.uniform(SMALLEST, LARGEST))
             ended = run(command, log, file_limit=limit)
-            said = log.read_text(errors="replace")
             counts["limits"] += 1
             counts["refused in one line"] += ended.one_line
             counts["tracebacks"] += ended.traceback
-            if ended.code != 0 and not (ended.one_line or limit < 500):  # not even the log can be written
+            if ended.code != 0 and not ended.one_line:
                 counts["other ends"] += 1
-                say(f"{command[0]} with files of at most {limit} bytes: exit code {ended.code}: {said[-700:]}")
+                say(f"{command[0]} with files of at most {limit} bytes: exit code {ended.code}: {ended.said[-900:]}")
             again = run(command, log)
             if again.code != 0:
                 counts["other ends"] += 1
