@@ -147,7 +147,10 @@ def price(candidate: Candidate, steps: int, cost: Cost, begun: float | None = No
 
 
 def candidates(context: RunContext, size: Size) -> list[Candidate]:
-    """All candidates that are tried on validation, in order of preference on ties."""
+    """All candidates that are tried on validation, in order of preference on ties.
+
+    Raises InputError, before anything is sampled, when a candidate needs probes that were not trained.
+    """
     parts, reads = windows(context.sampler.depth), range(min(READS, context.sampler.config.steps))
     found = [Candidate(m, Hyperparameters(k)) for k in range(2, size.seeds + 1) for m in ("vote", "best_of", "retry")]
     if context.scorer is not None:
@@ -169,6 +172,9 @@ def candidates(context: RunContext, size: Size) -> list[Candidate]:
             if context.scorer is not None:
                 found.append(Candidate("probe_weighted", Hyperparameters(k, steps, parts["middle"])))
     found.append(Candidate("hidden", Hyperparameters(size.counts[0], (0,), parts["middle"], "all")))  # costs three runs
+    for candidate in found:
+        if context.scorer is not None and candidate.name in PROBES:
+            context.scorer.check(candidate.params.steps or (0,), candidate.params.layers or (None,))
     return list(dict.fromkeys(found))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -70,6 +71,11 @@ class ProbeScorer:
             )
         return fitting[0]
 
+    def check(self, steps: Sequence[int], layers: Sequence[int | None]) -> None:
+        """Raises InputError unless there are probes of every target at these step indices and layers (None: any)."""
+        for target, step, layer in product(self.accuracy, steps, layers):
+            self.cell(target, step, layer)
+
     def cell(self, target: str, step: int, layer: int | None = None) -> Cell:
         """The cell with the best validation accuracy at a step index (and layer). Raises InputError if there is
         none."""
@@ -78,7 +84,10 @@ class ProbeScorer:
         if not here:
             where = f"step {step}" if layer is None else f"step {step}, layer {layer}"
             steps, layers = sorted({c.step for c in table}), sorted({c.layer for c in table})
-            raise InputError(f"{where}: no probes were trained there, expected steps {steps} and layers {layers}")
+            raise InputError(
+                f"{where}: no probes were trained there, expected steps {steps} and layers {layers}; train with "
+                "probe.steps=all and probe.layers=all"
+            )
         return max(here, key=lambda c: (table[c], -c.layer))
 
     def pooling(self, problems: Sequence[Problem]) -> Pooling:

@@ -5,13 +5,16 @@ Sampling is not re-implemented. `sample` calls the pipeline's `__call__`, once f
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import lcm
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest.mock import patch
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -26,6 +29,8 @@ from cosprobe.tasks import check_lengths
 
 SIDE = 16  # the image-to-video pipelines of diffusers take multiples of it
 Video = TypeVar("Video", np.ndarray, Tensor)
+OWN = Path(__file__).resolve().parent.parent  # the folder of this package
+LIBRARIES = Path(diffusers.__file__).resolve().parent.parent  # of diffusers and what is installed beside it
 PROMPTS = ("prompt_embeds", "negative_prompt_embeds")  # per-sample tensors of the sampling loop
 
 
@@ -204,8 +209,30 @@ def sample(
                 "callback_on_step_end": _filtering(filter_batch, held),
                 "callback_on_step_end_tensor_inputs": names,
             }
-        video = pipeline(**(arguments | overrides)).frames
+        with _model_errors(pipeline):
+            video = pipeline(**(arguments | overrides)).frames
     return _checked(video, pipeline, (config.frames, *images.shape[2:]))
+
+
+@contextmanager
+def _model_errors(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Raises InputError in place of an error inside the pipeline, such as for a configuration that makes no sense.
+
+    An error that is raised outside of libraries, as in a hook of this package, stays what it is, and so does one of too
+    little memory.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        files = [Path(frame.f_code.co_filename).resolve() for frame, _ in traceback.walk_tb(error.__traceback__)]
+        ours = files[-1].is_relative_to(OWN) or not files[-1].is_relative_to(LIBRARIES)
+        if ours or isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"{type(pipeline).__name__} failed ({type(error).__name__}: {reason}); check pipeline.* and the "
+            "configuration files of the model"
+        ) from error
 
 
 def _checked(video: Video, pipeline: DiffusionPipeline, size: tuple[int, ...] = ()) -> Video:

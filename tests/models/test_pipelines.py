@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
 
+from cosprobe.activations import capture
 from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
 from cosprobe.minimodel.encoding import encode_condition
@@ -246,3 +247,17 @@ def test_a_video_of_another_size_than_asked_for_is_refused(monkeypatch):
     )
     with pytest.raises(InputError, match=r"4 frames of 32 x 32 pixels, expected 5 frames"):
         sample(pipeline, CONFIG, IMAGES[:1], [PROMPT], [0])
+
+
+def test_an_error_inside_the_pipeline_is_one_line_and_one_of_ours_stays():
+    pipeline = wan()
+    pipeline.vae.register_to_config(latents_mean=[])
+    with pytest.raises(InputError, match=r"^WanImageToVideoPipeline failed \(RuntimeError: shape.*configuration"):
+        sample(pipeline, CONFIG, IMAGES[:1], [PROMPT], [0])
+    pipeline = wan()
+    with (
+        pytest.raises(RuntimeError, match="ran twice at step 0"),
+        capture(pipeline, ["0"]),
+    ):
+        sample(pipeline, replace(CONFIG, steps=2), IMAGES[:1], [PROMPT], [0])
+        sample(pipeline, replace(CONFIG, steps=2), IMAGES[:1], [PROMPT], [0])

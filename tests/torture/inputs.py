@@ -1,4 +1,4 @@
-"""Generated bad inputs: settings, models, adapters, run folders. Each is refused in one line, or gives what it has to."""
+"""Generated bad settings, models, adapters and run folders: refused in one line, or the result is right."""
 
 from __future__ import annotations
 
