@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test test-fast style lint docs site bench validity clean
+.PHONY: demo test test-fast style lint docs site bench validity torture clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train.py probe=layers
@@ -66,6 +66,10 @@ bench: $(INSTALLED)
 # coverage of every interval and size of every test, by simulation with known truth (about 20 minutes)
 validity: $(INSTALLED)
 	$(BIN)/python -m validity docs/validity.md
+
+# kills, signals, bad inputs, flipped bits, full disks, two commands at once: prints counts (about 30 minutes on one core)
+torture: $(INSTALLED)
+	$(BIN)/python -m tests.torture
 
 # torch first and alone: what follows then finds the build that was chosen and keeps it
 $(INSTALLED): pyproject.toml constraints.txt

@@ -62,6 +62,7 @@ FLAGS = {
 MARK = "# sha256 of the other lines: "  # first line of a saved configuration
 SWEEP_FILE = Path("runs", "multirun.yaml")  # in hydra.sweep.dir of the configuration files
 NO_DIFFERENCE = ("run_dir", "store", "trainer", "hydra")  # settings that do not name the folder of a job in a sweep
+LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")  # in errors of torch
 # Parameters of `mallopt` and the values set by `keep_freed_memory`. Source: malloc.h of the GNU C library.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26}
@@ -129,6 +130,11 @@ def _command(root: type[Run], body: Callable[[Run], None], about: str, arguments
     except OSError as error:
         where = repr(str(error.filename)) if error.filename else "a file or a connection"
         print(f"error: {where}: {error.strerror or ' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not any(word in str(error) for word in LOST):
+            raise
+        print("error: another process of this command has ended; the same command continues", file=sys.stderr)
         return 2
     except MemoryError:
         print("error: not enough memory: lower pipeline.batch, task.problems or probe.memory", file=sys.stderr)

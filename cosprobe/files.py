@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from cosprobe.errors import InputError
 
 CHECKSUM = "sha256"  # entry of a JSON file
+# Names of the temporary files of `whole_file`, and of safetensors, which writes beside the file too.
+HALF = re.compile(r"\..*\.part-\d+(\.\w+)?|\.tmp\w{6}")
 
 
 @contextmanager
@@ -23,7 +26,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     the block ends, and deleted when the block fails.
     Raises InputError when it cannot be written (a full or read-only disk).
     """
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    part = path.with_name(f".{path.stem}.part-{os.getpid()}{path.suffix}")
     try:
         with writable(path):
             yield part

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from cosprobe.errors import InputError
-from cosprobe.files import make_folder, whole_file, writable
+from cosprobe.files import HALF, make_folder, whole_file, writable
 
 LOCK, HOLDER = ".lock", ".holder"  # files in the folder that is held; the second says by which process
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # variables of the environment with the index of a process
@@ -24,7 +24,8 @@ def held(folder: Path, setting: str) -> Iterator[None]:
     """Holds a folder, which is created if needed, until the block ends.
 
     Only the first of several processes of one command holds it. The operating system ends the hold of a process that is
-    killed. The files of the hold, and a folder that is still empty, are deleted afterwards.
+    killed. Halves of files from such a process are deleted. Afterwards the files of the hold are deleted, and the
+    folder if it is still empty.
     setting: names the folder in messages. Raises InputError, with the process, when another command holds it.
     """
     if next((os.environ[name] for name in RANKS if name in os.environ), "0") != "0":
@@ -44,6 +45,7 @@ def held(folder: Path, setting: str) -> Iterator[None]:
         with whole_file(folder / HOLDER) as part:
             about = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
             part.write_text(json.dumps(about))
+        _clean(folder)
         yield
     finally:
         for name in (HOLDER, LOCK):  # the lock last, while it is held
@@ -53,6 +55,16 @@ def held(folder: Path, setting: str) -> Iterator[None]:
         if not there:
             with suppress(OSError):  # not empty
                 folder.rmdir()
+
+
+def _clean(folder: Path) -> None:
+    """Deletes halves of files that killed commands left in a folder, but for those in folders that another holds."""
+    for path, inside, names in os.walk(folder):
+        inside[:] = [name for name in inside if not (Path(path) / name / LOCK).exists()]
+        for name in names:
+            if HALF.fullmatch(name):
+                with suppress(OSError):
+                    (Path(path) / name).unlink()
 
 
 def _holder(folder: Path) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 import probe
@@ -188,6 +189,24 @@ def test_an_error_of_ours_on_several_lines_is_told_on_one(capsys):
 def test_an_error_that_is_a_defect_keeps_its_traceback():
     with pytest.raises(ValueError, match="broadcast"):
         command(TrainRun, lambda run: np.zeros(2) + np.zeros(3), "", [])
+
+
+@pytest.mark.slow
+def test_a_lost_process_is_told_in_one_line_and_other_errors_of_torch_are_not(capsys):
+    def body(run):
+        raise RuntimeError(f"[gloo/transport/tcp/pair.cc:553] {run.run_dir} Connection closed by peer [127.0.0.1]")
+
+    assert command(TrainRun, body, "", []) == 2
+    assert re.fullmatch(r"error: another process .* has ended.*same command continues\n", capsys.readouterr().err)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        command(TrainRun, lambda run: torch.zeros(2) + torch.zeros(3), "", [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["1", "-1", "10", "1000000000000", "yes", "1_0"])
+def test_a_number_is_no_switch(value, capsys):
+    assert command(TrainRun, lambda run: None, "", [f"probe.frames={value}"]) == 2
+    check_told(capsys.readouterr().err, f"probe.frames={value}", "true or false")
 
 
 @pytest.mark.slow

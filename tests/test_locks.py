@@ -72,6 +72,20 @@ def test_a_kill_ends_the_hold(other, tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_halves_of_files_of_killed_commands_are_deleted_where_no_other_command_works(other, tmp_path):
+    folder = tmp_path / "outer"
+    (folder / "a").mkdir(parents=True)
+    kept = [folder / "a" / name for name in (".notes.2024.txt", ".hidden", "x.part-12.json", ".tmp")]
+    halves = [folder / "a" / ".bank.part-123.json", folder / ".grid.part-9.nc", folder / "a" / ".tmpAb3xY9"]
+    for path in (*kept, *halves):
+        path.write_text("")
+    elsewhere = tmp_path / "run" / ".bank.part-123.json"
+    elsewhere.write_text("")
+    with held(folder, "run_dir"), held(tmp_path, "run_dir"):
+        pass
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in halves) and elsewhere.exists()
+
+
 @pytest.mark.parametrize("name", RANKS)
 def test_of_several_processes_of_a_command_the_first_holds(other, tmp_path, monkeypatch, name):
     for rank in RANKS:

@@ -113,26 +113,34 @@ def predict_shards(
                 f"trainer.limit_predict_batches={limit}: {left} of {len(shards)} shards are still to be sampled; the "
                 "same command continues"
             )
-    _complete(shards, samples)
+    _complete(shards, samples, trainer.timeout)
 
 
 def _single(shards: list[Shard]) -> Shard:
     return shards[0]
 
 
-def _complete(shards: Sequence[Shard], samples: Sequence[tuple[ActivationStore, Sequence[str]]]) -> None:
+def _complete(
+    shards: Sequence[Shard], samples: Sequence[tuple[ActivationStore, Sequence[str]]], timeout: float
+) -> None:
     """Writes the manifests in the first process, when all processes have written their shards.
 
     A process looks for the files of the others. A barrier would end with an error when another process samples for
-    longer than the communication timeout. Raises InputError in a process whose first process is gone.
+    longer than the communication timeout. Raises InputError in a process whose first process is gone, and when no shard
+    appears for `timeout` seconds.
     """
     rank, world = rank_and_world()
     parent = os.getppid()
     for store, names in samples:
         own = [shard for shard in shards if shard.store is store]
+        there, since = -1, time.monotonic()
         while world > 1 and not (all(shard.written for shard in own) and (rank == 0 or store.complete(names))):
-            if rank and os.getppid() != parent:
-                raise InputError(f"{str(store.folder)!r}: the first process has ended; the same command continues")
+            if (written := sum(shard.written for shard in own)) != there:
+                there, since = written, time.monotonic()
+            gone = rank and os.getppid() != parent
+            if gone or time.monotonic() - since > timeout:
+                which = "the first process has ended" if gone else f"no new shard in {timeout:g} s (trainer.timeout)"
+                raise InputError(f"{str(store.folder)!r}: {which}; the same command continues")
             time.sleep(POLL)
         if rank == 0 and (own or not store.complete(names)):
             store.finish(names)

@@ -26,11 +26,12 @@ from torch import Tensor
 from cosprobe.checked import checksum
 from cosprobe.differences import ANOTHER, check_same, flattened, shown
 from cosprobe.errors import InputError
-from cosprobe.files import make_folder, read_json, whole_file, write_json
+from cosprobe.files import HALF, make_folder, read_json, whole_file, write_json
 from cosprobe.runs import STORE_FILE
 
 MANIFEST, SETTINGS = "manifest.json", STORE_FILE
 LAYOUT = 3  # version of the files of a store
+RESERVE = 10_000_000  # bytes for probes, figures and tables of a result
 ADVICE = "delete the store, or choose another run_dir"
 
 Rows = Mapping[str, Sequence[str]]  # names of the samples of a shard, by group of tensors; see `ActivationStore`
@@ -107,9 +108,9 @@ class ActivationStore:
             self.check_settings(begun.settings)
         make_folder(self.folder)
         free = shutil.disk_usage(self.folder).free
-        if size > free:
+        if size + RESERVE > free:
             raise InputError(
-                f"the store needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free at {str(self.folder)!r}: "
+                f"the store needs {_bytes(size + RESERVE)}, {_bytes(free)} are free at {str(self.folder)!r}: "
                 "choose another run_dir, fewer problems, layers or steps"
             )
         if begun is None:
@@ -173,8 +174,9 @@ class ActivationStore:
         new = sorted(set(found) - set(listed), key=lambda file: min(order.get(n, len(order)) for n in found[file][""]))
         shards = {file: found[file] for file in (*(file for file in listed if file in found), *new)}
         write_json(self.folder / MANIFEST, {"layout": LAYOUT, "fingerprint": self.fingerprint, "shards": shards})
-        for left in self.folder.glob(".shard-*"):  # temporary files of processes that were killed
-            left.unlink()
+        for left in self.folder.iterdir():  # of processes that were killed
+            if HALF.fullmatch(left.name):
+                left.unlink()
 
     def read(
         self,
@@ -262,7 +264,7 @@ class ActivationStore:
                 tensors = {name: content.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise self._damaged(file, str(error).splitlines()[0]) from error
-        if metadata.get(f"checksum {group}") != checksum(tensors, metadata["notes"]):
+        if metadata.get(f"checksum {group}") != checksum(tensors, metadata.get("notes", "")):
             raise self._damaged(file, "its checksum differs")
         return metadata["notes"], tensors
 
@@ -273,6 +275,12 @@ class ActivationStore:
 def _group(name: str, rows: Rows) -> str:
     """The group of a tensor."""
     return max((group for group in rows if name.startswith(group)), key=len)
+
+
+def _bytes(size: int) -> str:
+    """A number of bytes as text, never 0.0 of a unit."""
+    unit, name = (1e9, "GB") if size >= 1e8 else (1e6, "MB")
+    return f"{size / unit:.1f} {name}" if size >= 1e5 else f"{size} bytes"
 
 
 def _digest(content: Mapping[str, Any]) -> str:

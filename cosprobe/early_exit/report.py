@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from cosprobe.early_exit.frontier import (
     policy_exits,
     stopping_rules,
 )
-from cosprobe.files import make_folder, whole_file
+from cosprobe.files import make_folder, whole_file, write_json
 from cosprobe.probes import ProbeBank
 from cosprobe.reporting import STYLE, WIDTH, Film, film_row, film_strip, markdown_table, new_figure, open_table
 from cosprobe.runtime import rank_and_world
@@ -108,9 +107,7 @@ def write_early_report(
     for name, draw in figures.items():
         with whole_file(folder / name) as part:
             draw().savefig(part)
-    described = json.dumps(_described(tested, prices), indent=1)
-    with whole_file(folder / "early.json") as part:
-        part.write_text(described)
+    write_json(folder / "early.json", _described(tested, prices))
     page = ["# Early answers", ""]
     for one in tested:
         kind, task = one.calibrated.policy.kind, one.calibrated.policy.task

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from cosprobe.ensembles.run import RunContext
 from cosprobe.ensembles.strategies import PROBES
 from cosprobe.ensembles.trajectories import Candidate
 from cosprobe.evaluation import Grid
-from cosprobe.files import make_folder, whole_file
+from cosprobe.files import make_folder, whole_file, write_json
 from cosprobe.models import pipeline_fingerprint
 from cosprobe.probes import ProbeBank
 from cosprobe.reporting import STYLE, markdown_table, new_figure
@@ -67,8 +66,7 @@ def ensembles(
 def write_ensemble(comparison: Comparison, folder: Path) -> Path:
     """Writes ensemble.json, ensemble.md and ensemble.png to `folder`. Returns the path of ensemble.md."""
     make_folder(folder)
-    with whole_file(folder / "ensemble.json") as part:
-        part.write_text(json.dumps(numbers(comparison), indent=1))
+    write_json(folder / "ensemble.json", numbers(comparison))
     with whole_file(folder / "ensemble.png") as part:
         figure(comparison).savefig(part)
     page = folder / "ensemble.md"

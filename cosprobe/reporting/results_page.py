@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from cosprobe.errors import InputError
 from cosprobe.evaluation import ALPHA, GUESSES, Grid
-from cosprobe.files import whole_file
+from cosprobe.files import read_json, whole_file
 from cosprobe.probes import load_probes
 from cosprobe.reporting.summary import COLUMNS, markdown_table, shown_targets, summarise
 from cosprobe.runs import find_result, outdated_reports
@@ -138,7 +137,7 @@ def of_ensemble(folder: Path) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path, "run probe.py again") if path.is_file() else None
 
 
 def _number(value: float) -> str:

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 
+from cosprobe.activations import predicting
 from cosprobe.activations.predicting import FrozenSampling, Shard, announce, predict_shards
 from cosprobe.activations.sampler import Sampler
 from cosprobe.activations.store import ActivationStore
@@ -113,3 +114,11 @@ def test_an_error_keeps_what_was_written(sampler, tmp_path):
 def test_devices_that_do_not_exist_are_named(sampler, tmp_path, settings, named):
     with pytest.raises(InputError, match=named):
         predict(Doubling(sampler), (*shards(tmp_path / "store"), 5), trainer=TrainerConfig(**settings))
+
+
+def test_shards_of_another_process_are_not_waited_for_without_end(sampler, tmp_path, monkeypatch):
+    store, lacking = shards(tmp_path / "store")
+    monkeypatch.setattr("cosprobe.activations.predicting.rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr("cosprobe.activations.predicting.POLL", 0.01)
+    with pytest.raises(InputError, match=r"no new shard in 0\.2 s \(trainer\.timeout\); the same command continues"):
+        predicting._complete(lacking, [(store, NAMES)], 0.2)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
@@ -11,6 +9,7 @@ from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
 from cosprobe.evaluation.scoring import build_grid
 from cosprobe.evaluation.variables import ALPHA, GUESSES
+from cosprobe.files import write_json
 from cosprobe.reporting.results_page import main, of_early, of_ensemble, of_map, page
 from cosprobe.runs import mark_finished
 from tests.examples.banks import bank_for
@@ -64,7 +63,7 @@ def test_early_answers_and_ensembles_are_those_of_their_files(tmp_path):
     early, ensemble = tmp_path / "report" / "early", tmp_path / "report" / "ensemble"
     early.mkdir(parents=True)
     ensemble.mkdir()
-    (early / "early.json").write_text(json.dumps({"kinds": {"one_exit": {"result": result}}}))
+    write_json(early / "early.json", {"kinds": {"one_exit": {"result": result}}})
     assert rows(of_early(tmp_path), "one_exit") == [
         ["one_exit", "60", "50", "2", "0.03 [0.00, 0.12]", "0.250", "0.98", "0.95", "+0.030 [-0.010, +0.070]",
          "+0.050 [+0.010, +0.090]"]
@@ -79,7 +78,7 @@ def test_early_answers_and_ensembles_are_those_of_their_files(tmp_path):
         "error_correlation": 0.12, "chosen": {"the paper's": chosen},
         "p_better_than_hidden": {"the paper's": {"retry": 0.004}},
     }  # fmt: skip
-    (ensemble / "ensemble.json").write_text(json.dumps(found))
+    write_json(ensemble / "ensemble.json", found)
     lines = of_ensemble(tmp_path)
     assert rows(lines, "hidden K=3") == [["hidden K=3", "1.10", "0.900 [0.850, 0.950]", "", ""]]
     assert rows(lines, "retry K=2") == [

@@ -20,7 +20,7 @@ def kill(world: World, count: int, rng: np.random.Generator, say: Callable[[str]
         folder, log = world.place("killed"), world.root / "killed.log"
         share = 0
         for number, command in enumerate(world.commands(folder)):
-            for _ in range(PER_RUN if number == 0 else 2):
+            for _ in range(min(PER_RUN if number == 0 else 2, count - counts["kills"])):
                 begin = clock()
                 process = start(command, log)
                 process.join(float(rng.uniform(0, takes.get(number, 8.0))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import re
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,6 +24,7 @@ import train
 from cosprobe.activations.store import ActivationStore
 from cosprobe.ensembles.comparison import SIZES
 from cosprobe.evaluation import Grid
+from cosprobe.files import read_json
 from cosprobe.probes import load_probes
 from cosprobe.runs import find_result
 from tests.examples.pipelines import wan
@@ -114,11 +113,12 @@ class World:
     root: Path
     model: Path
     finished: Path
+    only_train: bool = False
 
     @classmethod
-    def build(cls, root: Path) -> World:
-        """Makes the model, and trains, answers early and compares ensembles without any fault."""
-        world = cls(root, root / "wan", root / "whole" / "run")
+    def build(cls, root: Path, only_train: bool = False) -> World:
+        """Makes the model, and trains, answers early and compares ensembles without any fault. only_train: trains."""
+        world = cls(root, root / "wan", root / "whole" / "run", only_train)
         wan().save_pretrained(world.model)
         for command in world.commands(world.finished):
             ended = run(command, root / "log")
@@ -138,10 +138,8 @@ class World:
         """The commands of a whole run."""
         quiet = [f"run={folder}", "trainer.enable_progress_bar=false"]
         early = ["use.calibration=59", "use.problems=3", "use.error_reference=truth"]
-        return [
-            self.train(folder), ["probe", "use=early", *quiet, *early],
-            ["probe", "use=ensemble", *quiet],
-        ]  # fmt: skip
+        uses = [] if self.only_train else [["use=early", *quiet, *early], ["use=ensemble", *quiet]]
+        return [self.train(folder), *(["probe", *settings] for settings in uses)]
 
     def place(self, name: str) -> Path:
         """A run folder that does not exist, with none beside it whose activations could be read."""
@@ -164,8 +162,8 @@ def content(folder: Path) -> dict[str, Any]:
         store = ActivationStore.open(path.parent)
         tensors = {name: torch.nan_to_num(values) for name, values in store.read()[0].items()}
         found[str(path.parent.relative_to(folder))] = (sorted(store.names()), len(store.names()), tensors)
-    with suppress(FileNotFoundError):
-        found["ensemble"] = json.loads((result / "report" / "ensemble" / "ensemble.json").read_text())
+    path = result / "report" / "ensemble" / "ensemble.json"
+    found["ensemble"] = read_json(path, "") if path.is_file() else None
     return found
 
 
