@@ -252,6 +252,18 @@ def test_a_finished_result_is_printed_again_and_nothing_is_done(model, run):
 
 
 @pytest.mark.slow
+def test_a_model_that_was_moved_keeps_its_run(model, run, tmp_path):
+    moved = shutil.copytree(model, tmp_path / "moved")
+    assert "unchanged" in train(moved, run[0].parent)
+    assert read_run(run[0]).pipeline.path == str(moved)
+    assert within("probe.py", "use=predict", f"run={run[0]}", "use.step=1", "use.problems=2").returncode == 0
+    shutil.rmtree(moved)
+    gone = within("probe.py", "use=predict", f"run={run[0]}")
+    assert gone.returncode == 2 and re.search(r"pipeline\.path='.*/moved'.*was moved.*new place", gone.stderr)
+    assert "unchanged" in train(model, run[0].parent) and read_run(run[0]).pipeline.path == str(model)
+
+
+@pytest.mark.slow
 def test_another_kind_of_probes_is_another_result_of_the_run(model, run):
     """It reads the same activations, and the first result keeps its probes, policies, grid and curves."""
     files = {path: path.stat().st_mtime_ns for path in run[0].rglob("*") if path.is_file()}
