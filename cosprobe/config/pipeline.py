@@ -22,7 +22,7 @@ class PipelineConfig:
     path: str = ""
     "A diffusers folder; empty or `mini`: the model in the package."
     lora: str = ""
-    "A folder of LoRA adapters for diffusers' `load_lora_weights`; empty: none."
+    "A file or folder of LoRA adapters for diffusers' `load_lora_weights`; empty: none."
     steps: int = 20
     "Number of sampler steps."
     guidance: float = 1.0
