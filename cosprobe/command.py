@@ -21,8 +21,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from threading import current_thread, main_thread
 from types import NoneType
@@ -351,21 +352,34 @@ def _check_sweep(root: Root, arguments: Sequence[str]) -> None:
 
 def _composed(root: Root, arguments: Sequence[str]) -> Composed:
     """Composes the settings, without running anything."""
-    _register()
     flags = _flags(arguments)
-    overrides = list(flags.overrides)
-    extra = [f"hydra.searchpath=[file://{Path(flags.config_dir).resolve()}]"] if flags.config_dir else []
+    overrides = tuple(flags.overrides)
     try:
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = hydra.compose(root.entry, [*overrides, *extra], return_hydra_config=True)
+        if flags.config_dir:  # its files may change between two calls
+            extra = f"hydra.searchpath=[file://{Path(flags.config_dir).resolve()}]"
+            return Composed(*_compose.__wrapped__(root.entry, (*overrides, extra)), overrides)
+        settings, choices = _compose(root.entry, overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _explained(root, arguments, error) from error
+    return Composed(deepcopy(settings), choices, overrides)
+
+
+@lru_cache(maxsize=256)
+def _compose(entry: str, overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
+    """The settings, and the chosen option of each group. entry: the configuration file of a command.
+
+    They are kept, because Hydra takes a tenth of a second, a mistake needs
+    the defaults, and a command is composed before Hydra runs it.
+    """
+    _register()
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = hydra.compose(entry, list(overrides), return_hydra_config=True)
     choices = dict(cfg.hydra.runtime.choices)
     OmegaConf.set_readonly(cfg, False)
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
     OmegaConf.set_struct(cfg, True)
-    return Composed(cfg, choices, tuple(overrides))
+    return cfg, choices
 
 
 def _flags(arguments: Sequence[str]) -> Namespace:

@@ -9,7 +9,7 @@ from tests.torture import bits, inputs, kills, pairs
 from tests.torture.world import World
 
 pytestmark = pytest.mark.slow
-FEW = {"kills": (kills.kill, 2), "inputs": (inputs.give, 12), "bits": (bits.flip, 40), "pairs": (pairs.both, 1)}
+FEW = {"kills": (kills.kill, 1), "inputs": (inputs.give, 12), "bits": (bits.flip, 40), "pairs": (pairs.both, 1)}
 
 
 @pytest.fixture(scope="module")
