@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from cosprobe.errors import InputError
@@ -19,7 +18,7 @@ def check_bounds(group: str, settings: Any, **bounds: tuple[float, float]) -> No
     for name, (least, most) in bounds.items():
         value = getattr(settings, name)
         for number in _numbers(value):
-            if not (math.isfinite(number) and least <= number <= most):
+            if not least <= number <= most:  # NaN and infinite numbers are not either
                 raise InputError(f"{group}{name}={value}: expected {_words(least)} to {_words(most)}")
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,8 +45,21 @@ def writable(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
         raise InputError(
-            f"{str(path)!r}: cannot be written ({reason}); free some space, or choose another folder"
+            f"{str(path)!r}: cannot be written ({reason}; {_free(path)} free there); free some space, or choose "
+            "another folder"
         ) from error
+
+
+def _free(path: Path) -> str:
+    """The space on the disk of a path."""
+    there = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
+    return size_text(shutil.disk_usage(there).free)
+
+
+def size_text(size: int) -> str:
+    """A number of bytes as text, never 0.0 of a unit."""
+    unit, name = (1e9, "GB") if size >= 1e8 else (1e6, "MB")
+    return f"{size / unit:.1f} {name}" if size >= 1e5 else f"{size} bytes"
 
 
 def make_folder(path: Path) -> Path:

@@ -26,7 +26,7 @@ from torch import Tensor
 from cosprobe.checked import checksum
 from cosprobe.differences import ANOTHER, check_same, flattened, shown
 from cosprobe.errors import InputError
-from cosprobe.files import HALF, make_folder, read_json, whole_file, write_json
+from cosprobe.files import HALF, make_folder, read_json, size_text, whole_file, write_json
 from cosprobe.runs import STORE_FILE
 
 MANIFEST, SETTINGS = "manifest.json", STORE_FILE
@@ -110,7 +110,7 @@ class ActivationStore:
         free = shutil.disk_usage(self.folder).free
         if size + RESERVE > free:
             raise InputError(
-                f"the store needs {_bytes(size + RESERVE)}, {_bytes(free)} are free at {str(self.folder)!r}: "
+                f"the store needs {size_text(size + RESERVE)}, {size_text(free)} are free at {str(self.folder)!r}: "
                 "choose another run_dir, fewer problems, layers or steps"
             )
         if begun is None:
@@ -275,12 +275,6 @@ class ActivationStore:
 def _group(name: str, rows: Rows) -> str:
     """The group of a tensor."""
     return max((group for group in rows if name.startswith(group)), key=len)
-
-
-def _bytes(size: int) -> str:
-    """A number of bytes as text, never 0.0 of a unit."""
-    unit, name = (1e9, "GB") if size >= 1e8 else (1e6, "MB")
-    return f"{size / unit:.1f} {name}" if size >= 1e5 else f"{size} bytes"
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
+from cosprobe.files import size_text
+from cosprobe.runtime import say
 
 INDEX = "model_index.json"
 NEVER_READ = (".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".pt", ".pth")  # suffixes of files
 VOLATILE = ("_name_or_path", "_diffusers_version", "transformers_version")  # entries of configurations
 SKETCH = 64  # values of a tensor that are looked at to notice that weights were changed in memory
 THREADS = 4
+LARGE = 5 * 10**9  # bytes of files that take seconds to read
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ def model_fingerprint(config: PipelineConfig) -> str:
         raise InputError(
             f"pipeline.lora={config.lora!r}: expected adapters of this model, a safetensors file or a folder with one"
         )
+    size = sum(file.stat().st_size for part in config.parts for _, file in _files(part))
+    if size > LARGE:
+        say(f"model: reading all of its files, {size_text(size)}, to know it by its content")
     return fingerprint(*config.parts)
 
 

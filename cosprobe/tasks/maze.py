@@ -62,8 +62,11 @@ class Maze:
         check_video_size(self, 2)
         if not self.rooms or any(not 4 <= n <= BOARD for n in self.rooms):
             raise InputError(f"task.rooms={list(self.rooms)}: expected rooms per side from 4 to {BOARD}")
-        if not 1 <= self.length[0] <= self.length[1]:
-            raise InputError(f"task.length={list(self.length)}: expected [shortest, longest] with 1 <= shortest")
+        most = max(self.rooms) ** 2 - 1  # steps of a walk through all rooms
+        if not 1 <= self.length[0] <= min(self.length[1], most):
+            raise InputError(
+                f"task.length={list(self.length)}: expected [shortest, longest] with shortest from 1 to {most}"
+            )
 
     @property
     def targets(self) -> tuple[Target, ...]:

@@ -267,6 +267,15 @@ def test_a_run_with_more_problems_samples_only_the_new_ones(sampler, config, tmp
     assert seen == names  # other noise is another store
 
 
+def test_other_versions_of_libraries_are_a_warning_and_the_store_is_read(sampler, settings, stored, capsys):
+    older = replace(settings, versions=settings.versions | {"torch": "1.0"})
+    assert older.identity == settings.identity
+    again = collected(sampler, DRAWN, older, stored.store.folder.parent)
+    said, torch_now = " ".join(capsys.readouterr().out.split()), re.escape(settings.versions["torch"])
+    assert again.store == stored.store and "re-using them" in said
+    assert re.search(rf'warning: .* was sampled with torch "{torch_now}", now it is "1\.0"', said)
+
+
 def test_another_target_needs_a_table_and_no_sampling(sampler, settings, stored, monkeypatch):
     class WithParity(Maze):
         """Mazes with one more target: whether the number of a problem is odd."""
