@@ -25,7 +25,7 @@ from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from threading import current_thread, main_thread
+from threading import Timer, current_thread, main_thread
 from types import NoneType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 from unittest.mock import patch
@@ -96,19 +96,34 @@ def command(root: type[Run], body: Callable[[Run], None], about: str, argv: Sequ
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Raises Terminated in the block for SIGTERM, if it runs in the main thread and nothing else handles the signal."""
+    """Raises Terminated in the block for SIGTERM, if it runs in the main thread and nothing else handles the signal.
+
+    Python drops an exception that a signal raises while a finaliser runs. Such a signal is sent again.
+    """
+    hook = sys.unraisablehook
 
     def stop(signum: int, frame: Any) -> None:
         raise Terminated
 
+    def again(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            number = signal.SIGTERM if dropped.exc_type is Terminated else signal.SIGINT
+            later = Timer(0.05, os.kill, (os.getpid(), number))  # when the finaliser has ended
+            later.daemon = True
+            later.start()
+        else:
+            hook(dropped)
+
     plain = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and current_thread() is main_thread()
     if plain:
         signal.signal(signal.SIGTERM, stop)
+        sys.unraisablehook = again
     try:
         yield
     finally:
         if plain:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            sys.unraisablehook = hook
 
 
 def _command(root: type[Run], body: Callable[[Run], None], about: str, arguments: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ threadpool_limits(1)  # of what plugins of pytest have loaded before
 
 
 # the files that take longest, in this order
-LONGEST = ("end_to_end", "task", "planted", "oracles", "benchmarks", "checkpoints", "shipped", "readme", "baselines",
+LONGEST = ("end_to_end", "task", "torture", "planted", "oracles", "benchmarks", "checkpoints", "shipped", "readme", "baselines",
            "logistic", "cli", "select", "quickstart", "line", "recipe", "api", "collection")  # fmt: skip
 
 

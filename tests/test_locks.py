@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,23 @@ def test_a_signal_ends_a_command_with_a_message_and_its_code(tmp_path, capsys, n
     assert command(TrainRun, body, "", []) == code
     assert re.fullmatch(rf"stopped{said}; the same command continues.*\n", capsys.readouterr().err)
     assert not (tmp_path / "run").exists() and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_during_a_finaliser_is_not_lost(capsys, number, code):
+    class Ending:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)  # the handler runs here, and Python drops what it raises
+
+    def body(run):
+        Ending()
+        for _ in range(100):
+            time.sleep(0.01)
+        raise AssertionError("not stopped")
+
+    assert command(TrainRun, body, "", []) == code
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_error_of_the_operating_system_names_the_file(tmp_path, capsys):

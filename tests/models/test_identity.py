@@ -17,18 +17,6 @@ from tests.examples.adapters import adapter
 from tests.examples.pipelines import wan
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "wan"
-    wan().save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def folder(saved, tmp_path) -> Path:
-    return shutil.copytree(saved, tmp_path / "wan")
-
-
 def flip(path: Path, at: int = -5) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
@@ -39,14 +27,14 @@ def files(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
-def test_a_bit_of_any_file_counts(folder):
-    before = fingerprint(folder)
-    assert len(files(folder)) >= 10
-    for name in files(folder):
-        flip(folder / name)
-        assert fingerprint(folder) != before, name
-        flip(folder / name)
-        assert fingerprint(folder) == before, name
+def test_a_bit_of_any_file_counts(copied):
+    before = fingerprint(copied)
+    assert len(files(copied)) >= 10
+    for name in files(copied):
+        flip(copied / name)
+        assert fingerprint(copied) != before, name
+        flip(copied / name)
+        assert fingerprint(copied) == before, name
 
 
 def test_a_bit_in_the_middle_of_large_weights_counts(tmp_path):
@@ -58,39 +46,39 @@ def test_a_bit_in_the_middle_of_large_weights_counts(tmp_path):
     assert fingerprint(tmp_path) != before
 
 
-def test_the_place_and_what_is_not_loaded_do_not_count(folder, tmp_path):
-    before = fingerprint(folder)
-    assert fingerprint(shutil.copytree(folder, tmp_path / "moved" / "deeper")) == before
-    (folder / "README.md").write_text("about")
-    (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"never read")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "lock.json").write_text("{}")
-    assert fingerprint(folder) == before
+def test_the_place_and_what_is_not_loaded_do_not_count(copied, tmp_path):
+    before = fingerprint(copied)
+    assert fingerprint(shutil.copytree(copied, tmp_path / "moved" / "deeper")) == before
+    (copied / "README.md").write_text("about")
+    (copied / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"never read")
+    (copied / ".cache").mkdir()
+    (copied / ".cache" / "lock.json").write_text("{}")
+    assert fingerprint(copied) == before
 
 
-def test_links_are_followed_and_a_link_that_is_repointed_counts(folder, tmp_path):
-    before = fingerprint(folder)
+def test_links_are_followed_and_a_link_that_is_repointed_counts(copied, tmp_path):
+    before = fingerprint(copied)
     for name in ("one", "two"):
-        shutil.copytree(folder / "transformer", tmp_path / name)
+        shutil.copytree(copied / "transformer", tmp_path / name)
     flip(next((tmp_path / "two").glob("*.safetensors")))
-    shutil.rmtree(folder / "transformer")
-    (folder / "transformer").symlink_to(tmp_path / "one")
-    assert fingerprint(folder) == before
-    (folder / "transformer").unlink()
-    (folder / "transformer").symlink_to(tmp_path / "two")
-    assert fingerprint(folder) != before
-    os.symlink(folder, folder / "vae" / "loop")
+    shutil.rmtree(copied / "transformer")
+    (copied / "transformer").symlink_to(tmp_path / "one")
+    assert fingerprint(copied) == before
+    (copied / "transformer").unlink()
+    (copied / "transformer").symlink_to(tmp_path / "two")
+    assert fingerprint(copied) != before
+    os.symlink(copied, copied / "vae" / "loop")
     with pytest.raises(InputError, match="too deep"):
-        fingerprint(folder)
+        fingerprint(copied)
 
 
-def test_adapters_count_as_a_file_and_as_a_folder(folder, tmp_path):
+def test_adapters_count_as_a_file_and_as_a_folder(copied, tmp_path):
     path = adapter(tmp_path / "adapter")
-    bare = PipelineConfig(path=str(folder))
-    found = {model_fingerprint(PipelineConfig(path=str(folder), lora=str(place))) for place in (path, path.parent)}
+    bare = PipelineConfig(path=str(copied))
+    found = {model_fingerprint(PipelineConfig(path=str(copied), lora=str(place))) for place in (path, path.parent)}
     assert len(found) == 1 and model_fingerprint(bare) not in found
     flip(path)
-    assert model_fingerprint(PipelineConfig(path=str(folder), lora=str(path))) not in found
+    assert model_fingerprint(PipelineConfig(path=str(copied), lora=str(path))) not in found
 
 
 def test_what_is_no_model_has_no_fingerprint(tmp_path):
@@ -103,9 +91,9 @@ def test_what_is_no_model_has_no_fingerprint(tmp_path):
         model_fingerprint(PipelineConfig(lora=str(tmp_path / "empty")))
 
 
-def test_a_loaded_pipeline_is_its_files_until_something_in_memory_changes(folder, tmp_path):
+def test_a_loaded_pipeline_is_its_files_until_something_in_memory_changes(copied, tmp_path):
     path = adapter(tmp_path / "adapter")
-    config = PipelineConfig(path=str(folder), lora=str(path))
+    config = PipelineConfig(path=str(copied), lora=str(path))
     pipeline = load_pipeline(config)
     assert pipeline_fingerprint(pipeline) == model_fingerprint(config)
     again = load_pipeline(config)

@@ -14,19 +14,6 @@ from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
 from cosprobe.models.loading import load_pipeline
 from tests.examples.adapters import adapter
-from tests.examples.pipelines import wan
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "wan"
-    wan().save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def folder(saved, tmp_path) -> Path:
-    return shutil.copytree(saved, tmp_path / "wan")
 
 
 def change(folder: Path, part: str, edit) -> None:
@@ -56,44 +43,44 @@ NAMES = {  # a tensor of every model
 
 
 @pytest.mark.parametrize("part", NAMES)
-def test_a_tensor_that_is_missing_is_named(folder, part):
-    change(folder, part, lambda tensors: tensors.pop(NAMES[part]))
-    refused(folder, rf"pipeline\.path=.*{part}: {NAMES[part]} are not in its files")
+def test_a_tensor_that_is_missing_is_named(copied, part):
+    change(copied, part, lambda tensors: tensors.pop(NAMES[part]))
+    refused(copied, rf"pipeline\.path=.*{part}: {NAMES[part]} are not in its files")
 
 
 @pytest.mark.parametrize("part", NAMES)
-def test_a_tensor_of_no_layer_is_named(folder, part):
-    change(folder, part, lambda tensors: tensors.update({"extra.weight": torch.ones(2)}))
-    refused(folder, rf"pipeline\.path=.*{part}: extra\.weight are in its files but not in the model")
+def test_a_tensor_of_no_layer_is_named(copied, part):
+    change(copied, part, lambda tensors: tensors.update({"extra.weight": torch.ones(2)}))
+    refused(copied, rf"pipeline\.path=.*{part}: extra\.weight are in its files but not in the model")
 
 
 @pytest.mark.parametrize("part", NAMES)
-def test_a_tensor_of_another_shape_is_named(folder, part):
-    change(folder, part, lambda tensors: tensors.update({NAMES[part]: tensors[NAMES[part]][:-1].clone()}))
-    refused(folder, rf"pipeline\.path=.*{NAMES[part]}")
+def test_a_tensor_of_another_shape_is_named(copied, part):
+    change(copied, part, lambda tensors: tensors.update({NAMES[part]: tensors[NAMES[part]][:-1].clone()}))
+    refused(copied, rf"pipeline\.path=.*{NAMES[part]}")
 
 
 @pytest.mark.parametrize("part", NAMES)
-def test_a_value_that_is_not_finite_is_named(folder, part):
-    change(folder, part, lambda tensors: tensors[NAMES[part]].view(-1)[3:4].fill_(float("nan")))
-    refused(folder, rf"pipeline\.path=.*{part}: {NAMES[part]} has NaN")
+def test_a_value_that_is_not_finite_is_named(copied, part):
+    change(copied, part, lambda tensors: tensors[NAMES[part]].view(-1)[3:4].fill_(float("nan")))
+    refused(copied, rf"pipeline\.path=.*{part}: {NAMES[part]} has NaN")
 
 
-def test_a_configuration_of_fewer_layers_than_there_are_weights_is_refused(folder):
-    configure(folder, "transformer", num_layers=2)
+def test_a_configuration_of_fewer_layers_than_there_are_weights_is_refused(copied):
+    configure(copied, "transformer", num_layers=2)
     refused(
-        folder, r"transformer: blocks\.2\.\S+, blocks\.2\.\S+, blocks\.2\.\S+ and \d+ more tensors are in its files"
+        copied, r"transformer: blocks\.2\.\S+, blocks\.2\.\S+, blocks\.2\.\S+ and \d+ more tensors are in its files"
     )
 
 
-def test_a_configuration_of_more_layers_than_there_are_weights_is_refused(folder):
-    configure(folder, "transformer", num_layers=4)
-    refused(folder, r"transformer: blocks\.3\..*not in its files")
+def test_a_configuration_of_more_layers_than_there_are_weights_is_refused(copied):
+    configure(copied, "transformer", num_layers=4)
+    refused(copied, r"transformer: blocks\.3\..*not in its files")
 
 
-def test_adapters_that_fit_change_the_model(folder, tmp_path):
+def test_adapters_that_fit_change_the_model(copied, tmp_path):
     path = adapter(tmp_path / "adapter")
-    bare, adapted = (load_pipeline(PipelineConfig(path=str(folder), lora=lora)) for lora in ("", str(path)))
+    bare, adapted = (load_pipeline(PipelineConfig(path=str(copied), lora=lora)) for lora in ("", str(path)))
     inputs = torch.randn(1, 12, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 32, 64)
     with torch.no_grad():
         before, after = (p.transformer(*inputs, return_dict=False)[0] for p in (bare, adapted))
@@ -109,27 +96,27 @@ def test_adapters_that_fit_change_the_model(folder, tmp_path):
         ({"layers": ("attn1.to_z",)}, r"attn1\.to_z"),
     ],
 )
-def test_adapters_of_which_a_tensor_fits_no_layer_are_refused(folder, tmp_path, settings, named):
+def test_adapters_of_which_a_tensor_fits_no_layer_are_refused(copied, tmp_path, settings, named):
     path = adapter(tmp_path / "adapter", **settings)
-    refused(folder, rf"pipeline\.lora='.*{named}", lora=str(path))
+    refused(copied, rf"pipeline\.lora='.*{named}", lora=str(path))
 
 
-def test_adapters_that_are_not_finite_are_refused(folder, tmp_path):
+def test_adapters_that_are_not_finite_are_refused(copied, tmp_path):
     path = adapter(tmp_path / "adapter")
     tensors = load_file(path)
     next(iter(tensors.values()))[0, 0] = float("inf")
     save_file(tensors, path, {"format": "pt"})
-    refused(folder, r"lora_A.*has NaN or infinite", lora=str(path))
+    refused(copied, r"lora_A.*has NaN or infinite", lora=str(path))
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json",
                                   "tokenizer/tokenizer.json", "text_encoder/config.json"])  # fmt: skip
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\x00\xff\xfe", b'{"a": 1}', b"null"])
-def test_a_damaged_file_ends_in_one_line(folder, name, content):
-    (folder / name).write_bytes(content)
-    refused(folder, r"pipeline\.path=")
+def test_a_damaged_file_ends_in_one_line(copied, name, content):
+    (copied / name).write_bytes(content)
+    refused(copied, r"pipeline\.path=")
 
 
-def test_a_part_that_is_missing_is_named(folder):
-    shutil.rmtree(folder / "vae")
-    refused(folder, r"pipeline\.path=.*vae/ is missing")
+def test_a_part_that_is_missing_is_named(copied):
+    shutil.rmtree(copied / "vae")
+    refused(copied, r"pipeline\.path=.*vae/ is missing")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.torture.world import World, content, differences, left_over, run
+from tests.torture.world import World, compare, content, run
 
 SMALLEST, LARGEST = 1.0, 6.5  # powers of ten of the bytes from which on no file grows
 
@@ -31,8 +31,5 @@ def fill(world: World, count: int, rng: np.random.Generator, say: Callable[[str]
             if again.code != 0:
                 counts["other ends"] += 1
                 say(f"{command[0]}, again: exit code {again.code}: {again.said[-700:]}")
-        wrong = [*differences(whole, content(folder)), *left_over(folder)]
-        counts["lost or doubled"] += bool(wrong)
-        for what in wrong:
-            say(f"after limits of files: {what}")
+        compare(whole, folder, counts, say, "after limits of files")
     return counts

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.torture.world import World, clock, content, differences, end, left_over, run, start
+from tests.torture.world import World, clock, compare, content, end, run, start
 
 PER_RUN = 5  # kills before a run may end
 
@@ -14,7 +14,7 @@ PER_RUN = 5  # kills before a run may end
 def kill(world: World, count: int, rng: np.random.Generator, say: Callable[[str], None]) -> dict[str, int]:
     """Kills commands of whole runs `count` times. Returns the numbers of kills and of faults."""
     whole = content(world.finished)
-    counts = {"kills": 0, "lost or doubled": 0, "tracebacks": 0, "halves of files": 0, "refused reruns": 0}
+    counts = {"kills": 0, "lost or doubled": 0, "tracebacks": 0, "refused reruns": 0}
     takes = {}
     while counts["kills"] < count:
         folder, log = world.place("killed"), world.root / "killed.log"
@@ -39,10 +39,5 @@ def kill(world: World, count: int, rng: np.random.Generator, say: Callable[[str]
             if ended.code != 0:
                 counts["refused reruns"] += 1
                 say(f"{' '.join(command)}: exit code {ended.code} after a kill: {ended.said[-500:]}")
-        wrong = differences(whole, content(folder))
-        halves = left_over(folder)
-        counts["lost or doubled"] += bool(wrong)
-        counts["halves of files"] += bool(halves)
-        for what in (*wrong, *halves):
-            say(f"after {share} kills: {what}")
+        compare(whole, folder, counts, say, f"after {share} kills")
     return counts

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.torture.world import World, content, differences, end, left_over, start
+from tests.torture.world import World, compare, content, end, start
 
 
 def both(world: World, count: int, rng: np.random.Generator, say: Callable[[str], None]) -> dict[str, int]:
@@ -31,8 +31,5 @@ def both(world: World, count: int, rng: np.random.Generator, say: Callable[[str]
             elif [one.code for one in ended] != [0, 0] and not any(refused):
                 counts["other ends"] += 1
                 say(f"{command[0]}: refused for another reason: {[one.said[-300:] for one in ended]}")
-        wrong = [*differences(whole, content(folder)), *left_over(folder)]
-        counts["lost or doubled"] += bool(wrong)
-        for what in wrong:
-            say(f"after two at once: {what}")
+        compare(whole, folder, counts, say, "after two at once")
     return counts

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.torture.world import World, clock, content, differences, end, left_over, run, start
+from tests.torture.world import World, clock, compare, content, end, run, start
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 BEGIN = 0.6  # seconds after which a process has begun with the command
@@ -33,17 +33,14 @@ def stop(world: World, count: int, rng: np.random.Generator, say: Callable[[str]
                 counts["tracebacks"] += ended.traceback
                 told = ended.code == CODES[sent] and "the same command continues" in ended.said
                 counts["with a message"] += told
-                if not told and ended.code != 0:  # 0: it was at its end
-                    counts["other ends"] += 1
-                    say(f"{' '.join(command[:2])}: exit code {ended.code} after {sent.name}: {ended.said[-600:]}")
+                if ended.traceback or (not told and ended.code != 0):  # 0: it was at its end
+                    counts["other ends"] += not ended.traceback
+                    say(f"{' '.join(command[:2])}: exit code {ended.code} after {sent.name}: {ended.said[-2500:]}")
             begin = clock()
             again = run(command, log)
             takes[number] = 0.9 * max(takes.get(number, 0.0), clock() - begin)
             if again.code != 0:
                 counts["other ends"] += 1
                 say(f"{' '.join(command[:2])}, again: exit code {again.code}: {again.said[-600:]}")
-        wrong = [*differences(whole, content(folder)), *left_over(folder)]
-        counts["lost or doubled"] += bool(wrong)
-        for what in wrong:
-            say(f"after signals: {what}")
+        compare(whole, folder, counts, say, "after signals")
     return counts

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -185,9 +185,14 @@ def left_over(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in folder.rglob(".*") if path.is_file()]
 
 
-def outside(root: Path, known: set[Path]) -> set[Path]:
-    """Files and folders directly in `root` that were not there."""
-    return set(root.iterdir()) - known
+def compare(
+    whole: dict[str, Any], folder: Path, counts: dict[str, int], say: Callable[[str], None], after: str
+) -> None:
+    """Counts a run folder whose content differs from `whole`, or in which there are halves of files, and says what."""
+    wrong = [*differences(whole, content(folder)), *left_over(folder)]
+    counts["lost or doubled"] += bool(wrong)
+    for what in wrong:
+        say(f"{after}: {what}")
 
 
 def clock() -> float:
