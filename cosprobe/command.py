@@ -18,6 +18,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,6 @@ from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from threading import Timer, current_thread, main_thread
 from types import NoneType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 from unittest.mock import patch
@@ -98,9 +98,10 @@ def command(root: type[Run], body: Callable[[Run], None], about: str, argv: Sequ
 def _terminable() -> Iterator[None]:
     """Raises Terminated in the block for SIGTERM, if it runs in the main thread and nothing else handles the signal.
 
-    Python drops an exception that a signal raises while a finaliser runs. Such a signal is sent again.
+    Python drops an exception that a signal raises while a finaliser runs. Such a signal is sent again. An error of a
+    file in another thread is not printed: TensorBoard raises it in the main thread as well.
     """
-    hook = sys.unraisablehook
+    hook, of_threads = sys.unraisablehook, threading.excepthook
 
     def stop(signum: int, frame: Any) -> None:
         raise Terminated
@@ -108,22 +109,26 @@ def _terminable() -> Iterator[None]:
     def again(dropped: Any) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
             number = signal.SIGTERM if dropped.exc_type is Terminated else signal.SIGINT
-            later = Timer(0.05, os.kill, (os.getpid(), number))  # when the finaliser has ended
+            later = threading.Timer(0.05, os.kill, (os.getpid(), number))  # when the finaliser has ended
             later.daemon = True
             later.start()
         else:
             hook(dropped)
 
-    plain = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and current_thread() is main_thread()
+    def in_thread(failed: Any) -> None:
+        if not issubclass(failed.exc_type, OSError):
+            of_threads(failed)
+
+    plain = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread()
     if plain:
         signal.signal(signal.SIGTERM, stop)
-        sys.unraisablehook = again
+        sys.unraisablehook, threading.excepthook = again, in_thread
     try:
         yield
     finally:
         if plain:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            sys.unraisablehook = hook
+            sys.unraisablehook, threading.excepthook = hook, of_threads
 
 
 def _command(root: type[Run], body: Callable[[Run], None], about: str, arguments: Sequence[str]) -> int:
@@ -144,7 +149,7 @@ def _command(root: type[Run], body: Callable[[Run], None], about: str, arguments
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except OSError as error:
-        where = repr(str(error.filename)) if error.filename else "a file or a connection"
+        where = repr(str(error.filename)) if error.filename else "a file cannot be read or written"
         print(f"error: {where}: {error.strerror or ' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
