@@ -46,6 +46,7 @@ from cosprobe.models import DiffusionPipeline, Pictures, check_size, image_batch
 from cosprobe.probes import ProbeBank, fit
 from cosprobe.reporting import MapFigure, headline, maps
 from cosprobe.runs import POINTER, STORE, find_result
+from cosprobe.runtime import say
 from cosprobe.tasks import Box, Labels, OwnImages, Role, encode_labels, with_noise
 
 # The whole image, cut into 4 x 4 boxes. A probe reads them side by side, so it sees where something is.
@@ -232,6 +233,8 @@ def evaluate(bank: ProbeBank, data: Activations) -> Grid:
             "expected the same layers and steps; fit them again"
         )
     made = bank.provenance
+    if made.store is not None and made.store.model != data.stored.settings.model:
+        say(f"note: these probes were made for model {made.store.model}, the activations are of another")
     samples = replace(data.samples, targets=bank.targets)
     readings = read_inputs(samples, data.inputs, made.probe["kind"], made.probe["penalties"], made.seed)
     evaluated = evaluate_probes(samples, data.experts, bank, readings)

@@ -238,8 +238,8 @@ def _saved(path: Path) -> dict[str, Any]:
     head, _, text = path.read_bytes().partition(b"\n")
     if head.decode(errors="replace") != f"{MARK}{hashlib.sha256(text).hexdigest()}":
         raise InputError(
-            f"run={str(path.parent)!r}: {RUN_FILE} is damaged, was edited, or is of another version; it says what the "
-            "result was made with; run train.py again, or delete the folder"
+            f"run={str(path.parent)!r}: {RUN_FILE} is damaged, was edited, or is of another version, but it says what "
+            "the result was made with; restore it, or delete it and run the same train.py command, which writes it"
         )
     return yaml.safe_load(text)
 
@@ -262,7 +262,7 @@ def _of_activations(run: TrainRun, model: str) -> dict[str, Any]:
     kept = {entry.name for entry in fields(CaptureConfig)}
     return {
         "model": model,
-        "family": type(run.task).__name__,
+        "task family": next(name for name, kind in SCHEMAS["task"].items() if kind is type(run.task)),
         "task": vars(run.task),
         "pipeline": {name: v for name, v in vars(run.pipeline).items() if name not in ("name", "path", "lora")},
         "probe": {name: v for name, v in vars(run.probe).items() if name in kept},
@@ -463,7 +463,8 @@ def _explained(root: Root, arguments: Sequence[str], error: Exception | None = N
             overrides += OverridesParser.create().parse_overrides([text])
         except HydraException:
             name = text.partition("=")[0]
-            quoted = f"; put a value with other signs into quotes: \"{name}='...'\"" if "=" in text[1:] else ""
+            signs = "; a value with signs such as ~ or , needs quotes"
+            quoted = f"{signs}: \"{name}='...'\"" if "=" in text[1:] else ""
             return InputError(f"{text}: expected name=value, such as seed=0{quoted}")
     base = _composed(root, [])
     for override in overrides:

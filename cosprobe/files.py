@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -44,10 +45,9 @@ def writable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
-        raise InputError(
-            f"{str(path)!r}: cannot be written ({reason}; {_free(path)} free there); free some space, or choose "
-            "another folder"
-        ) from error
+        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        space = f"; {_free(path)} free there); free some space, or" if full else ");"
+        raise InputError(f"{str(path)!r}: cannot be written ({reason}{space} choose another folder") from error
 
 
 def _free(path: Path) -> str:
@@ -64,6 +64,8 @@ def size_text(size: int) -> str:
 
 def make_folder(path: Path) -> Path:
     """Creates the folder and its missing parents, and returns it. Raises InputError when it cannot be created."""
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
+        raise InputError(f"{str(path)!r}: cannot be a folder, it is a file or a broken link; choose another name")
     with writable(path):
         path.mkdir(parents=True, exist_ok=True)
     return path

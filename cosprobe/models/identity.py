@@ -25,7 +25,8 @@ from cosprobe.runtime import say
 INDEX = "model_index.json"
 NEVER_READ = (".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".pt", ".pth")  # suffixes of files
 VOLATILE = ("_name_or_path", "_diffusers_version", "transformers_version")  # entries of configurations
-SKETCH = 64  # values of a tensor that are looked at to notice that weights were changed in memory
+WHOLE = 2 * 10**9  # bytes of weights up to which all are looked at to notice that they were changed in memory
+SKETCH = 4096  # values of a tensor that are looked at in larger models
 THREADS = 4
 LARGE = 5 * 10**9  # bytes of files that take seconds to read
 
@@ -109,7 +110,7 @@ def _hashed(path: Path, *version: int) -> str:
 
 def remember(pipeline: DiffusionPipeline, files: str) -> None:
     """Notes that a pipeline was just loaded. files: the fingerprint of the files it was loaded from."""
-    _loaded[pipeline] = _Loaded(files, _of_memory(pipeline, SKETCH))
+    _loaded[pipeline] = _Loaded(files, _sketch(pipeline))
 
 
 def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
@@ -121,7 +122,7 @@ def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
     """
     known = _loaded.get(pipeline)
     if known is not None:
-        same = known.sketch == _of_memory(pipeline, SKETCH)
+        same = known.sketch == _sketch(pipeline)
         return known.fingerprint if same else _of_memory(pipeline)
     folder = Path(str(getattr(pipeline, "name_or_path", "") or ""))
     adapted = any(hasattr(part, "peft_config") for part in pipeline.components.values())
@@ -130,11 +131,24 @@ def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
     return _of_memory(pipeline)
 
 
+def _sketch(pipeline: DiffusionPipeline) -> str:
+    """A hash that changes when weights, configurations, modules or hooks of a pipeline are changed in memory."""
+    models = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    size = sum(value.numel() * value.element_size() for part in models for value in part.parameters())
+    hooks = [
+        (name, len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
+        for part in models
+        for name, module in part.named_modules()
+    ]
+    return _of_memory(pipeline, SKETCH if size > WHOLE else None) + hashlib.sha256(repr(hooks).encode()).hexdigest()
+
+
 def _of_memory(pipeline: DiffusionPipeline, most: int | None = None) -> str:
     """A hash of the parts of a pipeline. most: number of values that are looked at in each tensor; default: all."""
     digest = hashlib.sha256()
     for name, part in sorted(pipeline.components.items()):
-        digest.update(f"{name} {type(part).__name__} {_described(part)}\n".encode())
+        about = part if isinstance(part, nn.Module) else getattr(part, "shift", "")  # a scheduler's is no configuration
+        digest.update(f"{name} {type(part).__name__} {_described(part)} {about}\n".encode())
         for key, value in sorted(part.state_dict().items()) if isinstance(part, nn.Module) else ():
             if isinstance(value, Tensor):
                 digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())

@@ -274,7 +274,7 @@ class ProbeBank:
         for name in (DESCRIPTION, TENSORS):
             if not (folder / name).is_file():
                 raise InputError(f"{folder}: expected a probe bank, but {name} is missing; run train.py first")
-        description = read_json(folder / DESCRIPTION, "fit the probes again", format=FORMAT)
+        description = read_json(folder / DESCRIPTION, "run train.py again, which fits the probes again", format=FORMAT)
         data = (folder / TENSORS).read_bytes()
         if hashlib.sha256(data).hexdigest() != description["tensors"]:
             raise InputError(f"{folder / TENSORS}: damaged, or from another fit than {DESCRIPTION}; fit again")

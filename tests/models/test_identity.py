@@ -111,3 +111,22 @@ def test_without_files_every_value_in_memory_counts():
     with torch.no_grad():
         same.vae.decoder.conv_out.weight[0, 0, 0, 0, 0] += 1e-6
     assert pipeline_fingerprint(here) != pipeline_fingerprint(same)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.transformer.blocks[1].ffn.net[2].weight.data.view(-1)[1:3].fill_(50.0),  # two values of hundreds
+        lambda p: p.transformer.blocks[1].register_forward_hook(lambda module, inputs, output: 2 * output),
+        lambda p: setattr(p.transformer.blocks[1], "forward", None),
+        lambda p: p.scheduler.set_shift(40.0),
+        lambda p: setattr(p.transformer.blocks[1].norm1, "eps", 1.0),
+    ],
+    ids=["two weights", "hook", "forward", "shift", "eps"],
+)
+def test_any_change_in_memory_makes_another_model(saved, change):
+    config = PipelineConfig(path=str(saved))
+    pipeline = load_pipeline(config)
+    assert pipeline_fingerprint(pipeline) == model_fingerprint(config)
+    change(pipeline)
+    assert pipeline_fingerprint(pipeline) != model_fingerprint(config)
