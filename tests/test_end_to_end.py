@@ -31,7 +31,7 @@ from cosprobe.models.identity import fingerprint
 from cosprobe.reporting import results_page
 from tests.examples import processes
 from tests.examples.pipelines import wan
-from tests.examples.probe_tiny import TINY, probe_tiny
+from tests.examples.probe_tiny import TINY, probe_tiny, run_train
 from tests.examples.shapes import unchecked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,10 +147,17 @@ def test_a_second_run_reuses_the_store_and_gives_the_same_grid(model, run):
         np.testing.assert_array_equal(before[name].values, after[name].values)
 
 
+def on_two_devices(script, *settings):
+    """Two processes as Lightning's launcher starts them, without its seconds of imports and waits."""
+    code = max(processes.run_devices(run_train, list(settings)))
+    return subprocess.CompletedProcess(settings, code, "", "")
+
+
 @pytest.mark.slow
 @pytest.mark.ddp
-def test_two_processes_give_the_same_grid(model, run, tmp_path):
-    train(model, tmp_path / "two", "trainer.devices=2", start=command)
+@pytest.mark.parametrize("start", [on_two_devices, pytest.param(command, marks=pytest.mark.docs)])
+def test_two_processes_give_the_same_grid(model, run, tmp_path, start):
+    train(model, tmp_path / "two", "trainer.devices=2", start=start)
     one, two = (ActivationStore.open(folder / "store") for folder in (run[0].parent, tmp_path / "two"))
     assert one.fingerprint == two.fingerprint
     assert one.names() == two.names() and one.names(UNTRAINED) == two.names(UNTRAINED)

@@ -30,6 +30,14 @@ with held(Path(sys.argv[1]), "run_dir"):
 
 
 @pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: a shell may have started the tests in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def other(tmp_path):
     """Another process that holds `tmp_path / "run"`."""
     process = subprocess.Popen(
@@ -100,7 +108,7 @@ def test_of_several_processes_of_a_command_the_first_holds(other, tmp_path, monk
 
 
 @pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGTERM, 143, " by SIGTERM"), (signal.SIGINT, 130, "")])
-def test_a_signal_ends_a_command_with_a_message_and_its_code(tmp_path, capsys, number, code, said):
+def test_a_signal_ends_a_command_with_a_message_and_its_code(interruptible, tmp_path, capsys, number, code, said):
     def body(run):
         with held(tmp_path / "run", "run_dir"):
             os.kill(os.getpid(), number)
@@ -113,7 +121,7 @@ def test_a_signal_ends_a_command_with_a_message_and_its_code(tmp_path, capsys, n
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_during_a_finaliser_is_not_lost(capsys, number, code):
+def test_a_signal_during_a_finaliser_is_not_lost(interruptible, capsys, number, code):
     class Ending:
         def __del__(self):
             os.kill(os.getpid(), number)

@@ -9,7 +9,7 @@ from tests.torture import bits, inputs, kills
 from tests.torture.world import World
 
 pytestmark = pytest.mark.slow
-FEW = {"kills": (kills.kill, 1), "inputs": (inputs.give, 12), "bits": (bits.flip, 40)}
+FEW = {"kills": (kills.kill, 1), "inputs": (inputs.give, 6), "bits": (bits.flip, 30)}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,10 @@ import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["lightning.pytorch", "sklearn.linear_model", "hypothesis", "pytest", "cosprobe.probes.logistic"]
+    [
+        *("lightning.pytorch", "sklearn.linear_model", "hypothesis", "pytest", "cosprobe.probes.logistic"),
+        *("cosprobe.early_exit", "cosprobe.ensembles", "cosprobe.minimodel", "cosprobe.reporting"),
+    ]
 )
 
 

@@ -135,7 +135,7 @@ def test_a_link_that_leaves_the_root_is_refused_when_writing(tmp_path):
     folder = write_problem(task, problem, root)
     kept = outside / "kept.txt"
     kept.write_text("mine")
-    for name in ("prompt.txt", f".prompt.{os.getpid()}.txt"):
+    for name in ("prompt.txt", f".prompt.part-{os.getpid()}.txt"):
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(kept)
         with pytest.raises(ValueError, match=f"{folder}/{re.escape(name)}.*{folder}'"):

@@ -94,7 +94,7 @@ def test_inputs_that_were_not_read_are_not_described(made):
 
 
 def test_the_grid_without_its_checks_is_the_grid(made):
-    provenance = asdict(made.bank.provenance)
+    provenance = asdict(made.bank.provenance) | {"bank": made.bank.fingerprint}
     plain = build_grid(made.evaluated, seed=0, provenance=provenance)
     assert made.grid.targets == plain.targets
     assert list(made.grid.dataset.baseline.values) == list(plain.dataset.baseline.values)
