@@ -47,6 +47,7 @@ def test_an_unknown_name_is_refused(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.docs
 def test_keeping_memory_is_measured():
     small = ["experiment.flow.batch=2", "experiment.flow.compile=false"]
     (pair,) = allocating.measure(repeats=1, batches=1, frames=5, settings=small)
