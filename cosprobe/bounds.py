@@ -29,4 +29,4 @@ def _numbers(value: Any) -> list[float]:
 
 
 def _words(number: float) -> str:
-    return f"{number:g}" if isinstance(number, float) or number < 10**6 else f"{number:,}".replace(",", "")
+    return f"{number:g}" if isinstance(number, float) else str(number)

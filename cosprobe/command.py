@@ -388,8 +388,8 @@ def _composed(root: Root, arguments: Sequence[str]) -> Composed:
 def _compose(entry: str, overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
     """The settings, and the chosen option of each group. entry: the configuration file of a command.
 
-    They are kept, because Hydra takes a tenth of a second, a mistake needs
-    the defaults, and a command is composed before Hydra runs it.
+    They are kept: Hydra takes a tenth of a second, a mistake needs the defaults, and a command is composed before Hydra
+    runs it.
     """
     _register()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):

@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Leaves what the libraries made while they were imported out of every later garbage collection, and collects less
-    often: a tenth of the time of tests."""
+    often: a twentieth of the time of tests."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

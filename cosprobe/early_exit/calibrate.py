@@ -160,8 +160,9 @@ def run_live(sampler: Sampler, bank: ProbeBank, calibrated: Calibrated, count: i
     fresh, policy, found = calibrated.fresh, calibrated.policy, []
     exit_points = first_exit(fresh.confidence, policy.threshold)
     for i, problem in enumerate(fresh.problems[:count]):
-        begin, end = time.perf_counter(), -1
+        end = -1
         with attach(bank, sampler.model, [problem], policy) as reader:
+            begin = time.perf_counter()  # after the check that the model is that of the bank
             video = sampler(with_noise([problem], seed))
             end = int(sampler.parse([problem], video).answers[0])
         spent, answer, at = time.perf_counter() - begin, reader.answers[0], int(exit_points[i])
