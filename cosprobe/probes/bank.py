@@ -117,12 +117,8 @@ class ProbeBank:
     def made_from(self) -> dict[str, Any]:
         """The settings that the bank depends on, without versions of libraries."""
         made = self.provenance
-        saved = {
-            "probe": made.probe,
-            "trainer": {"precision": made.trainer.get("precision")},
-            "seed of the fit": made.seed,
-        }
-        return (made.store.shaping if made.store else {}) | saved
+        shaping = made.store.shaping if made.store else {}
+        return _made_from(shaping, made.probe, made.trainer.get("precision"), made.seed)
 
     def check_result(self, run: TrainRun, grid: str, folder: Path) -> None:
         """Raises InputError when the result in `folder` is not of one piece, or the files of its model have changed.
@@ -130,10 +126,9 @@ class ProbeBank:
         run: the settings of the result, as saved. grid: fingerprint of the bank that the grid was computed with.
         """
         settings = StoreSettings.of(run.pipeline, run.task, run.probe, run.seed)
-        if settings.model != self.store.model:
-            self.check_model(settings.model, " and ".join(map(str, run.pipeline.parts)))
+        self.check_model(settings.model, " and ".join(map(str, run.pipeline.parts)))
         check_same(
-            self.made_from, _made_from(settings, run.probe, run.trainer, run.seed),
+            self.made_from, _made_from(settings.shaping, asdict(run.probe), run.trainer.precision, run.seed),
             f"run={str(folder)!r}: its probes were", "run train.py again",
         )  # fmt: skip
         if grid != self.fingerprint:
@@ -315,7 +310,7 @@ def kept_bank(
         bank = ProbeBank.load(folder)
     except InputError:
         return None
-    if first_difference(bank.made_from, _made_from(store, probe, trainer, seed)):
+    if first_difference(bank.made_from, _made_from(store.shaping, asdict(probe), trainer.precision, seed)):
         return None
     if found := first_difference(bank.store.versions, store.versions):
         name, made, now = found
@@ -323,13 +318,11 @@ def kept_bank(
     return bank
 
 
-def _made_from(store: StoreSettings, probe: ProbeConfig, trainer: TrainerConfig, seed: int) -> dict[str, Any]:
-    """What `ProbeBank.made_from` is for these settings."""
-    return store.shaping | {
-        "probe": asdict(probe),
-        "trainer": {"precision": trainer.precision},
-        "seed of the fit": seed,
-    }
+def _made_from(
+    shaping: Mapping[str, Any], probe: Mapping[str, Any], precision: str | None, seed: int
+) -> dict[str, Any]:
+    """What a fit depends on. shaping: of the store. probe, precision, seed: settings of the fit."""
+    return {**shaping, "probe": probe, "trainer": {"precision": precision}, "seed of the fit": seed}
 
 
 def _parts(cells: int, each: int) -> Iterator[slice]:

@@ -144,7 +144,10 @@ def _spanning_tree(n: int, start: int, order: Sequence[int], ends: Sequence[int]
     parents[start] = start
     frontier = [(weight[door], start, room) for door, room in around[start]]
     heapify(frontier)
-    doorsteps, passed = {start}, {start}  # the last rooms before the ends found so far, and all rooms on the way there
+    doorsteps, passed = (
+        set[int](),
+        {start},
+    )  # the last rooms before the ends found so far, and all rooms on the way there
     while frontier:
         _, before, room = heappop(frontier)
         if parents[room] >= 0:
@@ -157,7 +160,7 @@ def _spanning_tree(n: int, start: int, order: Sequence[int], ends: Sequence[int]
             while above != start:
                 passed.add(above)
                 above = parents[above]
-                if above in doorsteps and above != start:
+                if above in doorsteps:
                     return None
             doorsteps.add(before)
         for door, beyond in around[room]:
