@@ -10,11 +10,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 
 .PHONY: demo test test-fast style lint docs site bench validity torture clean
 
+# bytecode is kept whatever the environment says: tests start many processes, and each would compile all modules again
+export PYTHONDONTWRITEBYTECODE =
+
 demo: $(INSTALLED)
 	$(BIN)/python train.py probe=layers
 
-# bytecode is kept whatever the environment says: tests start many processes, and each would compile all modules again
-test test-fast: export PYTHONDONTWRITEBYTECODE =
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: style
 	$(BIN)/mypy & types=$$!; $(PYTEST) -m "not docs"; tests=$$?; wait $$types && exit $$tests

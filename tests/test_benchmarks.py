@@ -153,6 +153,7 @@ def test_gaps_stand_beside_the_ratio():
 
 
 @pytest.mark.slow
+@pytest.mark.docs
 def test_the_whole_run_is_measured():
     small = ["pipeline.steps=3", "pipeline.batch=8", "pipeline.frames=5", "task.frames=5"]
     less = ["probe.layers=6:8", "probe.epochs=3", "probe.random_weights=0"]

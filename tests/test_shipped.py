@@ -34,7 +34,7 @@ def test_most_problems_are_solved(shipped, name):
 @pytest.mark.slow
 def test_other_words_make_another_video_of_the_same_picture(shipped):
     task = Select()
-    for what, asked in rewordings(task, task.problems("test", 24)):
+    for what, asked in rewordings(task, task.problems("test", 12)):
         solved = solve(Sampler(shipped, CONFIG, task), asked, 0)
         print(f"another {what} named: {rate(solved)}")  # noqa: T201
         assert solved.right.mean() >= 0.7

@@ -120,10 +120,11 @@ def test_the_corrected_map_shows_the_planted_cells_and_no_others(tmp_path, seeds
 
 
 @pytest.mark.slow
-def test_null_stores_show_a_cell_in_at_most_one_map_of_ten(tmp_path, capsys):
-    """200 stores without any signal, one and two noise seeds per problem by turns, at level 0.05: 10 of them are
-    expected to show a cell, 20 may."""
-    worlds, alarms, evidence, ahead = 200, 0, 0, 0
+@pytest.mark.parametrize("worlds", [60, pytest.param(200, marks=pytest.mark.docs)])
+def test_null_stores_show_a_cell_in_at_most_one_map_of_ten(tmp_path, capsys, worlds):
+    """Stores without any signal, one and two noise seeds per problem by turns, at level 0.05: one of 20 is expected to
+    show a cell, one of 10 may. `make validity` has the same with more stores and narrower limits."""
+    alarms, evidence, ahead = 0, 0, 0
     for seed in range(worlds):
         with unchecked(seed > 1):
             evaluated, grid = through(*store(1000 + seed, 4, 4, seeds=1 + seed % 2), tmp_path, seed, draws=199)
@@ -133,6 +134,6 @@ def test_null_stores_show_a_cell_in_at_most_one_map_of_ten(tmp_path, capsys):
     said = f"{alarms} show a cell above chance, {evidence} one above inputs too, {ahead} one ahead of x0-hat"
     with capsys.disabled():
         print(f"\nof {worlds} null maps {said}")  # noqa: T201
-    assert 1 <= alarms <= 20
-    assert evidence <= 10  # two conditions: rarer than the level
-    assert ahead <= 20
+    assert 1 <= alarms <= worlds // 10
+    assert evidence <= worlds // 20  # two conditions: rarer than the level
+    assert ahead <= worlds // 10

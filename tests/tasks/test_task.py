@@ -339,10 +339,10 @@ def test_no_candidate_is_favoured(task, problems):
 
 @pytest.mark.slow
 def test_a_linear_classifier_of_the_first_frame_finds_little(family, task):
-    """It learns from 1,500 problems with one answer and is tested on 3,500 unseen ones of every kind, against a guess
+    """It learns from 1,500 problems with one answer and is tested on 1,000 unseen ones of every kind, against a guess
     among the candidates that the first frame leaves possible."""
     (answered,) = task.targets[0].kinds
-    drawn = {kind: task.problems("model", 3500 + 1500 * (kind == answered), kind) for kind in task.kinds}
+    drawn = {kind: task.problems("model", 1000 + 1500 * (kind == answered), kind) for kind in task.kinds}
     learn, drawn[answered] = drawn[answered][:1500], drawn[answered][1500:]
 
     def pixels(several: list[Problem]) -> np.ndarray:
