@@ -13,7 +13,7 @@ from benchmarks.pairs import Pair, side_by_side
 from cosprobe.activations import ActivationCache, Pooling, capture, images
 from cosprobe.command import load
 from cosprobe.config import TrainRun
-from cosprobe.models import block_list, experts, load_pipeline, sample
+from cosprobe.models import block_list, load_pipeline, sample
 from cosprobe.tasks import draw_samples
 
 
@@ -24,7 +24,7 @@ def measure(repeats: int = 7, batch: int = 16, steps: int = 20) -> list[Pair]:
     chunk = draw_samples(task, run.task, run.seed)[:batch]
     problems = [s.problem for s in chunk]
     arguments = (images(task, problems), [p.prompt for p in problems], [s.seed for s in chunk])
-    layers = len(block_list(next(iter(experts(model).values()))))
+    layers = len(block_list(model))
     pooling = Pooling("region", boxes=[p.regions for p in problems])
 
     def bare() -> Any:

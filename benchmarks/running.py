@@ -69,5 +69,5 @@ def needed(model: Any, run: TrainRun) -> int:
         assert isinstance(latents, Tensor)  # output_type="latent"
         read = [i for i, problem in enumerate(problems) if problem.split != "train"]
         for part in [latents, *([latents[read]] * early if read else [])]:
-            clips += len(decode(model, part))
+            clips += len(decode(model, part, run.pipeline.frames))
     return clips

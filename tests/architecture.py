@@ -18,6 +18,7 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
         "differences",
         "files",
         "locks",
+        "wrapping",
         "checked",
         "tasks",
         "config",

@@ -4,9 +4,9 @@
         pipeline(...)
     cache.features()   # [sample, step, hook_point, branch, position, region, channel]
 
-The label of every block call comes from the pipeline: the step from its current timestep, the branch from the argument
-of `cache_context`, and the expert from the transformer that runs. Calls are not counted to find the step. At the end,
-the calls that were captured are compared with one call per step and branch.
+The label of every block call comes from the pipeline: the step from the scheduler, the branch from the guidance of the
+family (`Architecture.branches`), and the expert from the transformer that runs. Timesteps do not name a step: two can
+be equal. At the end, the calls that were captured are compared with one call per step and branch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,9 +26,21 @@ from cosprobe.activations.pooling import Pooling, whole_frame
 from cosprobe.activations.unsupported import refuse_unsupported
 from cosprobe.cells import EMBED, FIRST_FRAME, NOISE, PROMPT, SOURCES, X0, X_T, Cell, parse_selection
 from cosprobe.errors import InputError
-from cosprobe.models import architecture, block_list, clean_estimate, experts, step_now
-
-BRANCHES = {"cond": ("cond",), "uncond": ("uncond",), "cond_uncond": ("uncond", "cond")}  # in batch order
+from cosprobe.models import (
+    COND,
+    UNCOND,
+    Branches,
+    StepCount,
+    TokenGrid,
+    architecture,
+    block_list,
+    clean_estimate,
+    counted_steps,
+    experts,
+    hidden_states,
+    step_call,
+)
+from cosprobe.wrapping import wrapped
 
 
 @dataclass
@@ -40,9 +52,9 @@ class ActivationCache:
     clean: x0-hat latents, at the steps selected by the argument `clean` of `capture`.
     inputs: pooled inputs and x0-hat, by name, step index and part (`region` or `whole`); see `input_features`. Inputs
     that are the same at every step are at step 0. Inputs that the transformer does not have are missing.
-    recorded: guidance context and arguments of the transformer call with the `cond` branch, at the steps selected by
-    the argument `record` of `capture`.
-    parts: pooled features by step, hook point and branch. calls: number of calls by step, expert and guidance context.
+    recorded: branches and arguments of the transformer call with the `cond` branch, at the steps selected by the
+    argument `record` of `capture`.
+    parts: pooled features by step, hook point and branch. calls: number of calls by step, expert and branches.
     """
 
     hook_points: tuple[str, ...]
@@ -52,9 +64,9 @@ class ActivationCache:
     experts: dict[int, str] = field(default_factory=dict)
     clean: dict[int, Tensor] = field(default_factory=dict)
     inputs: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
-    recorded: dict[int, tuple[str, tuple, dict]] = field(default_factory=dict)
+    recorded: dict[int, tuple[Branches, tuple, dict]] = field(default_factory=dict)
     parts: dict[tuple[int, str, str], Tensor] = field(default_factory=dict)
-    calls: Counter[tuple[int, str, str]] = field(default_factory=Counter)
+    calls: Counter[tuple[int, str, Branches]] = field(default_factory=Counter)
 
     def features(self) -> Float[Tensor, "sample step hook_point branch position region channel"]:
         """All captured features, on the CPU. Sources with fewer channels than a block are padded with zeros.
@@ -121,18 +133,20 @@ def capture(
     transformer call are kept, for `replay`. inputs: also keep the inputs of the run and the latents of every captured
     step, for baselines.
 
-    Raises InputError where capture would be wrong: unknown transformer class, step cache, compiled block, sampler that
-    calls the model more than once per step, selection out of range.
-    Raises RuntimeError when the captured calls are not one per step and branch.
+    Raises InputError where capture would be wrong: unknown pipeline or transformer class, step cache or other hook that
+    replaces what a block computes, compiled block, tokens that are divided among devices, sampler that calls the model
+    more than once per step, selection out of range.
+    Raises RuntimeError when the captured calls are not one per step and branch, and when a block returned its input.
     """
     models = experts(pipeline)
     refuse_unsupported(pipeline, models)
-    chosen = _hook_points(hook_points, models)
+    chosen = _hook_points(hook_points, min(len(block_list(pipeline, model)) for model in models.values()))
     watcher = _Watcher(pipeline, models, chosen, pooling or Pooling("clip"), steps, set(clean), set(record), inputs)
     with ExitStack() as undo:
+        watcher.count = undo.enter_context(counted_steps(pipeline))
         for expert, model in models.items():
             undo.callback(model.register_forward_pre_hook(watcher.on_model(expert), with_kwargs=True).remove)
-            blocks = block_list(model)
+            blocks = block_list(pipeline, model)
             undo.callback(blocks[0].register_forward_pre_hook(watcher.on_embed, with_kwargs=True).remove)
             for layer, block in enumerate(blocks):
                 if str(layer) in watcher.cache.hook_points:
@@ -145,6 +159,8 @@ def capture(
 
 class _Watcher:
     """The hooks of one capture and the state they share."""
+
+    count: StepCount
 
     def __init__(
         self,
@@ -159,40 +175,68 @@ class _Watcher:
     ):
         self.pipeline, self.models, self.pooling, self.spec, self.clean = pipeline, models, pooling, steps, clean
         self.record, self.inputs = record, inputs
+        self.family = architecture(pipeline)
         self.whole: dict[int, Pooling] = {}  # pooling of inputs, by number of channels
         self.cache = ActivationCache(hook_points)
         self.context = ""
         self.step = -1
         self.expert = ""
-        self.size = (0, 0, 0)
+        self.branches: Branches = ()  # of the transformer call that runs
+        self.calls = 0  # of the transformers, in the step that runs
+        self.guided = False
+        self.size = TokenGrid(0, 0, 0)
+        self.model_input: Tensor | None = None  # of the `cond` branch, unpacked
         self.keep: tuple[int, ...] = ()
 
     def on_model(self, expert: str) -> Callable:
-        """A pre-forward hook for a transformer: sets step, expert and token grid, and keeps inputs of the call."""
+        """A pre-forward hook for a transformer: sets step, branches, expert and grid, and keeps inputs of the call."""
 
         def hook(model: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.step = self._step_index()
-            self.expert = expert
-            self.size = architecture(model).token_grid(model, hidden_states(args, kwargs))
+            self._enter_step()
+            self.expert, latent = expert, hidden_states(args, kwargs)
+            self.branches = self._branches()
+            self.calls += 1
+            self.size = self.family.token_grid(model, latent, kwargs)
             self.cache.experts[self.step] = expert
-            self.cache.calls[(self.step, expert, self._context())] += 1
-            if self._context() != "uncond":
+            self.cache.calls[(self.step, expert, self.branches)] += 1
+            if COND in self.branches:
+                latent = self.family.unpacked(conditional(self.branches, latent), self.size)
+                self.model_input = latent.narrow(self.family.axis("c"), 0, self.family.noisy_channels(model))
                 if self.step == 0 and self.inputs:
-                    self._keep_start(model, hidden_states(args, kwargs), kwargs.get("encoder_hidden_states"))
+                    self._keep_start(model, latent, kwargs.get("encoder_hidden_states"))
                 if self.step in self.record:
-                    self.cache.recorded[self.step] = (self._context(), args, kwargs)
+                    self.cache.recorded[self.step] = (self.branches, args, kwargs)
 
         return hook
 
+    def _enter_step(self) -> None:
+        """Finds the current step, and the steps to keep at the first one."""
+        if not self.keep:
+            self.keep = parse_selection(self.spec, len(self.pipeline.scheduler.timesteps), "probe.steps")
+            self.cache.steps = self.keep
+        if self.step == -1:  # a pipeline with dynamic guidance changes its scale later on
+            self.guided = self.family.guided(self.pipeline)
+        if self.count.now != self.step:
+            self.step, self.calls = self.count.now, 0
+
+    def _branches(self) -> Branches:
+        """The guidance branches of the transformer call that begins."""
+        found = self.family.branches(self.context, self.calls, self.guided)
+        if found is None:
+            raise RuntimeError(
+                f"transformer call {self.calls} of step {self.step}, in context {self.context!r}: expected one call "
+                f"for each of {COND} and {UNCOND}"
+            )
+        return found
+
     def _keep_start(self, model: nn.Module, latent: Tensor, prompt: Tensor | None) -> None:
-        """Keeps the inputs of the run: noise, the condition concatenated to it on the channel axis, and prompt."""
-        family, latent = architecture(model), conditional(self._context(), latent)
-        noise, condition = latent.tensor_split([model.config.out_channels], dim=family.channel_axis)
+        """Keeps the inputs of the run: noise, image condition and prompt, all of the `cond` branch."""
+        noise, condition = self.family.split_input(self.pipeline, model, latent)
         for name, part in ((NOISE, noise), (FIRST_FRAME, condition)):
-            if part.shape[family.channel_axis]:
-                self._keep_input(name, family.latent_tokens(model, part))
+            if part is not None:
+                self._keep_input(name, self.family.latent_tokens(model, part))
         if prompt is not None:
-            mean = conditional(self._context(), prompt).float().mean(dim=1)
+            mean = conditional(self.branches, prompt).float().flatten(1, -2).mean(dim=1)
             self.cache.inputs[PROMPT] = {0: {"whole": mean[:, None, None].cpu()}}
 
     def _keep_input(self, name: str, tokens: Tensor) -> None:
@@ -204,73 +248,68 @@ class _Watcher:
         pooled = {"whole": self.whole[width].by_frame(tokens, self.size)}
         if self.pooling.kind == "region":
             pooled["region"] = self.pooling.by_frame(tokens, self.size)
-        kind = next(self.models[self.expert].parameters()).dtype
+        kind = self._dtype()
         kept = {part: value.to(kind).to("cpu", non_blocking=tokens.is_cuda) for part, value in pooled.items()}
         self.cache.inputs.setdefault(name, {})[self.step] = kept
+
+    def _dtype(self) -> torch.dtype:
+        """The type of numbers that the transformer computes in: that of its input. Weights can be stored in another."""
+        assert self.model_input is not None
+        return self.model_input.dtype
 
     def on_embed(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         """A pre-forward hook for block 0: keeps its input."""
         if EMBED in self.cache.hook_points:
             self._keep_tokens(EMBED, hidden_states(args, kwargs))
-        if self.inputs and self.step in self.keep and self._context() != "uncond":
-            self._keep_input(EMBED, conditional(self._context(), hidden_states(args, kwargs)))
+        if self.inputs and self.step in self.keep and COND in self.branches:
+            self._keep_input(EMBED, conditional(self.branches, hidden_states(args, kwargs)))
 
     def on_block(self, hook_point: str) -> Callable:
         """A forward hook for a block: keeps its output."""
 
         def hook(block: nn.Module, args: tuple, output: Any) -> None:
-            self._keep_tokens(hook_point, architecture(self.models[self.expert]).video_tokens(output))
+            self._keep_tokens(hook_point, self.family.video_tokens(output))
 
         return hook
 
     @contextmanager
-    def around_context(self, original: Callable, name: str) -> Iterator[None]:
+    def around_context(self, original: Callable, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Wraps `cache_context` of a transformer: remembers the name of the context."""
         before, self.context = self.context, name
         try:
-            with original(name):
+            with original(name, *args, **kwargs):
                 yield
         finally:
             self.context = before
 
-    def around_step(self, original: Callable, output: Tensor, timestep: Any, noisy: Tensor, *a: Any, **k: Any) -> Any:
+    def around_step(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """Wraps `step` of the scheduler: keeps the noisy latent and x0-hat."""
-        step, model = self._step_index(), self.models[self.expert]
-        tokens = partial(architecture(model).latent_tokens, model)
+        step = self.count.now
         hook_points = self.cache.hook_points if step in self.keep else ()
         inputs = self.inputs and step in self.keep
-        if X_T in hook_points or inputs:
-            self._keep_latent(X_T, tokens(noisy), X_T in hook_points)
-        if X0 in hook_points or inputs or step in self.clean:
-            estimate = clean_estimate(self.pipeline.scheduler, step, output, noisy)
-            if X0 in hook_points or inputs:
-                self._keep_latent(X0, tokens(estimate), X0 in hook_points)
-            if step in self.clean:
-                self.cache.clean[step] = estimate
-        return original(output, timestep, noisy, *a, **k)
+        if self.model_input is not None and (inputs or {X_T, X0} & {*hook_points} or step in self.clean):
+            scheduler, model = self.pipeline.scheduler, self.models[self.expert]
+            call = step_call(scheduler, args, kwargs)
+            if X_T in hook_points or inputs:
+                tokens = self.family.latent_tokens(model, self._whole(call.noisy))
+                self._keep_latent(X_T, tokens, X_T in hook_points)
+            if X0 in hook_points or inputs or step in self.clean:
+                estimate = self._whole(clean_estimate(scheduler, call))
+                if X0 in hook_points or inputs:
+                    self._keep_latent(X0, self.family.latent_tokens(model, estimate), X0 in hook_points)
+                if step in self.clean:
+                    self.cache.clean[step] = estimate
+        return original(*args, **kwargs)
 
-    def _step_index(self) -> int:
-        """The current step index, found from the timestep of the pipeline."""
-        timesteps = self.pipeline.scheduler.timesteps
-        if not self.keep:
-            self.keep = parse_selection(self.spec, len(timesteps), "probe.steps")
-            self.cache.steps = self.keep
-        return step_now(self.pipeline)
-
-    def _context(self) -> str:
-        """The guidance context of the current transformer call, a key of BRANCHES."""
-        guided = getattr(self.pipeline, "guidance_scale", 1.0) > 1
-        if self.context in ("", "cond_uncond") and not guided:
-            return "cond"  # CogVideoX names its context `cond_uncond` even when it does not double the batch
-        if self.context in BRANCHES:
-            return self.context
-        raise RuntimeError(f"guidance context {self.context!r} is not known: expected one of {', '.join(BRANCHES)}")
+    def _whole(self, latent: Tensor) -> Tensor:
+        """A latent of the scheduler, unpacked, with the first frame where the pipeline keeps it apart."""
+        assert self.model_input is not None
+        return self.family.whole(self.pipeline, self.family.unpacked(latent, self.size), self.model_input)
 
     def _keep_tokens(self, hook_point: str, tokens: Tensor) -> None:
         if self.step not in self.keep:
             return
-        branches = BRANCHES[self._context()]
-        for branch, half in zip(branches, tokens.chunk(len(branches)), strict=True):
+        for branch, half in zip(self.branches, tokens.chunk(len(self.branches)), strict=True):
             self._store(hook_point, branch, half)
 
     def _keep_latent(self, name: str, tokens: Tensor, as_hook_point: bool) -> None:
@@ -280,7 +319,7 @@ class _Watcher:
             self._keep_input(name, tokens)
 
     def _store(self, hook_point: str, branch: str, tokens: Tensor) -> None:
-        kind = tokens.dtype if hook_point not in (X_T, X0) else next(self.models[self.expert].parameters()).dtype
+        kind = tokens.dtype if hook_point not in (X_T, X0) else self._dtype()
         key = (self.step, hook_point, branch)
         if key in self.cache.parts:
             raise RuntimeError(
@@ -298,8 +337,8 @@ class _Watcher:
             raise RuntimeError("nothing was captured: expected one pipeline call inside the context, found none")
         total = len(self.pipeline.scheduler.timesteps)
         last = max(step for step, _, _ in seen) if getattr(self.pipeline, "_interrupt", False) else total - 1
-        contexts = {name for _, _, name in seen}
-        expected = Counter((step, cache.experts.get(step, "none"), c) for step in range(last + 1) for c in contexts)
+        every = {branches for _, _, branches in seen}
+        expected = Counter((step, cache.experts.get(step, "none"), b) for step in range(last + 1) for b in every)
         if seen != expected:
             extra = sorted((seen - expected).items()) + sorted((expected - seen).items())
             raise RuntimeError(
@@ -307,7 +346,7 @@ class _Watcher:
                 "one complete pipeline call inside the context"
             )
         cache.steps = tuple(s for s in self.keep if s <= last)
-        cache.branches = tuple(b for b in ("cond", "uncond") if any(b in BRANCHES[name] for name in contexts))
+        cache.branches = tuple(b for b in (COND, UNCOND) if any(b in branches for branches in every))
         cache.positions = self.pooling.positions(self.size[0])
         for hook_point in cache.hook_points:
             for step in cache.steps:
@@ -315,49 +354,29 @@ class _Watcher:
                     raise RuntimeError(
                         f"hook point {hook_point} did not run at step {step}: expected {', '.join(cache.hook_points)}"
                     )
+        self._check_computed()
+
+    def _check_computed(self) -> None:
+        """Raises RuntimeError for a block that gave the output of the block before it: a cache has skipped it."""
+        layers = [int(hook_point) for hook_point in self.cache.hook_points if hook_point not in SOURCES]
+        for before, layer in pairwise(layers):
+            for (step, hook_point, branch), part in self.cache.parts.items() if layer == before + 1 else ():
+                if hook_point == str(layer) and torch.equal(part, self.cache.parts[step, str(before), branch]):
+                    raise RuntimeError(
+                        f"layer {layer} returned its input at step {step}: expected a block that computes; turn off "
+                        "what skips blocks, such as a step cache"
+                    )
 
 
-def conditional(context: str, tensor: Tensor) -> Tensor:
-    """The part of a batch that belongs to the `cond` branch. context: name of the guidance context."""
-    return tensor.chunk(len(BRANCHES[context]))[-1]
+def conditional(branches: Branches, tensor: Tensor) -> Tensor:
+    """The part of a batch that belongs to the `cond` branch. branches: of the transformer call."""
+    return tensor.chunk(len(branches))[branches.index(COND)]
 
 
-def hidden_states(args: tuple, kwargs: dict) -> Tensor:
-    """The hidden states in the arguments of a transformer or block call."""
-    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-
-
-def _hook_points(spec: str | Sequence[str], models: dict[str, nn.Module]) -> tuple[str, ...]:
+def _hook_points(spec: str | Sequence[str], depth: int) -> tuple[str, ...]:
     """Layer numbers (as text) and sources; a string selects layers only."""
-    depth = min(len(block_list(model)) for model in models.values())
     if isinstance(spec, str):
         return tuple(str(layer) for layer in parse_selection(spec, depth, "probe.layers"))
     layers = [hook_point for hook_point in spec if hook_point not in SOURCES]
     chosen = parse_selection(",".join(layers), depth, "probe.layers") if layers else ()
     return (*(str(layer) for layer in chosen), *(hook_point for hook_point in SOURCES if hook_point in spec))
-
-
-@contextmanager
-def wrapped(owner: Any, name: str, around: Callable) -> Iterator[None]:
-    """Replaces the method `name` of one object by `around(original, *args, **kwargs)`, and restores it on exit.
-
-    Does nothing when the object has no such method.
-    """
-    original = getattr(owner, name, None)
-    if original is None:
-        yield
-        return
-    was_instance = name in vars(owner)
-
-    @wraps(original)
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
-
-    setattr(owner, name, answer)
-    try:
-        yield
-    finally:
-        if was_instance:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)

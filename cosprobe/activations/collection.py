@@ -30,7 +30,7 @@ from cosprobe.differences import first_difference
 from cosprobe.errors import InputError
 from cosprobe.files import read_json, write_json
 from cosprobe.locks import held
-from cosprobe.models import architecture, check_prompts, check_size, experts, model_fingerprint
+from cosprobe.models import architecture, check_prompts, check_size, first_transformer, model_fingerprint
 from cosprobe.monitoring import ResourceMonitor
 from cosprobe.runs import POINTER, STORE
 from cosprobe.runtime import rank_and_world, say
@@ -342,20 +342,20 @@ def _rows(batch: Sequence[Sample], few: Collection[str]) -> Rows:
 def store_bytes(sampler: Sampler, probe: CaptureConfig, samples: int, few: int = 0) -> int:
     """Size of the store in bytes, computed from the shapes alone. few: number of samples for random weights."""
     pipeline, regions = sampler.config, sampler.task.regions
-    transformer = next(iter(experts(sampler.model).values()))
+    transformer = first_transformer(sampler.model)
     layers = probe.layers_kept(sampler.depth)
     steps, config = probe.steps_kept(pipeline.steps), transformer.config
     width = config.num_attention_heads * config.attention_head_dim
     pooling = Pooling(probe.pooling, probe.frames, [[(0.0, 0.0, 1.0, 1.0)] * regions])
-    cells = samples * len(steps) * len(layers) * (2 if pipeline.guidance > 1 else 1)
+    cells = samples * len(steps) * len(layers) * (2 if pipeline.guided(architecture(sampler.model).guidance) else 1)
     cells += few * len(RANDOM_WEIGHTS) * len(few_steps(probe, pipeline.steps)) * len(layers)
-    features = cells * len(pooling.positions(sampler.latent_frames)) * pooling.regions * width
-    noise, condition = architecture(transformer).patch_columns(transformer)
+    features = cells * len(pooling.positions(sampler.token_frames)) * pooling.regions * width
+    noise, condition = architecture(sampler.model).patch_columns(sampler.model, transformer)
     each_step = [width, noise, noise]  # embed, x_t, x0-hat
     inputs = sum(n * input_parts(pooling, n) for n in each_step) * len(steps)
     inputs += sum(n * input_parts(pooling, n) for n in (noise, condition))
     size = next(transformer.parameters()).element_size()
-    return (features + samples * sampler.latent_frames * inputs) * size
+    return (features + samples * sampler.token_frames * inputs) * size
 
 
 def input_parts(pooling: Pooling, channels: int) -> int:

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from cosprobe.activations.capture import capture
+from cosprobe.cells import X0
 from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
-from cosprobe.models import block_list, decode, experts, sample, stop_after
+from cosprobe.models import block_list, decode, first_transformer, sample, stop_after
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ def _metered(
     """Runs one step and one decoding, and calls `read` where their parts begin and end."""
     if len(images) != len(prompts) or not len(images):
         raise InputError(f"{len(images)} images and {len(prompts)} prompts: expected equal numbers, at least 1")
-    transformer = next(iter(experts(pipeline).values()))
+    transformer, depth = first_transformer(pipeline), len(block_list(pipeline))
     encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
-    marks: dict[str, list[float]] = {"text": [], "evaluation": [], **{str(i): [] for i in range(_depth(transformer))}}
+    marks: dict[str, list[float]] = {"text": [], "evaluation": [], **{str(i): [] for i in range(depth)}}
 
     def mark(name: str) -> Callable[..., None]:
         return lambda *_: marks[name].append(read())
@@ -112,15 +114,16 @@ def _metered(
             for module in modules:
                 undo.callback(module.register_forward_pre_hook(mark(name)).remove)
                 undo.callback(module.register_forward_hook(mark(name)).remove)
-        for layer, block in enumerate(block_list(transformer)):
+        for layer, block in enumerate(block_list(pipeline)):
             undo.callback(block.register_forward_hook(mark(str(layer))).remove)
+        cache = undo.enter_context(capture(pipeline, [X0], steps="0", clean=[0]))
         begin = read()
-        latents = sample(
+        sample(
             pipeline, config, images, prompts, range(len(images)),
             callback_on_step_end=stop_after(0), output_type="latent",
         )  # fmt: skip
     before = read()
-    decode(pipeline, torch.as_tensor(latents))
+    decode(pipeline, cache.clean[0], config.frames)
     after, each = read(), 1 / len(images)
     first, *borders = marks["evaluation"]
     text = sum(marks["text"][1::2]) - sum(marks["text"][::2])
@@ -128,11 +131,7 @@ def _metered(
     return Cost(
         text * each,
         (first - begin - text) * each,
-        tuple((marks[str(layer)][0] - first) * each for layer in range(_depth(transformer))),
+        tuple((marks[str(layer)][0] - first) * each for layer in range(depth)),
         evaluation * each,
         (after - before) * each,
     )
-
-
-def _depth(transformer: nn.Module) -> int:
-    return len(block_list(transformer))

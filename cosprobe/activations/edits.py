@@ -15,9 +15,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cosprobe.activations.capture import hidden_states, wrapped
 from cosprobe.errors import InputError
-from cosprobe.models import Architecture, architecture, block_list, clean_estimate, experts, step_now
+from cosprobe.models import (
+    TokenGrid,
+    architecture,
+    block_list,
+    clean_estimate,
+    counted_steps,
+    experts,
+    hidden_states,
+    output_for,
+    step_call,
+    with_output,
+)
+from cosprobe.wrapping import wrapped
 
 BACK = ("first", "all")
 Weigh = Callable[[int, int, Tensor, tuple[int, int, int]], Float[Tensor, " batch"]]
@@ -68,16 +79,16 @@ def average_blocks(
     """
     if back not in BACK:
         raise InputError(f"back={back!r}: expected one of {', '.join(BACK)}")
-    size = (0, 0, 0)
+    size, family = TokenGrid(0, 0, 0), architecture(pipeline)
     weights: dict[tuple[int, int], Tensor] = {}
 
     def on_model(model: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal size
-        size = architecture(model).token_grid(model, hidden_states(args, kwargs))
+        size = family.token_grid(model, hidden_states(args, kwargs), kwargs)
 
-    def on_block(layer: int, family: Architecture) -> Callable:
+    def on_block(layer: int) -> Callable:
         def hook(block: nn.Module, args: tuple, output: Any) -> Any:
-            step = step_now(pipeline)
+            step = count.now
             if step not in steps:
                 return None
             tokens = family.video_tokens(output)
@@ -90,12 +101,13 @@ def average_blocks(
         return hook
 
     with ExitStack() as undo:
+        count = undo.enter_context(counted_steps(pipeline))
         for model in experts(pipeline).values():
-            blocks = block_list(model)
+            blocks = block_list(pipeline, model)
             check_layers(layers, len(blocks))
             undo.callback(model.register_forward_pre_hook(on_model, with_kwargs=True).remove)
             for layer in layers:
-                undo.callback(blocks[layer].register_forward_hook(on_block(layer, architecture(model))).remove)
+                undo.callback(blocks[layer].register_forward_hook(on_block(layer)).remove)
         yield
 
 
@@ -107,17 +119,17 @@ def average_clean(pipeline: Any, group: int, steps: Sequence[int], back: str = "
     scheduler continues from there.
     """
 
-    def around(original: Callable, output: Tensor, timestep: Any, noisy: Tensor, *a: Any, **k: Any) -> Any:
-        step = step_now(pipeline)
-        if step in steps:
-            mean = group_mean(clean_estimate(pipeline.scheduler, step, output, noisy), group, back)
-            changed = output_for(pipeline.scheduler, step, mean, noisy).to(output.dtype)
+    def around(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        if count.now in steps:
+            scheduler, call = pipeline.scheduler, step_call(pipeline.scheduler, args, kwargs)
+            mean = group_mean(clean_estimate(scheduler, call), group, back)
+            changed = output_for(scheduler, call, mean).to(call.output.dtype)
             if back == "first":  # the other samples keep their exact output, without rounding errors
-                changed = torch.where(_is_first(output, group), changed, output)
-            output = changed
-        return original(output, timestep, noisy, *a, **k)
+                changed = torch.where(_is_first(call.output, group), changed, call.output)
+            args, kwargs = with_output(scheduler, args, kwargs, changed)
+        return original(*args, **kwargs)
 
-    with wrapped(pipeline.scheduler, "step", around):
+    with counted_steps(pipeline) as count, wrapped(pipeline.scheduler, "step", around):
         yield
 
 
@@ -129,7 +141,7 @@ def average_latents(pipeline: Any, group: int, steps: Sequence[int], back: str =
     """
 
     def around(original: Callable, *args: Any, **kwargs: Any) -> Any:
-        step = step_now(pipeline)
+        step = count.now
         result = original(*args, **kwargs)
         if step not in steps:
             return result
@@ -138,21 +150,8 @@ def average_latents(pipeline: Any, group: int, steps: Sequence[int], back: str =
             return result
         return (group_mean(result[0], group, back), *result[1:])
 
-    with wrapped(pipeline.scheduler, "step", around):
+    with counted_steps(pipeline) as count, wrapped(pipeline.scheduler, "step", around):
         yield
-
-
-def output_for(scheduler: Any, step: int, clean: Tensor, noisy: Tensor) -> Tensor:
-    """The model output at `step` (a step index) whose x0-hat is `clean`: the inverse of `clean_estimate`."""
-    kind, noisy = scheduler.config.get("prediction_type", "flow_prediction"), noisy.float()
-    if kind == "flow_prediction":
-        return (noisy - clean) / scheduler.sigmas[step].to(noisy)
-    if kind == "sample":
-        return clean
-    alpha = scheduler.alphas_cumprod[int(scheduler.timesteps[step])].to(noisy)
-    if kind == "epsilon":
-        return (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
-    return (alpha.sqrt() * noisy - clean) / (1 - alpha).sqrt()
 
 
 def check_layers(layers: Sequence[int], depth: int) -> None:

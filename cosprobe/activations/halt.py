@@ -52,7 +52,7 @@ def halting(
         cache = undo.enter_context(capture(pipeline, list(map(str, sorted(at))), pooling, steps))
         for transformer in experts(pipeline).values():
             for layer, here in at.items():
-                block = block_list(transformer)[layer]  # its hook runs after that of `capture`
+                block = block_list(pipeline, transformer)[layer]  # its hook runs after that of `capture`
                 undo.callback(block.register_forward_hook(_halting_hook(cache, here, pooling, enough)).remove)
         yield cache
 

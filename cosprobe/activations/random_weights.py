@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cosprobe.activations.capture import BRANCHES, ActivationCache, conditional, hidden_states
+from cosprobe.activations.capture import ActivationCache, conditional
 from cosprobe.activations.pooling import Pooling
 from cosprobe.errors import InputError
-from cosprobe.models import architecture, block_list, experts
+from cosprobe.models import Branches, architecture, block_list, experts, hidden_states, of_samples
 
 PERMUTED, FRESH = "permuted", "fresh"
 RANDOM_WEIGHTS = (PERMUTED, FRESH)
@@ -34,36 +35,53 @@ def with_random_weights(pipeline: Any, how: str, seed: int) -> Iterator[None]:
     """
     if how not in RANDOM_WEIGHTS:
         raise InputError(f"weights={how!r}: expected one of {', '.join(RANDOM_WEIGHTS)}")
-    trained = {name: [p.detach().clone() for p in model.parameters()] for name, model in experts(pipeline).items()}
-    try:
+    with ExitStack() as undo:
         for number, model in enumerate(experts(pipeline).values()):
-            _fill(model, how, seed + number)
+            replace_weights = _shuffled if how == PERMUTED else _redrawn
+            undo.enter_context(replace_weights(model, seed + number))
+        yield
+
+
+@contextmanager
+def _shuffled(model: Any, seed: int) -> Iterator[None]:
+    """Shuffles the entries of each parameter in place. Nothing is copied: the same order, inverted, restores them."""
+    done = 0
+    try:
+        for parameter, order in _orders(model, seed):
+            done += 1
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
         yield
     finally:
-        with torch.no_grad():
-            for name, model in experts(pipeline).items():
-                for parameter, value in zip(model.parameters(), trained[name], strict=True):
-                    parameter.copy_(value)
+        for parameter, order in islice(_orders(model, seed), done):
+            restored = torch.empty_like(parameter).flatten()
+            restored[order] = parameter.flatten()
+            parameter.copy_(restored.view_as(parameter))
 
 
-@torch.no_grad()
-def _fill(model: Any, how: str, seed: int) -> None:
-    """Replaces the weights of one transformer in place."""
+def _orders(model: Any, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The parameters of a transformer, each with an order of its entries, always the same for a seed."""
     generator = torch.Generator().manual_seed(seed)
-    if how == PERMUTED:
-        for parameter in model.parameters():
-            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-            parameter.copy_(parameter.flatten()[order].view_as(parameter))
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        other = type(model).from_config(model.config)
-    drawn = dict(other.named_parameters())
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:  # weights of LoRA adapters are learned too
-            parameter.zero_()
-        else:
-            parameter.copy_(drawn[name.replace(".base_layer.", ".")])
+    for parameter in model.parameters():
+        yield parameter.data, torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+
+
+@contextmanager
+def _redrawn(model: Any, seed: int) -> Iterator[None]:
+    """Replaces the weights by a new initialisation. The trained ones wait in the memory of the CPU."""
+    trained = [parameter.detach().to("cpu", copy=True) for parameter in model.parameters()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            drawn = dict(type(model).from_config(model.config).named_parameters())
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:  # weights of LoRA adapters are learned too
+                parameter.data.zero_()
+            else:
+                parameter.data.copy_(drawn[name.replace(".base_layer.", ".")])
+        yield
+    finally:
+        for parameter, value in zip(model.parameters(), trained, strict=True):
+            parameter.data.copy_(value)
 
 
 @torch.no_grad()
@@ -90,20 +108,20 @@ def _replayed(
     rows: Sequence[int] | None,
 ) -> Tensor:
     model = experts(pipeline)[cache.experts[step]]
-    context, args, kwargs = cache.recorded[step]
+    branches, args, kwargs = cache.recorded[step]
     if rows is not None:
-        args, kwargs = _of_samples(context, args, kwargs, rows)
-    family = architecture(model)
-    size = family.token_grid(model, hidden_states(args, kwargs))
+        args, kwargs = _of_samples(branches, args, kwargs, rows)
+    family = architecture(pipeline)
+    size = family.token_grid(model, hidden_states(args, kwargs), kwargs)
     found: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
         def hook(block: nn.Module, inputs: tuple, output: Any) -> None:
-            found[layer] = pooling(conditional(context, family.video_tokens(output)), size).cpu()
+            found[layer] = pooling(conditional(branches, family.video_tokens(output)), size).cpu()
 
         return hook
 
-    blocks = block_list(model)
+    blocks = block_list(pipeline, model)
     with ExitStack() as undo:
         for layer in layers:
             undo.callback(blocks[layer].register_forward_hook(keep(layer)).remove)
@@ -111,13 +129,10 @@ def _replayed(
     return torch.stack([found[layer] for layer in layers], dim=1)
 
 
-def _of_samples(context: str, args: tuple, kwargs: dict, rows: Sequence[int]) -> tuple[tuple, dict[str, Any]]:
+def _of_samples(branches: Branches, args: tuple, kwargs: dict, rows: Sequence[int]) -> tuple[tuple, dict[str, Any]]:
     """The arguments of a transformer call for some samples of its batch. Tensors with a row per sample are indexed."""
     size = len(hidden_states(args, kwargs))
-    halves = len(BRANCHES[context])
-    rows_of_all = [half * (size // halves) + row for half in range(halves) for row in rows]
-
-    def cut(value: Any) -> Any:
-        return value[rows_of_all] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-
-    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+    each = size // len(branches)
+    kept = [half * each + row for half in range(len(branches)) for row in rows]
+    given = {name: of_samples(value, size, kept) for name, value in kwargs.items()}
+    return tuple(of_samples(value, size, kept) for value in args), given

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cosprobe.config import PipelineConfig, TrainerConfig
-from cosprobe.models import block_list, decode, experts, sample
+from cosprobe.models import architecture, block_list, decode, experts, first_transformer, sample
 from cosprobe.tasks import Problem, Sample, Task
 
 
@@ -53,8 +53,8 @@ class Sampler:
         return sample(self.model, self.config, images(self.task, problems), prompts, seeds, **overrides)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Decodes latents into videos, with the axes and range of finished videos."""
-        return decode(self.model, latents)
+        """Decodes latents, as `models.decode` takes them, into videos with the axes and range of finished videos."""
+        return decode(self.model, latents, self.config.frames)
 
     def parse(self, problems: Sequence[Problem], video: np.ndarray | Tensor) -> Parsed:
         """Parses the answer of every video."""
@@ -70,12 +70,13 @@ class Sampler:
     @property
     def depth(self) -> int:
         """Number of blocks; with several experts the smallest."""
-        return min(len(block_list(model)) for model in experts(self.model).values())
+        return min(len(block_list(self.model, model)) for model in experts(self.model).values())
 
     @property
-    def latent_frames(self) -> int:
-        """Number of latent frames of a video."""
-        return (self.config.frames - 1) // self.model.vae_scale_factor_temporal + 1
+    def token_frames(self) -> int:
+        """Number of frames of the token grid of a video."""
+        family = architecture(self.model)
+        return family.token_frames(self.model, first_transformer(self.model), self.config.frames)
 
 
 def images(task: Task, problems: Sequence[Problem]) -> Float[Tensor, "batch 3 height width"]:

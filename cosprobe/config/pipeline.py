@@ -26,7 +26,11 @@ class PipelineConfig:
     steps: int = 20
     "Number of sampler steps."
     guidance: float = 1.0
-    "Scale of classifier-free guidance; 1: off."
+    "Scale of guidance; 1: off. Classifier-free guidance, or an input of the model (HunyuanVideo)."
+    guidance_2: float = 0.0
+    "Scale of guidance of the expert for low noise (Wan2.2-A14B); 0: that of the other one."
+    true_cfg: float = 1.0
+    "Scale of classifier-free guidance for models with a guidance input (HunyuanVideo); 1: off."
     frames: int = 13
     "Number of video frames, 4k + 1 for Wan."
     prompt_tokens: int = 32
@@ -43,9 +47,13 @@ class PipelineConfig:
             raise InputError(f"pipeline.dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
         check_bounds(
             "pipeline.", self, steps=(1, 10_000), frames=(1, 10_000), prompt_tokens=(1, 10_000), batch=(1, 10_000),
-            guidance=(1, 1000),
+            guidance=(1, 1000), guidance_2=(0, 1000), true_cfg=(1, 1000),
         )  # fmt: skip
         self.path, self.lora = (os.path.expanduser(path) for path in (self.path, self.lora))
+
+    def guided(self, argument: str) -> bool:
+        """Whether classifier-free guidance is on, for a family whose pipelines turn it on with `argument`."""
+        return {"guidance_scale": self.guidance, "true_cfg_scale": self.true_cfg}[argument] > 1
 
     @property
     def folder(self) -> Path:

@@ -309,7 +309,7 @@ def _reading(context: RunContext, steps: Sequence[int], samples: Sequence[Proble
     layers = sorted({scorer.cell(name, step).layer for name in names for step in steps})
     pooling = scorer.pooling(samples)
     with capture(context.sampler.model, list(map(str, layers)), pooling, ",".join(map(str, steps))) as cache:
-        yield _Reading(scorer, cache, pooling, samples, context.sampler.latent_frames)
+        yield _Reading(scorer, cache, pooling, samples, context.sampler.token_frames)
 
 
 def _weigh(context: RunContext, params: Hyperparameters, samples: Sequence[Problem]) -> Callable[..., Tensor]:
@@ -317,7 +317,7 @@ def _weigh(context: RunContext, params: Hyperparameters, samples: Sequence[Probl
     guess."""
     scorer = context.scorer
     assert scorer is not None
-    pooling, positions = scorer.pooling(samples), scorer.pooling(samples).positions(context.sampler.latent_frames)
+    pooling, positions = scorer.pooling(samples), scorer.pooling(samples).positions(context.sampler.token_frames)
     names = sorted({scorer.target(p) for p in samples})
     table = {(s, n): {t: scorer.cell(t, s, n) for t in names} for s in params.steps or (0,) for n in params.layers}
 

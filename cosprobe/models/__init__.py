@@ -1,8 +1,8 @@
-"""Loads frozen diffusers pipelines and samples with them. `architectures` has what differs between transformers."""
+"""Loads frozen diffusers pipelines and samples with them. `architectures` has what differs between families."""
 
 from diffusers import DiffusionPipeline as DiffusionPipeline  # the type of pipelines, in no list of our own names
 
-from cosprobe.models.architectures import Architecture, architecture
+from cosprobe.models.architectures import COND, UNCOND, Architecture, Branches, TokenGrid, architecture
 from cosprobe.models.cpu_layout import channels_last
 from cosprobe.models.identity import fingerprint, model_fingerprint, pipeline_fingerprint
 from cosprobe.models.images import Pictures, image_batch
@@ -11,32 +11,56 @@ from cosprobe.models.pipelines import (
     block_list,
     check_prompts,
     check_size,
-    clean_estimate,
     decode,
     experts,
+    first_transformer,
+    hidden_states,
+    of_samples,
     sample,
-    step_now,
     stop_after,
+)
+from cosprobe.models.schedulers import (
+    StepCall,
+    StepCount,
+    check_scheduler,
+    clean_estimate,
+    counted_steps,
+    output_for,
+    step_call,
+    with_output,
 )
 
 __all__ = [
+    "COND",
+    "UNCOND",
     "Architecture",
+    "Branches",
     "Pictures",
+    "StepCall",
+    "StepCount",
+    "TokenGrid",
     "architecture",
     "block_list",
     "channels_last",
     "check_prompts",
+    "check_scheduler",
     "check_size",
     "clean_estimate",
+    "counted_steps",
     "decode",
     "experts",
     "fingerprint",
+    "first_transformer",
+    "hidden_states",
     "image_batch",
     "load_part",
-    "model_fingerprint",
     "load_pipeline",
+    "model_fingerprint",
+    "of_samples",
+    "output_for",
     "pipeline_fingerprint",
     "sample",
-    "step_now",
+    "step_call",
     "stop_after",
+    "with_output",
 ]

@@ -46,8 +46,7 @@ def load_pipeline(config: PipelineConfig | Path | str | None = None, device: str
         pipeline = DiffusionPipeline.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, **parts
         )
-    for transformer in experts(pipeline).values():
-        architecture(transformer)
+    architecture(pipeline).prepare(pipeline)
     if config.lora:
         _load_adapters(pipeline, config.lora)
     for name, part in pipeline.components.items():

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from math import lcm
+from contextlib import ExitStack, contextmanager
+from inspect import signature
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import diffusers
 import numpy as np
@@ -22,16 +20,14 @@ from torch import Tensor, nn
 
 from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
-from cosprobe.models.architectures import architecture
+from cosprobe.models.architectures import TokenGrid, architecture
 from cosprobe.models.images import Pictures, image_batch
 from cosprobe.runtime import enough_memory
 from cosprobe.tasks import check_lengths
 
-SIDE = 16  # the image-to-video pipelines of diffusers take multiples of it
 Video = TypeVar("Video", np.ndarray, Tensor)
 OWN = Path(__file__).resolve().parent.parent  # the folder of this package
 LIBRARIES = Path(diffusers.__file__).resolve().parent.parent  # of diffusers and what is installed beside it
-PROMPTS = ("prompt_embeds", "negative_prompt_embeds")  # per-sample tensors of the sampling loop
 
 
 def experts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -48,65 +44,30 @@ def experts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     return {"only": first if first is not None else second}
 
 
-def block_list(transformer: nn.Module) -> list[nn.Module]:
-    """The blocks of a transformer, in order of execution."""
-    return architecture(transformer).blocks(transformer)
+def first_transformer(pipeline: DiffusionPipeline) -> nn.Module:
+    """The transformer of a pipeline; of two experts, the first."""
+    return next(iter(experts(pipeline).values()))
 
 
-def step_now(pipeline: Any) -> int:
-    """The current step index of a running pipeline, found from its current timestep."""
-    match = (pipeline.scheduler.timesteps == pipeline._current_timestep).nonzero().flatten()
-    if len(match) != 1:
-        raise RuntimeError(f"timestep {pipeline._current_timestep} belongs to {len(match)} steps, expected one")
-    return int(match)
-
-
-def clean_estimate(scheduler: Any, step: int, output: Tensor, noisy: Tensor) -> Tensor:
-    """x0-hat, the model's estimate of the clean latent at `step` (a step index).
-
-    output: output of the model. noisy: noisy latent at the start of the step.
-    Flow matching: x0 = x - sigma v (arXiv 2603.16870, section 3.1). Variance-preserving schedulers: from `epsilon`,
-    `v_prediction` or `sample`. Raises InputError for any other prediction type.
-    """
-    kind = scheduler.config.get("prediction_type", "flow_prediction")
-    output, noisy = output.float(), noisy.float()
-    if kind == "flow_prediction":
-        return noisy - scheduler.sigmas[step].to(noisy) * output
-    if kind == "sample":
-        return output
-    if kind in ("epsilon", "v_prediction") and hasattr(scheduler, "alphas_cumprod"):
-        alpha = scheduler.alphas_cumprod[int(scheduler.timesteps[step])].to(noisy)
-        if kind == "epsilon":
-            return (noisy - (1 - alpha).sqrt() * output) / alpha.sqrt()
-        return alpha.sqrt() * noisy - (1 - alpha).sqrt() * output
-    raise InputError(f"{type(scheduler).__name__} predicts {kind!r}: expected flow_prediction, v_prediction or epsilon")
+def block_list(pipeline: DiffusionPipeline, transformer: nn.Module | None = None) -> list[nn.Module]:
+    """The blocks of a transformer of the pipeline, by default of the first, in order of execution."""
+    return architecture(pipeline).blocks(first_transformer(pipeline) if transformer is None else transformer)
 
 
 def check_size(pipeline: DiffusionPipeline, sides: Sequence[int], frames: int) -> None:
     """Raises InputError for a size or number of frames of the video that diffusers would round.
 
-    sides: height and width in pixels. They have to be whole numbers of the model's patches, and the frames 1 more than
-    a multiple of its chunks.
+    sides: height and width in pixels.
     """
-    height, width = sides
-    transformer = next(iter(experts(pipeline).values()))
-    patch = transformer.config.patch_size
-    side = lcm(SIDE, pipeline.vae_scale_factor_spatial * (patch if isinstance(patch, int) else patch[-1]))
-    if height % side or width % side:
-        raise InputError(
-            f"images: {height} x {width} pixels, expected multiples of {side} for this model; resize or crop them, or "
-            "set task.image_size"
-        )
-    chunk = getattr(pipeline, "vae_scale_factor_temporal", 1)
-    if (frames - 1) % chunk:
-        raise InputError(
-            f"pipeline.frames={frames}: expected {chunk}k + 1 frames for this model, such as {3 * chunk + 1}"
-        )
+    architecture(pipeline).check_video(pipeline, first_transformer(pipeline), sides, frames)
 
 
 def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], limit: int) -> None:
-    """Raises InputError for a prompt of more than `limit` tokens, which diffusers would truncate without a warning, and
-    for a tokenizer that cannot pad."""
+    """Raises InputError for a prompt of more than `limit` tokens, which diffusers would truncate without a warning, for
+    another limit than the model needs, and for a tokenizer that cannot pad."""
+    needed = architecture(pipeline).prompt_tokens(first_transformer(pipeline))
+    if needed is not None and limit != needed:
+        raise InputError(f"pipeline.prompt_tokens={limit}: expected {needed} for this model; set it so")
     for prompt in set(prompts):
         try:
             count = len(pipeline.tokenizer(prompt).input_ids)
@@ -119,38 +80,6 @@ def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], limit: in
                 f"prompt {prompt[:40]!r}... has {count} tokens: expected at most {limit}; "
                 "shorten it or raise pipeline.prompt_tokens"
             )
-
-
-@contextmanager
-def batched_images(pipeline: DiffusionPipeline) -> Iterator[list[Tensor]]:
-    """Makes pipeline calls with a batch of different first frames possible. Diffusers does not support them.
-
-    `prepare_latents` of the pipeline encodes the whole batch of images once for every noise generator. Inside this
-    context the batch is encoded once (equal neighbouring images as one), and each generator gets its own image.
-    The noise of a sample does not depend on its batch. Its image condition depends on the batch up to rounding.
-    The changes are undone on exit.
-    Yields a list that will contain the image condition of the batch: the tensor that the sampling loop uses.
-    """
-    original, encode = pipeline.prepare_latents, pipeline.vae.encode
-    held, encoded = list[Tensor](), list[Tensor]()
-
-    def prepare(*arguments: Any) -> tuple[Tensor, ...]:
-        noise, condition, *mask = original(*arguments)
-        if len(condition) != len(noise):
-            raise RuntimeError(f"the pipeline encoded {len(condition)} of {len(noise)} images: expected all of them")
-        held.append(condition)
-        return (noise, condition, *mask)
-
-    def one_by_one(videos: Tensor) -> Any:
-        if len(videos) == 1:
-            return encode(videos)
-        if not encoded:
-            new = torch.tensor([i == 0 or not torch.equal(videos[i], videos[i - 1]) for i in range(len(videos))])
-            encoded.extend(encode(videos[new]).latent_dist.mode()[new.cumsum(0) - 1].split(1))
-        return SimpleNamespace(latents=encoded.pop(0))
-
-    with patch.object(pipeline, "prepare_latents", prepare), patch.object(pipeline.vae, "encode", one_by_one):
-        yield held
 
 
 @enough_memory("lower pipeline.batch")
@@ -166,31 +95,23 @@ def sample(
 ) -> np.ndarray | Tensor:
     """Samples a batch of different problems through the pipeline's `__call__`.
 
-    images: first frames, as `image_batch` takes them. prompts, seeds: one per image. The noise of a sample depends on
-    its seed alone.
+    images: first frames, as `image_batch` takes them; a text-to-video pipeline uses their size only. prompts, seeds:
+    one per image. The noise of a sample depends on its seed alone.
     filter_batch: called with the step index after each step. It returns the samples that continue, as indices into the
-    samples that are left, in order, or None for all. Nothing more is computed for the other samples.
+    samples that are left, in order, or None for all. No transformer runs for the other samples, and none of their
+    videos is decoded.
     overrides: more arguments of the pipeline call.
     Returns float video [batch, frame, height, width, 3] in [0, 1], or the latent tensor with `output_type="latent"`.
     Raises InputError for images that `image_batch` refuses, for sides or frames that the model does not take, for
-    videos that are not finite or have another size, for other numbers of prompts or seeds than of images, for a prompt
-    that is too long, and for `filter_batch` with a pipeline that takes one problem per call.
+    videos that are not finite or have another size, for other numbers of prompts or seeds than of images, and for a
+    prompt that is too long.
     """
     images = image_batch(images)
     check_size(pipeline, images.shape[2:], config.frames)
     check_lengths(len(images), prompts=prompts, seeds=seeds)
     check_prompts(pipeline, [*prompts, config.negative_prompt], config.prompt_tokens)
-    transformer = next(iter(experts(pipeline).values()))
-    if len(images) > 1 and architecture(transformer).one_problem_a_call(transformer):
-        if filter_batch is not None:
-            raise InputError(
-                f"filter_batch: {type(pipeline).__name__} repeats one CLIP image embedding over the batch (Wan2.1) and "
-                "takes one problem per call; expected a pipeline that takes several problems per call, such as Wan2.2"
-            )
-        alone = zip(images.split(1), prompts, seeds, strict=True)
-        return np.concatenate([sample(pipeline, config, i, [p], [s], **overrides) for i, p, s in alone])
+    family = architecture(pipeline)
     arguments = {
-        "image": images,
         "prompt": list(prompts),
         "negative_prompt": [config.negative_prompt] * len(prompts),
         "height": images.shape[2],
@@ -198,20 +119,43 @@ def sample(
         "num_frames": config.frames,
         "num_inference_steps": config.steps,
         "guidance_scale": config.guidance,
+        "guidance_scale_2": (config.guidance_2 or None) if len(experts(pipeline)) > 1 else None,
+        "true_cfg_scale": config.true_cfg,
         "max_sequence_length": config.prompt_tokens,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-        "output_type": "np",
+        "output_type": "np" if family.decodes_itself(pipeline) else "latent",
+        "image": images,
     }
-    with batched_images(pipeline) as held:
+    taken = signature(type(pipeline).__call__).parameters
+    arguments = {name: value for name, value in arguments.items() if name in taken}
+    arguments |= family.arguments(pipeline) | overrides
+    grids = list[TokenGrid]()
+
+    def note_grid(model: nn.Module, args: tuple, kwargs: dict) -> None:
+        grids[:] = [family.token_grid(model, hidden_states(args, kwargs), kwargs)]
+
+    with ExitStack() as undo:
+        held = undo.enter_context(family.batched_images(pipeline))
         if filter_batch is not None:
-            names = [n for n in pipeline._callback_tensor_inputs if n in ("latents", *PROMPTS)]
-            overrides |= {
-                "callback_on_step_end": _filtering(filter_batch, held),
-                "callback_on_step_end_tensor_inputs": names,
-            }
-        with _model_errors(pipeline):
-            video = pipeline(**(arguments | overrides)).frames
-    return _checked(video, pipeline, (config.frames, *images.shape[2:]))
+            arguments |= undo.enter_context(_filtered(pipeline, filter_batch, len(prompts), config.steps, held))
+        if not family.decodes_itself(pipeline):
+            hook = first_transformer(pipeline).register_forward_pre_hook(note_grid, with_kwargs=True)
+            undo.callback(hook.remove)
+        undo.enter_context(_model_errors(pipeline))
+        video = pipeline(**arguments).frames
+        if not family.decodes_itself(pipeline) and overrides.get("output_type") != "latent":
+            video = decode(pipeline, family.unpacked(video, grids[0]), config.frames)
+    return _checked(video, pipeline, (family.video_frames(pipeline, config.frames), *images.shape[2:]))
+
+
+def hidden_states(args: tuple, kwargs: dict) -> Tensor:
+    """The hidden states in the arguments of a transformer or block call."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def of_samples(value: Any, size: int, rows: Sequence[int]) -> Any:
+    """Some rows of an argument of a transformer call, if it is a tensor with one row for each of `size` rows."""
+    return value[list(rows)] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
 
 
 @contextmanager
@@ -223,7 +167,7 @@ def _model_errors(pipeline: DiffusionPipeline) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
         files = [Path(frame.f_code.co_filename).resolve() for frame, _ in traceback.walk_tb(error.__traceback__)]
         ours = files[-1].is_relative_to(OWN) or not files[-1].is_relative_to(LIBRARIES)
         if ours or isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
@@ -258,32 +202,54 @@ def _size(size: Sequence[int]) -> str:
     return f"{size[0]} frames of {size[1]} x {size[2]} pixels"
 
 
-def _filtering(
-    filter_batch: Callable[[int], Sequence[int] | None], held: list[Tensor]
-) -> Callable[[Any, int, Any, dict], dict]:
-    """A `callback_on_step_end` that removes samples from the running batch.
+@contextmanager
+def _filtered(
+    pipeline: DiffusionPipeline,
+    filter_batch: Callable[[int], Sequence[int] | None],
+    size: int,
+    steps: int,
+    held: Sequence[Tensor],
+) -> Iterator[dict[str, Any]]:
+    """Leaves samples out of the transformer calls of one pipeline call, and yields the arguments that the call needs.
 
-    Latents and prompt embeddings are returned to the pipeline. The image condition is a local variable of the sampling
-    loop, so its data are replaced in place. The earlier outputs that a multi-step scheduler stores are cut as well.
+    The loop of the pipeline goes on with the whole batch of `size` samples: its arithmetic costs next to nothing, and
+    the tensors that it works on are out of reach. Transformers get the rows of the samples that are left; the output of
+    the others is 0. After the last of `steps` steps, only the samples that are left stay in the latents, and in the
+    image condition, which is in `held`.
     """
+    left = list(range(size))
+
+    def on_call(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        rows = len(hidden_states(args, kwargs))
+        if len(left) == size:
+            return None
+        kept = [half * size + sample for half in range(rows // size) for sample in left]
+        given = {name: of_samples(value, rows, kept) for name, value in kwargs.items()}
+        return tuple(of_samples(value, rows, kept) for value in args), given
+
+    def on_output(model: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        found = output[0]
+        halves = len(found) // len(left)
+        if len(left) == size:
+            return None
+        whole = found.new_zeros(halves, size, *found.shape[1:])
+        whole[:, left] = found.unflatten(0, (halves, len(left)))
+        return (whole.flatten(0, 1), *output[1:])
 
     def callback(running: Any, step: int, timestep: Any, tensors: dict) -> dict:
-        keep = filter_batch(step)
-        if keep is None:
+        if (keep := filter_batch(step)) is not None:
+            left[:] = [left[i] for i in keep]
+        if step < steps - 1 or len(left) == size:
             return {}
-        at, size = list(keep), len(tensors["latents"])
         for condition in held:
-            condition.data = condition[at]
-        memory = vars(running.scheduler)
-        for name in ("model_outputs", "last_sample"):
-            value = memory.get(name)
-            if isinstance(value, list):
-                memory[name] = [v[at] if isinstance(v, Tensor) and len(v) == size else v for v in value]
-            elif isinstance(value, Tensor):
-                memory[name] = value[at]
-        return {name: value[at] for name, value in tensors.items() if value is not None}
+            condition.data = condition[left]
+        return {"latents": tensors["latents"][left]}
 
-    return callback
+    with ExitStack() as undo:
+        for model in experts(pipeline).values():
+            undo.callback(model.register_forward_pre_hook(on_call, with_kwargs=True).remove)
+            undo.callback(model.register_forward_hook(on_output).remove)
+        yield {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents"]}
 
 
 def stop_after(step: int) -> Callable[[Any, int, Any, dict], dict]:
@@ -297,9 +263,11 @@ def stop_after(step: int) -> Callable[[Any, int, Any, dict], dict]:
 
 
 @torch.no_grad()
-def decode(pipeline: DiffusionPipeline, latents: Tensor) -> np.ndarray:
-    """Decodes latents of the sampling loop. Returns float video [batch, frame, height, width, 3] in [0, 1]."""
-    vae, transformer = pipeline.vae, next(iter(experts(pipeline).values()))
-    latents = architecture(transformer).to_decoder(vae, latents.to(vae.device, vae.dtype))
-    video = vae.decode(latents, return_dict=False)[0]
+def decode(pipeline: DiffusionPipeline, latents: Tensor, frames: int) -> np.ndarray:
+    """Decodes latents in the layout of their family, such as x0-hat, as the pipeline does at its end.
+
+    frames: number of video frames that the pipeline was asked for.
+    Returns float video [batch, frame, height, width, 3] in [0, 1].
+    """
+    video = architecture(pipeline).decode(pipeline, latents.to(pipeline.vae.device), frames)
     return _checked(pipeline.video_processor.postprocess_video(video, output_type="np"), pipeline)

@@ -5,15 +5,14 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
 
-from cosprobe.activations.capture import capture, hidden_states
+from cosprobe.activations.capture import capture
 from cosprobe.activations.pooling import Pooling
 from cosprobe.cells import FIRST_FRAME, NOISE
 from cosprobe.cells import PROMPT as WORDS
 from cosprobe.errors import InputError
 from cosprobe.models.architectures import architecture
-from cosprobe.models.pipelines import block_list, clean_estimate, decode, sample
+from cosprobe.models.pipelines import block_list, decode, hidden_states, sample
 from tests.examples.pipelines import CONFIG, PROMPT, cogvideox, wan
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -63,7 +62,7 @@ def test_features_are_there_when_the_capture_has_ended(pipeline):
 
 def test_features_equal_a_hand_written_hook(pipeline):
     seen = []
-    handle = block_list(pipeline.transformer)[1].register_forward_hook(lambda m, a, out: seen.append(out.clone()))
+    handle = block_list(pipeline)[1].register_forward_hook(lambda m, a, out: seen.append(out.clone()))
     try:
         with capture(pipeline, "all", Pooling("clip")) as cache:
             run(pipeline)
@@ -84,7 +83,7 @@ def test_blocks_that_add_known_constants_are_labelled_right(pipeline):
 
         return hook
 
-    blocks = block_list(pipeline.transformer)
+    blocks = block_list(pipeline)
     handles = [block.register_forward_hook(constant(i)) for i, block in enumerate(blocks)]
     try:
         with capture(pipeline, ["0", "1", "2", "embed"], Pooling("clip")) as cache:
@@ -165,7 +164,7 @@ def test_inputs_of_every_step_are_kept_by_frame_region_and_cell(pipeline, guidan
         return original(output, t, noisy, **kwargs)
 
     pipeline.scheduler.step = spy
-    handle = block_list(pipeline.transformer)[0].register_forward_pre_hook(
+    handle = block_list(pipeline)[0].register_forward_pre_hook(
         lambda m, args, kwargs: first.append(hidden_states(args, kwargs)), with_kwargs=True
     )
     try:
@@ -218,7 +217,7 @@ def test_a_doubled_batch_keeps_the_inputs_of_the_half_that_saw_the_prompt():
 
     handles = [
         pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True),
-        block_list(pipeline.transformer)[0].register_forward_pre_hook(
+        block_list(pipeline)[0].register_forward_pre_hook(
             lambda m, args, kwargs: first.append(hidden_states(args, kwargs)), with_kwargs=True
         ),
     ]
@@ -252,8 +251,8 @@ def test_recorded_calls_are_those_of_the_conditional_branch(pipeline):
     finally:
         handle.remove()
     assert sorted(cache.recorded) == [0, 2]
-    for step, (context, args, kwargs) in cache.recorded.items():
-        assert context == "cond"
+    for step, (branches, args, kwargs) in cache.recorded.items():
+        assert branches == ("cond",)
         assert args == ()
         assert torch.equal(kwargs["hidden_states"], seen[2 * step]["hidden_states"])
         assert torch.equal(kwargs["encoder_hidden_states"], seen[2 * step]["encoder_hidden_states"])
@@ -295,7 +294,7 @@ def test_everything_is_undone_after_success_and_after_an_exception(pipeline):
 def test_guidance_in_two_calls_is_labelled(pipeline):
     config = type(CONFIG)(steps=3, frames=5, prompt_tokens=32, guidance=3.0)
     seen = []
-    handle = block_list(pipeline.transformer)[0].register_forward_hook(lambda m, a, out: seen.append(out.mean(1)))
+    handle = block_list(pipeline)[0].register_forward_hook(lambda m, a, out: seen.append(out.mean(1)))
     try:
         with capture(pipeline, ["0", "x_t"], Pooling("clip")) as cache:
             run(pipeline, config=config)
@@ -314,7 +313,7 @@ def test_guidance_in_one_doubled_call_is_labelled():
     calls = {"num_inference_steps": 2, "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 32}
     calls["output_type"] = "latent"
     seen = []
-    handle = block_list(pipeline.transformer)[1].register_forward_hook(lambda m, a, out: seen.append(out[0].mean(1)))
+    handle = block_list(pipeline)[1].register_forward_hook(lambda m, a, out: seen.append(out[0].mean(1)))
     try:
         with capture(pipeline, ["1", "x0_latent"], Pooling("clip"), clean=[1]) as cache:
             pipeline(PROMPT, guidance_scale=4.0, generator=torch.Generator().manual_seed(0), **calls)
@@ -347,7 +346,7 @@ def test_region_pooling_reads_each_samples_own_boxes(pipeline):
         [(0.0, 0.5, 0.5, 1.0)] * 2,
     ]
     seen = []
-    handle = block_list(pipeline.transformer)[2].register_forward_hook(lambda m, a, out: seen.append(out.clone()))
+    handle = block_list(pipeline)[2].register_forward_hook(lambda m, a, out: seen.append(out.clone()))
     try:
         with capture(pipeline, ["2"], Pooling("region", True, boxes), "1") as cache:
             run(pipeline)
@@ -428,7 +427,7 @@ def test_calls_that_do_not_fit_a_run_are_an_error(pipeline):
         pipe.transformer(torch.zeros(1, 12, 2, 4, 4), timestep[None], torch.zeros(1, 32, 64))
         return {}
 
-    with pytest.raises(RuntimeError, match=r"hook point 0\b.*step 0\b.*cond"), capture(pipeline):
+    with pytest.raises(RuntimeError, match=r"call 0 of step 1\b.*context ''.*cond"), capture(pipeline):
         run(pipeline, callback_on_step_end=skip)
 
 
@@ -448,36 +447,15 @@ def test_an_interrupted_run_keeps_its_prefix(pipeline):
 def test_x0_of_the_last_step_is_the_video(pipeline):
     with capture(pipeline, ["x_t"], Pooling("clip"), clean=[2]) as cache:
         video = run(pipeline)
-    np.testing.assert_allclose(decode(pipeline, cache.clean[2]), video, atol=1e-4)
-
-
-def test_clean_estimate_inverts_what_schedulers_mix():
-    clean, noise = torch.randn(2, 1, 4, 2, 2, 2, generator=torch.Generator().manual_seed(1))
-    flow = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    flow.set_timesteps(4)
-    for step in range(4):
-        sigma = flow.sigmas[step]
-        found = clean_estimate(flow, step, noise - clean, (1 - sigma) * clean + sigma * noise)
-        torch.testing.assert_close(found, clean, atol=1e-5, rtol=0)
-    ddim = cogvideox().scheduler
-    ddim.set_timesteps(4)
-    for step in range(1, 4):
-        alpha = ddim.alphas_cumprod[int(ddim.timesteps[step])]
-        noisy, velocity = (
-            alpha.sqrt() * clean + (1 - alpha).sqrt() * noise,
-            alpha.sqrt() * noise - (1 - alpha).sqrt() * clean,
-        )
-        ddim.register_to_config(prediction_type="v_prediction")
-        torch.testing.assert_close(clean_estimate(ddim, step, velocity, noisy), clean, atol=1e-4, rtol=0)
-        ddim.register_to_config(prediction_type="epsilon")
-        torch.testing.assert_close(clean_estimate(ddim, step, noise, noisy), clean, atol=1e-2, rtol=0)
+    np.testing.assert_allclose(decode(pipeline, cache.clean[2], CONFIG.frames), video, atol=1e-4)
 
 
 def test_latent_tokens_follow_the_order_of_the_patch_embedding():
-    model = wan().transformer
+    pipeline = wan()
+    model = pipeline.transformer
     model.register_to_config(patch_size=(1, 2, 2))
     latent = torch.arange(2 * 3 * 2 * 4 * 4.0).reshape(2, 3, 2, 4, 4)
-    tokens = architecture(model).latent_tokens(model, latent)
+    tokens = architecture(pipeline).latent_tokens(model, latent)
     conv = torch.nn.Conv3d(3, 12, (1, 2, 2), (1, 2, 2), bias=False)
     conv.weight.data = torch.eye(12).reshape(12, 3, 1, 2, 2)
     assert torch.equal(tokens, conv(latent).flatten(2).transpose(1, 2))

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from cosprobe.activations.capture import capture
@@ -14,9 +13,8 @@ from cosprobe.activations.edits import (
     average_clean,
     average_latents,
     group_mean,
-    output_for,
 )
-from cosprobe.models.pipelines import clean_estimate, sample
+from cosprobe.models.pipelines import sample
 from tests.examples.pipelines import CONFIG, PROMPT, wan
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5)).repeat_interleave(3, dim=0)
@@ -205,17 +203,6 @@ def test_the_latent_of_the_first_run_becomes_the_mean(pipeline):
         edited = latents()
     torch.testing.assert_close(edited[3], raw[3:6].mean(0))
     assert torch.equal(edited[4:], raw[4:])
-
-
-@pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction", "sample"])
-def test_the_output_for_an_estimate_gives_that_estimate(kind):
-    if kind == "flow":
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    else:
-        scheduler = CogVideoXDDIMScheduler(prediction_type=kind, rescale_betas_zero_snr=False)
-    scheduler.set_timesteps(5)
-    noisy, clean = torch.randn(2, 3), torch.randn(2, 3)
-    torch.testing.assert_close(clean_estimate(scheduler, 2, output_for(scheduler, 2, clean, noisy), noisy), clean)
 
 
 def test_what_cannot_be_averaged_is_refused_in_one_line_and_leaves_no_hook(pipeline):

@@ -36,7 +36,7 @@ class Calls:
     def __init__(self, pipeline):
         self.blocks, self.decoded, self.handles = [], 0, []
         for name, transformer in experts(pipeline).items():
-            for layer, block in enumerate(block_list(transformer)):
+            for layer, block in enumerate(block_list(pipeline, transformer)):
                 self.handles.append(
                     block.register_forward_pre_hook(lambda *_, at=(name, layer): self.blocks.append(at))
                 )

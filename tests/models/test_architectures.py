@@ -5,9 +5,11 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
-from cosprobe.models.architectures import ARCHITECTURES, Architecture, TokenGrid, architecture
+from cosprobe.errors import InputError
+from cosprobe.models.architectures import ARCHITECTURES, REFUSED, Architecture, TokenGrid, architecture
 from tests.examples.pipelines import wan
 
 
@@ -19,7 +21,10 @@ def known(request) -> Architecture:
 def test_it_stands_for_classes_of_diffusers_that_no_other_one_stands_for(known):
     for name in known.transformers:
         assert issubclass(getattr(diffusers, name), nn.Module)
-        assert [one for one in ARCHITECTURES if name in one.transformers] == [known]
+    for name in known.pipelines:
+        assert issubclass(getattr(diffusers, name), DiffusionPipeline)
+        assert [one for one in ARCHITECTURES if name in one.pipelines] == [known]
+        assert name not in REFUSED
 
 
 def test_video_tokens_can_be_replaced_and_nothing_else_changes(known):
@@ -35,21 +40,32 @@ def test_video_tokens_can_be_replaced_and_nothing_else_changes(known):
 
 def test_channels_are_where_the_layout_says(known):
     assert sorted(known.layout.split()) == sorted(["b", "c", "f", "h", "w"])
-    assert known.layout.split()[known.channel_axis] == "c"
+    assert known.layout.split()[known.axis("c")] == "c"
 
 
 def test_blocks_and_tokens_of_wan_are_those_of_the_transformer():
-    model = wan().transformer
-    family = architecture(model)
+    pipeline = wan()
+    model, family = pipeline.transformer, architecture(pipeline)
     assert family.blocks(model) == list(model.blocks)
     latent = torch.randn(2, model.config.in_channels, 2, 4, 4)
     embedded = model.patch_embedding(latent)  # batch, channel, frame, row, column
-    assert family.token_grid(model, latent) == TokenGrid(*embedded.shape[2:])
-    tokens, columns = family.latent_tokens(model, latent), family.patch_columns(model)
+    assert family.token_grid(model, latent, {}) == TokenGrid(*embedded.shape[2:])
+    tokens, columns = family.latent_tokens(model, latent), family.patch_columns(pipeline, model)
     assert tokens.shape == (2, embedded[0, 0].numel(), columns.noisy + columns.condition)
     assert columns.noisy * model.config.in_channels == tokens.shape[2] * model.config.out_channels
 
 
-def test_an_unknown_transformer_is_named_with_those_that_are_known():
-    with pytest.raises(ValueError, match="Linear.*WanTransformer3DModel"):
-        architecture(nn.Linear(1, 1))
+def test_every_refused_pipeline_is_one_of_diffusers():
+    for name in REFUSED:
+        assert issubclass(getattr(diffusers, name), DiffusionPipeline), name
+
+
+def test_an_unknown_pipeline_and_an_unknown_transformer_are_named():
+    pipeline = wan()
+    pipeline.transformer.__class__ = type("NewTransformer", (type(pipeline.transformer),), {})
+    with pytest.raises(InputError, match=r"NewTransformer.*WanTransformer3DModel"):
+        architecture(pipeline)
+    for name, reason in (("NewPipeline", "is not supported yet"), ("HeliosPipeline", REFUSED["HeliosPipeline"])):
+        pipeline.__class__ = type(name, (type(pipeline),), {})
+        with pytest.raises(InputError, match=rf"{name} {reason}.*WanPipeline.*support\.md"):
+            architecture(pipeline)

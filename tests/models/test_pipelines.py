@@ -14,8 +14,9 @@ from cosprobe.activations import capture
 from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
 from cosprobe.minimodel.encoding import encode_condition
+from cosprobe.models import architecture
 from cosprobe.models.loading import load_pipeline
-from cosprobe.models.pipelines import batched_images, decode, experts, sample
+from cosprobe.models.pipelines import decode, experts, sample
 from tests.examples.pipelines import CONFIG, PROMPT, wan
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -104,7 +105,7 @@ def test_one_problem_equals_the_plain_pipeline():
 
 def test_batched_images_is_undone():
     pipeline = wan()
-    with pytest.raises(ZeroDivisionError), batched_images(pipeline):
+    with pytest.raises(ZeroDivisionError), architecture(pipeline).batched_images(pipeline):
         assert "prepare_latents" in vars(pipeline) and "encode" in vars(pipeline.vae)
         raise ZeroDivisionError
     assert "prepare_latents" not in vars(pipeline) and "encode" not in vars(pipeline.vae)
@@ -187,13 +188,6 @@ def test_samples_can_leave_a_running_batch(experts, guidance, multistep):
     assert sizes == [size for size in (4, 4, 2, 1) for _ in range(branches)]
 
 
-def test_samples_that_go_one_by_one_cannot_leave():
-    pipeline = wan()
-    pipeline.transformer.register_to_config(image_dim=8)
-    with pytest.raises(ValueError, match=r"WanImageToVideoPipeline.*Wan2\.1.*Wan2\.2"):
-        sample(pipeline, CONFIG, IMAGES, [PROMPT] * 2, [1, 2], filter_batch=lambda step: None)
-
-
 def test_a_picture_of_any_kind_gives_the_same_video(folder):
     pipeline = load_pipeline(folder)
     pixels = (IMAGES * 255).round().to(torch.uint8)
@@ -233,7 +227,7 @@ def test_a_video_that_is_not_finite_is_refused():
     with pytest.raises(InputError, match="NaN"):
         sample(pipeline, CONFIG, IMAGES[:1], [PROMPT], [0])
     with pytest.raises(InputError, match="NaN"):
-        decode(pipeline, torch.zeros(1, 4, 2, 4, 4))
+        decode(pipeline, torch.zeros(1, 4, 2, 4, 4), CONFIG.frames)
     pipeline.transformer.proj_out.bias.data[0] = float("inf")
     with pytest.raises(InputError, match="latents with NaN"):
         sample(pipeline, CONFIG, IMAGES[:1], [PROMPT], [0], output_type="latent")

@@ -1,0 +1,153 @@
+"""Schedulers: how `step` is called, which step runs, and the clean latent that a model output stands for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from cosprobe.errors import InputError
+from cosprobe.wrapping import wrapped
+
+# What is mixed into a noisy latent, by class. `flow`: (1 - sigma) x0 + sigma noise. `alphas`: sqrt(a) x0 + sqrt(1 - a)
+# noise, with a = alphas_cumprod at the timestep. `sigmas`: the same, with a = 1 / (1 + sigma^2). `added`: x0 + sigma
+# noise. The multistep ones mix as their settings say.
+SCHEDULERS = {
+    "FlowMatchEulerDiscreteScheduler": "flow",
+    "UniPCMultistepScheduler": "sigmas",
+    "DPMSolverMultistepScheduler": "sigmas",
+    "DDIMScheduler": "alphas",
+    "CogVideoXDDIMScheduler": "alphas",
+    "CogVideoXDPMScheduler": "alphas",
+    "EulerDiscreteScheduler": "added",
+    "EulerAncestralDiscreteScheduler": "added",
+}
+
+
+class StepCall(NamedTuple):
+    """The arguments of one call of a scheduler's `step`, by meaning. timestep: as the pipeline passes it."""
+
+    output: Tensor
+    timestep: Any
+    noisy: Tensor
+
+
+class X0Weights(NamedTuple):
+    """x0-hat = noisy * `noisy` + output * `output`; each is a number."""
+
+    noisy: float
+    output: float
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raises InputError for a scheduler that is not in SCHEDULERS, or that evaluates the model several times a step."""
+    name = type(scheduler).__name__
+    if getattr(scheduler, "order", 1) != 1:
+        raise InputError(
+            f"{name} calls the model {scheduler.order} times per step: expected a first-order scheduler, e.g. "
+            "FlowMatchEulerDiscreteScheduler"
+        )
+    if name not in SCHEDULERS:
+        raise InputError(f"scheduler {name} is not known: expected one of {', '.join(SCHEDULERS)}")
+    kind = _prediction(scheduler)
+    if kind not in ("flow_prediction", "epsilon", "v_prediction", "sample"):
+        raise InputError(f"{name} predicts {kind!r}: expected flow_prediction, v_prediction, epsilon or sample")
+
+
+def step_call(scheduler: Any, args: tuple, kwargs: dict[str, Any]) -> StepCall:
+    """The arguments of a call of `scheduler.step`, found by their names: their order differs between schedulers."""
+    given = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs).arguments
+    return StepCall(given["model_output"], given["timestep"], given["sample"])
+
+
+def with_output(scheduler: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call of `scheduler.step` with another model output."""
+    bound = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
+    bound.arguments["model_output"] = output
+    return bound.args[1:], bound.kwargs
+
+
+def x0_weights(scheduler: Any, timestep: Any) -> X0Weights:
+    """How x0-hat follows from the noisy latent and the model output in the step that begins now.
+
+    timestep: as the pipeline passes it to `step`. Flow matching: x0 = x - sigma v (arXiv 2603.16870, section 3.1).
+    Raises InputError as `check_scheduler` does.
+    """
+    check_scheduler(scheduler)
+    kind, mix = _prediction(scheduler), SCHEDULERS[type(scheduler).__name__]
+    if kind == "sample":
+        return X0Weights(0.0, 1.0)
+    if kind == "flow_prediction":
+        end = 1.0 if scheduler.config.get("invert_sigmas", False) else 0.0  # Mochi counts from noise to data
+        return X0Weights(1.0, end - _sigma(scheduler, timestep))
+    if mix == "added":
+        sigma = _sigma(scheduler, timestep)
+        of_velocity = X0Weights(1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5)
+        return X0Weights(1.0, -sigma) if kind == "epsilon" else of_velocity
+    if mix == "sigmas":
+        alpha = 1 / (1 + _sigma(scheduler, timestep) ** 2)
+    else:
+        alpha = float(scheduler.alphas_cumprod[int(timestep)])
+    signal, noise = alpha**0.5, (1 - alpha) ** 0.5
+    return X0Weights(1 / signal, -noise / signal) if kind == "epsilon" else X0Weights(signal, -noise)
+
+
+def clean_estimate(scheduler: Any, call: StepCall) -> Tensor:
+    """x0-hat, the model's estimate of the clean latent, in float32. Errors: see `x0_weights`."""
+    weights = x0_weights(scheduler, call.timestep)
+    return weights.noisy * call.noisy.float() + weights.output * call.output.float()
+
+
+def output_for(scheduler: Any, call: StepCall, clean: Tensor) -> Tensor:
+    """The model output whose x0-hat is `clean`: the inverse of `clean_estimate`."""
+    weights = x0_weights(scheduler, call.timestep)
+    return (clean - weights.noisy * call.noisy.float()) / weights.output
+
+
+def _prediction(scheduler: Any) -> str:
+    return scheduler.config.get("prediction_type", "flow_prediction")
+
+
+def _sigma(scheduler: Any, timestep: Any) -> float:
+    """The noise level of the step that begins now. The scheduler finds its index in the first step, and then counts."""
+    index = scheduler.step_index
+    if index is None:
+        index = scheduler.begin_index
+    if index is None:
+        index = scheduler.index_for_timestep(timestep)
+    return float(scheduler.sigmas[index])
+
+
+class StepCount:
+    """The index of the step that a running pipeline is at.
+
+    now: number of steps of the scheduler that are finished in this call of the pipeline.
+    """
+
+    now: int = 0
+
+
+@contextmanager
+def counted_steps(pipeline: Any) -> Iterator[StepCount]:
+    """Counts the steps of the scheduler in every pipeline call that is made inside the context.
+
+    Timesteps do not name a step: two can be equal, and pipelines keep them in different forms or not at all.
+    """
+    count = StepCount()
+
+    def begin(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        count.now = 0
+        return original(*args, **kwargs)
+
+    def step(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        count.now += 1
+        return result
+
+    with ExitStack() as undo:
+        undo.enter_context(wrapped(pipeline.scheduler, "set_timesteps", begin))
+        undo.enter_context(wrapped(pipeline.scheduler, "step", step))
+        yield count

@@ -1,0 +1,115 @@
+"""x0-hat of every scheduler, against what the scheduler says itself and against what it mixes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+
+from cosprobe.errors import InputError
+from cosprobe.models.schedulers import (
+    SCHEDULERS,
+    StepCall,
+    clean_estimate,
+    counted_steps,
+    output_for,
+    step_call,
+    with_output,
+)
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+KINDS = [
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    ("UniPCMultistepScheduler", FLOW | {"flow_shift": 3.0}),
+    ("DPMSolverMultistepScheduler", FLOW | {"flow_shift": 3.0}),
+    *((name, {"prediction_type": kind}) for name in ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler",
+      "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler") for kind in ("epsilon", "v_prediction", "sample")),
+    *((name, {"prediction_type": kind, "clip_sample": False, "rescale_betas_zero_snr": False})
+      for name in ("DDIMScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+      for kind in ("epsilon", "v_prediction", "sample")),
+]  # fmt: skip
+STEPS = 5
+
+
+def begun(name, settings):
+    if name == "EulerAncestralDiscreteScheduler" and settings["prediction_type"] == "sample":
+        pytest.skip("diffusers has not built it")
+    scheduler = getattr(diffusers, name)(**settings)
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+def said(scheduler, call, old) -> torch.Tensor:
+    """x0-hat as the scheduler computes it in this step."""
+    if hasattr(scheduler, "convert_model_output"):
+        if scheduler.step_index is None:
+            scheduler._init_step_index(call.timestep)
+        return scheduler.convert_model_output(call.output, sample=call.noisy)
+    if type(scheduler).__name__ == "CogVideoXDPMScheduler":
+        return scheduler.step(call.output, old, call.timestep, None, call.noisy, return_dict=False)[1]
+    if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+        return call.noisy - float(scheduler.sigmas[scheduler.step_index or 0]) * call.output
+    return scheduler.step(call.output, call.timestep, call.noisy).pred_original_sample
+
+
+def test_every_scheduler_is_tried():
+    assert {name for name, _ in KINDS} == set(SCHEDULERS)
+
+
+@pytest.mark.parametrize(("name", "settings"), KINDS)
+def test_the_estimate_is_that_of_the_scheduler_at_every_step(name, settings):
+    scheduler = begun(name, settings)
+    noisy = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    for timestep in scheduler.timesteps:
+        call = StepCall(torch.randn_like(noisy), timestep, noisy)
+        mine = clean_estimate(scheduler, call)
+        torch.testing.assert_close(output_for(scheduler, call, mine), call.output, rtol=1e-3, atol=1e-3)
+        other = begun(name, settings)
+        if getattr(scheduler, "step_index", None) is not None:
+            other._step_index = scheduler.step_index
+        torch.testing.assert_close(mine, said(other, call, None), rtol=1e-4, atol=1e-4)
+        given = (call.output, None, timestep, None, noisy) if "DPMS" in name and "Cog" in name else call
+        noisy = scheduler.step(*given, return_dict=False)[0]
+
+
+def test_equal_timesteps_are_different_steps():
+    """UniPC rounds timesteps to whole numbers: with 120 steps and shift 12 the first two are equal."""
+    scheduler = diffusers.UniPCMultistepScheduler(**FLOW, flow_shift=12.0)
+    pipeline, now = SimpleNamespace(scheduler=scheduler), []
+    with counted_steps(pipeline) as count:
+        scheduler.set_timesteps(120)
+        scheduler.set_begin_index(0)  # as WanPipeline does; else UniPC starts at the second of two equal timesteps
+        assert len(set(scheduler.timesteps.tolist())) < 120
+        noisy = torch.randn(1, 2)
+        for timestep in scheduler.timesteps:
+            now.append(count.now)
+            noisy = scheduler.step(torch.zeros_like(noisy), timestep, noisy, return_dict=False)[0]
+    assert now == list(range(120))
+    assert "step" not in vars(scheduler) and "set_timesteps" not in vars(scheduler)
+
+
+def test_arguments_are_found_by_name():
+    scheduler = diffusers.CogVideoXDPMScheduler()
+    output, old, noisy, other = torch.randn(4, 1, 2)
+    args, kwargs = (output, old, 999, 800, noisy), {"eta": 0.0, "return_dict": False}
+    assert step_call(scheduler, args, kwargs) == (output, 999, noisy)
+    changed, rest = with_output(scheduler, args, kwargs, other)
+    given = type(scheduler).step.__wrapped__ if hasattr(type(scheduler).step, "__wrapped__") else None
+    assert given is None or rest
+    assert step_call(scheduler, changed, rest) == (other, 999, noisy)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("FlowMatchHeunDiscreteScheduler", {}, r"FlowMatchHeun.*\b2\b"),
+        ("LCMScheduler", {}, "LCMScheduler.*UniPC"),
+        ("DDIMScheduler", {"prediction_type": "noise"}, "'noise'.*epsilon"),
+    ],
+)
+def test_other_schedulers_are_refused(name, settings, message):
+    scheduler = getattr(diffusers, name)(**settings)
+    with pytest.raises(InputError, match=message):
+        clean_estimate(scheduler, StepCall(torch.zeros(1), 999, torch.zeros(1)))

@@ -1,0 +1,27 @@
+"""A small part of `make support`: what has to hold for every family of video pipelines."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conformity.checks import CHECKS, Case
+
+# one of each way to differ: guidance, layout, image condition, scheduler, experts
+FEW = {
+    "wan22_t2v": True,  # two experts, two named calls
+    "wan21_i2v": False,  # CLIP embedding
+    "wan22_ti2v_i2v": False,  # first frame replaced
+    "ltx_i2v": True,  # packed, doubled, one frame less in the scheduler
+    "cogvideox15_i2v": True,  # frames before channels, padding, DPM
+    "mochi": False,  # noise counts upwards
+    "hunyuan_t2v": False,  # guidance is an input
+    "hunyuan_i2v_replace": True,  # two calls without names
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "guided"), FEW.items())
+def test_a_family_conforms(name, guided):
+    case = Case(name, guided)
+    for check in CHECKS.values():
+        check(case)
