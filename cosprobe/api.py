@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +43,7 @@ from cosprobe.config import CaptureConfig, PipelineConfig, ProbeConfig, TrainerC
 from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid, build_grid, read_inputs
 from cosprobe.evaluation import evaluate as evaluate_probes
+from cosprobe.files import stranger
 from cosprobe.models import DiffusionPipeline, Pictures, check_size, image_batch, pipeline_fingerprint
 from cosprobe.probes import ProbeBank, fit
 from cosprobe.reporting import MapFigure, headline, maps
@@ -51,6 +53,7 @@ from cosprobe.tasks import Box, Labels, OwnImages, Role, encode_labels, with_noi
 
 # The whole image, cut into 4 x 4 boxes. A probe reads them side by side, so it sees where something is.
 BOXES: tuple[Box, ...] = tuple((c / 4, r / 4, (c + 1) / 4, (r + 1) / 4) for r in range(4) for c in range(4))
+OWN = re.compile("[0-9a-f]{16}")  # names of the folders that `collect` makes, see `_digest`
 ONE_DEVICE = TrainerConfig(devices="1", enable_progress_bar=False)
 
 
@@ -150,9 +153,10 @@ def collect(
     folder: the activations are kept in a folder of it, named after the model and the settings. The same call uses them
     again, with any labels, and continues when it was interrupted. With more images, only these are sampled.
     Raises InputError before anything is sampled: for what does not fit together, a split with fewer than 2 images, a
-    disk that is too small.
+    disk that is too small, a folder with anything else in it, such as that of a model.
     """
     config = config or PipelineConfig()
+    _check_folder(Path(folder))
     pictures = image_batch(images)
     check_size(pipeline, pictures.shape[2:], config.frames)
     pixels = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
@@ -248,6 +252,19 @@ def plot_map(grid: Grid, label: str | None = None, position: str | None = None, 
     Returns a matplotlib figure, which a notebook shows. Raises InputError for a label that the grid does not have.
     """
     return headline(grid) if label is None else maps(grid, [label], position, branch)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises InputError for a folder that holds anything but activations and run folders."""
+
+    def known(path: Path) -> bool:
+        return (path / STORE).is_dir() or (path.is_dir() and OWN.fullmatch(path.name) is not None)
+
+    if found := stranger(folder, known):
+        raise InputError(
+            f"folder={str(folder)!r}: holds {found!r}, which is not of activations; expected a folder that is new, "
+            "empty, or of an earlier call"
+        )
 
 
 def _digest(text: str) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from cosprobe.errors import InputError
 
 CHECKSUM = "sha256"  # entry of a JSON file
+MODEL_INDEX = "model_index.json"  # in the folder of a diffusers pipeline
 # Names of the temporary files of `whole_file`, and of safetensors, which writes beside the file too.
 HALF = re.compile(r"\..*\.part-\d+(\.\w+)?|\.tmp\w{6}")
 
@@ -63,12 +64,25 @@ def size_text(size: int) -> str:
 
 
 def make_folder(path: Path) -> Path:
-    """Creates the folder and its missing parents, and returns it. Raises InputError when it cannot be created."""
+    """Creates the folder and its missing parents, and returns it.
+
+    Raises InputError when it cannot be created, and for a folder of a model or inside of one: a model is known by the
+    files in its folder, and would become another model.
+    """
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise InputError(f"{str(path)!r}: cannot be a folder, it is a file or a broken link; choose another name")
+    real = Path(os.path.realpath(path))
     with writable(path):
+        if model := next((folder for folder in (real, *real.parents) if (folder / MODEL_INDEX).is_file()), None):
+            raise InputError(f"{str(path)!r}: is in the folder of a model, {str(model)!r}; choose another folder")
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def stranger(folder: Path, known: Callable[[Path], bool]) -> str | None:
+    """The name of something in a folder that is neither `known` nor hidden; None if there is nothing of the kind."""
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    return next((path.name for path in inside if not path.name.startswith(".") and not known(path)), None)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

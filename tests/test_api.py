@@ -312,6 +312,30 @@ def test_bad_input_is_one_line_and_nothing_is_sampled(pipeline, tmp_path, change
     assert not list(tmp_path.rglob("shard-*"))
 
 
+@pytest.mark.parametrize(
+    "held", ["model_index.json", "notes.txt", "transformer/config.json", "logistic/probes/bank.json"]
+)
+def test_a_folder_of_something_else_is_refused_and_stays_as_it_is(pipeline, tmp_path, held):
+    path = tmp_path / "wan" / held
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with pytest.raises(InputError, match=rf"^folder='.*/wan': holds '{held.split('/')[0]}'") as caught:
+        own(pipeline, tmp_path / "wan")
+    assert "\n" not in str(caught.value)
+    assert [file for file in (tmp_path / "wan").rglob("*") if file.is_file()] == [path]
+
+
+def test_hidden_files_and_run_folders_beside_the_activations_are_no_obstacle(pipeline, place, data):
+    (place / ".DS_Store").write_text("")
+    (place / "maze-layers" / "store").mkdir(parents=True)
+    try:
+        assert own(pipeline, place).stored.store.folder == data.stored.store.folder
+    finally:
+        (place / ".DS_Store").unlink()
+        (place / "maze-layers" / "store").rmdir()
+        (place / "maze-layers").rmdir()
+
+
 def test_without_labels_there_is_nothing_to_fit(pipeline, place):
     bare = own(pipeline, place, labels=None, roles="answer")
     with pytest.raises(InputError, match=r"^labels: none; .*with_label"):

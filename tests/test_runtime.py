@@ -60,6 +60,21 @@ def test_a_disk_that_refuses_is_told_with_its_path_and_reason(tmp_path):
         make_folder(tmp_path / "file" / "inside")
 
 
+@pytest.mark.parametrize("place", ["", "activations", "a/b", "vae/runs"])
+def test_no_folder_is_made_in_that_of_a_model(tmp_path, place):
+    """A model is known by everything in its folder, so it would become another."""
+    (tmp_path / "wan" / "vae").mkdir(parents=True)
+    (tmp_path / "wan" / "model_index.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=rf"^'.*/wan/?{place}'.*model.*'{tmp_path / 'wan'}'"):
+        make_folder(tmp_path / "wan" / place)
+    (tmp_path / "link").symlink_to(tmp_path / "wan")
+    with pytest.raises(InputError, match=rf"'{tmp_path / 'wan'}'"):
+        make_folder(tmp_path / "link" / place)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "link", *before]
+    assert make_folder(tmp_path / "beside").is_dir()
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("[enforce fail] can't allocate memory")]
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +27,12 @@ from torch import Tensor
 from cosprobe.checked import checksum
 from cosprobe.differences import ANOTHER, check_same, flattened, shown
 from cosprobe.errors import InputError
-from cosprobe.files import HALF, make_folder, read_json, size_text, whole_file, write_json
+from cosprobe.files import HALF, make_folder, read_json, size_text, stranger, whole_file, write_json
 from cosprobe.runs import STORE_FILE
 
 MANIFEST, SETTINGS = "manifest.json", STORE_FILE
 LAYOUT = 3  # version of the files of a store
+OWN = re.compile(r"(shard|samples)-.*\.safetensors")  # names of the other files of a store
 RESERVE = 10_000_000  # bytes for probes, figures and tables of a result
 ADVICE = "delete the store, or choose another run_dir"
 
@@ -101,11 +103,14 @@ class ActivationStore:
     def begin(self, size: int) -> None:
         """Creates the folder. size: bytes that will be written.
 
-        Raises InputError when the folder has a store with other settings, or when the disk is too small.
+        Raises InputError when the folder has a store with other settings or anything else, or when the disk is too
+        small.
         """
         begun = self.begun(self.folder)
         if begun is not None:
             self.check_settings(begun.settings)
+        elif found := stranger(self.folder, lambda path: OWN.fullmatch(path.name) is not None):
+            raise InputError(f"{str(self.folder)!r}: holds {found!r}, which is not of a store; choose another folder")
         make_folder(self.folder)
         free = shutil.disk_usage(self.folder).free
         if size + RESERVE > free:

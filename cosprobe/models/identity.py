@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
-from cosprobe.files import size_text
+from cosprobe.files import MODEL_INDEX, size_text
 from cosprobe.runtime import say
 
-INDEX = "model_index.json"
 NEVER_READ = (".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".pt", ".pth")  # suffixes of files
 VOLATILE = ("_name_or_path", "_diffusers_version", "transformers_version")  # entries of configurations
 WHOLE = 2 * 10**9  # bytes of weights up to which all are looked at to notice that they were changed in memory
@@ -47,9 +46,9 @@ def model_fingerprint(config: PipelineConfig) -> str:
 
     Raises InputError when the model is no diffusers folder, or when there are no such adapters.
     """
-    if not (config.folder / INDEX).is_file():
+    if not (config.folder / MODEL_INDEX).is_file():
         raise InputError(
-            f"pipeline.path={str(config.folder)!r}: expected a diffusers folder with a {INDEX}; if the model was "
+            f"pipeline.path={str(config.folder)!r}: expected a diffusers folder with a {MODEL_INDEX}; if the model was "
             "moved, run the same train.py command with its new place, which samples nothing again"
         )
     if config.lora and not any(path.suffix == ".safetensors" for _, path in _files(Path(config.lora))):
@@ -90,9 +89,9 @@ def _files(path: Path) -> Iterator[tuple[str, Path]]:
         inside[:] = [name for name in inside if not name.startswith(".")]
         if len(Path(folder).relative_to(path).parts) > 4:
             raise InputError(f"{folder!r}: too deep for a diffusers folder; expected no link to a folder above")
-        top = Path(folder) == path and (path / INDEX).is_file()  # beside the folders of the parts
+        top = Path(folder) == path and (path / MODEL_INDEX).is_file()  # beside the folders of the parts
         for name in names:
-            if not name.startswith(".") and not name.endswith(NEVER_READ) and (name == INDEX or not top):
+            if not name.startswith(".") and not name.endswith(NEVER_READ) and (name == MODEL_INDEX or not top):
                 yield str((Path(folder) / name).relative_to(path)), Path(folder) / name
 
 
@@ -126,7 +125,7 @@ def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
         return known.fingerprint if same else _of_memory(pipeline)
     folder = Path(str(getattr(pipeline, "name_or_path", "") or ""))
     adapted = any(hasattr(part, "peft_config") for part in pipeline.components.values())
-    if (folder / INDEX).is_file() and not adapted:
+    if (folder / MODEL_INDEX).is_file() and not adapted:
         return fingerprint(folder)
     return _of_memory(pipeline)
 

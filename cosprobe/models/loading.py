@@ -20,9 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
+from cosprobe.files import MODEL_INDEX
 from cosprobe.models.architectures import architecture
 from cosprobe.models.cpu_layout import arrange
-from cosprobe.models.identity import INDEX, model_fingerprint, remember
+from cosprobe.models.identity import model_fingerprint, remember
 from cosprobe.models.pipelines import experts
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -77,7 +78,7 @@ def check_weights(module: nn.Module, where: str) -> None:
 
 def _load_models(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
     """The models among the parts of a pipeline, each loaded with a report of what did not fit."""
-    for name, entry in json.loads((folder / INDEX).read_text()).items():
+    for name, entry in json.loads((folder / MODEL_INDEX).read_text()).items():
         if not isinstance(entry, list) or len(entry) != 2 or None in entry:
             continue
         if not (folder / name).is_dir():

@@ -157,6 +157,16 @@ def test_files_of_others_are_left_in_the_folder(tmp_path):
     assert (tmp_path / "store" / ".notes").read_text() == "mine"
 
 
+@pytest.mark.parametrize("held", ["model_index.json", "vae/config.json"])
+def test_no_store_is_begun_in_a_folder_of_something_else(tmp_path, held):
+    path = tmp_path / "wan" / held
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=rf"/wan'.*'{held.split('/')[0]}'.*store"):
+        filled(tmp_path / "wan")
+    assert [file for file in (tmp_path / "wan").rglob("*") if file.is_file()] == [path]
+
+
 def test_a_truncated_shard_is_named(tmp_path):
     store = filled(tmp_path / "store")
     path = store.path(rows(1))
