@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from cosprobe.models.identity import model_fingerprint, remember
 from cosprobe.models.pipelines import experts
 
 Part = TypeVar("Part", bound=nn.Module)
+REPORTS = ("LOAD REPORT", "Some weights of")  # in reports of transformers and diffusers
 NAMED = 3  # names of tensors in a message
 
 
@@ -109,9 +111,27 @@ def _load_model(kind: type[Part], folder: Path, dtype: torch.dtype, where: str) 
     given: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     if issubclass(kind, PreTrainedModel):
         given["ignore_mismatched_sizes"] = True  # they are in the report, instead of an error without names
-    part, report = cast(Any, kind).from_pretrained(folder, dtype=dtype, **given)
+    with _without_reports():
+        part, report = cast(Any, kind).from_pretrained(folder, dtype=dtype, **given)
     _check_report(report, where)
     return part
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Keeps transformers and diffusers from printing what did not fit, in the block: `_check_report` tells it."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not any(words in record.getMessage() for words in REPORTS)
+
+    loggers = [logging.getLogger(f"{library}.modeling_utils") for library in ("transformers", "diffusers.models")]
+    for logger in loggers:
+        logger.addFilter(other)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(other)
 
 
 def _check_report(report: dict[str, Any], where: str) -> None:
@@ -123,7 +143,8 @@ def _check_report(report: dict[str, Any], where: str) -> None:
         "error_msgs": "",
     }
     for kind, meaning in wrong.items():
-        if found := sorted(map(str, report.get(kind) or ())):
+        names = (entry[0] if isinstance(entry, tuple) else entry for entry in report.get(kind) or ())  # with two shapes
+        if found := sorted(map(str, names)):
             raise InputError(f"{where}: {_some(found)} {meaning}; download or save the model again")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from safetensors.torch import load_file, save_file
 
 from cosprobe.config import PipelineConfig
@@ -64,6 +66,46 @@ def test_a_tensor_of_another_shape_is_named(copied, part):
 def test_a_value_that_is_not_finite_is_named(copied, part):
     change(copied, part, lambda tensors: tensors[NAMES[part]].view(-1)[3:4].fill_(float("nan")))
     refused(copied, rf"pipeline\.path=.*{part}: {NAMES[part]} has NaN")
+
+
+class Listening(logging.Handler):
+    """Keeps what transformers and diffusers print."""
+
+    def __init__(self):
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record):
+        self.said.append(record.getMessage())
+
+
+@pytest.fixture
+def listening():
+    handler, loggers = Listening(), [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield handler
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("part", NAMES)
+def test_the_error_is_all_that_is_said_and_later_reports_are_printed(copied, part, listening):
+    def edit(tensors):
+        tensors.pop(NAMES[part])
+        tensors["extra.weight"] = torch.ones(2)
+
+    change(copied, part, edit)
+    refused(copied, rf"{part}: {NAMES[part]} are not in its files")
+    assert not listening.said
+    index = json.loads((copied / "model_index.json").read_text())
+    simple_get_class_obj(*index[part]).from_pretrained(copied / part)  # not by us
+    assert any("extra.weight" in line for line in listening.said)
+
+
+def test_a_text_encoder_with_another_shape_is_told_by_its_name_alone(copied):
+    change(copied, "text_encoder", lambda t: t.update({NAMES["text_encoder"]: t[NAMES["text_encoder"]][:-1].clone()}))
+    refused(copied, rf"text_encoder: {NAMES['text_encoder']} have other shapes")
 
 
 def test_a_configuration_of_fewer_layers_than_there_are_weights_is_refused(copied):
