@@ -193,7 +193,7 @@ def describe(root: Root, argv: Sequence[str], about: str) -> str:
     return "\n".join([*lines, "", "Flags:", *(f"  {flag:<14}{meaning}" for flag, meaning in FLAGS.items())])
 
 
-def save_config(run: TrainRun, folder: Path, model: str = "") -> Path:
+def save_config(run: TrainRun, folder: Path, model: Mapping[str, str] | None = None) -> Path:
     """Writes every setting of `run` to `folder/config.yaml`, atomically, and returns the file. See also `read_run`.
 
     model: fingerprint of the model. A file with the same content stays. Raises InputError when `folder` is a file or
@@ -202,7 +202,7 @@ def save_config(run: TrainRun, folder: Path, model: str = "") -> Path:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run_dir={str(folder)!r}: is a file; expected a folder, or a name that is free")
     make_folder(folder)
-    path, text = folder / RUN_FILE, _text(run, model)
+    path, text = folder / RUN_FILE, _text(run, model or {})
     text = f"{MARK}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
     if not path.is_file() or path.read_bytes() != text.encode():
         with whole_file(path) as part:  # every process of a distributed run writes the same text
@@ -217,7 +217,7 @@ def read_run(folder: str | Path) -> TrainRun:
     """
     path = find_result(folder) / RUN_FILE
     saved = _saved(path)
-    saved.pop("model", "")
+    saved.pop("model", None)
     try:
         cfg = OmegaConf.structured(TrainRun)
         for group, option in saved.pop("groups").items():
@@ -244,24 +244,27 @@ def _saved(path: Path) -> dict[str, Any]:
     return yaml.safe_load(text)
 
 
-def check_results(run: TrainRun, run_dir: Path, model: str) -> None:
+def check_results(run: TrainRun, run_dir: Path, model: Mapping[str, str]) -> None:
     """Raises InputError when a run folder has a result with another model, other problems or other activations, or the
     training of a video model. model: fingerprint of the model of `run`."""
     if (run_dir / RUN_FILE).is_file():
         raise InputError(
             f"run_dir={str(run_dir)!r}: a model was trained in this folder; expected a folder of probes, or a new one"
         )
+    advice = "choose another run_dir (activations are shared between run folders) or delete that folder"
     for folder in results(run_dir):
-        before = _of_activations(read_run(folder), _saved(folder / RUN_FILE)["model"])
-        advice = "choose another run_dir (activations are shared between run folders) or delete that folder"
+        made_with = _saved(folder / RUN_FILE).get("model")
+        if not isinstance(made_with, dict):  # one hash for the whole model
+            raise InputError(f"run_dir: {str(folder)!r} is a result of another version of cosprobe; {advice}")
+        before = _of_activations(read_run(folder), made_with)
         check_same(before, _of_activations(run, model), f"run_dir: {str(run_dir)!r} has a result", advice)
 
 
-def _of_activations(run: TrainRun, model: str) -> dict[str, Any]:
+def _of_activations(run: TrainRun, model: Mapping[str, str]) -> dict[str, Any]:
     """The settings of a run that its activations depend on. The model is known by its content, not by its place."""
     kept = {entry.name for entry in fields(CaptureConfig)}
     return {
-        "model": model,
+        "model": dict(model),
         "task family": next(name for name, kind in SCHEMAS["task"].items() if kind is type(run.task)),
         "task": vars(run.task),
         "pipeline": {name: v for name, v in vars(run.pipeline).items() if name not in ("name", "path", "lora")},
@@ -626,7 +629,7 @@ def _words(hint: Any, many: bool = False) -> str:
     return " or ".join(_words(part) for part in inner)
 
 
-def _text(run: TrainRun, model: str) -> str:
+def _text(run: TrainRun, model: Mapping[str, str]) -> str:
     """YAML of every setting. At the top, `groups` has the chosen option of each group in SCHEMAS, and `model` the
     fingerprint of the model."""
     groups = {
@@ -634,5 +637,5 @@ def _text(run: TrainRun, model: str) -> str:
         for group in SCHEMAS
         if hasattr(run, group)
     }
-    made_from = OmegaConf.create({"groups": groups, "model": model})
+    made_from = OmegaConf.create({"groups": groups, "model": dict(model)})
     return OmegaConf.to_yaml(made_from) + OmegaConf.to_yaml(OmegaConf.structured(run))

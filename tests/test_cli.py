@@ -328,6 +328,17 @@ def test_probes_of_an_earlier_version_are_named(finished, capsys):
 
 
 @pytest.mark.slow
+def test_a_result_of_an_earlier_version_is_kept_and_named(finished, capsys):
+    """Its model was one hash, which says of no part whether it differs."""
+    path = finished.rename(finished.parent / "logistic") / "config.yaml"
+    rewrite(path, path.read_text().replace("model: {}", "model: 0123456789abcdef"))
+    before = path.read_bytes()
+    assert train.main([f"run_dir={finished.parent}"]) == 2
+    check_told(capsys.readouterr().err, f"run_dir: {str(path.parent)!r}", "another version", "run_dir")
+    assert path.read_bytes() == before and not (finished.parent / "store").exists()
+
+
+@pytest.mark.slow
 def test_a_grid_of_an_earlier_version_is_named(finished, capsys):
     before = {"position": "place", "penalty": "lambda", "x0_accuracy": "visible", "x0_source": "visible_source",
               "above_x0": "excess", "p_x0": "p_excess", "correct_when_model_wrong": "knew"}  # fmt: skip

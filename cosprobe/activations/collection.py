@@ -30,13 +30,20 @@ from cosprobe.differences import first_difference
 from cosprobe.errors import InputError
 from cosprobe.files import read_json, write_json
 from cosprobe.locks import held
-from cosprobe.models import architecture, check_prompts, check_size, first_transformer, model_fingerprint
+from cosprobe.models import (
+    Fingerprint,
+    architecture,
+    check_prompts,
+    check_size,
+    first_transformer,
+    model_fingerprint,
+)
 from cosprobe.monitoring import ResourceMonitor
 from cosprobe.runs import POINTER, STORE
 from cosprobe.runtime import rank_and_world, say
 from cosprobe.tasks import Problem, Sample, Task, TaskConfig
 
-FORMAT = 7  # version of the content of a shard
+FORMAT = 8  # version of the content of a shard
 UNTRAINED = "untrained."  # group of the tensors from transformers with random weights
 NOT_DECODED = -2  # value in `x0_answer` where x0-hat was not decoded
 DRAWN = ("problems", "seeds")  # settings of a task that say which samples are drawn, and leave each of them the same
@@ -53,7 +60,7 @@ class StoreSettings:
     The batch size is included, because the batch a sample is in changes its activations by rounding errors.
     """
 
-    model: str
+    model: Fingerprint
     seed: int
     pipeline: PipelineConfig
     task: dict[str, Any]
@@ -68,7 +75,7 @@ class StoreSettings:
 
     @classmethod
     def of_model(
-        cls, model: str, pipeline: PipelineConfig, task: dict[str, Any], probe: CaptureConfig, seed: int
+        cls, model: Fingerprint, pipeline: PipelineConfig, task: dict[str, Any], probe: CaptureConfig, seed: int
     ) -> StoreSettings:
         """The settings for a model of this fingerprint. task: what was sampled, as JSON."""
         bare = replace(pipeline, name="", path="", lora="")

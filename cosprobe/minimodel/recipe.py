@@ -49,6 +49,7 @@ from cosprobe.runs import results
 from cosprobe.tasks import FAMILIES, Task
 
 MADE_FROM = "made_from.json"  # in the folder of a training
+FORMAT = 2  # version of this file
 
 
 class ClipSettings(Protocol):
@@ -81,7 +82,8 @@ def begin_training(folder: Path, experiment: MiniConfig | AdapterConfig, task: T
         raise InputError(f"run_dir={str(folder)!r}: has results of probes, such as {found[0].name}; {ANOTHER}")
     path = folder / MADE_FROM
     if path.is_file():
-        check_same(read_json(path, ANOTHER), made, f"run_dir: the training in {str(folder)!r} was", ANOTHER)
+        before = read_json(path, ANOTHER, format=FORMAT)
+        check_same(before, made, f"run_dir: the training in {str(folder)!r} was", ANOTHER)
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"run_dir={str(folder)!r}: is not empty, and has no {MADE_FROM} of a training; {ANOTHER}")
@@ -95,6 +97,7 @@ def _made_from(experiment: MiniConfig | AdapterConfig, task: Task, pipeline: Pip
     settings = asdict(experiment)
     weightless = {"card", "solve_every"}  # what is measured, not what is trained
     made: dict[str, Any] = {
+        "format": FORMAT,
         "experiment": {name: value for name, value in settings.items() if name not in weightless},
         "task": {name: asdict(cast(Any, task)) for name, task in tasks.items()},
     }

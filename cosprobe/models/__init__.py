@@ -4,7 +4,7 @@ from diffusers import DiffusionPipeline as DiffusionPipeline  # the type of pipe
 
 from cosprobe.models.architectures import COND, UNCOND, Architecture, Branches, TokenGrid, architecture
 from cosprobe.models.cpu_layout import channels_last
-from cosprobe.models.identity import fingerprint, model_fingerprint, pipeline_fingerprint
+from cosprobe.models.identity import Fingerprint, fingerprint, model_fingerprint, pipeline_fingerprint
 from cosprobe.models.images import Pictures, image_batch
 from cosprobe.models.loading import load_part, load_pipeline
 from cosprobe.models.pipelines import (
@@ -35,6 +35,7 @@ __all__ = [
     "UNCOND",
     "Architecture",
     "Branches",
+    "Fingerprint",
     "Pictures",
     "StepCall",
     "StepCount",

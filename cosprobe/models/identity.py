@@ -1,11 +1,14 @@
-"""Identifies a model by the content of everything that is loaded: weights, configurations, tokenizer, scheduler."""
+"""Identifies a model by the content of everything that is loaded: weights, configurations, tokenizer, scheduler.
+
+A fingerprint has a hash for each part, so that two of them tell which parts differ.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +25,7 @@ from cosprobe.errors import InputError
 from cosprobe.files import MODEL_INDEX, size_text
 from cosprobe.runtime import say
 
+INDEX_PART, ADAPTERS_PART = "index", "adapters"  # parts of a model that are no folders of it
 NEVER_READ = (".bin", ".ckpt", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".pt", ".pth")  # suffixes of files
 VOLATILE = ("_name_or_path", "_diffusers_version", "transformers_version")  # entries of configurations
 WHOLE = 2 * 10**9  # bytes of weights up to which all are looked at to notice that they were changed in memory
@@ -30,18 +34,21 @@ THREADS = 4
 LARGE = 5 * 10**9  # bytes of files that take seconds to read
 
 
+Fingerprint = dict[str, str]  # hashes, by the name of the part
+
+
 @dataclass(frozen=True)
 class _Loaded:
-    """The files that a pipeline was loaded from, and a sketch of its weights right after that."""
+    """The files that a pipeline was loaded from, and a sketch of its parts right after that."""
 
-    fingerprint: str
-    sketch: str
+    files: Fingerprint
+    sketch: Fingerprint
 
 
 _loaded: WeakKeyDictionary[DiffusionPipeline, _Loaded] = WeakKeyDictionary()
 
 
-def model_fingerprint(config: PipelineConfig) -> str:
+def model_fingerprint(config: PipelineConfig) -> Fingerprint:
     """The `fingerprint` of the model and the adapters that the settings name.
 
     Raises InputError when the model is no diffusers folder, or when there are no such adapters.
@@ -61,23 +68,25 @@ def model_fingerprint(config: PipelineConfig) -> str:
     return fingerprint(*config.parts)
 
 
-def fingerprint(*paths: Path) -> str:
-    """A hash of the content of a model's files: a diffusers folder, and adapters (a file or a folder).
+def fingerprint(*paths: Path) -> Fingerprint:
+    """Hashes of the content of a model's files: of a diffusers folder, and of adapters (a file or a folder).
 
-    Of a diffusers folder, the files that no loader reads are left out, such as a README. Links are followed. The
-    location does not matter. Raises InputError for a path that does not exist or has no such files.
+    The parts are the folders in the diffusers folder (`transformer`, `vae`, `scheduler`, ...), its `index`, and
+    `adapters`. Files that no loader reads are left out, such as a README. Links are followed. The location does not
+    matter. Raises InputError for a path that does not exist or has no such files.
     """
-    digest = hashlib.sha256()
+    digests: dict[str, Any] = {}
     for path in paths:
         files = dict(sorted(_files(path)))
         if not files:
             raise InputError(f"{str(path)!r}: expected a diffusers folder or adapters, found no files of a model")
         with ThreadPoolExecutor(THREADS) as pool:
             contents = pool.map(_content, files.values())
+        whole = (path / MODEL_INDEX).is_file()
         for name, content in zip(files, contents, strict=True):
-            digest.update(f"{name}:{content}\n".encode())
-        digest.update(b"\n")
-    return digest.hexdigest()[:16]
+            part = (INDEX_PART if name == MODEL_INDEX else Path(name).parts[0]) if whole else ADAPTERS_PART
+            digests.setdefault(part, hashlib.sha256()).update(f"{name}:{content}\n".encode())
+    return {part: digest.hexdigest()[:16] for part, digest in sorted(digests.items())}
 
 
 def _files(path: Path) -> Iterator[tuple[str, Path]]:
@@ -107,54 +116,61 @@ def _hashed(path: Path, *version: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remember(pipeline: DiffusionPipeline, files: str) -> None:
+def remember(pipeline: DiffusionPipeline, files: Fingerprint) -> None:
     """Notes that a pipeline was just loaded. files: the fingerprint of the files it was loaded from."""
     _loaded[pipeline] = _Loaded(files, _sketch(pipeline))
 
 
-def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
-    """A hash that identifies the model of a pipeline in memory.
+def pipeline_fingerprint(pipeline: DiffusionPipeline) -> Fingerprint:
+    """Hashes that identify the model of a pipeline in memory.
 
-    For a pipeline from `load_pipeline` whose weights are still the same, and for one without adapters that has the
-    name of a diffusers folder, it is the `fingerprint` of the files. For any other pipeline it is a hash of all weights
-    and configurations in memory.
+    For a pipeline from `load_pipeline`, and for one without adapters that has the name of a diffusers folder, it is the
+    `fingerprint` of the files. Parts that were changed after `load_pipeline`, and all parts of any other pipeline, have
+    a hash of the weights and configuration in memory.
     """
     known = _loaded.get(pipeline)
     if known is not None:
-        same = known.sketch == _sketch(pipeline)
-        return known.fingerprint if same else _of_memory(pipeline)
+        now = _sketch(pipeline)
+        changed = {name for name in {*known.sketch, *now} if known.sketch.get(name) != now.get(name)}
+        kept = {name: value for name, value in known.files.items() if name not in changed}
+        return dict(sorted((kept | _of_memory(pipeline, changed)).items()))
     folder = Path(str(getattr(pipeline, "name_or_path", "") or ""))
     adapted = any(hasattr(part, "peft_config") for part in pipeline.components.values())
     if (folder / MODEL_INDEX).is_file() and not adapted:
         return fingerprint(folder)
-    return _of_memory(pipeline)
+    return _of_memory(pipeline, pipeline.components)
 
 
-def _sketch(pipeline: DiffusionPipeline) -> str:
-    """A hash that changes when weights, configurations, modules or hooks of a pipeline are changed in memory."""
-    models = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    size = sum(value.numel() * value.element_size() for part in models for value in part.parameters())
-    hooks = [
-        (name, len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
-        for part in models
-        for name, module in part.named_modules()
-    ]
-    return _of_memory(pipeline, SKETCH if size > WHOLE else None) + hashlib.sha256(repr(hooks).encode()).hexdigest()
+def _sketch(pipeline: DiffusionPipeline) -> Fingerprint:
+    """Hashes that change when weights, configurations, modules or hooks of a part are changed in memory."""
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    size = sum(value.numel() * value.element_size() for part in models.values() for value in part.parameters())
+    found = _of_memory(pipeline, pipeline.components, SKETCH if size > WHOLE else None)
+    for name, part in models.items():
+        hooks = [
+            (inside, len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
+            for inside, module in part.named_modules()
+        ]
+        found[name] += hashlib.sha256(repr(hooks).encode()).hexdigest()
+    return found
 
 
-def _of_memory(pipeline: DiffusionPipeline, most: int | None = None) -> str:
-    """A hash of the parts of a pipeline. most: number of values that are looked at in each tensor; default: all."""
-    digest = hashlib.sha256()
+def _of_memory(pipeline: DiffusionPipeline, parts: Collection[str], most: int | None = None) -> Fingerprint:
+    """Hashes of some parts of a pipeline. most: number of values that are looked at in each tensor; default: all."""
+    found = {}
     for name, part in sorted(pipeline.components.items()):
+        if name not in parts or part is None:
+            continue
         about = part if isinstance(part, nn.Module) else getattr(part, "shift", "")  # a scheduler's is no configuration
-        digest.update(f"{name} {type(part).__name__} {_described(part)} {about}\n".encode())
+        digest = hashlib.sha256(f"{name} {type(part).__name__} {_described(part)} {about}\n".encode())
         for key, value in sorted(part.state_dict().items()) if isinstance(part, nn.Module) else ():
             if isinstance(value, Tensor):
                 digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
                 flat = value.detach().flatten()
                 chosen = flat if most is None else flat[:: max(1, len(flat) // most)]
                 digest.update(chosen.cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+        found[name] = digest.hexdigest()[:16]
+    return found
 
 
 def _described(part: Any) -> str:

@@ -21,9 +21,10 @@ from torch import Tensor
 from cosprobe.activations import StoreSettings
 from cosprobe.cells import Cell, ranges
 from cosprobe.config import ProbeConfig, TrainerConfig, TrainRun
-from cosprobe.differences import check_same, first_difference
+from cosprobe.differences import check_same, differences, first_difference
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, read_json, whole_file, write_json
+from cosprobe.models import Fingerprint
 from cosprobe.probes.calibration import temperatures
 from cosprobe.probes.linalg import affine, classes_last, design, standardise
 from cosprobe.runs import find_result
@@ -105,12 +106,14 @@ class ProbeBank:
             raise InputError("this bank does not record the model it was made for: expected a bank saved by train.py")
         return self.provenance.store
 
-    def check_model(self, found: str, where: str) -> None:
-        """Raises InputError unless the bank was made for the model with the fingerprint `found`. where: names it."""
-        if found != self.store.model:
+    def check_model(self, found: Fingerprint, where: str) -> None:
+        """Raises InputError, with the parts that differ, unless the bank was made for the model with the fingerprint
+        `found`. where: names that model."""
+        if others := differences(self.store.model, found):
+            named = ", ".join(f"{part} ({made} in the bank, {now} here)" for part, made, now in others)
             raise InputError(
-                f"this bank was made for model {self.store.model}, but {where} is model {found}; use the model (and "
-                "adapters) of the run, or train the probes again"
+                f"this bank was made for another model than {where}: its {named} differ; use the model (and adapters) "
+                "of the run, or train the probes again"
             )
 
     @property

@@ -216,6 +216,15 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(tmp_path):
         ActivationStore(tmp_path / "store", {"seed": 0, "steps": 10}).begin(10)
 
 
+def test_other_settings_of_the_same_group_are_named_too(tmp_path):
+    model = {"transformer": "a", "scheduler": "b", "vae": "c", "index": "d"}
+    filled(tmp_path / "store", model=model, steps=20)
+    changed = {"seed": 0, "model": model | {"vae": "x", "scheduler": "y", "adapters": "z"}, "steps": 10}
+    with pytest.raises(ValueError, match=r'model\.adapters=null, now model\.adapters="z"') as caught:
+        ActivationStore(tmp_path / "store", changed).begin(10)
+    assert "(model.scheduler, model.vae differ too)" in str(caught.value) and "steps" not in str(caught.value)
+
+
 def test_missing_and_half_written_stores(tmp_path):
     with pytest.raises(ValueError, match=r"/none\b.*missing.*manifest\.json.*train\.py"):
         ActivationStore.open(tmp_path / "none")

@@ -253,7 +253,7 @@ def test_findings_have_to_beat_inputs_by_role():
 def test_readings_are_computed_once_and_read_as_they_were(tmp_path, monkeypatch):
     labels = {"answer": torch.randint(0, REGIONS, (120,)), "start": torch.randint(0, 5, (120,))}
     samples, inputs = samples_of((ANSWER, START), labels), {"embed": noise(120), "x_t": noise(120, seed=1)}
-    settings = StoreSettings("model", 0, PipelineConfig(), {"problems": 120}, CaptureConfig(), {})
+    settings = StoreSettings({"index": "model"}, 0, PipelineConfig(), {"problems": 120}, CaptureConfig(), {})
     expected = read_inputs(samples, inputs, "newton", [0.1, 1.0])
     first = read_inputs_once(tmp_path, samples, inputs, settings, "newton", [0.1, 1.0])
     monkeypatch.setattr(module, "read_inputs", lambda *given: pytest.fail("computed again"))

@@ -48,7 +48,7 @@ def scorer() -> ProbeScorer:
     bank = ProbeBank(
         cells, targets, 4, torch.zeros(len(cells), WIDTH), torch.ones(len(cells), WIDTH), tables,
         {t.name: torch.zeros(len(cells), 1) for t in targets}, {t.name: torch.ones(len(cells)) for t in targets},
-        provenance=Provenance(StoreSettings("none", 0, CONFIG, {}, CaptureConfig(pooling="region"), {})),
+        provenance=Provenance(StoreSettings({"index": "none"}, 0, CONFIG, {}, CaptureConfig(pooling="region"), {})),
     )  # fmt: skip
     accuracy = {c: 0.5 + c.layer * (1 if c.step else -1) / 10 for c in cells}  # last layer, at step 0 the first
     return ProbeScorer(bank, {t.name: accuracy for t in targets}, "maze")

@@ -37,7 +37,7 @@ TARGETS = (
     Target("length", 2, "problem", "nuisance", BOTH),
     Target("control", REGIONS, "candidate", "control", BOTH),
 )
-STORE = StoreSettings("none", 0, PipelineConfig(), {}, CaptureConfig(), {})
+STORE = StoreSettings({"index": "none"}, 0, PipelineConfig(), {}, CaptureConfig(), {})
 PROBLEMS = {"train": 96, "validation": 40, "test": 64}
 
 

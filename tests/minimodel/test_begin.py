@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from cosprobe.command import load, save_config
 from cosprobe.config import AdapterConfig, FlowConfig, MiniConfig, PipelineConfig, TrainRun
 from cosprobe.errors import InputError
-from cosprobe.minimodel.recipe import MADE_FROM, begin_training
+from cosprobe.files import write_json
+from cosprobe.minimodel.recipe import FORMAT, MADE_FROM, begin_training
 from cosprobe.tasks import Maze
 from tests.examples.pipelines import wan
 
@@ -48,12 +50,21 @@ def test_other_weights_to_start_from_are_another_training(tmp_path):
     wan().save_pretrained(tmp_path / "wan")
     other = PipelineConfig(path=str(tmp_path / "wan"))
     begin_training(tmp_path / "adapter", ADAPTER, Maze(), MODEL)
-    with pytest.raises(InputError, match=r"made with model=.*, now model="):
+    with pytest.raises(InputError, match=r"made with model\.scheduler=.*, now model\.scheduler=.*model\.transformer"):
         begin_training(tmp_path / "adapter", ADAPTER, Maze(), other)
     begin_training(tmp_path / "mini", MINI, Maze(), MODEL)
     started = replace(MINI, autoencoder=replace(MINI.autoencoder, start=other.path))
     with pytest.raises(InputError, match=r"starts from model"):
         begin_training(tmp_path / "mini", started, Maze(), MODEL)
+
+
+def test_a_training_of_an_earlier_version_is_named(tmp_path):
+    begin_training(tmp_path, ADAPTER, Maze(), MODEL)
+    made = json.loads((tmp_path / MADE_FROM).read_text())
+    before = {name: value for name, value in made.items() if name not in ("format", "sha256")}
+    write_json(tmp_path / MADE_FROM, before | {"model": "0123456789abcdef"})
+    with pytest.raises(InputError, match=rf"{MADE_FROM}' has format 1, expected {FORMAT}.*run_dir"):
+        begin_training(tmp_path, ADAPTER, Maze(), MODEL)
 
 
 def test_a_folder_of_probes_or_of_anything_else_is_refused(tmp_path):

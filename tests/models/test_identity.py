@@ -46,6 +46,22 @@ def test_a_bit_in_the_middle_of_large_weights_counts(tmp_path):
     assert fingerprint(tmp_path) != before
 
 
+def differing(one: dict[str, str], two: dict[str, str]) -> set[str]:
+    """The parts in which two fingerprints differ."""
+    return {part for part in {*one, *two} if one.get(part) != two.get(part)}
+
+
+def test_the_part_that_differs_is_known(copied, tmp_path):
+    before = fingerprint(copied)
+    parts = {"transformer", "vae", "text_encoder", "tokenizer", "scheduler", "index"}
+    assert parts <= set(before) and "adapters" not in before
+    for name in files(copied):
+        flip(copied / name)
+        assert differing(before, fingerprint(copied)) == {"index" if "/" not in name else name.split("/")[0]}, name
+        flip(copied / name)
+    assert differing(before, fingerprint(copied, adapter(tmp_path / "adapter"))) == {"adapters"}
+
+
 def test_the_place_and_what_is_not_loaded_do_not_count(copied, tmp_path):
     before = fingerprint(copied)
     assert fingerprint(shutil.copytree(copied, tmp_path / "moved" / "deeper")) == before
@@ -75,10 +91,10 @@ def test_links_are_followed_and_a_link_that_is_repointed_counts(copied, tmp_path
 def test_adapters_count_as_a_file_and_as_a_folder(copied, tmp_path):
     path = adapter(tmp_path / "adapter")
     bare = PipelineConfig(path=str(copied))
-    found = {model_fingerprint(PipelineConfig(path=str(copied), lora=str(place))) for place in (path, path.parent)}
-    assert len(found) == 1 and model_fingerprint(bare) not in found
+    file, folder = (model_fingerprint(PipelineConfig(path=str(copied), lora=str(p))) for p in (path, path.parent))
+    assert file == folder and differing(file, model_fingerprint(bare)) == {"adapters"}
     flip(path)
-    assert model_fingerprint(PipelineConfig(path=str(copied), lora=str(path))) not in found
+    assert differing(file, model_fingerprint(PipelineConfig(path=str(copied), lora=str(path)))) == {"adapters"}
 
 
 def test_what_is_no_model_has_no_fingerprint(tmp_path):
@@ -100,9 +116,10 @@ def test_a_loaded_pipeline_is_its_files_until_something_in_memory_changes(copied
     with torch.no_grad():
         again.transformer.blocks[0].ffn.net[2].weight.mul_(1.01)
     bare = PipelineConfig(path=config.path)
-    assert pipeline_fingerprint(again) not in (model_fingerprint(config), model_fingerprint(bare))
+    assert differing(pipeline_fingerprint(again), model_fingerprint(config)) == {"transformer"}
+    assert differing(pipeline_fingerprint(again), model_fingerprint(bare)) == {"transformer", "adapters"}
     pipeline.scheduler.register_to_config(shift=5.0)
-    assert pipeline_fingerprint(pipeline) != model_fingerprint(config)
+    assert differing(pipeline_fingerprint(pipeline), model_fingerprint(config)) == {"scheduler"}
 
 
 def test_without_files_every_value_in_memory_counts():
@@ -110,7 +127,7 @@ def test_without_files_every_value_in_memory_counts():
     assert pipeline_fingerprint(here) == pipeline_fingerprint(same)
     with torch.no_grad():
         same.vae.decoder.conv_out.weight[0, 0, 0, 0, 0] += 1e-6
-    assert pipeline_fingerprint(here) != pipeline_fingerprint(same)
+    assert differing(pipeline_fingerprint(here), pipeline_fingerprint(same)) == {"vae"}
 
 
 @pytest.mark.parametrize(
@@ -129,4 +146,5 @@ def test_any_change_in_memory_makes_another_model(saved, change):
     pipeline = load_pipeline(config)
     assert pipeline_fingerprint(pipeline) == model_fingerprint(config)
     change(pipeline)
+    assert differing(pipeline_fingerprint(pipeline), model_fingerprint(config)) <= {"transformer", "scheduler"}
     assert pipeline_fingerprint(pipeline) != model_fingerprint(config)

@@ -23,7 +23,9 @@ TARGETS = (
     Target("start", 5, "problem", "perception", ("one",)),
 )
 PROVENANCE = Provenance(
-    store=StoreSettings("tiny", 3, PipelineConfig(steps=2), {"frames": 5}, CaptureConfig(steps="last"), {"torch": "2"}),
+    store=StoreSettings(
+        {"index": "tiny"}, 3, PipelineConfig(steps=2), {"frames": 5}, CaptureConfig(steps="last"), {"torch": "2"}
+    ),
     probe={"kind": "newton", "penalties": [0.1]},
     trainer={"devices": 1},
     seed=3,
@@ -172,7 +174,7 @@ def test_another_format_is_refused(bank, tmp_path):
 
 
 def test_a_bank_is_kept_for_its_own_settings_with_its_policies(bank, tmp_path):
-    store = StoreSettings("model", 3, PipelineConfig(), {"problems": 9}, CaptureConfig(), {})
+    store = StoreSettings({"index": "model"}, 3, PipelineConfig(), {"problems": 9}, CaptureConfig(), {})
     probe, trainer = ProbeConfig(kind="ridge"), TrainerConfig()
     assert kept_bank(tmp_path, store, probe, trainer, 3) is None
     policies = ({"threshold": 0.9},)

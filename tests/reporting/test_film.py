@@ -114,7 +114,7 @@ def test_bad_rows_are_named():
 
 
 def test_a_film_is_recorded_once_and_read_as_it_was(tmp_path, monkeypatch):
-    settings, calls = StoreSettings("model", 0, PipelineConfig(), {"problems": 9}, CaptureConfig(), {}), []
+    settings, calls = StoreSettings({"index": "model"}, 0, PipelineConfig(), {"problems": 9}, CaptureConfig(), {}), []
     for made in (film(), None):
         folder = tmp_path / str(made is None)
         monkeypatch.setattr("cosprobe.reporting.film.record", lambda *given, made=made: calls.append(given) or made)
