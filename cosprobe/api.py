@@ -48,7 +48,6 @@ from cosprobe.models import DiffusionPipeline, Pictures, check_size, image_batch
 from cosprobe.probes import ProbeBank, fit
 from cosprobe.reporting import MapFigure, headline, maps
 from cosprobe.runs import POINTER, STORE, find_result
-from cosprobe.runtime import say
 from cosprobe.tasks import Box, Labels, OwnImages, Role, encode_labels, with_noise
 
 # The whole image, cut into 4 x 4 boxes. A probe reads them side by side, so it sees where something is.
@@ -225,8 +224,8 @@ def evaluate(bank: ProbeBank, data: Activations) -> Grid:
     """Tests the probes on images that no probe was fitted to, against chance and against probes of the inputs.
 
     Returns the grid: accuracy, intervals, baselines, skill and p of every label, layer and step. Each variable explains
-    itself, as in `grid.dataset.skill.attrs["long_name"]`. Raises InputError for
-    labels or cells of the probes that the activations do not have.
+    itself, as in `grid.dataset.skill.attrs["long_name"]`. Raises InputError for labels or cells of the probes that the
+    activations do not have, and for activations of another model than that of the probes.
     """
     for target in bank.targets:
         if data.samples.target(target.name) != target:
@@ -237,8 +236,8 @@ def evaluate(bank: ProbeBank, data: Activations) -> Grid:
             "expected the same layers and steps; fit them again"
         )
     made = bank.provenance
-    if made.store is not None and made.store.model != data.stored.settings.model:
-        say(f"note: these probes were made for model {made.store.model}, the activations are of another")
+    if made.store is not None:
+        bank.check_model(data.stored.settings.model, f"that of the activations in {str(data.stored.store.folder)!r}")
     samples = replace(data.samples, targets=bank.targets)
     readings = read_inputs(samples, data.inputs, made.probe["kind"], made.probe["penalties"], made.seed)
     evaluated = evaluate_probes(samples, data.experts, bank, readings)

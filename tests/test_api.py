@@ -247,6 +247,18 @@ def test_probes_of_other_classes_or_cells_are_refused(bank, data, pipeline, plac
         evaluate(bank.select(bank.cells[:2]), data)
 
 
+def test_activations_of_another_model_are_refused(bank, data):
+    """Probes read the numbers of another model without an error, and what they say means nothing."""
+    stored = data.stored
+    model = stored.settings.model | {"transformer": "beef", "adapters": "feed"}
+    settings = stored.store.settings | {"model": model}
+    other = replace(data, stored=replace(stored, store=replace(stored.store, settings=settings)))
+    named = rf"^this bank.*another model.*{stored.store.folder}.*adapters \(null .*feed.*transformer \(.*beef"
+    with pytest.raises(InputError, match=named) as caught:
+        evaluate(bank, other)
+    assert stored.settings.model["transformer"] in str(caught.value) and "vae" not in str(caught.value)
+
+
 def test_several_seeds_of_an_image_share_label_and_split(pipeline, tmp_path):
     data = own(pipeline, tmp_path, images=IMAGES[:30], prompts=PROMPTS[:30], labels=NAMES[:30], roles="perception",
                layers="1", seeds=2)  # fmt: skip
