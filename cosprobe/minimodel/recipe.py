@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from cosprobe.config import AdapterConfig, MiniConfig, PipelineConfig
 from cosprobe.differences import ANOTHER, check_same
 from cosprobe.errors import InputError
-from cosprobe.files import make_folder, read_json, write_json
+from cosprobe.files import make_folder, read_json, stranger, write_json
 from cosprobe.minimodel.accuracy import CURVE, LearningCurve
 from cosprobe.minimodel.autoencoding import AutoencoderTraining, Family, revive
 from cosprobe.minimodel.encoding import (
@@ -85,7 +85,7 @@ def begin_training(folder: Path, experiment: MiniConfig | AdapterConfig, task: T
         before = read_json(path, ANOTHER, format=FORMAT)
         check_same(before, made, f"run_dir: the training in {str(folder)!r} was", ANOTHER)
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    if stranger(folder, lambda path: False):
         raise InputError(f"run_dir={str(folder)!r}: is not empty, and has no {MADE_FROM} of a training; {ANOTHER}")
     make_folder(folder)
     write_json(path, made)

@@ -11,6 +11,7 @@ from cosprobe.command import load, save_config
 from cosprobe.config import AdapterConfig, FlowConfig, MiniConfig, PipelineConfig, TrainRun
 from cosprobe.errors import InputError
 from cosprobe.files import write_json
+from cosprobe.locks import held
 from cosprobe.minimodel.recipe import FORMAT, MADE_FROM, begin_training
 from cosprobe.tasks import Maze
 from tests.examples.pipelines import wan
@@ -25,6 +26,14 @@ def test_the_same_training_goes_on_and_its_card_may_be_larger(tmp_path):
     begin_training(tmp_path, MINI, Maze(), replace(MODEL, steps=7))
     begin_training(tmp_path, replace(MINI, card=[1, 1, 1], solve_every=3), Maze(), MODEL)
     assert [path.name for path in tmp_path.iterdir()] == [MADE_FROM]
+
+
+def test_the_files_of_the_hold_are_no_obstacle(tmp_path):
+    """`train.py` holds the folder before it begins."""
+    for _ in range(2):
+        with held(tmp_path / "run", "run_dir"):
+            begin_training(tmp_path / "run", MINI, Maze(), MODEL)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [MADE_FROM]
 
 
 @pytest.mark.parametrize(
