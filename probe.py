@@ -35,7 +35,9 @@ def use(run: UseRun) -> None:
         return
 
     trained = read_run(run.run)
-    # imported here, so that --help does not wait for torch and diffusers
+    trained.pipeline.check_folder()
+
+    # imported here, so that --help and the checks above do not wait for torch and diffusers
     from lightning import seed_everything
 
     from cosprobe.activations import Sampler

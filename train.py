@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from cosprobe.command import check_results, command, save_config
 from cosprobe.config import ProbeExperiment, TrainRun
 from cosprobe.locks import held
+from cosprobe.runs import REPORT, STORE, check_no_results, finished, mark_finished, outdated_reports, result_name
 
 if TYPE_CHECKING:
     from cosprobe.activations import StoreSettings
@@ -25,14 +26,19 @@ if TYPE_CHECKING:
 
 def train(run: TrainRun) -> None:
     """Trains probes on a frozen pipeline or, with `experiment`, a video model or adapters of one."""
-    # imported here, so that --help does not wait for torch and diffusers
+    task, run_dir = run.task.build(), Path(run.run_dir)
+    if isinstance(run.experiment, ProbeExperiment):
+        run.pipeline.check_folder()
+        check_results(run, run_dir)
+    else:
+        check_no_results(run_dir)
+
+    # imported here, so that --help and the checks above do not wait for torch and diffusers
     from cosprobe.activations import StoreSettings
     from cosprobe.minimodel import begin_training, train_and_describe
     from cosprobe.probes import kept_bank
-    from cosprobe.runs import REPORT, finished, result_name
     from cosprobe.runtime import say
 
-    task, run_dir = run.task.build(), Path(run.run_dir)
     if not isinstance(run.experiment, ProbeExperiment):
         with held(run_dir, "run_dir"):
             begin_training(run_dir, run.experiment, task, run.pipeline)
@@ -69,7 +75,6 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger, remove_events
     from cosprobe.probes import fit
     from cosprobe.reporting import log_tensorboard, print_summary, record_once, write_report
-    from cosprobe.runs import REPORT, STORE, mark_finished, outdated_reports
     from cosprobe.runtime import launch, say
     from cosprobe.tasks import draw_samples
 

@@ -244,9 +244,12 @@ def _saved(path: Path) -> dict[str, Any]:
     return yaml.safe_load(text)
 
 
-def check_results(run: TrainRun, run_dir: Path, model: Mapping[str, str]) -> None:
+def check_results(run: TrainRun, run_dir: Path, model: Mapping[str, str] | None = None) -> None:
     """Raises InputError when a run folder has a result with another model, other problems or other activations, or the
-    training of a video model. model: fingerprint of the model of `run`."""
+    training of a video model.
+
+    model: fingerprint of the model of `run`; default: models are not compared, which needs neither torch nor diffusers.
+    """
     if (run_dir / RUN_FILE).is_file():
         raise InputError(
             f"run_dir={str(run_dir)!r}: a model was trained in this folder; expected a folder of probes, or a new one"
@@ -256,8 +259,8 @@ def check_results(run: TrainRun, run_dir: Path, model: Mapping[str, str]) -> Non
         made_with = _saved(folder / RUN_FILE).get("model")
         if not isinstance(made_with, dict):  # one hash for the whole model
             raise InputError(f"run_dir: {str(folder)!r} is a result of another version of cosprobe; {advice}")
-        before = _of_activations(read_run(folder), made_with)
-        check_same(before, _of_activations(run, model), f"run_dir: {str(run_dir)!r} has a result", advice)
+        before = _of_activations(read_run(folder), made_with if model is not None else {})
+        check_same(before, _of_activations(run, model or {}), f"run_dir: {str(run_dir)!r} has a result", advice)
 
 
 def _of_activations(run: TrainRun, model: Mapping[str, str]) -> dict[str, Any]:

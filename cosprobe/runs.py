@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cosprobe.config import CaptureConfig, ProbeConfig, TrainerConfig
+from cosprobe.differences import ANOTHER
 from cosprobe.errors import InputError
 from cosprobe.files import read_json, write_json
 from cosprobe.locks import held
@@ -64,6 +65,12 @@ def find_result(folder: Path | str) -> Path:
     if len(found) > 1:
         raise InputError(f"run={str(folder)!r} has {len(found)} results: expected one of {', '.join(map(str, found))}")
     return found[0] if found else folder
+
+
+def check_no_results(folder: Path) -> None:
+    """Raises InputError for a folder with results of probes, in which no model is trained."""
+    if found := results(folder):
+        raise InputError(f"run_dir={str(folder)!r}: has results of probes, such as {found[0].name}; {ANOTHER}")
 
 
 @dataclass(frozen=True)

@@ -280,6 +280,36 @@ def test_commands_from_another_folder(arguments, first, message, here):
     assert list(here.iterdir()) == []
 
 
+EARLY = """
+import json, sys, train, probe
+mains = {"train.py": train.main, "probe.py": probe.main}
+codes = [mains[script](settings) for script, *settings in json.loads(sys.argv[1])]
+print(codes, sorted({"torch", "lightning", "diffusers", "transformers", "xarray"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.slow
+def test_other_settings_are_told_before_torch_is_imported(here):
+    """Its imports take seconds."""
+    told = [
+        (["train.py", "task=select", "run_dir=run"], r"run_dir: 'run'.*task family=\"maze\", now.*\"select\""),
+        (["train.py", "pipeline.steps=9", "run_dir=run"], r"run_dir: 'run'.*pipeline\.steps=20.*pipeline\.steps=9"),
+        (["train.py", "experiment=mini", "run_dir=run"], r"run_dir='run': has results of probes, such as logistic"),
+        (["train.py", "pipeline.path=nowhere"], r"pipeline\.path='nowhere'.*model_index\.json"),
+        (["probe.py", "run=moved"], r"pipeline\.path='gone'.*model_index\.json"),
+    ]
+    for folder, settings in (("run", []), ("moved", ["pipeline.path=gone"])):
+        save_config(load(TrainRun, settings), here / folder / "logistic", {"index": "0"})
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, json.dumps([arguments for arguments, _ in told])],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout == f"{[2] * len(told)} []\n"
+    for line, (arguments, message) in zip(done.stderr.splitlines(), told, strict=True):
+        assert re.match(f"error: {message}", line), (arguments, line)
+    assert {path.name for path in here.rglob("*")} == {"run", "moved", "logistic", "config.yaml"}
+
+
 # folders that earlier versions wrote
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cosprobe.bounds import check_bounds
 from cosprobe.errors import InputError
+from cosprobe.files import MODEL_INDEX
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -61,6 +62,14 @@ class PipelineConfig:
         if self.path in ("", "mini"):  # for a folder of this name write `./mini`
             return Path(str(files("cosprobe") / "weights" / "mini"))
         return Path(self.path)
+
+    def check_folder(self) -> None:
+        """Raises InputError when the folder of the model is none of a diffusers pipeline."""
+        if not (self.folder / MODEL_INDEX).is_file():
+            raise InputError(
+                f"pipeline.path={str(self.folder)!r}: expected a diffusers folder with a {MODEL_INDEX}; if the model "
+                "was moved, run the same train.py command with its new place, which samples nothing again"
+            )
 
     @property
     def parts(self) -> list[Path]:

@@ -45,7 +45,7 @@ from cosprobe.minimodel.encoding import (
 )
 from cosprobe.minimodel.flow_matching import FlowMatching, LatentClips
 from cosprobe.models import channels_last, load_part, model_fingerprint
-from cosprobe.runs import results
+from cosprobe.runs import check_no_results
 from cosprobe.tasks import FAMILIES, Task
 
 MADE_FROM = "made_from.json"  # in the folder of a training
@@ -78,8 +78,7 @@ def begin_training(folder: Path, experiment: MiniConfig | AdapterConfig, task: T
     Raises InputError when the folder has a training with other settings, results of probes, or anything else.
     """
     made = _made_from(experiment, task, pipeline)
-    if found := results(folder):
-        raise InputError(f"run_dir={str(folder)!r}: has results of probes, such as {found[0].name}; {ANOTHER}")
+    check_no_results(folder)
     path = folder / MADE_FROM
     if path.is_file():
         before = read_json(path, ANOTHER, format=FORMAT)

@@ -53,11 +53,7 @@ def model_fingerprint(config: PipelineConfig) -> Fingerprint:
 
     Raises InputError when the model is no diffusers folder, or when there are no such adapters.
     """
-    if not (config.folder / MODEL_INDEX).is_file():
-        raise InputError(
-            f"pipeline.path={str(config.folder)!r}: expected a diffusers folder with a {MODEL_INDEX}; if the model was "
-            "moved, run the same train.py command with its new place, which samples nothing again"
-        )
+    config.check_folder()
     if config.lora and not any(path.suffix == ".safetensors" for _, path in _files(Path(config.lora))):
         raise InputError(
             f"pipeline.lora={config.lora!r}: expected adapters of this model, a safetensors file or a folder with one"
