@@ -36,8 +36,14 @@ def train(run: TrainRun) -> None:
     # imported here, so that --help and the checks above do not wait for torch and diffusers
     from cosprobe.activations import StoreSettings
     from cosprobe.minimodel import begin_training, train_and_describe
+    from cosprobe.models import download, taken_defaults, with_defaults
     from cosprobe.probes import kept_bank
     from cosprobe.runtime import say
+
+    download(run.pipeline)
+    asked, run.pipeline = run.pipeline, with_defaults(run.pipeline)
+    if taken := taken_defaults(asked, run.pipeline):
+        say(f"pipeline: {taken} (defaults of the model)")
 
     if not isinstance(run.experiment, ProbeExperiment):
         with held(run_dir, "run_dir"):

@@ -44,7 +44,7 @@ from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid, build_grid, read_inputs
 from cosprobe.evaluation import evaluate as evaluate_probes
 from cosprobe.files import stranger
-from cosprobe.models import DiffusionPipeline, Pictures, check_size, image_batch, pipeline_fingerprint
+from cosprobe.models import DiffusionPipeline, Pictures, check_size, image_batch, pipeline_fingerprint, with_defaults
 from cosprobe.probes import ProbeBank, fit
 from cosprobe.reporting import MapFigure, headline, maps
 from cosprobe.runs import POINTER, STORE, find_result
@@ -147,14 +147,15 @@ def collect(
     side by side. Fewer boxes need less disk space.
     groups: images of one group are never in two splits; default: equal images with equal prompts. About half of the
     groups train the probes, a fifth chooses penalties and the best cell, the others test.
-    config: how the pipeline samples (steps, guidance, frames); default: `PipelineConfig()`.
+    config: how the pipeline samples (steps, guidance, frames); default: that of the pipeline, see
+    `cosprobe.models.with_defaults`.
     layers, steps: what is kept, as in `0:30:5`. seeds: noise seeds of each image. seed: they are derived from it.
     folder: the activations are kept in a folder of it, named after the model and the settings. The same call uses them
     again, with any labels, and continues when it was interrupted. With more images, only these are sampled.
     Raises InputError before anything is sampled: for what does not fit together, a split with fewer than 2 images, a
     disk that is too small, a folder with anything else in it, such as that of a model.
     """
-    config = config or PipelineConfig()
+    config = with_defaults(config or PipelineConfig(), pipeline)
     _check_folder(Path(folder))
     pictures = image_batch(images)
     check_size(pipeline, pictures.shape[2:], config.frames)

@@ -260,7 +260,10 @@ def check_results(run: TrainRun, run_dir: Path, model: Mapping[str, str] | None 
         if not isinstance(made_with, dict):  # one hash for the whole model
             raise InputError(f"run_dir: {str(folder)!r} is a result of another version of cosprobe; {advice}")
         before = _of_activations(read_run(folder), made_with if model is not None else {})
-        check_same(before, _of_activations(run, model or {}), f"run_dir: {str(run_dir)!r} has a result", advice)
+        now = _of_activations(run, model or {})
+        if model is None:  # what is left to the defaults of the model is not known yet
+            now["pipeline"] = {name: v or before["pipeline"].get(name) for name, v in now["pipeline"].items()}
+        check_same(before, now, f"run_dir: {str(run_dir)!r} has a result", advice)
 
 
 def _of_activations(run: TrainRun, model: Mapping[str, str]) -> dict[str, Any]:
@@ -270,7 +273,7 @@ def _of_activations(run: TrainRun, model: Mapping[str, str]) -> dict[str, Any]:
         "model": dict(model),
         "task family": next(name for name, kind in SCHEMAS["task"].items() if kind is type(run.task)),
         "task": vars(run.task),
-        "pipeline": {name: v for name, v in vars(run.pipeline).items() if name not in ("name", "path", "lora")},
+        "pipeline": run.pipeline.shaping,
         "probe": {name: v for name, v in vars(run.probe).items() if name in kept},
         "seed": run.seed,
     }

@@ -23,10 +23,10 @@ from cosprobe.models import load_pipeline, pipeline_fingerprint, sample
 from cosprobe.probes import fit, load_probes
 from cosprobe.tasks import OwnImages, SelectConfig, draw_samples, noise_seed
 from cosprobe.tasks.own_images import OWN_IMAGES
-from tests.examples.pipelines import PROMPT, wan
+from tests.examples.pipelines import PROMPT, save_wan, wan
 from tests.examples.stores import collected
 
-CONFIG = PipelineConfig(steps=2, frames=5, batch=16)
+CONFIG = PipelineConfig(steps=2, guidance=1.0, frames=5, prompt_tokens=32, batch=16)
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 230)}
 COUNT = 60
 
@@ -46,7 +46,7 @@ PROMPTS = [PROMPT] * COUNT
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "wan"
-    wan().save_pretrained(folder)
+    save_wan(folder)
     return load_pipeline(folder)
 
 

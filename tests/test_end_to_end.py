@@ -30,7 +30,7 @@ from cosprobe.errors import InputError
 from cosprobe.models.identity import fingerprint
 from cosprobe.reporting import results_page
 from tests.examples import processes
-from tests.examples.pipelines import wan
+from tests.examples.pipelines import save_wan
 from tests.examples.probe_tiny import TINY, probe_tiny, run_train
 from tests.examples.shapes import unchecked
 
@@ -41,7 +41,7 @@ RESULT = "logistic-epochs-5"  # what `train` makes
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "wan"
-    wan().save_pretrained(path)
+    save_wan(path)
     return path
 
 

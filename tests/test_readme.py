@@ -22,7 +22,7 @@ from cosprobe.evaluation import variables
 from cosprobe.evaluation.checks import suite as checks
 from cosprobe.evaluation.variables import BASELINES
 from cosprobe.runs import find_result
-from tests.examples.pipelines import wan
+from tests.examples.pipelines import save_wan
 from tests.examples.shapes import unchecked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +93,7 @@ def test_every_command_is_understood(tmp_path, monkeypatch):
     ids=["frames and ridge", "another family"],
 )
 def test_the_ways_to_run_that_they_show_end_in_a_grid(tmp_path, settings, positions):
-    wan().save_pretrained(tmp_path / "wan")
+    save_wan(tmp_path / "wan")
     toy = [f"pipeline.path={tmp_path / 'wan'}", "pipeline.frames=5", "task.frames=5"]
     with unchecked():
         assert train.main([*toy, *SMALL, *settings, f"run_dir={tmp_path / 'run'}"]) == 0

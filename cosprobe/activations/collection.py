@@ -37,6 +37,7 @@ from cosprobe.models import (
     check_size,
     first_transformer,
     model_fingerprint,
+    with_defaults,
 )
 from cosprobe.monitoring import ResourceMonitor
 from cosprobe.runs import POINTER, STORE
@@ -71,14 +72,14 @@ class StoreSettings:
     @classmethod
     def of(cls, pipeline: PipelineConfig, task: TaskConfig, probe: CaptureConfig, seed: int) -> StoreSettings:
         """The settings of a run. Reads the files of the model for the fingerprint."""
-        return cls.of_model(model_fingerprint(pipeline), pipeline, dict(vars(task)), probe, seed)
+        return cls.of_model(model_fingerprint(pipeline), with_defaults(pipeline), dict(vars(task)), probe, seed)
 
     @classmethod
     def of_model(
         cls, model: Fingerprint, pipeline: PipelineConfig, task: dict[str, Any], probe: CaptureConfig, seed: int
     ) -> StoreSettings:
         """The settings for a model of this fingerprint. task: what was sampled, as JSON."""
-        bare = replace(pipeline, name="", path="", lora="")
+        bare = PipelineConfig(name="", **pipeline.shaping)
         captured = CaptureConfig(**{name: getattr(probe, name) for name in asdict(CaptureConfig())})
         versions = {name: version(name) for name in ("torch", "diffusers")}
         return cls(model, seed, bare, task, captured, versions)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cosprobe.config import PipelineConfig, TrainerConfig
-from cosprobe.models import architecture, block_list, decode, experts, first_transformer, sample
+from cosprobe.models import architecture, block_list, decode, experts, first_transformer, sample, with_defaults
 from cosprobe.tasks import Problem, Sample, Task
 
 
@@ -38,6 +38,7 @@ def unparsed(samples: int) -> Parsed:
 class Sampler:
     """A loaded diffusers pipeline (`model`), its settings, and the task whose problems it samples.
 
+    Settings that are 0 or empty become the defaults of the model.
     trainer: the Lightning trainer under which many problems are sampled.
     """
 
@@ -45,6 +46,9 @@ class Sampler:
     config: PipelineConfig
     task: Task
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", with_defaults(self.config, self.model))  # frozen
 
     def __call__(self, samples: Sequence[Sample], **overrides: Any) -> np.ndarray | Tensor:
         """Samples videos: float [sample, frame, height, width, 3] in [0, 1]. overrides: see `models.sample`."""

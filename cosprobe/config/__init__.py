@@ -4,7 +4,7 @@ These modules import neither torch nor diffusers, so the commands can print thei
 field explains it; `--help` and the API reference print the same string.
 """
 
-from cosprobe.config.pipeline import DTYPES, PipelineConfig
+from cosprobe.config.pipeline import DTYPES, SAMPLING, PipelineConfig, own_defaults
 from cosprobe.config.probe import KINDS, POOLINGS, CaptureConfig, ProbeConfig, decode_steps
 from cosprobe.config.runs import SCHEMAS, ProbeExperiment, TrainRun, UseRun
 from cosprobe.config.trainer import TrainerConfig
@@ -25,6 +25,7 @@ __all__ = [
     "ERROR_REFERENCES",
     "KINDS",
     "POOLINGS",
+    "SAMPLING",
     "SCHEMAS",
     "SIZES",
     "AdapterConfig",
@@ -45,4 +46,5 @@ __all__ = [
     "check_promise",
     "decode_steps",
     "least_without_errors",
+    "own_defaults",
 ]

@@ -2,70 +2,135 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from cosprobe.bounds import check_bounds
 from cosprobe.errors import InputError
 from cosprobe.files import MODEL_INDEX
 
 DTYPES = ("float32", "bfloat16", "float16")
+OFFLOADS = ("none", "model", "group")
+SAMPLING = "sampling.json"  # in the folder of a model: the values of settings that it was made for
+# settings that name the model, or say where its weights wait: what is sampled depends on the content of the model alone
+NAMING = ("name", "path", "revision", "variant", "lora", "lora_2", "offload")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass
 class PipelineConfig:
-    """The model, and how it samples. Raises InputError for a value out of range."""
+    """The model, and how it samples. Raises InputError for a value out of range.
+
+    A number that is 0 and a name that is empty stand for the default of the model; see `models.with_defaults`.
+    """
 
     name: str = "mini"
     "Name of these settings."
     path: str = ""
-    "A diffusers folder; empty or `mini`: the model in the package."
+    "A diffusers folder, or a model on the Hugging Face Hub as ORG/NAME; empty or `mini`: the model in the package."
+    revision: str = ""
+    "Commit, branch or tag of a model on the Hub; empty: its newest commit."
+    variant: str = ""
+    "Variant of the weight files, such as fp16; empty: none."
     lora: str = ""
-    "A file or folder of LoRA adapters for diffusers' `load_lora_weights`; empty: none."
-    steps: int = 20
-    "Number of sampler steps."
-    guidance: float = 1.0
-    "Scale of guidance; 1: off. Classifier-free guidance, or an input of the model (HunyuanVideo)."
+    "A file or folder of LoRA adapters; of a model with two experts, those of the expert for high noise; empty: none."
+    lora_2: str = ""
+    "The same for the expert for low noise (Wan2.2-A14B)."
+    steps: int = 0
+    "Number of sampler steps; 0: the default of the model."
+    guidance: float = 0.0
+    "Scale of guidance, 1: off, 0: the default of the model. For HunyuanVideo it is an input of the model."
     guidance_2: float = 0.0
-    "Scale of guidance of the expert for low noise (Wan2.2-A14B); 0: that of the other one."
+    "Scale of guidance of the expert for low noise (Wan2.2-A14B); 0: that of the other expert."
     true_cfg: float = 1.0
-    "Scale of classifier-free guidance for models with a guidance input (HunyuanVideo); 1: off."
-    frames: int = 13
-    "Number of video frames, 4k + 1 for Wan."
-    prompt_tokens: int = 32
-    "Number of tokens that prompts are padded to."
+    "Scale of classifier-free guidance of HunyuanVideo, on top of its guidance input; 1: off."
+    frames: int = 0
+    "Number of video frames; 0: the default of the model, for the model in the package that of the task."
+    height: int = 0
+    "Height of the video in pixels: a larger one has a margin around the image; 0: that of the image."
+    width: int = 0
+    "Width of the video in pixels, as `height`."
+    prompt_tokens: int = 0
+    "Number of tokens that prompts are padded to; 0: the default of the model."
     negative_prompt: str = ""
     "Prompt of the unconditional branch, used with guidance."
-    dtype: str = "float32"
-    "Type of the weights: float32, bfloat16 or float16."
+    scheduler: str = ""
+    "Class of the scheduler, such as UniPCMultistepScheduler; empty: that of the model."
+    flow_shift: float = 0.0
+    "Shift of the noise levels of flow matching; 0: that of the model."
+    dtype: str = ""
+    "Type of the weights: float32, bfloat16 or float16; empty: that of the files of the transformer."
+    vae_dtype: str = ""
+    "The same for the autoencoder; empty: `dtype`."
+    attention: str = ""
+    "Attention backend of diffusers, such as native, flash or sage; empty: its default."
+    offload: str = "none"
+    "What leaves the GPU while it is not needed: none, model (whole models) or group (some blocks)."
+    compile: bool = False
+    "Compile the blocks of the transformer with torch.compile."
     batch: int = 16
     "Samples per pipeline call. It changes activations by rounding errors, so a store keeps it."
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise InputError(f"pipeline.dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        for name in ("dtype", "vae_dtype"):
+            if getattr(self, name) not in ("", *DTYPES):
+                raise InputError(f"pipeline.{name}={getattr(self, name)!r}: expected one of {', '.join(DTYPES)}")
+        if self.offload not in OFFLOADS:
+            raise InputError(f"pipeline.offload={self.offload!r}: expected one of {', '.join(OFFLOADS)}")
         check_bounds(
-            "pipeline.", self, steps=(1, 10_000), frames=(1, 10_000), prompt_tokens=(1, 10_000), batch=(1, 10_000),
-            guidance=(1, 1000), guidance_2=(0, 1000), true_cfg=(1, 1000),
+            "pipeline.", self, steps=(0, 10_000), frames=(0, 10_000), prompt_tokens=(0, 10_000), batch=(1, 10_000),
+            guidance=(0, 1000), guidance_2=(0, 1000), true_cfg=(1, 1000), flow_shift=(0, 1000), height=(0, 10_000),
+            width=(0, 10_000),
         )  # fmt: skip
-        self.path, self.lora = (os.path.expanduser(path) for path in (self.path, self.lora))
+        if 0 < self.guidance < 1:
+            raise InputError(f"pipeline.guidance={self.guidance}: expected 1 (off) or more, or 0")
+        for name in ("path", "lora", "lora_2"):
+            setattr(self, name, os.path.expanduser(getattr(self, name)))
+
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """The settings that shape what is sampled, beside the content of the model."""
+        return {name: value for name, value in vars(self).items() if name not in NAMING}
 
     def guided(self, argument: str) -> bool:
         """Whether classifier-free guidance is on, for a family whose pipelines turn it on with `argument`."""
         return {"guidance_scale": self.guidance, "true_cfg_scale": self.true_cfg}[argument] > 1
 
     @property
+    def on_hub(self) -> bool:
+        """Whether `path` names a model on the Hub: with exactly one slash, and no file or folder of this name."""
+        return (
+            HUB_NAME.fullmatch(self.path) is not None and not self.path.startswith(".") and not Path(self.path).exists()
+        )
+
+    @property
     def folder(self) -> Path:
-        """The diffusers folder of the model."""
+        """The diffusers folder of the model. That of a model on the Hub is its copy on this machine.
+
+        Raises InputError for a model on the Hub that was not downloaded; see `models.download`.
+        """
         if self.path in ("", "mini"):  # for a folder of this name write `./mini`
             return Path(str(files("cosprobe") / "weights" / "mini"))
+        if self.on_hub:
+            from huggingface_hub import try_to_load_from_cache  # slow to import, and rarely needed
+
+            found = try_to_load_from_cache(self.path, MODEL_INDEX, revision=self.revision or None)
+            if not isinstance(found, str):
+                raise InputError(
+                    f"pipeline.path={self.path!r}: there is no such folder, and no downloaded model of this name "
+                    "on the Hub; download it, or give the folder of a diffusers pipeline"
+                )
+            return Path(found).parent
         return Path(self.path)
 
     def check_folder(self) -> None:
         """Raises InputError when the folder of the model is none of a diffusers pipeline."""
-        if not (self.folder / MODEL_INDEX).is_file():
+        if not self.on_hub and not (self.folder / MODEL_INDEX).is_file():
             raise InputError(
                 f"pipeline.path={str(self.folder)!r}: expected a diffusers folder with a {MODEL_INDEX}; if the model "
                 "was moved, run the same train.py command with its new place, which samples nothing again"
@@ -73,5 +138,31 @@ class PipelineConfig:
 
     @property
     def parts(self) -> list[Path]:
-        """The folders with the files of the model: its own, and that of the LoRA adapters."""
-        return [self.folder, *([Path(self.lora)] if self.lora else [])]
+        """The folders with the files of the model: its own, and those of LoRA adapters."""
+        return [self.folder, *(Path(path) for path in (self.lora, self.lora_2) if path)]
+
+    def with_own_defaults(self, frames: int) -> PipelineConfig:
+        """The settings with the values in the `sampling.json` of the model, if it has one, in place of what is 0 or
+        empty. frames: of a video of the task; such a model draws as many."""
+        own = {} if self.on_hub else own_defaults(self.folder)
+        if own:
+            own["frames"] = frames
+        return replace(self, **{name: value for name, value in own.items() if not getattr(self, name)})
+
+
+def own_defaults(folder: Path) -> dict[str, Any]:
+    """The values in the `sampling.json` in the folder of a model; empty if there is none.
+
+    Raises InputError for a file with anything else.
+    """
+    path = folder / SAMPLING
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        kinds = {entry.name: type(entry.default) for entry in fields(PipelineConfig)}
+        if all(isinstance(value, kinds[name]) for name, value in found.items()):
+            return found
+    except (ValueError, KeyError, AttributeError):
+        pass
+    raise InputError(f"pipeline.path={str(folder)!r}: {SAMPLING} holds no settings of a pipeline; delete it")

@@ -49,6 +49,8 @@ class TrainRun:
 
     def __post_init__(self) -> None:
         check_bounds("", self, seed=(0, LARGEST_SEED))
+        if hasattr(self.task, "frames"):
+            self.pipeline = self.pipeline.with_own_defaults(self.task.frames)
         self.run_dir, self.store = (os.path.expanduser(path) for path in (self.run_dir, self.store))
 
 

@@ -130,6 +130,7 @@ def ensemble(
     task = task or FAMILIES[problem.task](**({} if made_for is None else made_for.task)).build()
     config = config or (PipelineConfig(frames=task.frames) if made_for is None else made_for.pipeline)
     context = RunContext(Sampler(pipeline, config, task), scorer)
+    config = context.sampler.config
     if strategy in WINDOWED:
         hyperparameters.setdefault("layers", windows(context.sampler.depth)["middle"])
     params = Hyperparameters(seeds, **hyperparameters)

@@ -29,13 +29,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from cosprobe.config import AdapterConfig, MiniConfig, PipelineConfig
+from cosprobe.config import SAMPLING, AdapterConfig, MiniConfig, PipelineConfig
 from cosprobe.differences import ANOTHER, check_same
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, read_json, stranger, write_json
 from cosprobe.minimodel.accuracy import CURVE, LearningCurve
 from cosprobe.minimodel.autoencoding import AutoencoderTraining, Family, revive
 from cosprobe.minimodel.encoding import (
+    TEXT_TOKENS,
     TEXT_WIDTH,
     build_text,
     embed,
@@ -48,6 +49,8 @@ from cosprobe.models import channels_last, load_part, model_fingerprint
 from cosprobe.runs import check_no_results
 from cosprobe.tasks import FAMILIES, Task
 
+# what an exported model is sampled with unless the settings say otherwise
+SAMPLED_WITH = {"steps": 20, "guidance": 1.0, "frames": 13, "prompt_tokens": TEXT_TOKENS, "dtype": "float32"}
 MADE_FROM = "made_from.json"  # in the folder of a training
 FORMAT = 2  # version of this file
 
@@ -153,7 +156,7 @@ def train_mini(
         longest = next(longest for (longest, _), end in zip(config.flow.stages, ends, strict=True) if step <= end)
         model = assemble(module.average.module.eval(), vae, tokenizer, text_encoder, config.flow.shift)
         model.set_progress_bar_config(disable=True)
-        return model, PipelineConfig(steps=8, frames=min(longest, 13))
+        return model, PipelineConfig(steps=8, guidance=1.0, frames=min(longest, 13), prompt_tokens=TEXT_TOKENS)
 
     curve = LearningCurve(tasks, pipeline_of, folder / CURVE, config.solve_every)
     with _timed(folder, "flow matching"):
@@ -323,6 +326,7 @@ def export(
     pipeline = assemble(transformer.half(), vae.half(), tokenizer, text_encoder, shift)
     pipeline.save_pretrained(part, safe_serialization=True)
     (part / "recipe.json").write_text(json.dumps(recipe, indent=1))
+    (part / SAMPLING).write_text(json.dumps(SAMPLED_WITH, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     transformer.float(), vae.float()

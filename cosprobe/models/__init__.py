@@ -4,9 +4,10 @@ from diffusers import DiffusionPipeline as DiffusionPipeline  # the type of pipe
 
 from cosprobe.models.architectures import COND, UNCOND, Architecture, Branches, TokenGrid, architecture
 from cosprobe.models.cpu_layout import channels_last
+from cosprobe.models.defaults import taken_defaults, with_defaults
 from cosprobe.models.identity import Fingerprint, fingerprint, model_fingerprint, pipeline_fingerprint
 from cosprobe.models.images import Pictures, image_batch
-from cosprobe.models.loading import load_part, load_pipeline
+from cosprobe.models.loading import download, load_part, load_pipeline, with_scheduler
 from cosprobe.models.pipelines import (
     block_list,
     check_prompts,
@@ -49,6 +50,7 @@ __all__ = [
     "clean_estimate",
     "counted_steps",
     "decode",
+    "download",
     "experts",
     "fingerprint",
     "first_transformer",
@@ -63,5 +65,8 @@ __all__ = [
     "sample",
     "step_call",
     "stop_after",
+    "taken_defaults",
+    "with_defaults",
     "with_output",
+    "with_scheduler",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -9,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.utils import logging as diffusers_logging
 from peft import get_peft_model_state_dict
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -24,43 +27,117 @@ from cosprobe.errors import InputError
 from cosprobe.files import MODEL_INDEX
 from cosprobe.models.architectures import architecture
 from cosprobe.models.cpu_layout import arrange
+from cosprobe.models.defaults import pipeline_class, with_defaults
 from cosprobe.models.identity import model_fingerprint, remember
-from cosprobe.models.pipelines import experts
+from cosprobe.models.pipelines import block_list, experts
+from cosprobe.models.schedulers import SCHEDULERS
+from cosprobe.runtime import say
 
 Part = TypeVar("Part", bound=nn.Module)
 REPORTS = ("LOAD REPORT", "Some weights of")  # in reports of transformers and diffusers
+LIBRARIES = ("diffusers", "transformers")  # of the parts of a pipeline
 NAMED = 3  # names of tensors in a message
 
 
-def load_pipeline(config: PipelineConfig | Path | str | None = None, device: str = "cpu") -> DiffusionPipeline:
-    """Loads a local diffusers folder, frozen and in eval mode. Nothing is downloaded; only safetensors are read.
+def download(config: PipelineConfig) -> None:
+    """Downloads a model on the Hub that is not on this machine. Does nothing for a model in a folder.
 
-    config: settings or a folder; default: the model in the package.
+    Raises InputError when there is no such model, or when the Hub cannot be reached.
+    """
+    if not config.on_hub:
+        return
+    with _loading_errors(f"pipeline.path={config.path!r}: there is no such folder, and it cannot be downloaded"):
+        where = DiffusionPipeline.download(
+            config.path, revision=config.revision or None, variant=config.variant or None, use_safetensors=True
+        )
+    say(f"model: {config.path} at commit {Path(where).name}")
+
+
+def load_pipeline(config: PipelineConfig | Path | str | None = None, device: str = "cpu") -> DiffusionPipeline:
+    """Loads a diffusers pipeline, frozen and in eval mode. Only safetensors are read.
+
+    config: settings or a folder; default: the model in the package. A model on the Hub is downloaded.
     Raises InputError when the folder is missing or is not a complete pipeline, when a tensor of a model is missing, is
-    not one of the model, has another shape than its configuration says or is not finite, and when adapters do not fit.
+    not one of the model, has another shape than its configuration says or is not finite, when adapters do not fit, and
+    for settings that this model or machine does not support.
     """
     config = config if isinstance(config, PipelineConfig) else PipelineConfig(path=str(config or ""))
-    folder, dtype = config.folder, getattr(torch, config.dtype)
-    files = model_fingerprint(config)
+    download(config)
+    config = with_defaults(config)
+    folder, files = config.folder, model_fingerprint(config)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     with _loading_errors(f"pipeline.path={str(folder)!r}: not a complete diffusers pipeline"):
-        parts = dict(_load_models(folder, dtype))
-        pipeline = DiffusionPipeline.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, **parts
-        )
-    architecture(pipeline).prepare(pipeline)
-    if config.lora:
-        _load_adapters(pipeline, config.lora)
+        parts = dict(_load_models(folder, config))
+        pipeline = pipeline_class(folder).from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts)
+    family = architecture(pipeline)
+    family.prepare(pipeline)
+    _load_both_adapters(pipeline, config)
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             check_weights(part, f"pipeline.path={str(folder)!r}: {name}")
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = with_scheduler(pipeline.scheduler, config)
     if device == "cpu":
         arrange(pipeline.vae, *experts(pipeline).values())
-    pipeline = freeze(pipeline.to(device))
+    freeze(pipeline)
+    _speed_up(pipeline, config)
+    _place(pipeline, config.offload, device)
     remember(pipeline, files)
     return pipeline
+
+
+def with_scheduler(scheduler: SchedulerMixin, config: PipelineConfig) -> SchedulerMixin:
+    """The scheduler that the settings name, with the configuration of the model's own one, and with their shift.
+
+    Raises InputError for a class that is not known, or that has no shift.
+    """
+    if not config.scheduler and not config.flow_shift:
+        return scheduler
+    name = config.scheduler or type(scheduler).__name__
+    if name not in SCHEDULERS:
+        raise InputError(f"pipeline.scheduler={name!r}: expected one of {', '.join(SCHEDULERS)}")
+    kind = getattr(diffusers, name)
+    taken, changes = inspect.signature(kind.__init__).parameters, dict[str, Any]()
+    if SCHEDULERS[type(scheduler).__name__] == "flow" and "use_flow_sigmas" in taken:
+        changes |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        changes["flow_shift"] = scheduler.config.shift
+    if config.flow_shift:
+        shift = next((argument for argument in ("flow_shift", "shift") if argument in taken), None)
+        if shift is None:
+            raise InputError(f"pipeline.flow_shift={config.flow_shift}: {name} has none; set it to 0")
+        changes[shift] = config.flow_shift
+    return kind.from_config(scheduler.config, **changes)
+
+
+def _speed_up(pipeline: DiffusionPipeline, config: PipelineConfig) -> None:
+    """Sets the attention backend, and compiles what blocks compute. Hooks on blocks run outside of compiled code."""
+    for model in experts(pipeline).values():
+        if config.attention:
+            with _loading_errors(f"pipeline.attention={config.attention!r}: cannot be used here"):
+                model.set_attention_backend(config.attention)
+        if config.compile:
+            for block in block_list(pipeline, model):
+                block.forward = torch.compile(block.forward)
+
+
+def _place(pipeline: DiffusionPipeline, offload: str, device: str) -> None:
+    """Moves a pipeline to a device, or leaves it on the CPU with hooks that move parts while they run."""
+    if offload != "none" and torch.device(device).type == "cpu":
+        raise InputError(f"pipeline.offload={offload}: there is no GPU in use to take parts from; set it to none")
+    if offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        names = {name for name in ("transformer", "transformer_2") if getattr(pipeline, name, None) is not None}
+        for name in names:
+            getattr(pipeline, name).enable_group_offload(
+                torch.device(device), torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+            )
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module) and name not in names:
+                part.to(device)
+    else:
+        pipeline.to(device)
 
 
 def freeze(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -78,13 +155,19 @@ def check_weights(module: nn.Module, where: str) -> None:
             raise InputError(f"{where}: {name} has NaN or infinite values; download or train the weights again")
 
 
-def _load_models(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
+def _load_models(folder: Path, config: PipelineConfig) -> Iterator[tuple[str, nn.Module]]:
     """The models among the parts of a pipeline, each loaded with a report of what did not fit."""
+    of_vae = config.vae_dtype or config.dtype
     for name, entry in json.loads((folder / MODEL_INDEX).read_text()).items():
         if not isinstance(entry, list) or len(entry) != 2 or None in entry:
             continue
         if not (folder / name).is_dir():
             raise InputError(f"pipeline.path={str(folder)!r}: not a complete diffusers pipeline ({name}/ is missing)")
+        if entry[0] not in LIBRARIES and not hasattr(diffusers.pipelines, entry[0]):
+            raise InputError(
+                f"pipeline.path={str(folder)!r}: {name} is of the library {entry[0]!r}; expected one of "
+                f"{', '.join(LIBRARIES)}: nothing else is imported"
+            )
         kind = simple_get_class_obj(*entry)
         if isinstance(kind, type) and issubclass(kind, SchedulerMixin):
             about = json.loads((folder / name / SCHEDULER_CONFIG_NAME).read_text())
@@ -93,7 +176,9 @@ def _load_models(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, nn.Mod
                     f"pipeline.path={str(folder)!r}: {name}/{SCHEDULER_CONFIG_NAME} is none of a scheduler"
                 )
         if isinstance(kind, type) and issubclass(kind, ModelMixin | PreTrainedModel):
-            yield name, _load_model(kind, folder / name, dtype, f"pipeline.path={str(folder)!r}: {name}")
+            dtype = getattr(torch, of_vae if name == "vae" else config.dtype)
+            where = f"pipeline.path={str(folder)!r}: {name}"
+            yield name, _load_model(kind, folder / name, dtype, where, config.variant or None)
 
 
 def load_part(kind: type[Part], folder: Path, setting: str) -> Part:
@@ -107,8 +192,10 @@ def load_part(kind: type[Part], folder: Path, setting: str) -> Part:
     return part
 
 
-def _load_model(kind: type[Part], folder: Path, dtype: torch.dtype, where: str) -> Part:
+def _load_model(kind: type[Part], folder: Path, dtype: torch.dtype, where: str, variant: str | None = None) -> Part:
     given: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    if variant and any(folder.glob(f"*.{variant}*.safetensors")):  # not every part has it
+        given["variant"] = variant
     if issubclass(kind, PreTrainedModel):
         given["ignore_mismatched_sizes"] = True  # they are in the report, instead of an error without names
     with _without_reports():
@@ -148,25 +235,55 @@ def _check_report(report: dict[str, Any], where: str) -> None:
             raise InputError(f"{where}: {_some(found)} {meaning}; download or save the model again")
 
 
-def _load_adapters(pipeline: DiffusionPipeline, path: str) -> None:
-    """Loads LoRA adapters. Raises InputError unless every tensor of the file fits a layer of the transformer."""
-    given: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
-    with _loading_errors(f"pipeline.lora={path!r}: expected adapters of this model"):
-        wanted = pipeline.lora_state_dict(path, **given)
-        pipeline.load_lora_weights(path, **given)
-    wanted = wanted[0] if isinstance(wanted, tuple) else wanted
-    there = {
-        f"{name}.{key}"
-        for name, part in pipeline.components.items()
-        if getattr(part, "peft_config", None)
-        for key in get_peft_model_state_dict(part, adapter_name=next(iter(part.peft_config)))
-    }
-    lost = sorted(key for key in wanted if not key.endswith(".alpha") and key not in there)
+def _load_both_adapters(pipeline: DiffusionPipeline, config: PipelineConfig) -> None:
+    """Loads the LoRA adapters that the settings name, those of each expert into its own transformer."""
+    names = [name for name in ("transformer", "transformer_2") if getattr(pipeline, name, None) is not None]
+    paths = {"transformer": config.lora, "transformer_2": config.lora_2}
+    if config.lora_2 and "transformer_2" not in names:
+        raise InputError(f"pipeline.lora_2={config.lora_2!r}: this model has one transformer; set pipeline.lora alone")
+    if config.lora and len(names) == 2 and not config.lora_2:
+        raise InputError(
+            "pipeline.lora_2: this model has two transformers, and pipeline.lora is for the one for high noise; give "
+            "the adapters for low noise too"
+        )
+    for name in names:
+        if paths[name]:
+            _load_adapters(pipeline, name, paths[name])
+
+
+def _load_adapters(pipeline: DiffusionPipeline, name: str, path: str) -> None:
+    """Loads LoRA adapters into the transformer `name`. Raises InputError unless every tensor of the file fits a layer
+    of it."""
+    setting = "pipeline.lora_2" if name == "transformer_2" else "pipeline.lora"
+    with _loading_errors(f"{setting}={path!r}: expected adapters of this model"):
+        given = _adapter_tensors(Path(path))
+        wanted = pipeline.lora_state_dict(dict(given))
+        wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+        more = {"load_into_transformer_2": True} if name == "transformer_2" else {}
+        pipeline.load_lora_weights(dict(given), adapter_name=name, **more)
+    part = getattr(pipeline, name)
+    adapted = name in getattr(part, "peft_config", {})
+    there = get_peft_model_state_dict(part, adapter_name=name) if adapted else {}
+    lost = [key for key in wanted if not key.endswith(".alpha") and key.removeprefix("transformer.") not in there]
     if lost or not there:
         raise InputError(
-            f"pipeline.lora={path!r}: {_some(lost or sorted(wanted))} fit no layer of {type(pipeline).__name__}; "
-            "expected adapters of this model"
+            f"{setting}={path!r}: {_some(sorted(lost or wanted))} fit no layer of the {name} of "
+            f"{type(pipeline).__name__}; expected adapters of this model"
         )
+
+
+def _adapter_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of adapters, or of the only such file in a folder, with names that diffusers knows.
+
+    DiffSynth names them `blocks.N.LAYER.lora_A.default.weight`.
+    """
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if len(files) != 1:
+        raise InputError(f"{str(path)!r}: has {len(files)} safetensors files; expected one, or the path of one of them")
+    tensors = load_file(files[0])
+    if not any(name.startswith("blocks.") for name in tensors):
+        return tensors
+    return {f"diffusion_model.{name.replace('.default.', '.')}": value for name, value in tensors.items()}
 
 
 def _some(names: Sequence[str]) -> str:

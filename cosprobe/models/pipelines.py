@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
 from cosprobe.models.architectures import TokenGrid, architecture
+from cosprobe.models.defaults import with_defaults
 from cosprobe.models.images import Pictures, image_batch
 from cosprobe.runtime import enough_memory
 from cosprobe.tasks import check_lengths
@@ -65,7 +66,7 @@ def check_size(pipeline: DiffusionPipeline, sides: Sequence[int], frames: int) -
 def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], limit: int) -> None:
     """Raises InputError for a prompt of more than `limit` tokens, which diffusers would truncate without a warning, for
     another limit than the model needs, and for a tokenizer that cannot pad."""
-    needed = architecture(pipeline).prompt_tokens(first_transformer(pipeline))
+    needed = architecture(pipeline).needed_tokens(first_transformer(pipeline).config)
     if needed is not None and limit != needed:
         raise InputError(f"pipeline.prompt_tokens={limit}: expected {needed} for this model; set it so")
     for prompt in set(prompts):
@@ -106,7 +107,7 @@ def sample(
     videos that are not finite or have another size, for other numbers of prompts or seeds than of images, and for a
     prompt that is too long.
     """
-    images = image_batch(images)
+    images, config = image_batch(images), with_defaults(config, pipeline)
     check_size(pipeline, images.shape[2:], config.frames)
     check_lengths(len(images), prompts=prompts, seeds=seeds)
     check_prompts(pipeline, [*prompts, config.negative_prompt], config.prompt_tokens)

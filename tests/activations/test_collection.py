@@ -34,7 +34,7 @@ from cosprobe.models.pipelines import sample
 from cosprobe.monitoring import ResourceMonitor, build_logger
 from cosprobe.tasks import HideConfig, Maze, MazeConfig, Target
 from cosprobe.tasks.samples import draw_samples, fresh_problems, noise_seed
-from tests.examples.pipelines import wan
+from tests.examples.pipelines import save_wan, wan
 from tests.examples.stores import collected
 
 PROBE = CaptureConfig(layers="0,2", steps="all", pooling="region", frames=False, decode="auto", random_weights=10)
@@ -45,7 +45,7 @@ DRAWN = draw_samples(TASK.build(), TASK, 0)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "wan"
-    wan().save_pretrained(path)
+    save_wan(path)
     return path
 
 

@@ -23,7 +23,7 @@ from cosprobe.errors import InputError
 from cosprobe.models.pipelines import sample
 from cosprobe.tasks import Maze, MazeConfig, Target
 from cosprobe.tasks.samples import draw_samples
-from tests.examples.pipelines import wan
+from tests.examples.pipelines import save_wan, wan
 from tests.examples.runs import world
 from tests.examples.stores import collected
 
@@ -40,7 +40,7 @@ def model():
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "wan"
-    wan().save_pretrained(path)
+    save_wan(path)
     return PipelineConfig(path=str(path), steps=3, frames=5, batch=8)
 
 

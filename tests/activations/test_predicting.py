@@ -34,7 +34,9 @@ class Doubling(FrozenSampling):
 
 @pytest.fixture(scope="module")
 def sampler():
-    return Sampler(wan(), PipelineConfig(steps=1), MazeConfig().build(), TRAINER)
+    return Sampler(
+        wan(), PipelineConfig(steps=1, guidance=1.0, frames=5, prompt_tokens=32), MazeConfig().build(), TRAINER
+    )
 
 
 def shards(folder, count=5):

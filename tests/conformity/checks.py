@@ -48,12 +48,10 @@ class Case:
 
     @cached_property
     def config(self) -> PipelineConfig:
-        named = {}
+        named = {"guidance": GUIDANCE if self.guided else 1.0}
         if "true_cfg_scale" in self.example.guided:  # guidance is an input of the model, with a default of its own
             own = signature(type(self.pipeline).__call__).parameters["guidance_scale"].default
             named = {"guidance": own, "true_cfg": GUIDANCE if self.guided else 1.0}
-        elif self.guided:
-            named = {"guidance": GUIDANCE}
         return PipelineConfig(
             steps=STEPS, frames=self.example.frames, prompt_tokens=self.example.call["max_sequence_length"],
             negative_prompt=NEGATIVE, **named,

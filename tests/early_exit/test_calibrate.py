@@ -21,7 +21,7 @@ from cosprobe.models.pipelines import sample
 from cosprobe.tasks import Target
 from cosprobe.tasks.samples import with_noise
 from tests.examples.banks import ANSWER, CELLS, TASK, bank_for, policy_at
-from tests.examples.pipelines import CONFIG, wan
+from tests.examples.pipelines import CONFIG, save_wan
 
 SAMPLES = with_noise(TASK.problems("calibration", 5, "one_exit"), 0)
 
@@ -29,7 +29,7 @@ SAMPLES = with_noise(TASK.problems("calibration", 5, "one_exit"), 0)
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> PipelineConfig:
     path = tmp_path_factory.mktemp("model") / "wan"
-    wan().save_pretrained(path)
+    save_wan(path)
     return replace(CONFIG, path=str(path), batch=2)
 
 

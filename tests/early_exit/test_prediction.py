@@ -15,11 +15,11 @@ from cosprobe.models.loading import load_pipeline
 from cosprobe.models.pipelines import sample
 from cosprobe.tasks.samples import with_noise
 from tests.examples.banks import CELLS, TASK, bank_for
-from tests.examples.pipelines import CONFIG, wan
+from tests.examples.pipelines import CONFIG, save_wan
 
 
 def test_a_halted_answer_is_that_of_a_whole_run(tmp_path):
-    wan().save_pretrained(tmp_path)
+    save_wan(tmp_path)
     config = replace(CONFIG, path=str(tmp_path))
     sampler, bank, cell = Sampler(load_pipeline(config), config, TASK), bank_for(config), CELLS[2]
     samples = with_noise(TASK.problems("test", 2, "one_exit"), 0)

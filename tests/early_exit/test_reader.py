@@ -24,7 +24,7 @@ from cosprobe.probes.bank import ProbeBank, Provenance
 from cosprobe.tasks import Maze
 from tests.examples.adapters import adapter
 from tests.examples.banks import CELLS, TASK, bank_for, policy_at
-from tests.examples.pipelines import CONFIG, wan
+from tests.examples.pipelines import CONFIG, save_wan, wan
 
 PROBLEMS = TASK.problems("test", 3, "one_exit")
 
@@ -32,7 +32,7 @@ PROBLEMS = TASK.problems("test", 3, "one_exit")
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> PipelineConfig:
     path = tmp_path_factory.mktemp("model") / "wan"
-    wan().save_pretrained(path)
+    save_wan(path)
     return replace(CONFIG, path=str(path))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
@@ -15,12 +18,13 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel
 
-from cosprobe.config import PipelineConfig
+from cosprobe.config import SAMPLING, PipelineConfig
 from cosprobe.minimodel.encoding import TEXT_WIDTH, build_text
 from cosprobe.models.loading import freeze
 
 PROMPT = "draw a red trail from the green start through the corridors to a blue exit that can be reached"
-CONFIG = PipelineConfig(steps=3, frames=5, prompt_tokens=32)
+CONFIG = PipelineConfig(steps=3, guidance=1.0, frames=5, prompt_tokens=32)
+SAMPLED_WITH = {"steps": 20, "guidance": 1.0, "frames": 5, "prompt_tokens": 32, "dtype": "float32"}
 
 
 def _vae() -> AutoencoderKLWan:
@@ -47,6 +51,13 @@ def wan(experts: int = 1) -> WanImageToVideoPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return freeze(pipeline)
+
+
+def save_wan(folder: Path, experts: int = 1) -> Path:
+    """Saves `wan` as a model that says how it is sampled."""
+    wan(experts).save_pretrained(folder)
+    (folder / SAMPLING).write_text(json.dumps(SAMPLED_WITH))
+    return folder
 
 
 def cogvideox() -> CogVideoXPipeline:

@@ -14,7 +14,7 @@ from cosprobe.files import write_json
 from cosprobe.locks import held
 from cosprobe.minimodel.recipe import FORMAT, MADE_FROM, begin_training
 from cosprobe.tasks import Maze
-from tests.examples.pipelines import wan
+from tests.examples.pipelines import save_wan
 
 MINI = load(TrainRun, ["experiment=mini_small"]).experiment
 ADAPTER = AdapterConfig()
@@ -56,7 +56,7 @@ def test_another_training_in_its_folder_is_refused(tmp_path, experiment, task, n
 
 
 def test_other_weights_to_start_from_are_another_training(tmp_path):
-    wan().save_pretrained(tmp_path / "wan")
+    save_wan(tmp_path / "wan")
     other = PipelineConfig(path=str(tmp_path / "wan"))
     begin_training(tmp_path / "adapter", ADAPTER, Maze(), MODEL)
     with pytest.raises(InputError, match=r"made with model\.scheduler=.*, now model\.scheduler=.*model\.transformer"):

@@ -15,7 +15,7 @@ from cosprobe.minimodel.recipe import families
 from cosprobe.models.identity import fingerprint
 from cosprobe.models.loading import load_pipeline
 from cosprobe.tasks import Maze
-from tests.examples.pipelines import cogvideox, wan
+from tests.examples.pipelines import cogvideox, save_wan, wan
 
 CONFIG = AdapterConfig(
     families=["maze"], clips=[8], rank=2, flow=FlowConfig(stages=[[5, 3]], batch=4, lr=1e-2, muon_lr=0.0, compile=False)
@@ -26,7 +26,7 @@ TASKS = families(["maze"], Maze())
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
-    wan().save_pretrained(folder / "model")
+    save_wan(folder / "model")
     model = WanImageToVideoPipeline.from_pretrained(folder / "model")
     return folder / "model", train_adapter(model, CONFIG, TASKS, folder / "run", "32-true")
 

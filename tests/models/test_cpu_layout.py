@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from cosprobe.config import PipelineConfig
 from cosprobe.models.cpu_layout import arrange
 from cosprobe.models.loading import load_pipeline
-from tests.examples.pipelines import wan
+from tests.examples.pipelines import save_wan
 
 RELATIVE = 1e-5  # of the largest entry: rounding through every block, nothing more
 
@@ -106,7 +106,7 @@ def test_positions_matter_in_both():
 
 
 def test_a_loaded_pipeline_is_arranged(tmp_path):
-    wan().save_pretrained(tmp_path / "wan")
+    save_wan(tmp_path / "wan")
     loaded = load_pipeline(PipelineConfig(path=str(tmp_path / "wan")))
     attention = [m for m in loaded.transformer.modules() if isinstance(m, WanAttention)]
     assert [len(m._forward_pre_hooks) for m in attention] == [1, 0] * (len(attention) // 2)

@@ -17,7 +17,7 @@ from cosprobe.minimodel.encoding import encode_condition
 from cosprobe.models import architecture
 from cosprobe.models.loading import load_pipeline
 from cosprobe.models.pipelines import decode, experts, sample
-from tests.examples.pipelines import CONFIG, PROMPT, wan
+from tests.examples.pipelines import CONFIG, PROMPT, save_wan, wan
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
@@ -25,7 +25,7 @@ IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "wan"
-    wan().save_pretrained(path)
+    save_wan(path)
     return path
 
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     ("settings", "message"),
     [
         ({"dtype": "fp8"}, r"pipeline\.dtype='fp8'.*float32, bfloat16, float16"),
-        ({"steps": 0}, r"pipeline\.steps=0.*1"),
+        ({"steps": -1}, r"pipeline\.steps=-1.*0"),
         ({"guidance": 0.5}, r"pipeline\.guidance=0\.5.*1"),
     ],
 )

@@ -27,7 +27,7 @@ from cosprobe.evaluation import Grid
 from cosprobe.files import read_json
 from cosprobe.probes import load_probes
 from cosprobe.runs import find_result
-from tests.examples.pipelines import wan
+from tests.examples.pipelines import save_wan
 from tests.examples.probe_tiny import TINY
 
 MODULES = [  # imported before the copies are made
@@ -119,7 +119,7 @@ class World:
     def build(cls, root: Path, only_train: bool = False) -> World:
         """Makes the model, and trains, answers early and compares ensembles without any fault. only_train: trains."""
         world = cls(root, root / "wan", root / "whole" / "run", only_train)
-        wan().save_pretrained(world.model)
+        save_wan(world.model)
         for command in world.commands(world.finished):
             ended = run(command, root / "log")
             if ended.code != 0:

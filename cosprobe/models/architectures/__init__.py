@@ -23,6 +23,7 @@ __all__ = [
     "Branches",
     "PatchColumns",
     "TokenGrid",
+    "adapter",
     "architecture",
     "refusal",
 ]
@@ -49,10 +50,15 @@ REFUSED = {
 }
 
 
+def adapter(pipeline: str) -> Architecture | None:
+    """The adapter for a class of pipelines; None for a class without one."""
+    return next((known for known in ARCHITECTURES if pipeline in known.pipelines), None)
+
+
 def architecture(pipeline: Any) -> Architecture:
     """The adapter for a pipeline. Raises InputError for a pipeline or transformer class without an adapter."""
     name = type(pipeline).__name__
-    known = next((known for known in ARCHITECTURES if name in known.pipelines), None)
+    known = adapter(name)
     if known is None:
         classes = ", ".join(kind for known in ARCHITECTURES for kind in known.pipelines)
         raise InputError(f"{name} {refusal(name)}: expected one of {classes}; docs/support.md says how to add a family")

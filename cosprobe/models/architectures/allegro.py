@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from cosprobe.errors import InputError
 from cosprobe.models.architectures.protocol import SIDE, Doubled
+
+LATENT_FRAME = 4  # frames of a video in one of its latent
 
 
 class Allegro(Doubled):
@@ -35,6 +37,9 @@ class Allegro(Doubled):
                 )
         if any(length % self.side(pipeline, transformer) for length in sides):
             raise InputError(f"images: {height} x {width} pixels, expected multiples of {SIDE} for this model")
+
+    def default_frames(self, config: Mapping[str, Any]) -> int:
+        return config["sample_frames"] * LATENT_FRAME
 
     def arguments(self, pipeline: Any) -> dict[str, Any]:
         """Prompts are given to the tokenizer as they are: cleaning needs a library, and changes them if it is there."""

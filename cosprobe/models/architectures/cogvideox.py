@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,11 +25,10 @@ class CogVideoX(Doubled, JointBlocks):
         """Latent frames are decoded in pairs: other numbers of frames give more frames than asked for."""
         return 2 * self.scale(pipeline).frames
 
-    def prompt_tokens(self, transformer: nn.Module) -> int | None:
-        """The number that learned positions were learned for."""
-        config = transformer.config
-        learned = config.use_learned_positional_embeddings or not config.use_rotary_positional_embeddings
-        return config.max_text_seq_length if learned else None
+    def needed_tokens(self, config: Mapping[str, Any]) -> int | None:
+        """The number that positions in the embedding were made for."""
+        rotary = config["use_rotary_positional_embeddings"]
+        return config["max_text_seq_length"] if config["use_learned_positional_embeddings"] or not rotary else None
 
     def check_video(self, pipeline: Any, transformer: nn.Module, sides: Sequence[int], frames: int) -> None:
         """Also raises InputError for another size or length than learned positions have."""

@@ -157,9 +157,13 @@ class Architecture(Protocol):
         """Number of frames of the video that the pipeline returns when `frames` are asked for."""
         return frames
 
-    def prompt_tokens(self, transformer: nn.Module) -> int | None:
-        """The number of prompt tokens that the transformer needs; None if it takes any."""
+    def needed_tokens(self, config: Mapping[str, Any]) -> int | None:
+        """The number of prompt tokens that a transformer needs; None if it takes any. config: its configuration."""
         return None
+
+    def default_frames(self, config: Mapping[str, Any]) -> int:
+        """The number of video frames where the pipeline has no default. config: configuration of the transformer."""
+        return config["sample_frames"]
 
     def arguments(self, pipeline: Any) -> dict[str, Any]:
         """Further arguments of the pipeline call."""

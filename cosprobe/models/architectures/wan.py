@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -41,9 +41,9 @@ class Wan(Architecture):
         """True for image-to-video with Wan2.2-TI2V-5B."""
         return self.takes_image(pipeline) and bool(pipeline.config.get("expand_timesteps", False))
 
-    def prompt_tokens(self, transformer: nn.Module) -> int | None:
+    def needed_tokens(self, config: Mapping[str, Any]) -> int | None:
         """512 where the model attends to a CLIP embedding of the image: attention divides its inputs at this number."""
-        return IMAGE_TEXT_TOKENS if transformer.config.get("image_dim", None) is not None else None
+        return IMAGE_TEXT_TOKENS if config.get("image_dim") is not None else None
 
     @contextmanager
     def batched_images(self, pipeline: Any) -> Iterator[list[Tensor]]:

@@ -28,7 +28,7 @@ from cosprobe.models.pipelines import sample
 from cosprobe.probes.logistic import fit
 from cosprobe.tasks import MazeConfig
 from cosprobe.tasks.samples import draw_samples
-from tests.examples.pipelines import wan
+from tests.examples.pipelines import save_wan, wan
 from tests.examples.stores import collected
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -47,7 +47,7 @@ def model():
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "wan"
-    wan().save_pretrained(path)
+    save_wan(path)
     return PipelineConfig(path=str(path), steps=6, frames=5, batch=8)
 
 
