@@ -22,6 +22,7 @@ from cosprobe.command import command, read_run
 from cosprobe.config import EarlyConfig, EnsembleConfig, PredictConfig, RunsConfig, UseRun
 from cosprobe.locks import held
 from cosprobe.runs import REPORT, delete_run, find_result, list_runs, mark_finished, print_runs
+from cosprobe.tasks import with_margin
 
 REPORTS = {EarlyConfig: "early", EnsembleConfig: "ensemble"}  # folders of the uses that write a report
 
@@ -56,7 +57,8 @@ def use(run: UseRun) -> None:
     with held(folder, "run"):
         fabric = launch(run.trainer)  # one process per device from here on
         pipeline = load_pipeline(trained.pipeline, str(fabric.device))
-        sampler = Sampler(pipeline, trained.pipeline, trained.task.build(), run.trainer)
+        task = with_margin(trained.task.build(), trained.pipeline.height, trained.pipeline.width)
+        sampler = Sampler(pipeline, trained.pipeline, task, run.trainer)
         uses[type(run.use)](sampler, trained.task, bank, run.use, run.seed, folder)
         if type(run.use) in REPORTS and fabric.is_global_zero:
             mark_finished(folder / REPORT / REPORTS[type(run.use)], bank.fingerprint)

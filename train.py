@@ -17,6 +17,7 @@ from cosprobe.command import check_results, command, save_config
 from cosprobe.config import ProbeExperiment, TrainRun
 from cosprobe.locks import held
 from cosprobe.runs import REPORT, STORE, check_no_results, finished, mark_finished, outdated_reports, result_name
+from cosprobe.tasks import with_margin
 
 if TYPE_CHECKING:
     from cosprobe.activations import StoreSettings
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def train(run: TrainRun) -> None:
     """Trains probes on a frozen pipeline or, with `experiment`, a video model or adapters of one."""
-    task, run_dir = run.task.build(), Path(run.run_dir)
+    task, run_dir = with_margin(run.task.build(), run.pipeline.height, run.pipeline.width), Path(run.run_dir)
     if isinstance(run.experiment, ProbeExperiment):
         run.pipeline.check_folder()
         check_results(run, run_dir)
@@ -73,7 +74,7 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     """
     from lightning import seed_everything
 
-    from cosprobe.activations import Sampler, collect, find_store, load_samples
+    from cosprobe.activations import NOT_SEEN, Sampler, collect, find_store, load_samples
     from cosprobe.differences import flattened
     from cosprobe.evaluation import evaluate, read_inputs_once
     from cosprobe.evaluation.checks import examine, weights_table
@@ -88,6 +89,8 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     seed_everything(run.seed, workers=True, verbose=False)
     fabric = launch(run.trainer)  # one process per device from here on
     sampler = Sampler(load_pipeline(run.pipeline, str(fabric.device)), run.pipeline, task, run.trainer)
+    if not sampler.sees_image:
+        say(f"warning: {NOT_SEEN}")
     draw = cache(lambda: draw_samples(task, run.task, run.seed))
     monitor = ResourceMonitor(build_logger(run.trainer, folder / "tensorboard" / SAMPLING), SAMPLING)
     store = find_store(settings, sampler.depth, run_dir / STORE, run.store)

@@ -17,10 +17,11 @@ from cosprobe.activations.halt import halting
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.predicting import FrozenSampling, Sampled, Shard, ShardWriter, announce, predict_shards
 from cosprobe.activations.random_weights import RANDOM_WEIGHTS
-from cosprobe.activations.sampler import Sampler, images
+from cosprobe.activations.sampler import NOT_SEEN, Sampler, images
 from cosprobe.activations.store import ActivationStore
 
 __all__ = [
+    "NOT_SEEN",
     "BACK",
     "RANDOM_WEIGHTS",
     "UNTRAINED",

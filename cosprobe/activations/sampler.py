@@ -15,6 +15,11 @@ from cosprobe.config import PipelineConfig, TrainerConfig
 from cosprobe.models import architecture, block_list, decode, experts, first_transformer, sample, with_defaults
 from cosprobe.tasks import Problem, Sample, Task
 
+NOT_SEEN = (
+    "this is a text-to-video model: it never sees the image that the problem is in, so no probe can find the answer "
+    "other than by chance; use an image-to-video model, or problems in words"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Parsed:
@@ -70,6 +75,11 @@ class Sampler:
         """Divides the samples into batches of `pipeline.batch`."""
         size = self.config.batch
         return [list(samples[start : start + size]) for start in range(0, len(samples), size)]
+
+    @property
+    def sees_image(self) -> bool:
+        """Whether the model is given the image of a problem."""
+        return architecture(self.model).takes_image(self.model)
 
     @property
     def depth(self) -> int:

@@ -23,6 +23,7 @@ from cosprobe.errors import InputError
 from cosprobe.models.architectures import TokenGrid, architecture
 from cosprobe.models.defaults import with_defaults
 from cosprobe.models.images import Pictures, image_batch
+from cosprobe.models.schedulers import from_first_step
 from cosprobe.runtime import enough_memory
 from cosprobe.tasks import check_lengths
 
@@ -142,6 +143,7 @@ def sample(
         if not family.decodes_itself(pipeline):
             hook = first_transformer(pipeline).register_forward_pre_hook(note_grid, with_kwargs=True)
             undo.callback(hook.remove)
+        undo.enter_context(from_first_step(pipeline.scheduler))
         undo.enter_context(_model_errors(pipeline))
         video = pipeline(**arguments).frames
         if not family.decodes_itself(pipeline) and overrides.get("output_type") != "latent":

@@ -151,3 +151,20 @@ def counted_steps(pipeline: Any) -> Iterator[StepCount]:
         undo.enter_context(wrapped(pipeline.scheduler, "set_timesteps", begin))
         undo.enter_context(wrapped(pipeline.scheduler, "step", step))
         yield count
+
+
+@contextmanager
+def from_first_step(scheduler: Any) -> Iterator[None]:
+    """Tells the scheduler, in every call made inside the context, that sampling begins at its first step.
+
+    Some pipelines leave it to find the step from the first timestep. Where UniPC and DPM-Solver++ round the first two
+    timesteps to the same number, they find the second, and fail at the end.
+    """
+
+    def begin(original: Callable, *args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+
+    with wrapped(scheduler, "set_timesteps", begin):
+        yield

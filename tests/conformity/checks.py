@@ -351,4 +351,6 @@ def grid_of(case: Case) -> tuple[int, int, int]:
     patch. CogVideoX 1.5 pads three latent frames to four, two in a patch."""
     if case.name == "allegro":
         return 6, 8, 11
+    if case.name.startswith("cogvideox_i2v"):
+        return 3, 4, 6
     return (2 if case.name.startswith("cogvideox15") else 3), 2, 3

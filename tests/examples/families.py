@@ -274,7 +274,7 @@ def _cogvideox(
         block_out_channels=(8, 8, 8, 8), latent_channels=LATENT, layers_per_block=1, norm_num_groups=2,
         temporal_compression_ratio=4, scaling_factor=scaling, invert_scale_latents=inverted,
     )  # fmt: skip
-    sides = {"sample_height": 4, "sample_width": 6, "sample_frames": 9}
+    sides = {"sample_height": 8, "sample_width": 12, "sample_frames": 9}
     channels = LATENT if kind is CogVideoXPipeline else 2 * LATENT
     model = CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=LATENT, time_embed_dim=16,
@@ -557,8 +557,8 @@ FAMILIES: dict[str, Example] = {
     "ltx_i2v_conditioned": Example(lambda: ltx_i2v(timestep_conditioning=True), True, 64, 96, 17, _LTX_DECODE),
     "cogvideox_t2v": Example(cogvideox_t2v, False, 32, 48, 9),
     "cogvideox_t2v_dpm": Example(lambda: cogvideox_t2v(CogVideoXDPMScheduler), False, 32, 48, 9),
-    "cogvideox_i2v": Example(cogvideox_i2v, True, 32, 48, 9),
-    "cogvideox_i2v_ddim": Example(lambda: cogvideox_i2v(CogVideoXDDIMScheduler), True, 32, 48, 9),
+    "cogvideox_i2v": Example(cogvideox_i2v, True, 64, 96, 9),
+    "cogvideox_i2v_ddim": Example(lambda: cogvideox_i2v(CogVideoXDDIMScheduler), True, 64, 96, 9),
     "cogvideox15_t2v": Example(cogvideox15_t2v, False, 32, 48, 9),
     "cogvideox15_t2v_ddim": Example(lambda: cogvideox15_t2v(CogVideoXDDIMScheduler), False, 32, 48, 9),
     "cogvideox15_i2v": Example(cogvideox15_i2v, True, 32, 48, 9),

@@ -80,7 +80,6 @@ def test_equal_timesteps_are_different_steps():
     pipeline, now = SimpleNamespace(scheduler=scheduler), []
     with counted_steps(pipeline) as count:
         scheduler.set_timesteps(120)
-        scheduler.set_begin_index(0)  # as WanPipeline does; else UniPC starts at the second of two equal timesteps
         assert len(set(scheduler.timesteps.tolist())) < 120
         noisy = torch.randn(1, 2)
         for timestep in scheduler.timesteps:
