@@ -14,8 +14,11 @@ from tests.examples.probe_tiny import TINY
 from tests.examples.shapes import unchecked
 
 STEPS = 3
-USES = {"predict": ["use.step=1", "use.problems=2"], "early": ["use.calibration=59", "use.problems=2", "use.error_reference=truth"],
-        "ensemble": []}  # fmt: skip
+USES = {
+    "predict": ["use.step=1", "use.problems=2"],
+    "early": ["use.calibration=59", "use.problems=2", "use.error_reference=truth"],
+    "ensemble": [],
+}
 
 
 def size_of(name: str) -> list[str]:

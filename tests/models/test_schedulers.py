@@ -14,6 +14,7 @@ from cosprobe.models.schedulers import (
     StepCall,
     clean_estimate,
     counted_steps,
+    from_first_step,
     output_for,
     step_call,
     with_output,
@@ -78,7 +79,7 @@ def test_equal_timesteps_are_different_steps():
     """UniPC rounds timesteps to whole numbers: with 120 steps and shift 12 the first two are equal."""
     scheduler = diffusers.UniPCMultistepScheduler(**FLOW, flow_shift=12.0)
     pipeline, now = SimpleNamespace(scheduler=scheduler), []
-    with counted_steps(pipeline) as count:
+    with counted_steps(pipeline) as count, from_first_step(scheduler):
         scheduler.set_timesteps(120)
         assert len(set(scheduler.timesteps.tolist())) < 120
         noisy = torch.randn(1, 2)
