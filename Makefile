@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test test-fast style lint docs site bench validity torture clean
+.PHONY: demo test test-fast style lint docs site bench validity torture support clean
 
 # bytecode is kept whatever the environment says: tests start many processes, and each would compile all modules again
 export PYTHONDONTWRITEBYTECODE =
@@ -71,6 +71,10 @@ validity: $(INSTALLED)
 # kills, signals, bad inputs, flipped bits, full disks, two commands at once: prints counts (about 30 minutes on one core)
 torture: $(INSTALLED)
 	$(BIN)/python -m tests.torture
+
+# every family of video pipelines at toy size, from its blocks to the last command: docs/support.md (about 20 minutes on one core)
+support: $(INSTALLED)
+	$(BIN)/python -m tests.conformity docs/support.md
 
 # torch first and alone: what follows then finds the build that was chosen and keeps it
 $(INSTALLED): pyproject.toml constraints.txt

@@ -17,7 +17,7 @@ from cosprobe.command import check_results, command, save_config
 from cosprobe.config import ProbeExperiment, TrainRun
 from cosprobe.locks import held
 from cosprobe.runs import REPORT, STORE, check_no_results, finished, mark_finished, outdated_reports, result_name
-from cosprobe.tasks import with_margin
+from cosprobe.tasks import SMALL, WithMargin, with_margin
 
 if TYPE_CHECKING:
     from cosprobe.activations import StoreSettings
@@ -91,6 +91,8 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     sampler = Sampler(load_pipeline(run.pipeline, str(fabric.device)), run.pipeline, task, run.trainer)
     if not sampler.sees_image:
         say(f"warning: {NOT_SEEN}")
+    if isinstance(task, WithMargin) and task.share < SMALL:
+        say(f"warning: the images fill {task.share:.0%} of the height of the video; set task.image_size")
     draw = cache(lambda: draw_samples(task, run.task, run.seed))
     monitor = ResourceMonitor(build_logger(run.trainer, folder / "tensorboard" / SAMPLING), SAMPLING)
     store = find_store(settings, sampler.depth, run_dir / STORE, run.store)

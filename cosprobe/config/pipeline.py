@@ -33,6 +33,8 @@ class PipelineConfig:
     "Name of these settings."
     path: str = ""
     "A diffusers folder, or a model on the Hugging Face Hub as ORG/NAME; empty or `mini`: the model in the package."
+    kind: str = ""
+    "Class of the pipeline, such as WanImageToVideoPipeline for Wan2.2-TI2V-5B; empty: that in the model's folder."
     revision: str = ""
     "Commit, branch or tag of a model on the Hub; empty: its newest commit."
     variant: str = ""

@@ -68,20 +68,20 @@ def taken_defaults(before: PipelineConfig, after: PipelineConfig) -> str:
     return ", ".join(f"{name}={getattr(after, name)}" for name in names)
 
 
-def pipeline_class(folder: Path) -> type[DiffusionPipeline]:
-    """The class of the pipeline in a diffusers folder. Raises InputError unless it is a pipeline of diffusers.
+def pipeline_class(config: PipelineConfig) -> type[DiffusionPipeline]:
+    """The class of the pipeline that the settings name, or that of its folder.
 
-    Nothing else than diffusers is imported.
+    Nothing else than diffusers is imported. Raises InputError unless it is a supported pipeline of diffusers.
     """
-    name = str(_json(folder, MODEL_INDEX).get("_class_name"))
+    where, name = f"pipeline.kind={config.kind!r}", config.kind
+    if not name:
+        where = f"pipeline.path={str(config.folder)!r}: the class in its {MODEL_INDEX}"
+        name = str(_json(config.folder, MODEL_INDEX).get("_class_name"))
     kind = getattr(diffusers, name, None) if name.isidentifier() else None
     if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
-        raise InputError(
-            f"pipeline.path={str(folder)!r}: {MODEL_INDEX} names the class {name!r}; expected a video pipeline "
-            "of diffusers"
-        )
+        raise InputError(f"{where}: {name!r} is no pipeline of diffusers; expected a video pipeline")
     if adapter(name) is None:
-        raise InputError(f"pipeline.path={str(folder)!r}: {name} {refusal(name)}; see docs/support.md")
+        raise InputError(f"{where}: {name} {refusal(name)}; see docs/support.md")
     return kind
 
 
@@ -89,7 +89,7 @@ def _read(config: PipelineConfig) -> _Model:
     """What the files of a model say."""
     config.check_folder()
     folder = config.folder
-    kind = pipeline_class(folder)
+    kind = pipeline_class(config)
     part = next((folder / name for name in TRANSFORMERS if (folder / name / "config.json").is_file()), None)
     if part is None:
         raise InputError(f"pipeline.path={str(folder)!r}: has no transformer; expected a folder with transformer/")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -144,11 +144,16 @@ def _sketch(pipeline: DiffusionPipeline) -> Fingerprint:
     found = _of_memory(pipeline, pipeline.components, SKETCH if size > WHOLE else None)
     for name, part in models.items():
         hooks = [
-            (inside, len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
+            (inside, *map(_count, (module._forward_hooks, module._forward_pre_hooks)), "forward" in vars(module))
             for inside, module in part.named_modules()
         ]
         found[name] += hashlib.sha256(repr(hooks).encode()).hexdigest()
     return found
+
+
+def _count(hooks: Mapping[int, Any]) -> int:
+    """Number of hooks, without those that transformers registers itself when a model first runs."""
+    return sum(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks.values())
 
 
 def _of_memory(pipeline: DiffusionPipeline, parts: Collection[str], most: int | None = None) -> Fingerprint:

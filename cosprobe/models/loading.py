@@ -69,7 +69,7 @@ def load_pipeline(config: PipelineConfig | Path | str | None = None, device: str
     transformers_logging.disable_progress_bar()
     with _loading_errors(f"pipeline.path={str(folder)!r}: not a complete diffusers pipeline"):
         parts = dict(_load_models(folder, config))
-        pipeline = pipeline_class(folder).from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts)
+        pipeline = pipeline_class(config).from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts)
     family = architecture(pipeline)
     family.prepare(pipeline)
     _load_both_adapters(pipeline, config)
@@ -256,7 +256,7 @@ def _load_adapters(pipeline: DiffusionPipeline, name: str, path: str) -> None:
     of it."""
     setting = "pipeline.lora_2" if name == "transformer_2" else "pipeline.lora"
     with _loading_errors(f"{setting}={path!r}: expected adapters of this model"):
-        given = _adapter_tensors(Path(path))
+        given = _adapter_tensors(Path(path), setting)
         wanted = pipeline.lora_state_dict(dict(given))
         wanted = wanted[0] if isinstance(wanted, tuple) else wanted
         more = {"load_into_transformer_2": True} if name == "transformer_2" else {}
@@ -272,14 +272,16 @@ def _load_adapters(pipeline: DiffusionPipeline, name: str, path: str) -> None:
         )
 
 
-def _adapter_tensors(path: Path) -> dict[str, Tensor]:
+def _adapter_tensors(path: Path, setting: str) -> dict[str, Tensor]:
     """The tensors of a file of adapters, or of the only such file in a folder, with names that diffusers knows.
 
     DiffSynth names them `blocks.N.LAYER.lora_A.default.weight`.
     """
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) != 1:
-        raise InputError(f"{str(path)!r}: has {len(files)} safetensors files; expected one, or the path of one of them")
+        raise InputError(
+            f"{setting}={str(path)!r}: has {len(files)} safetensors files; expected the path of one of them"
+        )
     tensors = load_file(files[0])
     if not any(name.startswith("blocks.") for name in tensors):
         return tensors

@@ -12,7 +12,7 @@ from cosprobe.errors import InputError
 from cosprobe.tasks.hide import Hide, HideConfig
 from cosprobe.tasks.labels import Labels, check_lengths, encode_labels
 from cosprobe.tasks.line import Line, LineConfig
-from cosprobe.tasks.margin import with_margin
+from cosprobe.tasks.margin import SMALL, WithMargin, with_margin
 from cosprobe.tasks.maze import Maze, MazeConfig
 from cosprobe.tasks.own_images import OWN_IMAGES, OwnImages
 from cosprobe.tasks.samples import Sample, draw_samples, fresh_problems, noise_seed, with_noise
@@ -85,6 +85,8 @@ __all__ = [
     "fresh_problems",
     "noise_seed",
     "readable_targets",
+    "SMALL",
+    "WithMargin",
     "split_of",
     "with_margin",
     "with_noise",

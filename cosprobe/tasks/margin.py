@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, UInt8
 from cosprobe.errors import InputError
 from cosprobe.tasks.task import Box, ParsedAnswer, Problem, Target, Task
 
+SMALL = 0.5  # an image that fills less of the height of a video is probably drawn at the wrong size
+
 
 @dataclass(frozen=True)
 class FramedProblem(Problem):
@@ -86,6 +88,11 @@ class WithMargin:
         inside = _inside(problem)
         rows, columns = self._place(self.task.image(inside).shape)
         return self.task.parse(inside, video[:, rows, columns])
+
+    @property
+    def share(self) -> float:
+        """The part of the height of the frame that the image fills."""
+        return self.task.image(self.task.problems("train", 1)[0]).shape[0] / self.height
 
     def _framed(self, problem: Problem) -> FramedProblem:
         shape = self.task.image(problem).shape

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
+from cosprobe.minimodel.encoding import TEXT_WIDTH
 from cosprobe.models.loading import load_pipeline
-from tests.examples.adapters import adapter
+from tests.examples.adapters import FILE, adapter
+from tests.examples.pipelines import save_wan
 
 
 def change(folder: Path, part: str, edit) -> None:
@@ -162,3 +164,61 @@ def test_a_damaged_file_ends_in_one_line(copied, name, content):
 def test_a_part_that_is_missing_is_named(copied):
     shutil.rmtree(copied / "vae")
     refused(copied, r"pipeline\.path=.*vae/ is missing")
+
+
+def deltas(config: PipelineConfig) -> dict[str, bool]:
+    """Of every transformer of the loaded model, whether adapters change its output."""
+    with_adapters = load_pipeline(config)
+    bare = load_pipeline(PipelineConfig(path=config.path))
+    found = {}
+    for name in ("transformer", "transformer_2"):
+        one, two = getattr(with_adapters, name), getattr(bare, name)
+        if two is None:
+            continue
+        given = {"hidden_states": torch.ones(1, 12, 2, 4, 4), "timestep": torch.ones(1)}
+        given |= {"encoder_hidden_states": torch.ones(1, 32, TEXT_WIDTH), "return_dict": False}
+        found[name] = not torch.equal(one(**given)[0], two(**given)[0])
+    return found
+
+
+def test_each_expert_gets_its_own_adapters(tmp_path):
+    path = str(save_wan(tmp_path / "wan", experts=2))
+    high, low = (adapter(tmp_path / name) for name in ("high", "low"))
+    both = deltas(PipelineConfig(path=path, lora=str(high), lora_2=str(low)))
+    assert both == {"transformer": True, "transformer_2": True}
+    assert deltas(PipelineConfig(path=path, lora_2=str(low))) == {"transformer": False, "transformer_2": True}
+    with pytest.raises(InputError, match=r"pipeline\.lora_2.*two transformers"):
+        load_pipeline(PipelineConfig(path=path, lora=str(high)))
+
+
+def test_adapters_for_a_second_transformer_that_is_not_there_are_refused(copied, tmp_path):
+    with pytest.raises(InputError, match=r"pipeline\.lora_2=.*one transformer"):
+        load_pipeline(PipelineConfig(path=str(copied), lora_2=str(adapter(tmp_path / "low"))))
+
+
+def test_names_of_diffsynth_are_those_of_diffusers(copied, tmp_path):
+    """DiffSynth, which VBVR publishes its adapters with, has names of its own for the same layers."""
+    plain = adapter(tmp_path / "plain")
+    renamed = {"attn1.to_q": "self_attn.q", "ffn.net.2": "ffn.2"}
+    tensors = {}
+    for name, value in load_file(plain).items():
+        for ours, theirs in renamed.items():
+            name = name.replace(ours, theirs)
+        tensors[name.removeprefix("transformer.").replace(".weight", ".default.weight")] = value
+    assert "blocks.0.self_attn.q.lora_A.default.weight" in tensors
+    (tmp_path / "diffsynth").mkdir()
+    save_file(tensors, tmp_path / "diffsynth" / "low_noise_lora.safetensors")
+    one, two = (
+        load_pipeline(PipelineConfig(path=str(copied), lora=str(path))).transformer.state_dict()
+        for path in (plain, tmp_path / "diffsynth")
+    )
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+def test_a_folder_with_several_files_of_adapters_is_refused(copied, tmp_path):
+    adapter(tmp_path / "two")
+    (tmp_path / "two" / "other.safetensors").write_bytes((tmp_path / "two" / FILE).read_bytes())
+    with pytest.raises(InputError, match=r"pipeline\.lora=.*2 safetensors files"):
+        load_pipeline(PipelineConfig(path=str(copied), lora=str(tmp_path / "two")))
