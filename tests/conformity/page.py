@@ -27,10 +27,11 @@ LATER = (
 
 HEAD = """# Supported models
 
-`make support` writes this page. It builds the real diffusers classes of every family at toy size, with random weights, and tries each of
-them without guidance and with it. No trained weights of these families were tried: what is shown is that activations get the right labels
-and that nothing else changes. `pipeline.path=FOLDER` takes a folder in the format of diffusers, or `ORG/NAME` on the Hugging Face Hub.
-`configs/pipeline/` has settings as the makers of the models publish them, such as `pipeline=wan2_2_i2v_a14b`.
+`make support` writes this page. It builds the real diffusers classes of every family at toy size, with random weights,
+and tries each of them without guidance and with it. No trained weights of these families were tried: what is shown is
+that activations get the right labels and that nothing else changes. `pipeline.path=FOLDER` takes a folder in the format
+of diffusers, or `ORG/NAME` on the Hugging Face Hub. `configs/pipeline/` has settings as the makers of the models publish
+them, such as `pipeline=wan2_2_i2v_a14b`.
 
 """
 
@@ -40,7 +41,8 @@ ADD = """
 1. Write `cosprobe/models/architectures/NAME.py` with a subclass of `Architecture`; `wan.py` and `ltx.py` are examples.
 2. `pipelines` and `transformers` name the diffusers classes; `blocks` returns the blocks in order of execution.
 3. `video_tokens` and `with_video_tokens` find the video in what a block returns; take `JointBlocks` for (video, text).
-4. Set `layout` if latents are not [batch, channel, frame, height, width], and override `token_grid` and `unpacked` if they are tokens.
+4. Set `layout` if latents are not [batch, channel, frame, height, width]. Override `token_grid` and `unpacked` if they
+   are tokens.
 5. Guidance: take `Doubled` for one call on two halves, or override `branches` for calls without names.
 6. Override `keeps_first_frame` if the image is the first latent frame and not further channels.
 7. `decode` does what the pipeline does after its loop; `check_video` refuses sizes that diffusers would round.

@@ -20,10 +20,6 @@ from tests.examples.pipelines import wan
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "pipeline").glob("*.yaml") if path.stem != "mini")
-    path.stem
-    for path in Path(__file__).resolve().parents[2].joinpath("configs", "pipeline").glob("*.yaml")
-    if path.stem != "mini"
-)
 
 
 @pytest.fixture(scope="module")
