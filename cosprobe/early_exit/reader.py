@@ -24,7 +24,7 @@ from cosprobe.activations import Pooling, halting
 from cosprobe.cells import Cell
 from cosprobe.early_exit.threshold import Policy, read_policy
 from cosprobe.errors import InputError
-from cosprobe.models import pipeline_fingerprint
+from cosprobe.models import load_scheduler, pipeline_fingerprint, with_scheduler
 from cosprobe.probes import ProbeBank
 from cosprobe.tasks import Problem
 
@@ -158,14 +158,21 @@ def check_pipeline(bank: ProbeBank, pipeline: Any) -> None:
     folder = Path(str(getattr(pipeline, "name_or_path", "") or ""))
     scheduler = folder / "scheduler" / "scheduler_config.json"
     saved = json.loads(scheduler.read_text()) if scheduler.is_file() else {}
-    now = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
-    for name, value in saved.items():
-        if name != "_diffusers_version" and json.loads(json.dumps(now.get(name), default=str)) != value:
+    made_for = _described(with_scheduler(load_scheduler(saved), bank.store.pipeline)) if saved else {}
+    now = _described(pipeline.scheduler)
+    for name, value in made_for.items():
+        if now.get(name) != value:
             raise InputError(
                 f"this bank was made for a scheduler with {name}={value}, the pipeline's has {name}={now.get(name)}; "
                 "use the scheduler the model was loaded with"
             )
     bank.check_model(pipeline_fingerprint(pipeline), str(folder) if saved else "the pipeline")
+
+
+def _described(scheduler: Any) -> dict[str, Any]:
+    """Class and configuration of a scheduler, as JSON has them."""
+    about = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return json.loads(json.dumps({"_class_name": type(scheduler).__name__, **about}, default=str))
 
 
 def check_call(bank: ProbeBank, pipeline: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -85,6 +85,14 @@ def load_pipeline(config: PipelineConfig | Path | str | None = None, device: str
     _place(pipeline, config.offload, device)
     remember(pipeline, files)
     return pipeline
+
+
+def load_scheduler(saved: Mapping[str, Any]) -> SchedulerMixin:
+    """The scheduler of a configuration file. Raises InputError for a class that is not known."""
+    name = str(saved.get("_class_name"))
+    if name not in SCHEDULERS:
+        raise InputError(f"scheduler {name} is not known: expected one of {', '.join(SCHEDULERS)}")
+    return getattr(diffusers, name).from_config(dict(saved))
 
 
 def with_scheduler(scheduler: SchedulerMixin, config: PipelineConfig) -> SchedulerMixin:

@@ -30,7 +30,7 @@ HEAD = """# Supported models
 `make support` writes this page. It builds the real diffusers classes of every family at toy size, with random weights,
 and tries each of them without guidance and with it. No trained weights of these families were tried: what is shown is
 that activations get the right labels and that nothing else changes. `pipeline.path=FOLDER` takes a folder in the format
-of diffusers, or `ORG/NAME` on the Hugging Face Hub. `configs/pipeline/` has settings as the makers of the models publish
+of diffusers, or `ORG/NAME` on the Hugging Face Hub. `configs/pipeline/` has settings as their makers publish
 them, such as `pipeline=wan2_2_i2v_a14b`.
 
 """

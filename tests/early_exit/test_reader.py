@@ -15,8 +15,9 @@ from cosprobe.activations import images
 from cosprobe.activations.capture import capture
 from cosprobe.activations.pooling import Pooling
 from cosprobe.config import PipelineConfig
-from cosprobe.early_exit.reader import attach, bank_policy
+from cosprobe.early_exit.reader import attach, bank_policy, check_pipeline
 from cosprobe.early_exit.threshold import Policy
+from cosprobe.errors import InputError
 from cosprobe.models.identity import fingerprint
 from cosprobe.models.loading import load_pipeline
 from cosprobe.models.pipelines import sample
@@ -176,3 +177,14 @@ def test_an_activation_that_is_not_finite_is_named(bank, pipeline, config):
 
     with pytest.raises(ValueError, match=re.escape(str(CELLS[1])) + ".*finite"):
         refused(bank, broken, policy=policy_at(math.inf), call=call)
+
+
+def test_a_bank_of_another_scheduler_by_settings_is_told_apart(bank, pipeline, config):
+    with_shift = replace(config, flow_shift=5.0)
+    other = bank.with_provenance(store=replace(bank.store, pipeline=replace(bank.store.pipeline, flow_shift=5.0)))
+    with pytest.raises(InputError, match=r"shift=5\.0.*shift=3\.0"):
+        check_pipeline(other, pipeline)
+    changed = load_pipeline(with_shift)
+    check_pipeline(other, changed)
+    with pytest.raises(InputError, match=r"shift=3\.0.*shift=5\.0"):
+        check_pipeline(bank, changed)
