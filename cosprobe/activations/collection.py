@@ -33,6 +33,7 @@ from cosprobe.locks import held
 from cosprobe.models import (
     Fingerprint,
     architecture,
+    check_guidance,
     check_prompts,
     check_size,
     first_transformer,
@@ -326,6 +327,7 @@ def collect(
     if missing:
         prompts = [*(sample.problem.prompt for sample in missing), sampler.config.negative_prompt]
         check_prompts(sampler.model, prompts, sampler.config.prompt_tokens)
+        check_guidance(sampler.model, sampler.config)
         check_size(sampler.model, task.image(missing[0].problem).shape[:2], sampler.config.frames)
     what = f"{len(table.names)} samples" + (f", permuted and fresh weights on {len(few)} of them" if few else "")
     with held(store.folder, "store") if missing or known is None else nullcontext():

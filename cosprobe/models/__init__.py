@@ -10,6 +10,7 @@ from cosprobe.models.images import Pictures, image_batch
 from cosprobe.models.loading import download, load_part, load_pipeline, load_scheduler, with_scheduler
 from cosprobe.models.pipelines import (
     block_list,
+    check_guidance,
     check_prompts,
     check_size,
     decode,
@@ -44,6 +45,7 @@ __all__ = [
     "architecture",
     "block_list",
     "channels_last",
+    "check_guidance",
     "check_prompts",
     "check_scheduler",
     "check_size",

@@ -64,6 +64,13 @@ def check_size(pipeline: DiffusionPipeline, sides: Sequence[int], frames: int) -
     architecture(pipeline).check_video(pipeline, first_transformer(pipeline), sides, frames)
 
 
+def check_guidance(pipeline: DiffusionPipeline, config: PipelineConfig) -> None:
+    """Raises InputError for a scale of guidance that the model has no use for."""
+    if config.guidance_2 and len(experts(pipeline)) == 1:
+        raise InputError(f"pipeline.guidance_2={config.guidance_2:g}: this model has one transformer; set it to 0")
+    architecture(pipeline).check_guidance(pipeline, config.guidance, config.true_cfg)
+
+
 def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], limit: int) -> None:
     """Raises InputError for a prompt of more than `limit` tokens, which diffusers would truncate without a warning, for
     another limit than the model needs, and for a tokenizer that cannot pad."""
@@ -111,6 +118,7 @@ def sample(
     images, config = image_batch(images), with_defaults(config, pipeline)
     check_size(pipeline, images.shape[2:], config.frames)
     check_lengths(len(images), prompts=prompts, seeds=seeds)
+    check_guidance(pipeline, config)
     check_prompts(pipeline, [*prompts, config.negative_prompt], config.prompt_tokens)
     family = architecture(pipeline)
     arguments = {
@@ -121,7 +129,7 @@ def sample(
         "num_frames": config.frames,
         "num_inference_steps": config.steps,
         "guidance_scale": config.guidance,
-        "guidance_scale_2": (config.guidance_2 or None) if len(experts(pipeline)) > 1 else None,
+        "guidance_scale_2": config.guidance_2 or None,
         "true_cfg_scale": config.true_cfg,
         "max_sequence_length": config.prompt_tokens,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],

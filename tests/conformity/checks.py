@@ -90,6 +90,13 @@ class Case:
         return self.pipeline(**given, output_type="np").frames
 
 
+def parts_of(pipeline: Any) -> dict[str, Any]:
+    """The transformers of a pipeline: of two, the first works at high noise, the second at low noise."""
+    both = {"high": pipeline.transformer, "low": getattr(pipeline, "transformer_2", None)}
+    there = {name: part for name, part in both.items() if part is not None}
+    return there if len(there) == 2 else dict.fromkeys(("only",), *there.values())
+
+
 @contextmanager
 def followed(case: Case) -> Iterator[_Followed]:
     """Follows a run with hooks of its own: which step, branch and expert every transformer call belongs to."""
@@ -105,10 +112,8 @@ def followed(case: Case) -> Iterator[_Followed]:
         return hook
 
     with ExitStack() as undo:
-        second = getattr(case.pipeline, "transformer_2", None)
-        for name, part in (("only" if second is None else "high", case.pipeline.transformer), ("low", second)):
-            if part is not None:
-                undo.callback(part.register_forward_pre_hook(on_call(name), with_kwargs=True).remove)
+        for name, part in parts_of(case.pipeline).items():
+            undo.callback(part.register_forward_pre_hook(on_call(name), with_kwargs=True).remove)
         yield found
 
 
@@ -170,8 +175,7 @@ def labels(case: Case) -> None:
     expert = torch.tensor([cache.experts[at] == "low" for at in range(STEPS)]).float()[step.long()]
     spelt = torch.stack([step, layer, branch, expert, sample_, frame, region // columns, region % columns], dim=-1)
     assert torch.equal(found[:, :, :, :, 1:, :, :8], spelt)
-    if getattr(case.pipeline, "transformer_2", None) is not None:
-        assert set(cache.experts.values()) == {"high", "low"}
+    assert set(cache.experts.values()) == set(parts_of(case.pipeline))
 
 
 def order_of_tokens(case: Case) -> None:

@@ -29,6 +29,7 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoImageToVideoPipeline,
@@ -176,6 +177,31 @@ def wan22_t2v() -> DiffusionPipeline:
     text = build_text(WORDS, seed=0)
     experts = {"transformer": _wan_transformer(), "transformer_2": _wan_transformer()}
     return _frozen(WanPipeline(*text, _wan_vae(), _flow_unipc(3.0), boundary_ratio=0.875, **experts))
+
+
+def wan22_t2v_low() -> DiffusionPipeline:
+    """Wan2.2-T2V-A14B without its expert for high noise."""
+    torch.manual_seed(0)
+    text = build_text(WORDS, seed=0)
+    return _frozen(
+        WanPipeline(*text, _wan_vae(), _flow_unipc(3.0), transformer_2=_wan_transformer(), boundary_ratio=1.0)
+    )
+
+
+def wan22_i2v_high() -> DiffusionPipeline:
+    """Wan2.2-I2V-A14B without its expert for low noise, with the scheduler of the first Wan."""
+    torch.manual_seed(0)
+    text = build_text(WORDS, seed=0)
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return _frozen(WanImageToVideoPipeline(*text, _wan_vae(), flow, transformer=_wan_transformer(2 * LATENT + 4)))
+
+
+def wan21_t2v_dpm() -> DiffusionPipeline:
+    """Wan 2.1 with DPM-Solver++."""
+    pipeline = wan21_t2v()
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    pipeline.register_modules(scheduler=DPMSolverMultistepScheduler(**flow))
+    return pipeline
 
 
 def wan22_i2v() -> DiffusionPipeline:
@@ -547,7 +573,10 @@ _TRUE_CFG = {"true_cfg_scale": 3.0, "negative_prompt": NEGATIVE}
 FAMILIES: dict[str, Example] = {
     "wan21_t2v": Example(wan21_t2v, False, 32, 48, 9),
     "wan21_i2v": Example(wan21_i2v, True, 32, 48, 9, {"max_sequence_length": 512}),
+    "wan21_t2v_dpm": Example(wan21_t2v_dpm, False, 32, 48, 9),
     "wan22_t2v": Example(wan22_t2v, False, 32, 48, 9),
+    "wan22_t2v_low": Example(wan22_t2v_low, False, 32, 48, 9),
+    "wan22_i2v_high": Example(wan22_i2v_high, True, 32, 48, 9),
     "wan22_i2v": Example(wan22_i2v, True, 32, 48, 9),
     "wan22_ti2v_t2v": Example(wan22_ti2v_t2v, False, 64, 96, 9),
     "wan22_ti2v_i2v": Example(wan22_ti2v_i2v, True, 64, 96, 9),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,36 @@ def test_sizes_and_frames_that_a_family_does_not_take(name, sides, frames, messa
 def test_a_number_of_prompt_tokens_that_the_model_needs(name, tokens):
     with pytest.raises(InputError, match=rf"prompt_tokens=64: expected {tokens}"):
         check_prompts(Case(name, False).pipeline, ["a box"], 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("wan22_i2v", {"true_cfg": 3.0}, "true_cfg=3.*set true_cfg to 1"),
+        ("wan21_t2v", {"guidance_2": 3.0}, "guidance_2=3.*one transformer"),
+        ("hunyuan_i2v_replace", {"guidance": 6.0}, "guidance=6.*no input for guidance"),
+    ],
+)
+def test_guidance_that_a_model_does_not_have(name, settings, message):
+    case = Case(name, False)
+    if name.startswith("hunyuan"):
+        case.pipeline.transformer.register_to_config(guidance_embeds=False)
+    case.config = replace(case.config, **settings)
+    with pytest.raises(InputError, match=message):
+        case.run()
+
+
+def test_a_model_on_the_hub_that_was_downloaded_is_loaded(tmp_path, monkeypatch):
+    """The cache of the Hub: the files of a commit, and the name of the newest one."""
+    place = tmp_path / "models--org--wan"
+    wan().save_pretrained(place / "snapshots" / "abc123")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = PipelineConfig(path="org/wan")
+    assert config.on_hub and config.folder == place / "snapshots" / "abc123"
+    assert with_defaults(config).steps == 50
 
 
 def test_blocks_that_are_compiled_give_the_same_features(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cosprobe.errors import InputError
 from cosprobe.models.architectures.protocol import BYTE, COND, UNCOND, Branches, JointBlocks
 from cosprobe.wrapping import wrapped
 
@@ -21,6 +22,14 @@ class HunyuanVideo(JointBlocks):
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+    def check_guidance(self, pipeline: Any, scale: float, own: float) -> None:
+        """Raises InputError for guidance as an input of a model that has no such input."""
+        if scale > 1 and not pipeline.transformer.config.guidance_embeds:
+            raise InputError(
+                f"pipeline.guidance={scale:g}: this model has no input for guidance, so it changes nothing; set it to "
+                "1, or pipeline.true_cfg for classifier-free guidance"
+            )
 
     def guided(self, pipeline: Any) -> bool:
         """False: the pipeline does not keep its scale. Contexts and the order of calls tell the branches."""

@@ -184,6 +184,12 @@ class Architecture(Protocol):
 
     # guidance
 
+    def check_guidance(self, pipeline: Any, scale: float, own: float) -> None:
+        """Raises InputError for a kind of guidance that the model does not have. scale: `pipeline.guidance`. own:
+        `pipeline.true_cfg`."""
+        if own > 1:
+            raise InputError(f"pipeline.true_cfg={own:g}: this model has pipeline.guidance alone; set true_cfg to 1")
+
     def guided(self, pipeline: Any) -> bool:
         """Whether the running call of the pipeline uses classifier-free guidance, at its first step."""
         return pipeline.guidance_scale > 1
