@@ -34,7 +34,8 @@ from cosprobe.models.schedulers import SCHEDULERS
 from cosprobe.runtime import say
 
 Part = TypeVar("Part", bound=nn.Module)
-REPORTS = ("LOAD REPORT", "Some weights of")  # in reports of transformers and diffusers
+REPORTS = ("LOAD REPORT", "Some weights of", "connect to the Hub")  # in reports of transformers and diffusers
+LOGGERS = ("transformers.modeling_utils", "diffusers.models.modeling_utils", "diffusers.pipelines.pipeline_utils")
 LIBRARIES = ("diffusers", "transformers")  # of the parts of a pipeline
 NAMED = 3  # names of tensors in a message
 
@@ -46,7 +47,8 @@ def download(config: PipelineConfig) -> None:
     """
     if not config.on_hub:
         return
-    with _loading_errors(f"pipeline.path={config.path!r}: there is no such folder, and it cannot be downloaded"):
+    what = "there is no such folder, it was not downloaded before, and the Hub cannot be reached or has no such model"
+    with _loading_errors(f"pipeline.path={config.path!r}: {what}"), _without_reports():
         where = DiffusionPipeline.download(
             config.path, revision=config.revision or None, variant=config.variant or None, use_safetensors=True
         )
@@ -214,12 +216,12 @@ def _load_model(kind: type[Part], folder: Path, dtype: torch.dtype, where: str, 
 
 @contextmanager
 def _without_reports() -> Iterator[None]:
-    """Keeps transformers and diffusers from printing what did not fit, in the block: `_check_report` tells it."""
+    """Keeps transformers and diffusers from printing, in the block, what the error of this package tells."""
 
     def other(record: logging.LogRecord) -> bool:
         return not any(words in record.getMessage() for words in REPORTS)
 
-    loggers = [logging.getLogger(f"{library}.modeling_utils") for library in ("transformers", "diffusers.models")]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     for logger in loggers:
         logger.addFilter(other)
     try:
