@@ -133,9 +133,9 @@ def capture(
     transformer call are kept, for `replay`. inputs: also keep the inputs of the run and the latents of every captured
     step, for baselines.
 
-    Raises InputError where capture would be wrong: unknown pipeline or transformer class, step cache or other hook that
-    replaces what a block computes, compiled block, tokens that are divided among devices, sampler that calls the model
-    more than once per step, selection out of range.
+    Raises InputError where capture would be wrong: unknown pipeline or transformer class, step cache or other hook or
+    function that replaces what a block computes, compiled block, tokens that are divided among devices, sampler that
+    calls the model more than once per step, selection out of range.
     Raises RuntimeError when the captured calls are not one per step and branch, and when a block returned its input.
     """
     models = experts(pipeline)
@@ -335,6 +335,7 @@ class _Watcher:
         cache, seen = self.cache, self.cache.calls
         if not seen:
             raise RuntimeError("nothing was captured: expected one pipeline call inside the context, found none")
+        refuse_unsupported(self.pipeline, self.models)  # again: a step cache may have been enabled since
         total = len(self.pipeline.scheduler.timesteps)
         last = max(step for step, _, _ in seen) if getattr(self.pipeline, "_interrupt", False) else total - 1
         every = {branches for _, _, branches in seen}
@@ -350,10 +351,12 @@ class _Watcher:
         cache.positions = self.pooling.positions(self.size[0])
         for hook_point in cache.hook_points:
             for step in cache.steps:
-                if not any((step, hook_point, b) in cache.parts for b in ("", *cache.branches)):
-                    raise RuntimeError(
-                        f"hook point {hook_point} did not run at step {step}: expected {', '.join(cache.hook_points)}"
-                    )
+                for branch in cache.branches:
+                    if not {(step, hook_point, branch), (step, hook_point, "")} & cache.parts.keys():
+                        raise RuntimeError(
+                            f"hook point {hook_point} did not run at step {step}, branch {branch}: expected "
+                            f"{', '.join(cache.hook_points)}"
+                        )
         self._check_computed()
 
     def _check_computed(self) -> None:
