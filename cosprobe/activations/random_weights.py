@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cosprobe.activations.capture import ActivationCache, conditional
 from cosprobe.activations.pooling import Pooling
+from cosprobe.activations.unsupported import hooks_of
 from cosprobe.errors import InputError
 from cosprobe.models import Branches, architecture, block_list, experts, hidden_states, of_samples
 
@@ -31,15 +32,35 @@ def with_random_weights(pipeline: Any, how: str, seed: int) -> Iterator[None]:
 
     how: `permuted`: the entries of each parameter are shuffled, which keeps their distribution (Chen, Viegas and
     Wattenberg 2023, arXiv 2306.05720). `fresh`: the default initialisation of the transformer class.
-    Raises InputError for any other value.
+    Raises InputError for any other value, for weights that are not in memory but loaded for every call, and, with
+    `fresh`, for weights of whole numbers.
     """
     if how not in RANDOM_WEIGHTS:
         raise InputError(f"weights={how!r}: expected one of {', '.join(RANDOM_WEIGHTS)}")
+    for expert, model in experts(pipeline).items():
+        _check_replaceable(model, expert, how)
     with ExitStack() as undo:
         for number, model in enumerate(experts(pipeline).values()):
             replace_weights = _shuffled if how == PERMUTED else _redrawn
             undo.enter_context(replace_weights(model, seed + number))
         yield
+
+
+def _check_replaceable(model: nn.Module, expert: str, how: str) -> None:
+    """Raises InputError for weights whose replacement would be lost, or would make no sense."""
+    offload = (hooks_of(module).get("group_offloading") for module in model.modules())
+    on_disk = any(hook is not None and hook.config.offload_to_disk_path for hook in offload)
+    for name, parameter in model.named_parameters():
+        if on_disk or parameter.is_meta:
+            raise InputError(
+                f"{name} of transformer {expert!r} is not in memory, but loaded for every call: expected a pipeline "
+                "without sequential offload and without offload to a disk"
+            )
+        if how == FRESH and not parameter.is_floating_point():
+            raise InputError(
+                f"{name} of transformer {expert!r} has whole numbers ({parameter.dtype}): expected weights that are "
+                f"not quantised, or weights={PERMUTED!r}"
+            )
 
 
 @contextmanager
