@@ -58,8 +58,9 @@ class Wan(Architecture):
             yield held
             return
 
-        def prepare(original: Callable, *arguments: Any) -> tuple[Tensor, ...]:
-            noise, condition, *mask = original(*arguments)
+        def prepare(original: Callable, images: Tensor, batch: int, *arguments: Any) -> tuple[Tensor, ...]:
+            each = images.repeat_interleave(batch // len(images), dim=0)  # videos of one prompt are neighbours
+            noise, condition, *mask = original(each, batch, *arguments)
             if len(condition) != len(noise):
                 raise RuntimeError(f"the pipeline encoded {len(condition)} of {len(noise)} images: expected all")
             held.append(condition)
