@@ -54,7 +54,8 @@ class ActivationCache:
     that are the same at every step are at step 0. Inputs that the transformer does not have are missing.
     recorded: branches and arguments of the transformer call with the `cond` branch, at the steps selected by the
     argument `record` of `capture`.
-    parts: pooled features by step, hook point and branch. calls: number of calls by step, expert and branches.
+    parts: pooled features by step, hook point and branch. They are on the CPU; while the call runs, `wait` comes before
+    reading them. calls: number of calls by step, expert and branches.
     """
 
     hook_points: tuple[str, ...]
@@ -67,6 +68,18 @@ class ActivationCache:
     recorded: dict[int, tuple[Branches, tuple, dict]] = field(default_factory=dict)
     parts: dict[tuple[int, str, str], Tensor] = field(default_factory=dict)
     calls: Counter[tuple[int, str, Branches]] = field(default_factory=Counter)
+    _copied: set[torch.device] = field(default_factory=set, init=False, repr=False)
+
+    def to_cpu(self, value: Tensor) -> Tensor:
+        """A tensor on the CPU. From a GPU it is copied in the background, see `wait`."""
+        if value.is_cuda:
+            self._copied.add(value.device)
+        return value.to("cpu", non_blocking=value.is_cuda)
+
+    def wait(self) -> None:
+        """Waits until everything that was copied from a GPU is there."""
+        for device in self._copied:
+            torch.cuda.synchronize(device)
 
     def features(self) -> Float[Tensor, "sample step hook_point branch position region channel"]:
         """All captured features, on the CPU. Sources with fewer channels than a block are padded with zeros.
@@ -249,7 +262,7 @@ class _Watcher:
         if self.pooling.kind == "region":
             pooled["region"] = self.pooling.by_frame(tokens, self.size)
         kind = self._dtype()
-        kept = {part: value.to(kind).to("cpu", non_blocking=tokens.is_cuda) for part, value in pooled.items()}
+        kept = {part: self.cache.to_cpu(value.to(kind)) for part, value in pooled.items()}
         self.cache.inputs.setdefault(name, {})[self.step] = kept
 
     def _dtype(self) -> torch.dtype:
@@ -325,14 +338,12 @@ class _Watcher:
             raise RuntimeError(
                 f"hook point {hook_point} ran twice at step {self.step}, branch {branch or 'any'}: expected once"
             )
-        pooled = self.pooling(tokens, self.size).to(kind)
-        self.cache.parts[key] = pooled.to("cpu", non_blocking=tokens.is_cuda)
+        self.cache.parts[key] = self.cache.to_cpu(self.pooling(tokens, self.size).to(kind))
 
     def audit(self) -> None:
         """Raises RuntimeError unless every step had one transformer call per branch, all of one expert."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # copies to the CPU are asynchronous
         cache, seen = self.cache, self.cache.calls
+        cache.wait()
         if not seen:
             raise RuntimeError("nothing was captured: expected one pipeline call inside the context, found none")
         refuse_unsupported(self.pipeline, self.models)  # again: a step cache may have been enabled since

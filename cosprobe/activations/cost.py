@@ -78,9 +78,11 @@ def seconds(
 ) -> Cost:
     """Measures the wall time in seconds per sample, on one batch, after a warm-up batch. Errors: see `flops`."""
 
+    device = pipeline._execution_device  # with offloading, that of the weights is another
+
     def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     for _ in range(2):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -69,8 +68,7 @@ def _halting_hook(
             if part is None:
                 continue
             left.remove(cell)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # copies to the CPU are asynchronous
+            cache.wait()
             positions = pooling.positions(part.shape[1])[: part.shape[1]]
             if enough(cell, part[:, positions.index(cell.position)]):
                 raise _Halted

@@ -138,7 +138,7 @@ def _replayed(
 
     def keep(layer: int) -> Any:
         def hook(block: nn.Module, inputs: tuple, output: Any) -> None:
-            found[layer] = pooling(conditional(branches, family.video_tokens(output)), size).cpu()
+            found[layer] = pooling(conditional(branches, family.video_tokens(output)), size)
 
         return hook
 
@@ -147,7 +147,7 @@ def _replayed(
         for layer in layers:
             undo.callback(blocks[layer].register_forward_hook(keep(layer)).remove)
         model(*args, **kwargs)
-    return torch.stack([found[layer] for layer in layers], dim=1)
+    return torch.stack([found[layer].cpu() for layer in layers], dim=1)  # at the end: each block would wait for a GPU
 
 
 def _of_samples(branches: Branches, args: tuple, kwargs: dict, rows: Sequence[int]) -> tuple[tuple, dict[str, Any]]:

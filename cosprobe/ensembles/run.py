@@ -287,8 +287,7 @@ class _Reading:
         self.samples, self.positions = list(samples), pooling.positions(frames)
 
     def __call__(self, step: int) -> Float[Tensor, "sample candidate"]:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # captured features are copied asynchronously
+        self.cache.wait()
         cells = {name: self.scorer.cell(name, step) for name in self.scorer.accuracy}
         return self.scorer.read(cells, self.samples, self._features)
 
