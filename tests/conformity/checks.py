@@ -160,8 +160,8 @@ def labels(case: Case) -> None:
     with ExitStack() as undo:
         now = undo.enter_context(followed(case))
         for model in experts(case.pipeline).values():
-            for layer, block in enumerate(block_list(case.pipeline, model)):
-                undo.callback(block.register_forward_hook(spelled(layer)).remove)
+            for number, block in enumerate(block_list(case.pipeline, model)):
+                undo.callback(block.register_forward_hook(spelled(number)).remove)
         pooling = Pooling("region", frames=True, boxes=[boxes] * 2)
         cache = undo.enter_context(capture(case.pipeline, "all", pooling))
         case.run(callback_on_step_end=now.callback)
@@ -222,7 +222,7 @@ def same_as_hooks(case: Case) -> None:
     def keep(layer: int) -> Any:
         def hook(block: Any, args: tuple, output: Any) -> None:
             for half, branch in zip(tokens_of(output).split(2), now.branches, strict=True):
-                seen[now.step, layer, branch] = half.float().mean(dim=1)
+                seen[now.step, layer, branch] = half.float().mean(dim=1).cpu()
 
         return hook
 
