@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test test-fast style lint docs site bench validity torture support clean
+.PHONY: demo test test-fast style lint docs site bench gpu-check validity torture support clean
 
 # bytecode is kept whatever the environment says: tests start many processes, and each would compile all modules again
 export PYTHONDONTWRITEBYTECODE =
@@ -18,12 +18,12 @@ demo: $(INSTALLED)
 
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: style
-	$(BIN)/mypy & types=$$!; $(PYTEST) -m "not docs"; tests=$$?; wait $$types && exit $$tests
+	$(BIN)/mypy & types=$$!; $(PYTEST) -m "not docs and not gpu"; tests=$$?; wait $$types && exit $$tests
 
 # while writing code: no linter, and none of the tests that take more than a third of a second or start two processes, such as
 # whole runs, most fits and figures, simulations, thousands of problems, the model in the package and killed processes
 test-fast: $(INSTALLED)
-	$(PYTEST) -m "not slow and not ddp and not docs"
+	$(PYTEST) -m "not slow and not ddp and not docs and not gpu"
 
 style: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -63,6 +63,11 @@ site: $(INSTALLED)
 # ratios: capture, fit and run against what they replace or cannot avoid
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+# the tests that need a GPU with CUDA, then what capture, probes and offloading cost on it (about three minutes); numbers in
+# runs/gpu-check.json, and with PAGE=docs/support.md as a table between the comments <!-- gpu --> and <!-- /gpu --> of that page
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu $(PAGE)
 
 # coverage of every interval and size of every test, by simulation with known truth (about 20 minutes)
 validity: $(INSTALLED)
