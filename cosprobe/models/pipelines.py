@@ -16,6 +16,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from cosprobe.config import PipelineConfig
@@ -280,5 +281,6 @@ def decode(pipeline: DiffusionPipeline, latents: Tensor, frames: int) -> np.ndar
     frames: number of video frames that the pipeline was asked for.
     Returns float video [batch, frame, height, width, 3] in [0, 1].
     """
-    video = architecture(pipeline).decode(pipeline, latents.to(pipeline.vae.device), frames)
+    where = get_module_execution_device(pipeline.vae)  # not where its weights wait, with offloading
+    video = architecture(pipeline).decode(pipeline, latents.to(where), frames)
     return _checked(pipeline.video_processor.postprocess_video(video, output_type="np"), pipeline)
