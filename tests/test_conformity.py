@@ -10,12 +10,10 @@ from tests.conformity.checks import CHECKS, Case
 FEW = {
     "wan22_t2v": True,  # two experts, two named calls
     "wan21_i2v": False,  # CLIP embedding
-    "wan22_ti2v_i2v": False,  # first frame replaced
     "ltx_i2v": True,  # packed, doubled, one frame less in the scheduler
     "cogvideox15_i2v": True,  # frames before channels, padding, DPM
     "mochi": False,  # noise counts upwards
-    "hunyuan_t2v": False,  # guidance is an input
-    "hunyuan_i2v_replace": True,  # two calls without names
+    "hunyuan_i2v_replace": False,  # guidance is an input, calls have no names
 }
 
 

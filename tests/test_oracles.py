@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import train
+from tests.examples.pipelines import save_wan
 from tests.examples.shapes import unchecked
 from tests.oracles.derive import compare
 
@@ -15,9 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "maze"
-    settings = ["task.problems=120", "pipeline.steps=3", "probe.steps='0,2'", "probe.decode=0", "probe.layers='2,6'"]
-    settings += ["probe.random_weights=0", "probe.penalties=[0.1,1.0]", "pipeline.frames=5", "task.frames=5"]
+    folder, model = tmp_path_factory.mktemp("runs") / "maze", save_wan(tmp_path_factory.mktemp("model") / "wan")
+    settings = ["task.problems=120", "pipeline.steps=3", "probe.steps='0,2'", "probe.decode=0", "probe.layers='0,2'"]
+    settings += [
+        f"pipeline.path={model}",
+        "probe.random_weights=0",
+        "probe.penalties=[0.1,1.0]",
+        "pipeline.frames=5",
+        "task.frames=5",
+    ]
     with unchecked():
         assert train.main(["probe=layers", *settings, f"run_dir={folder}"]) == 0
     return folder / "logistic-penalties-0.1-1.0"

@@ -89,7 +89,10 @@ def test_every_command_is_understood(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "positions"),
-    [(["task=select", "probe=frames", "probe.kind=ridge", "probe.steps='0,2'"], 3), (["task=hide"], 1)],
+    [
+        (["task=select", "probe=frames", "probe.kind=ridge", "probe.steps='0,2'"], 3),
+        (["task=hide", "probe.random_weights=0"], 1),
+    ],
     ids=["frames and ridge", "another family"],
 )
 def test_the_ways_to_run_that_they_show_end_in_a_grid(tmp_path, settings, positions):

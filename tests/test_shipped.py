@@ -25,7 +25,7 @@ def shipped():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_most_problems_are_solved(shipped, name):
     task = FAMILIES[name]().build()
-    problems = [p for kind in task.kinds for p in task.problems("test", 8, kind)]
+    problems = [p for kind in task.kinds for p in task.problems("test", 6, kind)]
     solved = solve(Sampler(shipped, CONFIG, task), problems, 0)
     print(f"{name}: {rate(solved)}")  # noqa: T201
     assert solved.right.mean() >= 0.7
