@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,7 +139,9 @@ def test_a_part_that_fails_is_a_row_and_the_others_run(monkeypatch, tmp_path, ca
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "machine", lambda name: ABOUT)
     monkeypatch.setattr(gpu_check, "TESTS", ["echo", "3 passed in 1.0s"])
-    for parts, status in (({"one": fails, "two": lambda name: FOUND[:2]}, 1), ({"two": lambda name: FOUND[:2]}, 0)):
+    for name, measure in (("one", fails), ("two", lambda name: FOUND[:2])):
+        monkeypatch.setitem(sys.modules, f"benchmarks.gpu.{name}", SimpleNamespace(measure=measure))
+    for parts, status in ((("one", "two"), 1), (("two",), 0)):
         monkeypatch.setattr(gpu_check, "PARTS", parts)
         assert gpu_check.main([]) == status
         rows = json.loads(gpu_check.NUMBERS.read_text())["findings"]

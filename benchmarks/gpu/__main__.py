@@ -5,24 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from benchmarks.gpu import agreement, fits, processes, width
 from benchmarks.gpu.findings import Finding, check_page, machine, save, table, write_page
 
 NUMBERS = Path("runs") / "gpu-check.json"
 TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
 LONGEST = 150  # seconds of the tests
-PARTS: dict[str, Callable[[str], list[Finding]]] = {
-    "agreement": agreement.measure,
-    "width": width.measure,
-    "fits": fits.measure,
-    "processes": processes.measure,
-}
+PARTS = ("agreement", "width", "fits", "processes")  # modules; imported when there is a GPU
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,8 +29,8 @@ def main(arguments: Sequence[str]) -> int:
         Console(stderr=True).print(f"error: {refused}", highlight=False, soft_wrap=True)
         return 2
     findings, about = [tests()], machine("cuda")
-    for name, measure in PARTS.items():
-        findings += measured(name, measure, "cuda")
+    for name in PARTS:
+        findings += measured(name, "cuda")
         save(findings, about, NUMBERS)  # what was measured is kept if a later part ends the process
     Console().print(table(findings, about))
     if page is not None:
@@ -51,14 +46,15 @@ def tests() -> Finding:
     except subprocess.TimeoutExpired as late:
         output, code = f"{late.output or ''}\nnot ended after {LONGEST} s", 1
     Console().print(output, markup=False, highlight=False, soft_wrap=True)
-    return Finding("tests marked `gpu`", output.strip().splitlines()[-1].strip("= "), {"exit status": code}, code == 0)
+    last = (output.strip() or "no output").splitlines()[-1].strip("= ")
+    return Finding("tests marked `gpu`", last, {"exit status": code}, code == 0)
 
 
-def measured(name: str, measure: Callable[[str], list[Finding]], device: str) -> list[Finding]:
+def measured(name: str, device: str) -> list[Finding]:
     """The rows of a part. An error is a row, so that the other parts still run."""
     begin = time.perf_counter()
     try:
-        found = measure(device)
+        found: list[Finding] = import_module(f"benchmarks.gpu.{name}").measure(device)
     except Exception as error:  # whatever it is
         Console().print_exception()
         found = [Finding(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", {}, False)]
