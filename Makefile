@@ -73,7 +73,8 @@ gpu-check: $(INSTALLED)
 validity: $(INSTALLED)
 	$(BIN)/python -m validity docs/validity.md
 
-# kills, signals, bad inputs, flipped bits, full disks, two commands at once: prints counts (about 30 minutes on one core)
+# kills, signals, lost processes, bad inputs, flipped bits, full disks, two commands at once: prints counts (about 35 minutes
+# on one core)
 torture: $(INSTALLED)
 	$(BIN)/python -m tests.torture
 

@@ -48,6 +48,7 @@ from cosprobe.config import SCHEMAS, CaptureConfig, TrainRun, UseRun
 from cosprobe.differences import check_same
 from cosprobe.errors import InputError, Terminated
 from cosprobe.files import make_folder, whole_file
+from cosprobe.processes import LOST, end_others, tell
 from cosprobe.runs import RUN_FILE, find_result, results
 
 PACKAGE = Path(__file__).resolve().parent
@@ -63,7 +64,7 @@ FLAGS = {
 MARK = "# sha256 of the other lines: "  # first line of a saved configuration
 SWEEP_FILE = Path("runs", "multirun.yaml")  # in hydra.sweep.dir of the configuration files
 NO_DIFFERENCE = ("run_dir", "store", "trainer", "hydra")  # settings that do not name the folder of a job in a sweep
-LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")  # in errors of torch
+TRANSPORT = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")  # in errors of torch
 # Parameters of `mallopt` and the values set by `keep_freed_memory`. Source: malloc.h of the GNU C library.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26}
@@ -91,7 +92,10 @@ def command(root: type[Run], body: Callable[[Run], None], about: str, argv: Sequ
     arguments = list(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
     with _terminable():
-        return _command(root, body, about, arguments)
+        code = _command(root, body, about, arguments)
+    if code:
+        end_others()
+    return code
 
 
 @contextmanager
@@ -146,28 +150,38 @@ def _command(root: type[Run], body: Callable[[Run], None], about: str, arguments
         for composed in _by_hydra(root, arguments):
             body(_instantiated(composed))
     except InputError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        tell("error: " + " ".join(str(error).split()))
         return 2
     except OSError as error:
         where = repr(str(error.filename)) if error.filename else "a file cannot be read or written"
-        print(f"error: {where}: {error.strerror or ' '.join(str(error).split())}", file=sys.stderr)
+        tell(f"error: {where}: {error.strerror or ' '.join(str(error).split())}")
         return 2
     except RuntimeError as error:
-        if not any(word in str(error) for word in LOST):
+        if not any(word in str(error) for word in TRANSPORT):
             raise
-        print("error: another process of this command has ended; the same command continues", file=sys.stderr)
+        tell(LOST)
+        _end_group()
         return 2
     except MemoryError:
-        print("error: not enough memory: lower pipeline.batch, task.problems or probe.memory", file=sys.stderr)
+        tell("error: not enough memory: lower pipeline.batch, task.problems or probe.memory")
         return 2
     except KeyboardInterrupt as stopped:
         by_signal = isinstance(stopped, Terminated)
         how = "stopped by SIGTERM" if by_signal else "stopped"
-        print(f"{how}; the same command continues from what is on disk", file=sys.stderr)
+        tell(f"{how}; the same command continues from what is on disk")
         return 143 if by_signal else 130
     except SystemExit as ended:  # Hydra's argument parser
         return ended.code if isinstance(ended.code, int) else 0
     return 0
+
+
+def _end_group() -> None:
+    """Ends this process if it is one of several: threads of gloo whose partner is gone would abort it at its end."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized():
+        end_others()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(2)
 
 
 def load(root: type[Run], overrides: Sequence[str]) -> Run:

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy as FabricDDP
+from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import DDPStrategy
@@ -24,6 +26,7 @@ from rich.console import Console
 
 from cosprobe.config import TrainerConfig
 from cosprobe.errors import InputError
+from cosprobe.processes import look_after, look_after_first, starting
 
 
 def build_trainer(config: TrainerConfig, **fixed: Any) -> L.Trainer:
@@ -62,9 +65,12 @@ def launch(config: TrainerConfig) -> Fabric:
     """Starts one process per device.
 
     Each process runs the script from the beginning and returns from this function. The Lightning trainer that fits the
-    probes later uses the same processes.
+    probes later uses the same processes. A process that finds another one gone ends; see `cosprobe.processes`.
     """
-    with _device_errors(config):
+    look_after_first()
+    # Lightning's own thread kills this process when another one has failed, and people are told nothing
+    ours = patch.object(subprocess_script, "_launch_process_observer", look_after, create=True)
+    with _device_errors(config), starting(), ours:
         fabric = Fabric(
             accelerator=accelerator(config),
             devices=config.devices,
@@ -90,9 +96,13 @@ def _strategy(config: TrainerConfig, ddp: Any, **fixed: Any) -> Any:
 
 @contextmanager
 def _device_errors(config: TrainerConfig) -> Iterator[None]:
-    """Raises InputError in place of Lightning's errors for devices."""
+    """Raises InputError in place of Lightning's errors for devices, and when other processes do not come."""
     try:
         yield
+    except dist.DistError as error:
+        raise InputError(
+            f"no other process has come in {config.timeout:g} s (trainer.timeout); the same command continues"
+        ) from error
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(

@@ -19,6 +19,7 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
         "files",
         "locks",
         "wrapping",
+        "processes",
         "checked",
         "tasks",
         "config",

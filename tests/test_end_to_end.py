@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+import time
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from cosprobe.ensembles.comparison import SIZES
 from cosprobe.ensembles.strategies import STRATEGIES
 from cosprobe.errors import InputError
 from cosprobe.models.identity import fingerprint
+from cosprobe.processes import LOST
 from cosprobe.reporting import results_page
 from tests.examples import processes
 from tests.examples.pipelines import save_wan
@@ -60,13 +63,18 @@ def within(script, *settings):
     return subprocess.CompletedProcess(settings, code, said.getvalue(), errors.getvalue())
 
 
+def settings_of(model, folder, *settings):
+    """What `train` is given."""
+    return [
+        "probe=layers", f"pipeline.path={model}", "pipeline.steps=3", "pipeline.frames=5", "pipeline.batch=8",
+        "task.frames=5", "task.problems=64", "probe.epochs=5", f"run_dir={folder}", *settings,
+    ]  # fmt: skip
+
+
 def train(model, folder, *settings, start=within):
     """Of 64 problems no two answers are equally frequent in train: between such a probe of a constant input takes
     whichever rounding prefers."""
-    result = start(
-        "train.py", "probe=layers", f"pipeline.path={model}", "pipeline.steps=3", "pipeline.frames=5",
-        "pipeline.batch=8", "task.frames=5", "task.problems=64", "probe.epochs=5", f"run_dir={folder}", *settings,
-    )  # fmt: skip
+    result = start("train.py", *settings_of(model, folder, *settings))
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -172,6 +180,41 @@ def test_two_processes_give_the_same_grid(model, run, tmp_path, start):
     grids = Grid.load(run[0]).dataset, Grid.load(tmp_path / "two").dataset
     np.testing.assert_allclose(grids[0].accuracy.values, grids[1].accuracy.values)
     np.testing.assert_allclose(grids[0].weights_accuracy.values, grids[1].weights_accuracy.values)
+
+
+def started_by(process):
+    """The process of the second device, which Lightning has started."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parent = path.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == process.pid and b"\0LOCAL_RANK=1\0" in path.joinpath("environ").read_bytes():
+                return int(path.name)
+    return None
+
+
+@pytest.mark.docs
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_a_process_of_the_launcher_is_killed_the_other_ends_in_seconds(model, tmp_path, killed):
+    """Long before `trainer.timeout`, which is half an hour."""
+    arguments = settings_of(model, tmp_path / "two", "trainer.devices=2", "task.problems=600")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with (tmp_path / "log").open("w") as log:
+        first = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=log, stderr=log,
+                                 env=environment)  # fmt: skip
+    while len(list((tmp_path / "two" / "store").glob("shard-*"))) < 2:
+        assert first.poll() is None
+        time.sleep(0.02)
+    other = started_by(first)
+    assert other is not None
+    os.kill((first.pid, other)[killed], signal.SIGKILL)
+    assert first.wait(60) == (2 if killed else -signal.SIGKILL)
+    end = time.monotonic() + 30
+    while Path(f"/proc/{other}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    said = (tmp_path / "log").read_text()
+    assert said.count(LOST) == said.count("error: ") == 1 and "Traceback" not in said, said
 
 
 @pytest.mark.slow

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import sys
+import time
+
 import lightning as L
 import pytest
 import torch
@@ -10,9 +16,12 @@ from cosprobe.activations import predicting
 from cosprobe.activations.predicting import FrozenSampling, Shard, announce, predict_shards
 from cosprobe.activations.sampler import Sampler
 from cosprobe.activations.store import ActivationStore
-from cosprobe.config import PipelineConfig, TrainerConfig
+from cosprobe.command import command
+from cosprobe.config import PipelineConfig, TrainerConfig, TrainRun
 from cosprobe.errors import InputError
+from cosprobe.runtime import launch, rank_and_world
 from cosprobe.tasks import MazeConfig
+from tests.examples import processes
 from tests.examples.pipelines import wan
 
 NAMES = list(map(str, range(10)))
@@ -116,6 +125,44 @@ def test_an_error_keeps_what_was_written(sampler, tmp_path):
 def test_devices_that_do_not_exist_are_named(sampler, tmp_path, settings, named):
     with pytest.raises(InputError, match=named):
         predict(Doubling(sampler), (*shards(tmp_path / "store"), 5), trainer=TrainerConfig(**settings))
+
+
+def two_devices(folder, killed):
+    """One of two processes that sample with `Trainer.predict`; one of them is killed while it does, if not None."""
+
+    class Slow(Doubling):
+        def predict_step(self, batch, index):
+            if index == 1 and rank_and_world()[0] == killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.1)
+            return super().predict_step(batch, index)
+
+    def body(run):
+        trainer = TrainerConfig(accelerator="cpu", devices="2", timeout=5, enable_progress_bar=False)
+        launch(trainer)
+        module = Slow(Sampler(wan(), PipelineConfig(steps=1), MazeConfig().build(), trainer))
+        predict(module, (*shards(folder / "store"), 5), trainer=trainer)
+
+    log = os.open(folder / f"log-{os.environ['LOCAL_RANK']}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 2)
+    sys.exit(command(TrainRun, body, "", []))
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_one_of_two_processes_is_killed_the_other_ends_in_one_line_and_the_next_continues(
+    sampler, tmp_path, killed
+):
+    codes = processes.run_devices(two_devices, tmp_path, killed)
+    assert codes[killed] == -signal.SIGKILL and codes[1 - killed] == 2
+    said = (tmp_path / f"log-{1 - killed}").read_text()
+    assert "Traceback" not in said and said.count("error: ") == 1, said
+    assert re.search("error: .*(trainer.timeout|another process).*the same command continues", said), said
+    store, lacking = shards(tmp_path / "store")
+    assert 0 < len(lacking) < 5  # what both have written stays
+    predict(Doubling(sampler), (store, lacking, 5))
+    assert store.complete(NAMES) and store.read()[0]["x"].tolist() == [2.0 * n for n in range(10)]
 
 
 def test_shards_of_another_process_are_not_waited_for_without_end(sampler, tmp_path, monkeypatch):

@@ -37,10 +37,15 @@ def run_devices(function: Callable[..., None], *arguments: Any, devices: int = 2
 
     They are what Lightning's launcher starts, without its seconds of imports: the environment says who is who.
     """
+    return _ended(start_devices(function, *arguments, devices=devices))
+
+
+def start_devices(function: Callable[..., None], *arguments: Any, devices: int = 2) -> list[BaseProcess]:
+    """These processes, while they run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return _ended([start(_as_device, rank, devices, port, function, *arguments) for rank in range(devices)])
+    return [start(_as_device, rank, devices, port, function, *arguments) for rank in range(devices)]
 
 
 def _as_device(rank: int, devices: int, port: int, function: Callable[..., None], *arguments: Any) -> None:

@@ -18,14 +18,15 @@ from tests.torture.world import World
 PARTS = {  # function, and how often
     "kills": (kills.kill, 100),
     "stops": (stops.stop, 60),
+    "lost": (stops.lose, 10),
     "inputs": (inputs.give, 300),
     "bits": (bits.flip, 500),
     "disk": (disk.fill, 60),
     "pairs": (pairs.both, 10),
 }
 GOOD = {  # counts that are no faults
-    *("kills", "stops", "with a message", "inputs", "refused", "accepted", "bits", "found", "without effect", "limits"),
-    *("refused in one line", "pairs"),
+    *("kills", "stops", "lost", "with a message", "inputs", "refused", "accepted", "bits", "found", "without effect"),
+    *("limits", "refused in one line", "pairs"),
 }
 
 

@@ -1,16 +1,23 @@
-"""SIGTERM and SIGINT at random moments: a message, exit code 143 or 130, and the same command ends well later."""
+"""Commands that are stopped, and commands of two processes of which one is killed, at random moments.
+
+SIGTERM and SIGINT: a message, and exit code 143 or 130. One of two killed: the other ends with one line, and exit code
+2. Afterwards the same command ends well.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable
 
 import numpy as np
 
-from tests.torture.world import World, clock, compare, content, end, run, start
+from cosprobe.runs import STORE
+from tests.torture.world import World, clock, compare, content, differences, end, left_over, run, start, stored
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+TIMEOUT = 5  # seconds that one of two processes waits for the other
 BEGIN = 0.6  # seconds after which a process has begun with the command
 
 
@@ -44,3 +51,50 @@ def stop(world: World, count: int, rng: np.random.Generator, say: Callable[[str]
                 say(f"{' '.join(command[:2])}, again: exit code {again.code}: {again.said[-600:]}")
         compare(whole, folder, counts, say, "after signals")
     return counts
+
+
+def lose(world: World, count: int, rng: np.random.Generator, say: Callable[[str], None]) -> dict[str, int]:
+    """Kills one of the two processes of commands that train, `count` times. Returns the numbers of kills and faults.
+
+    The activations have to be those of one process. Probes that two have fitted differ in the last bits.
+    """
+    whole = stored(world.finished / STORE)
+    counts = {"lost": 0, "with a message": 0, "tracebacks": 0, "other ends": 0, "lost or doubled": 0}
+    takes, logs = 10.0, [world.root / f"lost-{rank}.log" for rank in range(2)]
+    while counts["lost"] < count:
+        folder = world.place("lost")
+        command = world.train(folder, "trainer.devices=2", "trainer.accelerator=cpu", f"trainer.timeout={TIMEOUT}")
+        begin, chosen = clock(), int(rng.integers(2))
+        both = [start(command, log, environment=about) for log, about in zip(logs, _two_devices(), strict=True)]
+        both[chosen].join(float(rng.uniform(0, takes)))
+        if not both[chosen].is_alive():  # it has ended before
+            takes = 0.9 * (clock() - begin)
+            for process, log in zip(both, logs, strict=True):
+                end(process, log)
+            continue
+        both[chosen].kill()
+        ended = end(both[1 - chosen], logs[1 - chosen], 60)
+        end(both[chosen], logs[chosen])
+        counts["lost"] += 1
+        counts["tracebacks"] += ended.traceback
+        counts["with a message"] += ended.one_line
+        if not ended.one_line and ended.code != 0:  # 0: it had nothing left to do with the other
+            counts["other ends"] += not ended.traceback
+            say(f"process {1 - chosen}: exit code {ended.code} after {chosen} was lost: {ended.said[-2500:]}")
+        again = run(world.train(folder), logs[0])
+        if again.code != 0:
+            counts["other ends"] += 1
+            say(f"train, again: exit code {again.code}: {again.said[-600:]}")
+        wrong = [*differences(whole, stored(folder / STORE)), *left_over(folder)] if again.code == 0 else []
+        counts["lost or doubled"] += bool(wrong)
+        for what in wrong:
+            say(f"after {chosen} was lost: {what}")
+    return counts
+
+
+def _two_devices() -> list[dict[str, str]]:
+    """The variables of the environment by which two processes find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [meet | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"} for rank in range(2)]

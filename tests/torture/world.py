@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -66,10 +66,15 @@ class Ended:
 
 
 def start(
-    arguments: Sequence[str], log: Path, file_limit: int | None = None, folder: Path | None = None
+    arguments: Sequence[str],
+    log: Path,
+    file_limit: int | None = None,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> BaseProcess:
-    """Starts a command in a process. file_limit: bytes from which on no file grows. folder: the working directory."""
-    process = processes().Process(target=_run, args=(list(arguments), log, file_limit, folder))
+    """Starts a command in a process. file_limit: bytes from which on no file grows. folder: the working directory.
+    environment: further variables."""
+    process = processes().Process(target=_run, args=(list(arguments), log, file_limit, folder, dict(environment or {})))
     process.start()
     return process
 
@@ -90,7 +95,10 @@ def run(arguments: Sequence[str], log: Path, **given: Any) -> Ended:
     return end(start(arguments, log, **given), log)
 
 
-def _run(arguments: list[str], log: Path, file_limit: int | None, folder: Path | None) -> None:
+def _run(
+    arguments: list[str], log: Path, file_limit: int | None, folder: Path | None, environment: dict[str, str]
+) -> None:
+    os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     sink = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=out)  # it has no limit of the size of files
     for stream in (1, 2):
@@ -158,12 +166,19 @@ def content(folder: Path) -> dict[str, Any]:
     grid = grid.assign_attrs({name: 0 for name in MEASURED if name in grid.attrs})
     grid = grid.assign_attrs(provenance=re.sub(r'"policies": \[.*', "", grid.attrs["provenance"]))
     found: dict[str, Any] = {"bank": bank.fingerprint, "policies": bank.provenance.policies, "grid": grid}
+    found |= stored(folder)
+    path = result / "report" / "ensemble" / "ensemble.json"
+    found["ensemble"] = read_json(path, "") if path.is_file() else None
+    return found
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """The samples and tensors of every finished store in a run folder."""
+    found = {}
     for path in sorted(folder.rglob("manifest.json")):
         store = ActivationStore.open(path.parent)
         tensors = {name: torch.nan_to_num(values) for name, values in store.read()[0].items()}
         found[str(path.parent.relative_to(folder))] = (sorted(store.names()), len(store.names()), tensors)
-    path = result / "report" / "ensemble" / "ensemble.json"
-    found["ensemble"] = read_json(path, "") if path.is_file() else None
     return found
 
 
