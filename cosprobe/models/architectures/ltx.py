@@ -47,7 +47,7 @@ class LTX(Doubled):
             return vae.decode(latent, time, return_dict=False)[0]
         videos = []
         for one in latent.split(1):
-            with torch.random.fork_rng():
+            with torch.random.fork_rng([one.device.index] if one.is_cuda else []):
                 torch.manual_seed(0)
                 videos.append(vae.decode(one, None if time is None else time[:1], return_dict=False)[0])
         return torch.cat(videos)
