@@ -24,6 +24,7 @@ CONTENTS = {  # title and file of every page, in the order in which people ask
         "The map": "docs/claims",
         "Your own problems": "docs/own-problems",
         "Your own model": "docs/own-model",
+        "Supported models": "docs/support",
         "Early answers and ensembles": "docs/uses",
         "Errors by symptom": "docs/errors",
     },

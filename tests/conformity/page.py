@@ -64,17 +64,21 @@ class Row:
 
 def page(rows: Sequence[Row], before: str = "") -> str:
     """The page. before: the page so far, whose numbers of a GPU are kept."""
+    of_gpu = found.group() if (found := GPU.search(before)) else NO_GPU
+    on_gpu = "not tried" if of_gpu == NO_GPU else "[see below](#on-a-gpu)"
     lines = [HEAD + "## What was checked", ""]
-    lines += [f"| family | pipeline | {' | '.join(CHECKS)} | train.py, {', '.join(USES)} |"]
-    lines += [f"|---|---|{'---|' * (len(CHECKS) + 1)}"]
+    lines += [f"| family | pipeline | {' | '.join(CHECKS)} | train.py, {', '.join(USES)} | on a GPU |"]
+    lines += [f"|---|---|{'---|' * (len(CHECKS) + 2)}"]
     for row in rows:
-        cells = [_cell(row, what) for what in (*CHECKS, COMMANDS)]
+        cells = [*(_cell(row, what) for what in (*CHECKS, COMMANDS)), on_gpu]
         lines.append(f"| {row.name} | `{row.pipeline}` | {' | '.join(cells)} |")
     lines += ["", "What the columns mean:", ""]
     lines += [f"* **{what}**: {' '.join((inspect.getdoc(check) or '').split())}" for what, check in CHECKS.items()]
-    lines += ["* **train.py, ...**: every command runs to its end on 64 mazes, on frames that are not square."]
+    lines += [
+        "* **train.py, ...**: every command runs to its end on 64 mazes, on frames that are not square (Allegro: square)."
+    ]
     lines += ["", f"A number is the largest difference found; up to {TOLERANCE:g} is taken for rounding.", ""]
-    lines += ["## On a GPU", "", (GPU.search(before) or re.search(".*", NO_GPU, re.DOTALL)).group(), ""]
+    lines += ["## On a GPU", "", of_gpu, ""]
     lines += ["## Schedulers", "", f"{', '.join(f'`{name}`' for name in SCHEDULERS)}.", ""]
     lines += ["## Refused", "", "| pipeline | why |", "|---|---|"]
     lines += [f"| `{name}` | it {reason} |" for name, reason in REFUSED.items()]
