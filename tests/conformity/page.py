@@ -75,7 +75,7 @@ def page(rows: Sequence[Row], before: str = "") -> str:
     lines += ["", "What the columns mean:", ""]
     lines += [f"* **{what}**: {' '.join((inspect.getdoc(check) or '').split())}" for what, check in CHECKS.items()]
     lines += [
-        "* **train.py, ...**: every command runs to its end on 64 mazes, on frames that are not square (Allegro: square)."
+        "* **train.py, ...**: every command runs to its end on 64 mazes, on frames that are not square. Allegro's are."
     ]
     lines += ["", f"A number is the largest difference found; up to {TOLERANCE:g} is taken for rounding.", ""]
     lines += ["## On a GPU", "", of_gpu, ""]
