@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from cosprobe.bounds import check_bounds
@@ -30,53 +31,53 @@ class PipelineConfig:
     """
 
     name: str = "mini"
-    "Name of these settings."
+    "Name of these settings, for messages."
     path: str = ""
     "A diffusers folder, or a model on the Hugging Face Hub as ORG/NAME; empty or `mini`: the model in the package."
     kind: str = ""
-    "Class of the pipeline, such as WanImageToVideoPipeline for Wan2.2-TI2V-5B; empty: that in the model's folder."
+    "Class of the pipeline in place of that in the model's folder, such as WanImageToVideoPipeline for Wan2.2-TI2V-5B."
     revision: str = ""
     "Commit, branch or tag of a model on the Hub; empty: its newest commit."
     variant: str = ""
-    "Variant of the weight files, such as fp16; empty: none."
+    "Ending of the weight files, such as fp16 for *.fp16.safetensors; empty: none."
     lora: str = ""
-    "A file or folder of LoRA adapters; of a model with two experts, those of the expert for high noise; empty: none."
+    "A file or folder of LoRA adapters; of two transformers (Wan2.2-A14B), those of the first, for high noise."
     lora_2: str = ""
-    "The same for the expert for low noise (Wan2.2-A14B)."
+    "LoRA adapters of the second transformer, for low noise (Wan2.2-A14B); empty: none."
     steps: int = 0
     "Number of sampler steps; 0: the default of the model."
     guidance: float = 0.0
-    "Scale of guidance, 1: off, 0: the default of the model. For HunyuanVideo it is an input of the model."
+    "Scale of classifier-free guidance; 1: off, 0: the default of the model. HunyuanVideo: an input of its transformer."
     guidance_2: float = 0.0
-    "Scale of guidance of the expert for low noise (Wan2.2-A14B); 0: that of the other expert."
+    "The same for the second transformer, for low noise (Wan2.2-A14B); 0: as `guidance`."
     true_cfg: float = 1.0
-    "Scale of classifier-free guidance of HunyuanVideo, on top of its guidance input; 1: off."
+    "HunyuanVideo only: scale of classifier-free guidance, besides `guidance`; 1: off."
     frames: int = 0
     "Number of video frames; 0: the default of the model, for the model in the package that of the task."
     height: int = 0
-    "Height of the video in pixels: a larger one has a margin around the image; 0: that of the image."
+    "Height of the video in pixels; if larger than the image, the image is in the middle of it; 0: that of the image."
     width: int = 0
-    "Width of the video in pixels, as `height`."
+    "Width of the video in pixels; see `height`."
     prompt_tokens: int = 0
-    "Number of tokens that prompts are padded to; 0: the default of the model."
+    "Number of tokens that prompts are padded to; a longer prompt is an error; 0: the default of the model."
     negative_prompt: str = ""
-    "Prompt of the unconditional branch, used with guidance."
+    "Negative prompt, used when guidance is on; empty: the empty prompt."
     scheduler: str = ""
     "Class of the scheduler, such as UniPCMultistepScheduler; empty: that of the model."
     flow_shift: float = 0.0
-    "Shift of the noise levels of flow matching; 0: that of the model."
+    "Shift of the noise levels, for flow matching; 0: that of the model's scheduler."
     dtype: str = ""
     "Type of the weights: float32, bfloat16 or float16; empty: that of the files of the transformer."
     vae_dtype: str = ""
-    "The same for the autoencoder; empty: `dtype`."
+    "Type of the weights of the autoencoder; empty: as `dtype`."
     attention: str = ""
     "Attention backend of diffusers, such as native, flash or sage; empty: its default."
     offload: str = "none"
-    "What leaves the GPU while it is not needed: none, model (whole models) or group (some blocks)."
+    "Saves GPU memory: none, model (parts of the pipeline wait in CPU memory) or group (blocks too, slower)."
     compile: bool = False
     "Compile the blocks of the transformer with torch.compile."
     batch: int = 16
-    "Samples per pipeline call. It changes activations by rounding errors, so a store keeps it."
+    "Samples per pipeline call; fewer need less memory. It changes activations by rounding errors, so a store keeps it."
 
     def __post_init__(self) -> None:
         for name in ("dtype", "vae_dtype"):
@@ -124,8 +125,8 @@ class PipelineConfig:
             found = try_to_load_from_cache(self.path, MODEL_INDEX, revision=self.revision or None)
             if not isinstance(found, str):
                 raise InputError(
-                    f"pipeline.path={self.path!r}: there is no such folder, and no downloaded model of this name "
-                    "on the Hub; download it, or give the folder of a diffusers pipeline"
+                    f"pipeline.path={self.path!r}: there is no such folder, and no downloaded model of this name; if "
+                    "the model was moved, run the train.py command of the run with its new place"
                 )
             return Path(found).parent
         return Path(self.path)
@@ -163,8 +164,12 @@ def own_defaults(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
         kinds = {entry.name: type(entry.default) for entry in fields(PipelineConfig)}
-        if all(isinstance(value, kinds[name]) for name, value in found.items()):
-            return found
-    except (ValueError, KeyError, AttributeError):
-        pass
-    raise InputError(f"pipeline.path={str(folder)!r}: {SAMPLING} holds no settings of a pipeline; delete it")
+        wrong = [name for name, value in found.items() if not isinstance(value, kinds.get(name, NoneType))]
+    except (ValueError, AttributeError):
+        wrong = ["its content"]
+    if wrong:
+        raise InputError(
+            f"{str(path)!r}: {wrong[0]} is no setting of a pipeline, or of another type; expected some of "
+            f"{', '.join(entry.name for entry in fields(PipelineConfig))}"
+        )
+    return found

@@ -54,10 +54,14 @@ def model_fingerprint(config: PipelineConfig) -> Fingerprint:
     Raises InputError when the model is no diffusers folder, or when there are no such adapters.
     """
     config.check_folder()
-    if config.lora and not any(path.suffix == ".safetensors" for _, path in _files(Path(config.lora))):
-        raise InputError(
-            f"pipeline.lora={config.lora!r}: expected adapters of this model, a safetensors file or a folder with one"
-        )
+    for setting in ("lora", "lora_2"):
+        path = getattr(config, setting)
+        if path and not any(file.suffix == ".safetensors" for _, file in _files(Path(path))):
+            missing = "" if Path(path).exists() else "no such file or folder; "
+            raise InputError(
+                f"pipeline.{setting}={path!r}: {missing}expected adapters of this model, a safetensors file or a "
+                "folder with one"
+            )
     size = sum(file.stat().st_size for part in config.parts for _, file in _files(part))
     if size > LARGE:
         say(f"model: reading all of its files, {size_text(size)}, to know it by its content")

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from cosprobe.config import PipelineConfig
 from cosprobe.errors import InputError
 from cosprobe.files import MODEL_INDEX
-from cosprobe.models.architectures import architecture
+from cosprobe.models.architectures import adapter, architecture
 from cosprobe.models.cpu_layout import arrange
 from cosprobe.models.defaults import pipeline_class, with_defaults
 from cosprobe.models.identity import model_fingerprint, remember
@@ -47,11 +47,16 @@ def download(config: PipelineConfig) -> None:
     """
     if not config.on_hub:
         return
-    what = "there is no such folder, it was not downloaded before, and the Hub cannot be reached or has no such model"
-    with _loading_errors(f"pipeline.path={config.path!r}: {what}"), _without_reports():
-        where = DiffusionPipeline.download(
-            config.path, revision=config.revision or None, variant=config.variant or None, use_safetensors=True
-        )
+    try:
+        with _without_reports():
+            where = DiffusionPipeline.download(
+                config.path, revision=config.revision or None, variant=config.variant or None, use_safetensors=True
+            )
+    except Exception as error:  # errors of the network are of many classes
+        raise InputError(
+            f"pipeline.path={config.path!r}: there is no such folder, and it is no model on the Hub that was "
+            "downloaded or can be reached; check the name, or download it where there is a network and give its folder"
+        ) from error
     say(f"model: {config.path} at commit {Path(where).name}")
 
 
@@ -71,6 +76,7 @@ def load_pipeline(config: PipelineConfig | Path | str | None = None, device: str
     transformers_logging.disable_progress_bar()
     with _loading_errors(f"pipeline.path={str(folder)!r}: not a complete diffusers pipeline"):
         parts = dict(_load_models(folder, config))
+        _check_kind(config, parts)
         pipeline = pipeline_class(config).from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts)
     family = architecture(pipeline)
     family.prepare(pipeline)
@@ -87,6 +93,19 @@ def load_pipeline(config: PipelineConfig | Path | str | None = None, device: str
     _place(pipeline, config.offload, device)
     remember(pipeline, files)
     return pipeline
+
+
+def _check_kind(config: PipelineConfig, parts: Mapping[str, nn.Module]) -> None:
+    """Raises InputError when the class of the pipeline that the settings name is for other transformers."""
+    name = pipeline_class(config).__name__
+    family = adapter(name)
+    for part in ("transformer", "transformer_2"):
+        kind = type(parts[part]).__name__ if part in parts else ""
+        if kind and family is not None and kind not in family.transformers:
+            raise InputError(
+                f"pipeline.kind={config.kind!r}: this folder has a {kind}, expected a "
+                f"{' or '.join(family.transformers)}; leave pipeline.kind out, or name a class for this transformer"
+            )
 
 
 def load_scheduler(saved: Mapping[str, Any]) -> SchedulerMixin:

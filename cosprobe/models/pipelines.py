@@ -87,8 +87,8 @@ def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], limit: in
             raise InputError(f"pipeline.path: its tokenizer fails on {prompt[:40]!r} ({reason})") from error
         if count > limit:
             raise InputError(
-                f"prompt {prompt[:40]!r}... has {count} tokens: expected at most {limit}; "
-                "shorten it or raise pipeline.prompt_tokens"
+                f"prompt {prompt[:40]!r}... has {count} tokens: expected at most {limit}; raise pipeline.prompt_tokens "
+                "or shorten it"
             )
 
 

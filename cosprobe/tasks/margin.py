@@ -111,7 +111,7 @@ class WithMargin:
         if shape[0] > self.height or shape[1] > self.width:
             raise InputError(
                 f"pipeline.height={self.height}, pipeline.width={self.width}: the images have {shape[0]} x {shape[1]} "
-                "pixels; expected at least as many, or set task.image_size"
+                "pixels; expected a video at least as large, or lower task.image_size"
             )
 
     def _place(self, shape: tuple[int, ...]) -> tuple[slice, slice]:

@@ -141,7 +141,8 @@ def changed(output: Any, tokens: Tensor) -> Any:
 
 
 def labels(case: Case) -> None:
-    """Blocks whose outputs spell step, layer, branch, expert, sample, frame, row and column of every token."""
+    """Blocks write step, layer, branch, expert, sample, frame, row and column into their own output: every stored
+    feature has its own address."""
     frames, rows, columns = grid_of(case)
     boxes = [(x / columns, y / rows, (x + 1) / columns, (y + 1) / rows) for y in range(rows) for x in range(columns)]
     places = torch.cartesian_prod(*(torch.arange(float(n)) for n in (frames, rows, columns)))
@@ -179,7 +180,7 @@ def labels(case: Case) -> None:
 
 
 def order_of_tokens(case: Case) -> None:
-    """A change of one patch of the latent changes the input of the first block at one token: that of its place."""
+    """Changing one patch of the latent changes exactly one token at the input of the first block: that of its place."""
     frames, rows, columns = grid_of(case)
     family, pipeline = architecture(case.pipeline), case.pipeline
     model = next(iter(experts(pipeline).values()))
@@ -207,7 +208,8 @@ def order_of_tokens(case: Case) -> None:
 
 
 def same_video(case: Case) -> None:
-    """A captured run gives the bits of one that is not captured, and a run of one sample those of a plain call."""
+    """The video is the same, bit for bit, with and without capture; that of one sample is that of a plain call of
+    diffusers."""
     bare = case.run()
     with capture(case.pipeline, "all", Pooling("frame"), clean=[0], inputs=True):
         watched = case.run()
@@ -216,7 +218,7 @@ def same_video(case: Case) -> None:
 
 
 def same_as_hooks(case: Case) -> None:
-    """Features are those of forward hooks that were written by hand."""
+    """Features equal those of plain forward hooks that were written for this check."""
     seen: dict[tuple[int, int, str], Tensor] = {}
 
     def keep(layer: int) -> Any:
@@ -240,8 +242,8 @@ def same_as_hooks(case: Case) -> None:
 
 
 def batch_as_single(case: Case) -> float:
-    """A batch of different problems gives what single runs give. Returns the largest difference of features, relative
-    to their largest value."""
+    """Problems in one batch give the features that each gives alone. The number is the largest difference, relative to
+    the largest feature."""
 
     def captured(rows: tuple[int, ...]) -> tuple[Tensor, np.ndarray]:
         with capture(case.pipeline, "all", Pooling("frame")) as cache:
@@ -257,7 +259,8 @@ def batch_as_single(case: Case) -> float:
 
 
 def halted_prefix(case: Case) -> None:
-    """A halted run has computed the bits of a finished one so far, and nothing after; the next run is as before."""
+    """A run that is stopped early is, up to there, the same as a full one, bit for bit. It computes nothing afterwards,
+    and leaves the next run unchanged."""
     cell, ran = Cell(1, 1, "cond", "all"), []
     with capture(case.pipeline, "all", Pooling("clip")) as whole:
         video = case.run()
@@ -272,7 +275,8 @@ def halted_prefix(case: Case) -> None:
 
 
 def edit_lands(case: Case) -> None:
-    """An average of two samples at step 1, layer 1, changes that output to the mean, and nothing before it."""
+    """Replacing the output of layer 1 at step 1 by the mean of two samples takes effect there, and changes nothing
+    before."""
 
     def captured(*edits: Any) -> Tensor:
         with ExitStack() as stack:
@@ -289,7 +293,7 @@ def edit_lands(case: Case) -> None:
 
 
 def last_estimate_is_video(case: Case) -> float:
-    """x0-hat at the last step, decoded, is the finished video. Returns the largest difference."""
+    """At the last step, the decoded x0-hat is the finished video."""
     with capture(case.pipeline, ["x0_latent"], Pooling("clip"), clean=[STEPS - 1]) as cache:
         video = case.run()
     apart = float(np.abs(decode(case.pipeline, cache.clean[STEPS - 1], case.example.frames) - video).max())
@@ -298,7 +302,8 @@ def last_estimate_is_video(case: Case) -> float:
 
 
 def samples_leave(case: Case) -> None:
-    """Who stays in a batch ends as if alone, and transformers compute nothing for who left."""
+    """When some samples leave a batch, the others end as if alone, and no transformer computes anything for those that
+    left."""
     sizes: list[int] = []
     with ExitStack() as undo:
         for model in experts(case.pipeline).values():
@@ -312,7 +317,7 @@ def samples_leave(case: Case) -> None:
 
 
 def sources(case: Case) -> None:
-    """The noise of a run comes from its seed, and the first frame from the image: neither has the other in it."""
+    """The noise depends on the seed only, and the first frame on the image only."""
 
     def started(images: Tensor, seed: int) -> dict[str, Tensor]:
         with capture(case.pipeline, "0", Pooling("frame"), "0", inputs=True) as cache:

@@ -28,10 +28,14 @@ LATER = (
 HEAD = """# Supported models
 
 `make support` writes this page. It builds the real diffusers classes of every family at toy size, with random weights,
-and tries each of them without guidance and with it. No trained weights of these families were tried: what is shown is
-that activations get the right labels and that nothing else changes. `pipeline.path=FOLDER` takes a folder in the format
-of diffusers, or `ORG/NAME` on the Hugging Face Hub. `configs/pipeline/` has settings as their makers publish
-them, such as `pipeline=wan2_2_i2v_a14b`.
+and tries each of them without guidance and with it. Toy models cannot solve problems, so the page shows two things:
+every activation gets the right label, and capture does not change the video. Whether a trained model of the family fits
+into memory, or solves a task, was not tried. [Your own model](own-model.md) says how to run one.
+
+Names: `t2v` from text, `i2v` from an image. `wan22` is Wan2.2-A14B with its two transformers (experts), `_low` and
+`_high` have one of them, `wan22_ti2v` is Wan2.2-TI2V-5B, as text-to-video and as image-to-video. `_conditioned` is LTX
+0.9.1 and later, whose decoder takes a timestep. `cogvideox15` is CogVideoX 1.5. `concat` and `replace` are the two ways
+in which HunyuanVideo gets its image. `_dpm` and `_ddim` have another scheduler.
 
 """
 

@@ -137,12 +137,13 @@ class Architecture(Protocol):
         side, chunk = self.side(pipeline, transformer), self.chunk(pipeline)
         if any(length % side for length in sides):
             raise InputError(
-                f"images: {sides[0]} x {sides[1]} pixels, expected multiples of {side} for this model; resize or crop "
-                "them, or set task.image_size"
+                f"images: {sides[0]} x {sides[1]} pixels, expected multiples of {side} for this model; set "
+                "pipeline.height and pipeline.width, or task.image_size, or resize the images"
             )
         if (frames - 1) % chunk:
             raise InputError(
-                f"pipeline.frames={frames}: expected {chunk}k + 1 frames for this model, such as {3 * chunk + 1}"
+                f"pipeline.frames={frames}: expected {chunk}k + 1 frames for this model, such as "
+                f"{(frames - 1) // chunk * chunk + 1} or {((frames - 1) // chunk + 1) * chunk + 1}"
             )
 
     def chunk(self, pipeline: Any) -> int:
