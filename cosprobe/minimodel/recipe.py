@@ -7,7 +7,6 @@ the stage and step where it stopped. Every part is a class of diffusers or trans
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +45,7 @@ from cosprobe.minimodel.encoding import (
 )
 from cosprobe.minimodel.flow_matching import FlowMatching, LatentClips
 from cosprobe.models import channels_last, load_part, model_fingerprint
+from cosprobe.probes import ChecksumIO, check_state
 from cosprobe.runs import check_no_results
 from cosprobe.tasks import FAMILIES, Task
 
@@ -276,12 +276,13 @@ def fit_to(
         ],
         log_every_n_steps=20,
         enable_model_summary=False,
+        plugins=[ChecksumIO()],
     )  # fmt: skip
     if last.exists():
-        try:
-            saved = torch.load(last, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise InputError(f"{str(last)!r} is damaged: delete it; this stage of the training begins again") from error
+        if not ChecksumIO.intact(last):
+            raise InputError(f"{str(last)!r} is damaged: delete it; this stage of the training begins again")
+        saved = ChecksumIO().load_checkpoint(last)
+        check_state(module, saved, last)
         if saved["global_step"] >= steps:
             module.load_state_dict(saved["state_dict"])
             return

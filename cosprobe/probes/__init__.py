@@ -2,6 +2,7 @@
 
 from cosprobe.probes.bank import ProbeBank, Provenance, kept_bank, load_probes
 from cosprobe.probes.calibration import Reliability, brier, ece, reliability
+from cosprobe.probes.checkpoints import ChecksumIO, check_state
 from cosprobe.probes.datamodule import shared
 from cosprobe.probes.linalg import affine, classes_last, design, principal_axes, spread, standardise, validated
 from cosprobe.probes.logistic import fit
@@ -9,11 +10,13 @@ from cosprobe.probes.newton import fit_newton
 from cosprobe.probes.ridge import fit_ridge, problem_folds
 
 __all__ = [
+    "ChecksumIO",
     "ProbeBank",
     "Provenance",
     "Reliability",
     "affine",
     "brier",
+    "check_state",
     "classes_last",
     "design",
     "ece",

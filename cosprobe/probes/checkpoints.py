@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import platform
 import shutil
 import time
@@ -28,6 +29,7 @@ from cosprobe.checked import read_tensors, write_tensors
 from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
+from cosprobe.runs import code_fingerprint
 from cosprobe.runtime import accelerator
 
 # Least number of seconds between two checkpoints. A checkpoint is up to `probe.memory` (4 GB) large and takes seconds
@@ -35,6 +37,10 @@ from cosprobe.runtime import accelerator
 INTERVAL = 300.0
 CHECKSUM = "sha256"
 DIGEST = 32  # bytes of a SHA-256 checksum
+ENTRIES = {  # of a checkpoint of Lightning, which it reads without looking whether they are there
+    *("state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers", "epoch", "global_step"),
+    "pytorch-lightning_version",
+}
 
 
 class ChecksumIO(TorchCheckpointIO):
@@ -54,9 +60,16 @@ class ChecksumIO(TorchCheckpointIO):
             file.write(digest)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        with Path(path).open("rb") as file:
-            file.seek(DIGEST)
-            return torch.load(file, map_location=map_location, weights_only=True)
+        """Raises InputError for a file that is not a whole checkpoint of Lightning."""
+        try:
+            with Path(path).open("rb") as file:
+                file.seek(DIGEST)
+                found = torch.load(file, map_location=map_location, weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise InputError(f"{str(path)!r} is damaged, or is no checkpoint: delete it") from error
+        if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict) or not found.keys() >= ENTRIES:
+            raise InputError(f"{str(path)!r} is no checkpoint of this version: delete it")
+        return found
 
     @staticmethod
     def intact(path: Path) -> bool:
@@ -65,6 +78,16 @@ class ChecksumIO(TorchCheckpointIO):
             return False
         with path.open("rb") as file:
             return file.read(DIGEST) == hashlib.file_digest(file, CHECKSUM).digest()
+
+
+def check_state(module: L.LightningModule, checkpoint: Mapping[str, Any], path: Path | str) -> None:
+    """Raises InputError, with a name, unless the tensors of a checkpoint are those of a module, in its shapes."""
+    found, own = (
+        {name: tuple(getattr(values, "shape", ())) for name, values in state.items()}
+        for state in (checkpoint["state_dict"], module.state_dict())
+    )
+    if others := sorted(name for name in {*found, *own} if found.get(name) != own.get(name)):
+        raise InputError(f"{str(path)!r} is a checkpoint of something else ({others[0]} differs): delete it")
 
 
 class EpochCheckpoint(ModelCheckpoint):
@@ -154,7 +177,7 @@ def fingerprint(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConf
         "shapes": [list(samples.features.shape), str(samples.features.dtype)], "labels": list(samples.labels),
         "split": list(map(str, samples.split)), "keys": list(map(str, samples.keys)), "probe": asdict(config),
         "precision": trainer.precision, "deterministic": trainer.deterministic, "seed": seed,
-        "versions": [torch.__version__, L.__version__],
+        "versions": [torch.__version__, L.__version__, code_fingerprint()],
         "device": [device, torch.cuda.get_device_name() if device in ("cuda", "gpu") else platform.machine(), cpu],
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(settings).encode())

@@ -36,7 +36,7 @@ from cosprobe.activations import ProbeSamples
 from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.monitoring import TRAINING, ResourceMonitor, build_logger
 from cosprobe.probes.bank import ProbeBank
-from cosprobe.probes.checkpoints import ChecksumIO, EpochCheckpoint, SavedFit
+from cosprobe.probes.checkpoints import ChecksumIO, EpochCheckpoint, SavedFit, check_state
 from cosprobe.probes.curves import TrainingCurves
 from cosprobe.probes.datamodule import ProbeBatch, ProbeData, check_targets, shared
 from cosprobe.probes.linalg import (
@@ -137,6 +137,10 @@ class ProbeTraining(L.LightningModule):
             if form != "candidate":  # candidates share one bias, which has no effect on their softmax
                 self.bias_bounds[form] = bound
                 self.biases[form] = torch.nn.Parameter(torch.zeros(cells, penalties, len(steep)))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises InputError for a checkpoint of something else."""
+        check_state(self, checkpoint, str(self.trainer.ckpt_path))
 
     def forward(self, rows: dict[str, Float[Tensor, "cell sample row axis"]]) -> dict[str, Tensor]:
         """Decision values of every target. The last axis has the classes, the one before it the penalties."""

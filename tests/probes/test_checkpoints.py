@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 import signal
 from dataclasses import replace
@@ -13,10 +12,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cosprobe.config import ProbeConfig, TrainerConfig
+from cosprobe.errors import InputError
 from cosprobe.monitoring import remove_events
 from cosprobe.probes import logistic
 from cosprobe.probes.bank import ProbeBank
-from cosprobe.probes.checkpoints import ChecksumIO
+from cosprobe.probes.checkpoints import ChecksumIO, fingerprint
 from cosprobe.probes.curves import STATISTICS
 from cosprobe.probes.logistic import ProbeTraining, chunks, fit
 from tests.examples import processes
@@ -157,8 +157,33 @@ def test_damaged_files_are_not_trusted(left, steps, unbroken, kind, again, damag
 def test_checkpoints_cannot_run_code(tmp_path):
     ChecksumIO().save_checkpoint({"state": print}, tmp_path / "a.ckpt")
     assert ChecksumIO.intact(tmp_path / "a.ckpt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(InputError, match=r"/a\.ckpt'.*damaged.*delete it") as caught:
         ChecksumIO().load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [
+    lambda saved: [1, 2],
+    lambda saved: {name: saved[name] for name in saved if name != "state_dict"},
+    lambda saved: saved | {"state_dict": {f"old.{name}": values for name, values in saved["state_dict"].items()}},
+    lambda saved: saved | {"state_dict": {name: values[..., :1] for name, values in saved["state_dict"].items()}},
+], ids=["a list", "no state", "other names", "other shapes"])  # fmt: skip
+def test_a_checkpoint_of_something_else_is_named(left, change):
+    """Its checksum is right, so nobody has damaged it by accident."""
+    (path,) = files(left, "ckpt")
+    with unchecked():
+        ChecksumIO().save_checkpoint(change(ChecksumIO().load_checkpoint(path)), path)
+    with pytest.raises(InputError, match=rf"{path.name}'.*delete it") as caught:
+        run(left)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_other_code_are_not_used(monkeypatch):
+    asked = (planted(), ProbeConfig(**RECIPE), TrainerConfig(), 0)
+    before = fingerprint(*asked)
+    monkeypatch.setattr("cosprobe.probes.checkpoints.code_fingerprint", lambda: "other")
+    assert fingerprint(*asked) != before
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
-"""Generated bad settings, models, adapters and run folders: refused in one line, or the result is right."""
+"""Generated bad settings, models, adapters, run folders, checkpoints: refused in one line, or the result is right."""
 
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -17,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from cosprobe.command import load
 from cosprobe.config import TrainRun, UseRun
 from cosprobe.models import fingerprint
+from cosprobe.probes import ChecksumIO
 from cosprobe.runs import RUN_FILE, find_result
 from tests.examples.adapters import adapter
+from tests.torture import killed
 from tests.torture.world import Ended, World, content, differences, run
 
 Say = Callable[[str], None]
@@ -42,9 +45,12 @@ FEW = ["task.problems=24", "probe.random_weights=0", "probe.decode=0", "probe.ep
 def give(world: World, count: int, rng: np.random.Generator, say: Say) -> dict[str, int]:
     """Gives `count` bad inputs of all kinds. Returns the numbers of inputs and of faults."""
     counts = {"inputs": 0, "refused": 0, "accepted": 0, "tracebacks": 0, "silent": 0, "no end": 0, "outside": 0}
-    kinds = [settings, settings, uses, models, adapters, folders]
+    few = [settings, settings, uses, models, adapters, folders]
+    kinds = [*few, *few, fits, fits, trainings]
     for number in range(count):
         kind = kinds[number % len(kinds)]
+        if kind in (fits, trainings):
+            killed.make(world)  # before new folders are counted
         before = set(world.root.iterdir()) | {world.root / name for name in ("tried", "log", "model", "lora")}
         what, ended, wrong = kind(world, rng)
         counts["inputs"] += 1
@@ -169,6 +175,35 @@ def folders(world: World, rng: np.random.Generator) -> tuple[str, Ended, str]:
     return what, ended, " ".join(differences(content(world.finished), content(folder)))
 
 
+def fits(world: World, rng: np.random.Generator) -> tuple[str, Ended, str]:
+    """A damaged or foreign file of a killed fit. The fit is whole afterwards, or the file is refused."""
+    return _continued(world, killed.fit(world), "checkpoints", rng)
+
+
+def trainings(world: World, rng: np.random.Generator) -> tuple[str, Ended, str]:
+    """The same for the killed training of a model or of adapters."""
+    return _continued(world, killed.training(world, _choose(rng, killed.EXPERIMENTS)), "", rng)
+
+
+def _continued(world: World, left: killed.Killed, inside: str, rng: np.random.Generator) -> tuple[str, Ended, str]:
+    folder = world.copy("tried", left.left)
+    kept = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in (".ckpt", ".safetensors", ".json") and inside in str(path.relative_to(folder))
+    )
+    saved = [path for path in kept if path.suffix == ".ckpt"]
+    path = _choose(rng, [*saved, *saved, *saved, *kept])
+    change = _choose(rng, [*ANY, *(CHECKPOINTS if path.suffix == ".ckpt" else (foreign,))])
+    change(path, rng)
+    ended = run(left.again(folder), world.root / "log", folder=world.root)
+    what = f"{left.command[1]}: {change.__name__} of {path.relative_to(folder)}"
+    if ended.code != 0:
+        return what, ended, ""
+    differ = differences if inside else killed.other
+    return what, ended, " ".join(differ(left.found, killed.found(folder)))
+
+
 # changes of a file
 
 
@@ -260,6 +295,41 @@ def not_finite(path: Path, rng: np.random.Generator) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+class Opened:
+    """Unpickling it makes a file in the working directory."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("unpickled"),)
+
+
+def pickled(path: Path, rng: np.random.Generator) -> None:
+    """A pickle that runs code."""
+    path.write_bytes(pickle.dumps(Opened()))
+
+
+def pickled_by_torch(path: Path, rng: np.random.Generator) -> None:
+    """The same in a file of torch, in place of a checkpoint or in one."""
+    inside = rng.random() < 0.5
+    torch.save({"state_dict": {}, "global_step": 10**6, "x": Opened()} if inside else Opened(), path)
+
+
+def pickled_with_checksum(path: Path, rng: np.random.Generator) -> None:
+    """A checkpoint with code in it, as whoever knows the format would write it."""
+    ChecksumIO().save_checkpoint(ChecksumIO().load_checkpoint(path) | {"callbacks": Opened()}, path)
+
+
+def other_keys(path: Path, rng: np.random.Generator) -> None:
+    """A checkpoint with the right checksum that lacks an entry, or has another name for a tensor."""
+    saved = ChecksumIO().load_checkpoint(path)
+    where = saved if rng.random() < 0.5 else saved["state_dict"]
+    name = _choose(rng, sorted(where))
+    values = where.pop(name)
+    if rng.random() < 0.5:
+        where[f"old.{name}"] = values
+    ChecksumIO().save_checkpoint(saved, path)
+
+
+CHECKPOINTS = (pickled, pickled_by_torch, pickled_with_checksum, other_keys)
 ANY = (emptied, cut, flipped, replaced, deleted, folder_instead)
 JSON = (another_value, another_value, missing_key)
 TENSORS = (missing, extra, reshaped, not_finite)

@@ -71,10 +71,12 @@ def start(
     file_limit: int | None = None,
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> BaseProcess:
     """Starts a command in a process. file_limit: bytes from which on no file grows. folder: the working directory.
-    environment: further variables."""
-    process = processes().Process(target=_run, args=(list(arguments), log, file_limit, folder, dict(environment or {})))
+    environment: further variables. before: called before the command, a function of a module."""
+    given = (list(arguments), log, file_limit, folder, dict(environment or {}), before)
+    process = processes().Process(target=_run, args=given)
     process.start()
     return process
 
@@ -96,7 +98,12 @@ def run(arguments: Sequence[str], log: Path, **given: Any) -> Ended:
 
 
 def _run(
-    arguments: list[str], log: Path, file_limit: int | None, folder: Path | None, environment: dict[str, str]
+    arguments: list[str],
+    log: Path,
+    file_limit: int | None,
+    folder: Path | None,
+    environment: dict[str, str],
+    before: Callable[[], None] | None,
 ) -> None:
     os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -110,6 +117,8 @@ def _run(
     if file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if before is not None:
+        before()
     name, *settings = arguments
     sys.exit(MAINS[name](settings))
 
@@ -154,9 +163,9 @@ class World:
         shutil.rmtree(self.root / name, ignore_errors=True)
         return self.root / name / "run"
 
-    def copy(self, name: str) -> Path:
-        """A copy of the finished run."""
-        return shutil.copytree(self.finished, self.place(name))
+    def copy(self, name: str, of: Path | None = None) -> Path:
+        """A copy of a run folder; default: of the finished run."""
+        return shutil.copytree(of or self.finished, self.place(name))
 
 
 def content(folder: Path) -> dict[str, Any]:
