@@ -73,7 +73,7 @@ gpu-check: $(INSTALLED)
 validity: $(INSTALLED)
 	$(BIN)/python -m validity docs/validity.md
 
-# kills, signals, lost processes, bad inputs, flipped bits, full disks, two commands at once: prints counts (about 35 minutes
+# kills, signals, lost processes, bad inputs, flipped bits, full disks, two commands at once: prints counts (about 45 minutes
 # on one core)
 torture: $(INSTALLED)
 	$(BIN)/python -m tests.torture

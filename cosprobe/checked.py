@@ -16,6 +16,7 @@ from torch import Tensor
 from cosprobe.errors import InputError
 from cosprobe.files import whole_file
 
+HEADER = 80  # bytes of a tensor in the header of a file
 CHECKSUM, ABOUT = "sha256", "about"  # entries of the metadata
 
 
@@ -26,11 +27,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     """
     ready = {name: values.contiguous() for name, values in tensors.items()}
     text = json.dumps(about)
-    with whole_file(path) as part:
-        try:
-            save_file(ready, part, {ABOUT: text, CHECKSUM: checksum(ready, text)})
-        except SafetensorError as error:  # safetensors raises this for a full disk
-            raise OSError(str(error)) from error
+    metadata = {ABOUT: text, CHECKSUM: checksum(ready, text)}
+    with whole_file(path, file_size(ready, metadata)) as part:
+        save_file(ready, part, metadata)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -45,6 +44,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.get(CHECKSUM) != checksum(tensors, about):
         raise InputError(f"{str(path)!r} is damaged (its checksum differs): delete it")
     return tensors, json.loads(about)
+
+
+def file_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """About how many bytes a safetensors file has."""
+    header = sum(len(name) + HEADER for name in tensors) + sum(map(len, metadata.values()))
+    return header + sum(values.nbytes for values in tensors.values())
 
 
 def checksum(tensors: Mapping[str, Tensor], about: str) -> str:

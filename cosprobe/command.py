@@ -47,7 +47,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cosprobe.config import SCHEMAS, CaptureConfig, TrainRun, UseRun
 from cosprobe.differences import check_same
 from cosprobe.errors import InputError, Terminated
-from cosprobe.files import make_folder, whole_file
+from cosprobe.files import FULL, disk_error, make_folder, whole_file
 from cosprobe.processes import LOST, end_others, tell
 from cosprobe.runs import RUN_FILE, find_result, results
 
@@ -152,16 +152,6 @@ def _command(root: type[Run], body: Callable[[Run], None], about: str, arguments
     except InputError as error:
         tell("error: " + " ".join(str(error).split()))
         return 2
-    except OSError as error:
-        where = repr(str(error.filename)) if error.filename else "a file cannot be read or written"
-        tell(f"error: {where}: {error.strerror or ' '.join(str(error).split())}")
-        return 2
-    except RuntimeError as error:
-        if not any(word in str(error) for word in TRANSPORT):
-            raise
-        tell(LOST)
-        _end_group()
-        return 2
     except MemoryError:
         tell("error: not enough memory: lower pipeline.batch, task.problems or probe.memory")
         return 2
@@ -172,6 +162,17 @@ def _command(root: type[Run], body: Callable[[Run], None], about: str, arguments
         return 143 if by_signal else 130
     except SystemExit as ended:  # Hydra's argument parser
         return ended.code if isinstance(ended.code, int) else 0
+    except Exception as error:
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in TRANSPORT):
+            tell(LOST)
+            _end_group()
+            return 2
+        if (of_disk := disk_error(error)) is None:
+            raise
+        where = repr(str(of_disk.filename)) if of_disk.filename else "a file cannot be read or written"
+        full = "; free some space" if of_disk.errno in FULL else ""
+        tell(f"error: {where}: {of_disk.strerror}{full}")
+        return 2
     return 0
 
 

@@ -17,21 +17,24 @@ from cosprobe.errors import InputError
 
 CHECKSUM = "sha256"  # entry of a JSON file
 MODEL_INDEX = "model_index.json"  # in the folder of a diffusers pipeline
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk, or a file, that takes no more
+SCARCE = 65_536  # free bytes with which a disk is full
+IN_RUST = re.compile(r"\(os error (\d+)\)")  # in errors of safetensors
 # Names of the temporary files of `whole_file`, and of safetensors, which writes beside the file too.
 HALF = re.compile(r"\..*\.part-\d+(\.\w+)?|\.tmp\w{6}")
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, size: int | None = None) -> Iterator[Path]:
     """Writes a file atomically: afterwards `path` is either complete or unchanged.
 
     Yields a temporary name in the same folder, different in every process. The temporary file is renamed to `path` when
-    the block ends, and deleted when the block fails.
+    the block ends, and deleted when the block fails. size: bytes that are needed, if they are known.
     Raises InputError when it cannot be written (a full or read-only disk).
     """
     part = path.with_name(f".{path.stem}.part-{os.getpid()}{path.suffix}")
     try:
-        with writable(path):
+        with writable(path, size, part):
             yield part
             part.replace(path)
     finally:
@@ -40,21 +43,58 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writable(path: Path) -> Iterator[None]:
-    """Raises InputError in place of an OSError in the block that writes `path`."""
+def writable(
+    path: Path, size: int | None = None, part: Path | None = None, among_others: bool = False
+) -> Iterator[None]:
+    """Raises InputError in place of an error of the disk in the block that writes `path`, a file or folder.
+
+    size: bytes that are needed, if they are known. part: deleted before the free space is told. among_others: the block
+    does more than that; only a full disk is told.
+    """
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        space = f"; {_free(path)} free there); free some space, or" if full else ");"
-        raise InputError(f"{str(path)!r}: cannot be written ({reason}{space} choose another folder") from error
+    except InputError:
+        raise
+    except Exception as error:
+        found = disk_error(error, path)
+        if found is None or among_others and found.errno not in FULL:
+            raise
+        if part is not None:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        needed = "" if size is None else f"needs {size_text(size)}, "
+        space = f"; {needed}{_free(path)} free there); free some space, or" if found.errno in FULL else ");"
+        raise InputError(f"{str(path)!r}: cannot be written ({found.strerror}{space} choose another folder") from error
+
+
+def disk_error(error: BaseException, path: Path | None = None) -> OSError | None:
+    """The error of the disk that has caused an error; None if there is none.
+
+    path: was being written. Then an error of a library that does not say why is one of a full disk, if the disk is.
+    """
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    for one in chain:
+        if isinstance(one, OSError) and one.errno in FULL:
+            return OSError(one.errno, os.strerror(one.errno))
+        if number := IN_RUST.search(str(one)):
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+    if path is not None and isinstance(error, (OSError, RuntimeError)) and _free_bytes(path) < SCARCE:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror or " ".join(str(error).split()), error.filename)
+    return None
 
 
 def _free(path: Path) -> str:
     """The space on the disk of a path."""
-    there = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
-    return size_text(shutil.disk_usage(there).free)
+    return size_text(_free_bytes(path))
+
+
+def _free_bytes(path: Path) -> int:
+    there = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
+    return shutil.disk_usage(there).free
 
 
 def size_text(size: int) -> str:
@@ -87,8 +127,9 @@ def stranger(folder: Path, known: Callable[[Path], bool]) -> str | None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object with a checksum, atomically. Raises InputError when the file cannot be written."""
-    with whole_file(path) as part:
-        part.write_text(json.dumps({**content, CHECKSUM: _json_checksum(content)}, indent=1))
+    text = json.dumps({**content, CHECKSUM: _json_checksum(content)}, indent=1)
+    with whole_file(path, len(text)) as part:
+        part.write_text(text)
 
 
 def read_json(path: Path, advice: str, **version: int) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def held(folder: Path, setting: str) -> Iterator[None]:
                 f"{setting}={str(folder)!r}: {_holder(folder)} is using it; wait for it, or choose another folder"
             ) from None
     try:
-        with whole_file(folder / HOLDER) as part:
+        # a full disk is told where it is known how much is needed
+        with suppress(InputError), whole_file(folder / HOLDER) as part:
             about = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
             part.write_text(json.dumps(about))
         _clean(folder)

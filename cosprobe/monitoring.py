@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from cosprobe.config import TrainerConfig
 from cosprobe.errors import InputError
-from cosprobe.files import make_folder
+from cosprobe.files import make_folder, writable
 
 TENSORBOARD = "tensorboard"  # folder of TensorBoard runs in that of a result
 SAMPLING, TRAINING = "sampling", "training"  # names of TensorBoard runs
@@ -42,6 +42,13 @@ def build_logger(config: TrainerConfig, folder: Path) -> Logger:
         except ModuleNotFoundError as error:
             raise InputError("trainer.logger='wandb': wandb is not installed; pip install wandb, or use csv") from error
     return TensorBoardLogger(folder, name="", version="")
+
+
+def log(logger: Logger, values: dict[str, float], step: int) -> None:
+    """Logs values, and keeps them if the process is killed later. Raises InputError when they cannot be written."""
+    with writable(Path(logger.log_dir or logger.save_dir or "."), among_others=True):
+        logger.log_metrics(values, step=step)
+        logger.save()
 
 
 def wandb_names(folder: Path) -> tuple[str, str]:
@@ -115,8 +122,7 @@ class ResourceMonitor(L.Callback):
         if self.fresh and self.logger.log_dir is not None:
             self._replace(Path(self.logger.log_dir))
         self.fresh = False
-        self.logger.log_metrics(tags, step=self.done)
-        self.logger.save()  # the values of a killed attempt are kept
+        log(self.logger, tags, self.done)
 
     on_predict_batch_start = on_train_batch_start
     on_predict_batch_end = on_train_batch_end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -200,6 +201,18 @@ def test_a_lost_process_is_told_in_one_line_and_other_errors_of_torch_are_not(ca
     assert re.fullmatch(r"error: another process .* has ended.*same command continues\n", capsys.readouterr().err)
     with pytest.raises(RuntimeError, match="size of tensor"):
         command(TrainRun, lambda run: torch.zeros(2) + torch.zeros(3), "", [])
+
+
+@pytest.mark.slow
+def test_a_full_disk_that_a_library_wraps_is_told_in_one_line(capsys):
+    def body(run):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise ValueError("\n you tried to log 1.0 which is currently not supported") from error
+
+    assert command(TrainRun, body, "", []) == 2
+    assert re.fullmatch(r"error: .*No space left on device.*free some space\n", capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,18 @@ def test_an_error_of_the_operating_system_names_the_file(tmp_path, capsys):
     assert re.fullmatch(r"error: '.*/none/x': No such file or directory", capsys.readouterr().err.splitlines()[-1])
     assert command(TrainRun, lambda run: (tmp_path / ("x" * 300)).read_text(), "", []) == 2
     assert re.fullmatch(r"error: '.*x': File name too long", capsys.readouterr().err.splitlines()[-1])
+
+
+def test_a_full_disk_does_not_keep_a_folder_from_being_held(tmp_path, monkeypatch):
+    """How much space is needed is known later."""
+
+    @contextmanager
+    def full(path):
+        raise InputError(f"{path}: cannot be written")
+        yield
+
+    monkeypatch.setattr("cosprobe.locks.whole_file", full)
+    refused = pytest.raises(InputError, match="another process is using it")
+    with held(tmp_path / "run", "run_dir"), refused, held(tmp_path / "run", "run_dir"):
+        pass
+    assert not (tmp_path / "run").exists()

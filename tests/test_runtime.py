@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import platform
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
@@ -58,6 +60,50 @@ def test_a_disk_that_refuses_is_told_with_its_path_and_reason(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/inside"):
         make_folder(tmp_path / "file" / "inside")
+
+
+def caused(error: Exception, cause: Exception | None) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+LIBRARIES = [  # what libraries raise when a disk is full, and whether they say so
+    (caused(ValueError("you tried to log 1.0 which is currently not supported"), FULL), True),  # Lightning
+    (caused(RuntimeError("unexpected pos 960 vs 854"), FULL), True),  # torch
+    (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+    (RuntimeError("NetCDF: HDF error"), False),
+    (PermissionError(errno.EACCES, "Permission denied"), False),  # netCDF, when it cannot create a file
+]
+
+
+@pytest.mark.parametrize(("error", "said"), LIBRARIES, ids=[type(error).__name__ + str(i) for i, (error, _) in
+                                                            enumerate(LIBRARIES)])  # fmt: skip
+def test_a_full_disk_is_told_whatever_a_library_raises(tmp_path, monkeypatch, error, said):
+    usage = shutil.disk_usage(tmp_path)
+    for free, told in ((5000, True), (10**9, said)):
+        monkeypatch.setattr("cosprobe.files.shutil.disk_usage", lambda path, free=free: usage._replace(free=free))
+        expected = InputError if told or isinstance(error, OSError) else type(error)
+        with pytest.raises(expected) as caught, whole_file(tmp_path / "a.nc", 2_000_000) as part:
+            part.write_text("half")
+            raise error
+        text = str(caught.value)
+        assert ("No space left" in text and "needs 2.0 MB" in text and "free there" in text) or not told, text
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_free_space_is_told_without_what_was_written_of_the_file(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+
+    def as_on_a_small_disk(path):
+        used = sum(file.stat().st_size for file in tmp_path.iterdir())
+        return usage._replace(free=700_000 - used)
+
+    monkeypatch.setattr("cosprobe.files.shutil.disk_usage", as_on_a_small_disk)
+    with pytest.raises(InputError, match=r"needs 1\.0 MB, 0\.7 MB free there"):  # noqa: SIM117
+        with whole_file(tmp_path / "a.nc", 1_000_000) as part:
+            part.write_bytes(bytes(699_000))
+            raise RuntimeError("NetCDF: HDF error")
 
 
 @pytest.mark.parametrize("place", ["", "activations", "a/b", "vae/runs"])

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosprobe.checked import checksum
+from cosprobe.checked import checksum, file_size
 from cosprobe.differences import ANOTHER, check_same, flattened, shown
 from cosprobe.errors import InputError
 from cosprobe.files import HALF, make_folder, read_json, size_text, stranger, whole_file, write_json
@@ -162,11 +162,8 @@ class ActivationStore:
             part_of = {name: values for name, values in ready.items() if _group(name, rows) == group}
             metadata[f"checksum {group}"] = checksum(part_of, metadata["notes"])
         path = self.path(rows)
-        with whole_file(path) as part:
-            try:
-                save_file(ready, part, metadata)
-            except SafetensorError as error:  # safetensors raises this for a full disk
-                raise OSError(str(error)) from error
+        with whole_file(path, file_size(ready, metadata)) as part:
+            save_file(ready, part, metadata)
 
     def finish(self, names: Sequence[str]) -> None:
         """Lists the shards of these samples in the manifest. Raises InputError when samples are missing."""

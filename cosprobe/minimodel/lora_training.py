@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from cosprobe.config import AdapterConfig
 from cosprobe.errors import InputError
-from cosprobe.files import make_folder
+from cosprobe.files import make_folder, writable
 from cosprobe.minimodel.encoding import embed, encode_clips
 from cosprobe.minimodel.flow_matching import FlowMatching
 from cosprobe.minimodel.recipe import fit_to, training_sets
@@ -62,8 +62,9 @@ def train_adapter(
     part, done = folder / "adapter.part", folder / "adapter"
     shutil.rmtree(part, ignore_errors=True)
     layers = get_peft_model_state_dict(flow.average.module)
-    type(model).save_lora_weights(part, transformer_lora_layers=layers)
-    (part / "recipe.json").write_text(json.dumps({"settings": asdict(config)}, indent=1))
-    shutil.rmtree(done, ignore_errors=True)
-    part.rename(done)
+    with writable(done):
+        type(model).save_lora_weights(part, transformer_lora_layers=layers)
+        (part / "recipe.json").write_text(json.dumps({"settings": asdict(config)}, indent=1))
+        shutil.rmtree(done, ignore_errors=True)
+        part.rename(done)
     return done

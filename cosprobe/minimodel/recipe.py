@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from cosprobe.config import SAMPLING, AdapterConfig, MiniConfig, PipelineConfig
 from cosprobe.differences import ANOTHER, check_same
 from cosprobe.errors import InputError
-from cosprobe.files import make_folder, read_json, stranger, write_json
+from cosprobe.files import make_folder, read_json, stranger, writable, write_json
 from cosprobe.minimodel.accuracy import CURVE, LearningCurve
 from cosprobe.minimodel.autoencoding import AutoencoderTraining, Family, revive
 from cosprobe.minimodel.encoding import (
@@ -286,8 +286,9 @@ def fit_to(
         if saved["global_step"] >= steps:
             module.load_state_dict(saved["state_dict"])
             return
-    trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
-    trainer.save_checkpoint(last)
+    with writable(folder, among_others=True):
+        trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
+        trainer.save_checkpoint(last)
 
 
 @contextmanager
@@ -325,10 +326,12 @@ def export(
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     pipeline = assemble(transformer.half(), vae.half(), tokenizer, text_encoder, shift)
-    pipeline.save_pretrained(part, safe_serialization=True)
-    (part / "recipe.json").write_text(json.dumps(recipe, indent=1))
-    (part / SAMPLING).write_text(json.dumps(SAMPLED_WITH, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    with writable(folder):
+        pipeline.save_pretrained(part, safe_serialization=True)
+        (part / "recipe.json").write_text(json.dumps(recipe, indent=1))
+        (part / SAMPLING).write_text(json.dumps(SAMPLED_WITH, indent=1) + "
+")
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
     transformer.float(), vae.float()
     return folder

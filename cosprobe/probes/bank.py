@@ -261,7 +261,7 @@ class ProbeBank:
             "cells": [astuple(cell) for cell in self.cells],
             "provenance": asdict(self.provenance),
         }
-        with whole_file(folder / TENSORS) as part:
+        with whole_file(folder / TENSORS, len(data)) as part:
             part.write_bytes(data)
         write_json(folder / DESCRIPTION, description)
 

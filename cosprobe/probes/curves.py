@@ -11,6 +11,7 @@ from jaxtyping import Float
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from cosprobe.monitoring import log
 from cosprobe.tasks import RELABELLED
 
 ACCURACY, LOSS = "training accuracy by epoch", "training loss by epoch"  # groups of the tags
@@ -74,8 +75,7 @@ class TrainingCurves(L.Callback):
             if len(values := self.values[epoch, tag]) == self.cells:
                 points[tag] = statistics(values, torch.max if tag.startswith(ACCURACY) else torch.min)
         for name, logger in self.loggers.items() if points else ():
-            logger.log_metrics({tag: values[name] for tag, values in points.items()}, step=epoch)
-            logger.save()
+            log(logger, {tag: values[name] for tag, values in points.items()}, epoch)
 
 
 def statistics(values: Float[Tensor, " cell"], best: Callable[[Tensor], Tensor]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from cosprobe.cells import X0
 from cosprobe.evaluation import X0_PARSED, Grid
+from cosprobe.files import writable
 from cosprobe.monitoring import SAMPLING, TRAINING, remove_events
 from cosprobe.reporting.figures import default_layers
 from cosprobe.reporting.film import Film, film_motion
@@ -70,20 +71,21 @@ def log_tensorboard(
     for target in groups:
         for run, values in _lines(grid, target, layers).items():
             lines.setdefault(run, {})[target] = values
-    for run, targets in lines.items():
-        with SummaryWriter(str(folder / run)) as writer:
-            for target, values in targets.items():
-                for tag, line in zip(_tags(groups[target], target), values, strict=True):
-                    for step in np.flatnonzero(np.isfinite(line)):
-                        writer.add_scalar(tag, line[step], int(grid.dataset.step[step]))
-    with SummaryWriter(str(folder / REPORT)) as writer:
-        charts: dict[str, dict[str, list]] = {}
-        for target, group in groups.items():  # TensorBoard keeps the order of categories, not that of their charts
-            category = f"{group}/{target}" if target in answers else group
-            charts.setdefault(category, {})[f"{target}, with 95 % intervals"] = ["Margin", [*_tags(group, target)]]
-        writer.add_custom_scalars(charts)
-        _add_images(writer, report, film)
-        _add_results(writer, grid, settings or {})
+    with writable(folder):
+        for run, targets in lines.items():
+            with SummaryWriter(str(folder / run)) as writer:
+                for target, values in targets.items():
+                    for tag, line in zip(_tags(groups[target], target), values, strict=True):
+                        for step in np.flatnonzero(np.isfinite(line)):
+                            writer.add_scalar(tag, line[step], int(grid.dataset.step[step]))
+        with SummaryWriter(str(folder / REPORT)) as writer:
+            charts: dict[str, dict[str, list]] = {}
+            for target, group in groups.items():  # TensorBoard keeps the order of categories, not that of their charts
+                category = f"{group}/{target}" if target in answers else group
+                charts.setdefault(category, {})[f"{target}, with 95 % intervals"] = ["Margin", [*_tags(group, target)]]
+            writer.add_custom_scalars(charts)
+            _add_images(writer, report, film)
+            _add_results(writer, grid, settings or {})
     return folder
 
 
