@@ -329,8 +329,7 @@ def export(
     with writable(folder):
         pipeline.save_pretrained(part, safe_serialization=True)
         (part / "recipe.json").write_text(json.dumps(recipe, indent=1))
-        (part / SAMPLING).write_text(json.dumps(SAMPLED_WITH, indent=1) + "
-")
+        (part / SAMPLING).write_text(json.dumps(SAMPLED_WITH, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     transformer.float(), vae.float()
