@@ -22,7 +22,7 @@ import train
 from cosprobe.activations import collection
 from cosprobe.activations.collection import StoreSettings
 from cosprobe.activations.store import LAYOUT
-from cosprobe.command import MARK, command, job_name, load, read_run, save_config
+from cosprobe.command import CONFIGS, MARK, command, job_name, load, read_run, save_config
 from cosprobe.config import SCHEMAS, FlowConfig, PipelineConfig, ProbeConfig, TrainerConfig, TrainRun, UseRun
 from cosprobe.errors import InputError
 from cosprobe.evaluation.grid import Grid
@@ -37,6 +37,7 @@ from tests.examples.grids import ANSWER, synthetic
 
 ROOT = Path(train.__file__).parent
 TASKS = sorted(SCHEMAS["task"])
+PIPELINES = sorted(path.stem for path in (CONFIGS / "pipeline").glob("*.yaml"))
 TOP = "experiment, pipeline, probe, run_dir, seed, store, task, trainer"
 
 
@@ -242,7 +243,7 @@ def test_help_shows_purpose_groups_and_two_examples(here, capsys):
         tasks = ", ".join(f"{task}*" if task == "maze" else task for task in TASKS)
         for group in (
             f"task        {tasks}",
-            "pipeline    mini*",
+            f"pipeline    {', '.join(f'{one}*' if one == 'mini' else one for one in PIPELINES)}",
             "probe       frames, layers*",
             "trainer     auto*, cpu, gpu",
         ):

@@ -376,8 +376,8 @@ def edited(run: Path, **settings: str) -> None:
     path = run / "config.yaml"
     text = path.read_text().partition("\n")[2]
     for name, value in settings.items():
-        text, count = re.subn(rf"^(  {name}:) .*$", rf"\1 {value}", text, flags=re.MULTILINE)
-        assert count == 1, name
+        text, count = re.subn(rf"^(  {name}:) [^'].*$", rf"\1 {value}", text, flags=re.MULTILINE)
+        assert count == 1, name  # a setting of the same name in another group is empty
     path.write_text(f"{MARK}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
 

@@ -35,6 +35,7 @@ def _fresh_pages(how: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.docs
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries are left as they are")
 def test_freed_memory_is_handed_out_again():
     kept, given_back = _fresh_pages("kept"), _fresh_pages("default")

@@ -12,7 +12,7 @@ from tests.torture import bits, inputs
 from tests.torture.world import World
 
 pytestmark = pytest.mark.slow
-FEW = {"inputs": (inputs.give, 9), "bits": (bits.flip, 30)}
+FEW = {"inputs": (inputs.give, 6), "bits": (bits.flip, 30)}
 
 
 @pytest.fixture(scope="module")

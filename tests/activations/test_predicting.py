@@ -150,7 +150,7 @@ def two_devices(folder, killed):
 
 @pytest.mark.slow
 @pytest.mark.ddp
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.docs)])
 def test_when_one_of_two_processes_is_killed_the_other_ends_in_one_line_and_the_next_continues(
     sampler, tmp_path, killed
 ):

@@ -215,7 +215,7 @@ def test_the_picture_of_the_mirrored_problem_is_the_mirrored_picture(problems):
 @pytest.mark.parametrize("size", [80, 128, 480])
 def test_any_resolution_shows_the_same_problem(size):
     large = Hide(image_size=size)
-    for small_one, large_one in zip(TASK.problems("test", 5), large.problems("test", 5), strict=True):
+    for small_one, large_one in zip(TASK.problems("test", 3), large.problems("test", 3), strict=True):
         assert small_one == large_one and small_one.layout == large_one.layout
         video = large.video(large_one)
         assert video.shape == (13, size, size, 3)
