@@ -81,10 +81,9 @@ def test_when_one_is_killed_the_other_says_so_and_ends(tmp_path, killed):
 
 @pytest.mark.slow
 @pytest.mark.ddp
-DOCS = pytest.mark.docs
-
-
-@pytest.mark.parametrize("how", ["other fails", *(pytest.param(how, marks=DOCS) for how in ("all fail", "first fails"))])
+@pytest.mark.parametrize(
+    "how", ["other fails", *(pytest.param(how, marks=pytest.mark.docs) for how in ("all fail", "first fails"))]
+)
 def test_an_error_is_told_once(tmp_path, how):
     first, other = start(how, tmp_path / "log")
     assert first.wait(10) == 2 and gone(other)
