@@ -376,8 +376,12 @@ def edited(run: Path, **settings: str) -> None:
     path = run / "config.yaml"
     text = path.read_text().partition("\n")[2]
     for name, value in settings.items():
-        text, count = re.subn(rf"^(  {name}:) [^'].*$", rf"\1 {value}", text, flags=re.MULTILINE)
-        assert count == 1, name  # a setting of the same name in another group is empty
+        for old in ("[^'].*", ".*"):  # first where it has a value: a setting of another group may have the same name
+            changed, count = re.subn(rf"^(  {name}:) {old}$", rf"\1 {value}", text, flags=re.MULTILINE)
+            if count:
+                break
+        assert count == 1, name
+        text = changed
     path.write_text(f"{MARK}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
 
