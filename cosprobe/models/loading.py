@@ -27,10 +27,10 @@ from cosprobe.errors import InputError
 from cosprobe.files import MODEL_INDEX
 from cosprobe.models.architectures import adapter, architecture
 from cosprobe.models.cpu_layout import arrange
-from cosprobe.models.defaults import pipeline_class, with_defaults
+from cosprobe.models.defaults import TRANSFORMERS, pipeline_class, with_defaults
 from cosprobe.models.identity import model_fingerprint, remember
 from cosprobe.models.pipelines import block_list, experts
-from cosprobe.models.schedulers import SCHEDULERS
+from cosprobe.models.schedulers import SCHEDULERS, matches_flow
 from cosprobe.runtime import say
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -99,7 +99,7 @@ def _check_kind(config: PipelineConfig, parts: Mapping[str, nn.Module]) -> None:
     """Raises InputError when the class of the pipeline that the settings name is for other transformers."""
     name = pipeline_class(config).__name__
     family = adapter(name)
-    for part in ("transformer", "transformer_2"):
+    for part in TRANSFORMERS:
         kind = type(parts[part]).__name__ if part in parts else ""
         if kind and family is not None and kind not in family.transformers:
             raise InputError(
@@ -119,7 +119,7 @@ def load_scheduler(saved: Mapping[str, Any]) -> SchedulerMixin:
 def with_scheduler(scheduler: SchedulerMixin, config: PipelineConfig) -> SchedulerMixin:
     """The scheduler that the settings name, with the configuration of the model's own one, and with their shift.
 
-    Raises InputError for a class that is not known, or that has no shift.
+    Raises InputError for a class that is not known, that has no shift, or that is for another kind of model.
     """
     if not config.scheduler and not config.flow_shift:
         return scheduler
@@ -127,16 +127,21 @@ def with_scheduler(scheduler: SchedulerMixin, config: PipelineConfig) -> Schedul
     if name not in SCHEDULERS:
         raise InputError(f"pipeline.scheduler={name!r}: expected one of {', '.join(SCHEDULERS)}")
     kind = getattr(diffusers, name)
+    flow = matches_flow(scheduler)
     taken, changes = inspect.signature(kind.__init__).parameters, dict[str, Any]()
-    if SCHEDULERS[type(scheduler).__name__] == "flow" and "use_flow_sigmas" in taken:
+    if flow and "use_flow_sigmas" in taken:
         changes |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-        changes["flow_shift"] = scheduler.config.shift
+        changes["flow_shift"] = scheduler.config.get("flow_shift", scheduler.config.get("shift"))
     if config.flow_shift:
         shift = next((argument for argument in ("flow_shift", "shift") if argument in taken), None)
         if shift is None:
             raise InputError(f"pipeline.flow_shift={config.flow_shift}: {name} has none; set it to 0")
         changes[shift] = config.flow_shift
-    return kind.from_config(scheduler.config, **changes)
+    found = kind.from_config(scheduler.config, **changes)
+    if matches_flow(found) != flow:
+        is_for, model = ("diffusion", "flow matching") if flow else ("flow matching", "diffusion")
+        raise InputError(f"pipeline.scheduler={name!r}: is for models of {is_for}, and this one is of {model}")
+    return found
 
 
 def _speed_up(pipeline: DiffusionPipeline, config: PipelineConfig) -> None:
@@ -157,7 +162,7 @@ def _place(pipeline: DiffusionPipeline, offload: str, device: str) -> None:
     if offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     elif offload == "group":
-        names = {name for name in ("transformer", "transformer_2") if getattr(pipeline, name, None) is not None}
+        names = {name for name in TRANSFORMERS if getattr(pipeline, name, None) is not None}
         for name in names:
             getattr(pipeline, name).enable_group_offload(
                 torch.device(device), torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
@@ -266,7 +271,7 @@ def _check_report(report: dict[str, Any], where: str) -> None:
 
 def _load_both_adapters(pipeline: DiffusionPipeline, config: PipelineConfig) -> None:
     """Loads the LoRA adapters that the settings name, those of each expert into its own transformer."""
-    names = [name for name in ("transformer", "transformer_2") if getattr(pipeline, name, None) is not None]
+    names = [name for name in TRANSFORMERS if getattr(pipeline, name, None) is not None]
     paths = {"transformer": config.lora, "transformer_2": config.lora_2}
     if config.lora_2 and "transformer_2" not in names:
         raise InputError(f"pipeline.lora_2={config.lora_2!r}: this model has one transformer; set pipeline.lora alone")

@@ -52,9 +52,9 @@ def check_scheduler(scheduler: Any) -> None:
         )
     if name not in SCHEDULERS:
         raise InputError(f"scheduler {name} is not known: expected one of {', '.join(SCHEDULERS)}")
-    kind = _prediction(scheduler)
-    if kind not in ("flow_prediction", "epsilon", "v_prediction", "sample"):
-        raise InputError(f"{name} predicts {kind!r}: expected flow_prediction, v_prediction, epsilon or sample")
+    kind, flow = _prediction(scheduler), ("flow_prediction",) if SCHEDULERS[name] in ("flow", "sigmas") else ()
+    if kind not in (expected := (*flow, "v_prediction", "epsilon", "sample")):
+        raise InputError(f"{name} predicts {kind!r}: expected {', '.join(expected)}")
 
 
 def step_call(scheduler: Any, args: tuple, kwargs: dict[str, Any]) -> StepCall:
@@ -107,8 +107,16 @@ def output_for(scheduler: Any, call: StepCall, clean: Tensor) -> Tensor:
     return (clean - weights.noisy * call.noisy.float()) / weights.output
 
 
+def matches_flow(scheduler: Any) -> bool:
+    """Whether the scheduler is for a model of flow matching."""
+    mix = SCHEDULERS.get(type(scheduler).__name__)
+    return mix == "flow" or (mix == "sigmas" and _prediction(scheduler) == "flow_prediction")
+
+
 def _prediction(scheduler: Any) -> str:
-    return scheduler.config.get("prediction_type", "flow_prediction")
+    if SCHEDULERS.get(type(scheduler).__name__) == "flow":
+        return "flow_prediction"  # a configuration can hold the entry of the scheduler that it was made from
+    return scheduler.config.get("prediction_type", "epsilon")
 
 
 def _sigma(scheduler: Any, timestep: Any) -> float:

@@ -138,6 +138,10 @@ def test_schedulers_are_exchanged():
     back = with_scheduler(unipc, PipelineConfig(scheduler="FlowMatchEulerDiscreteScheduler", flow_shift=2.0))
     assert (type(back).__name__, back.config.shift) == ("FlowMatchEulerDiscreteScheduler", 2.0)
     assert with_scheduler(flow, PipelineConfig()) is flow
+    diffusion = Case("cogvideox_t2v", False).pipeline.scheduler
+    for one, name in ((flow, "DDIMScheduler"), (unipc, "EulerDiscreteScheduler"), (diffusion, type(flow).__name__)):
+        with pytest.raises(InputError, match=rf"pipeline\.scheduler='{name}'.*flow matching"):
+            with_scheduler(one, PipelineConfig(scheduler=name))
     with pytest.raises(InputError, match=r"pipeline\.scheduler='None'.*UniPC"):
         with_scheduler(flow, PipelineConfig(scheduler="None"))
     with pytest.raises(InputError, match=r"pipeline\.flow_shift=2\.0.*CogVideoXDDIM"):
