@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
-import struct
+import math
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
 
 from cosprobe.config import PipelineConfig, own_defaults
 from cosprobe.errors import InputError
@@ -39,7 +41,7 @@ class _Model:
     dtype: str
 
 
-def with_defaults(config: PipelineConfig, pipeline: DiffusionPipeline | None = None, frames: int = 0) -> PipelineConfig:
+def with_defaults(config: PipelineConfig, pipeline: DiffusionPipeline | None = None) -> PipelineConfig:
     """The settings with the defaults of the model in place of what is 0 or empty.
 
     They are those in `sampling.json` in the folder of the model, else those of the arguments of the pipeline call. The
@@ -120,17 +122,9 @@ def _stored_type(folder: Path) -> str:
     """The type of most weights in the safetensors files of a model, as `pipeline.dtype` names it."""
     counts: Counter[str] = Counter()
     for path in sorted(folder.glob("*.safetensors"))[:1]:
-        with path.open("rb") as file:
-            start = file.read(8)
-            size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            try:
-                header = json.loads(file.read(min(size, 10**8)))
-                counts.update({entry["dtype"]: 1 for name, entry in header.items() if name != "__metadata__"})
-                for name, entry in header.items():
-                    if name != "__metadata__":
-                        begin, end = entry["data_offsets"]
-                        counts[entry["dtype"]] += end - begin
-            except (ValueError, KeyError, TypeError, AttributeError):
-                break  # the loader says what is wrong with it
+        with suppress(SafetensorError), safe_open(path, "pt") as file:  # the loader says what is wrong with it
+            for name in file.keys():  # noqa: SIM118
+                values = file.get_slice(name)
+                counts[values.get_dtype()] += math.prod(values.get_shape())
     most = counts.most_common(1)
     return STORED.get(most[0][0], "bfloat16") if most else "float32"
