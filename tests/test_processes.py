@@ -50,7 +50,6 @@ def start(how: str, log: Path) -> tuple[subprocess.Popen, int]:
             [sys.executable, "-c", COMMAND, COMMAND, how], stdout=subprocess.PIPE, stderr=errors, text=True,
             env=environment,
         )  # fmt: skip
-    assert first.stdout is not None
     return first, int(first.stdout.readline())
 
 

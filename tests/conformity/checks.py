@@ -7,7 +7,7 @@ and the expert from the module that runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,6 +131,16 @@ class _Followed:
         return {}
 
 
+@contextmanager
+def on_blocks(case: Case, hook: Callable[[int], Any]) -> Iterator[None]:
+    """Puts `hook(layer)` on every block of every transformer."""
+    with ExitStack() as undo:
+        for model in experts(case.pipeline).values():
+            for layer, block in enumerate(block_list(case.pipeline, model)):
+                undo.callback(block.register_forward_hook(hook(layer)).remove)
+        yield
+
+
 def tokens_of(output: Any) -> Tensor:
     """The video tokens in the output of a block: the first of several tensors, or the only one."""
     return output[0] if isinstance(output, tuple) else output
@@ -230,9 +240,7 @@ def same_as_hooks(case: Case) -> None:
 
     with ExitStack() as undo:
         now = undo.enter_context(followed(case))
-        for model in experts(case.pipeline).values():
-            for layer, block in enumerate(block_list(case.pipeline, model)):
-                undo.callback(block.register_forward_hook(keep(layer)).remove)
+        undo.enter_context(on_blocks(case, keep))
         cache = undo.enter_context(capture(case.pipeline, "all", Pooling("clip")))
         case.run(callback_on_step_end=now.callback)
     for (step, layer, branch), mean in seen.items():
