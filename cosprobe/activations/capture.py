@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cosprobe.activations.calls import RunningCall, watched_calls
 from cosprobe.activations.pooling import Pooling, whole_frame
 from cosprobe.activations.unsupported import refuse_unsupported
 from cosprobe.cells import EMBED, FIRST_FRAME, NOISE, PROMPT, SOURCES, X0, X_T, Cell, parse_selection
@@ -30,12 +31,9 @@ from cosprobe.models import (
     COND,
     UNCOND,
     Branches,
-    StepCount,
-    TokenGrid,
     architecture,
     block_list,
     clean_estimate,
-    counted_steps,
     experts,
     hidden_states,
     step_call,
@@ -156,15 +154,14 @@ def capture(
     chosen = _hook_points(hook_points, min(len(block_list(pipeline, model)) for model in models.values()))
     watcher = _Watcher(pipeline, models, chosen, pooling or Pooling("clip"), steps, set(clean), set(record), inputs)
     with ExitStack() as undo:
-        watcher.count = undo.enter_context(counted_steps(pipeline))
-        for expert, model in models.items():
-            undo.callback(model.register_forward_pre_hook(watcher.on_model(expert), with_kwargs=True).remove)
+        watcher.call = undo.enter_context(watched_calls(pipeline))
+        for model in models.values():
+            undo.callback(model.register_forward_pre_hook(watcher.on_model, with_kwargs=True).remove)
             blocks = block_list(pipeline, model)
             undo.callback(blocks[0].register_forward_pre_hook(watcher.on_embed, with_kwargs=True).remove)
             for layer, block in enumerate(blocks):
                 if str(layer) in watcher.cache.hook_points:
                     undo.callback(block.register_forward_hook(watcher.on_block(str(layer))).remove)
-            undo.enter_context(wrapped(model, "cache_context", watcher.around_context))
         undo.enter_context(wrapped(pipeline.scheduler, "step", watcher.around_step))
         yield watcher.cache
     watcher.audit()
@@ -173,7 +170,7 @@ def capture(
 class _Watcher:
     """The hooks of one capture and the state they share."""
 
-    count: StepCount
+    call: RunningCall
 
     def __init__(
         self,
@@ -191,56 +188,24 @@ class _Watcher:
         self.family = architecture(pipeline)
         self.whole: dict[int, Pooling] = {}  # pooling of inputs, by number of channels
         self.cache = ActivationCache(hook_points)
-        self.context = ""
-        self.step = -1
-        self.expert = ""
-        self.branches: Branches = ()  # of the transformer call that runs
-        self.calls = 0  # of the transformers, in the step that runs
-        self.guided = False
-        self.size = TokenGrid(0, 0, 0)
         self.model_input: Tensor | None = None  # of the `cond` branch, unpacked
         self.keep: tuple[int, ...] = ()
 
-    def on_model(self, expert: str) -> Callable:
-        """A pre-forward hook for a transformer: sets step, branches, expert and grid, and keeps inputs of the call."""
-
-        def hook(model: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._enter_step()
-            self.expert, latent = expert, hidden_states(args, kwargs)
-            self.branches = self._branches()
-            self.calls += 1
-            self.size = self.family.token_grid(model, latent, kwargs)
-            self.cache.experts[self.step] = expert
-            self.cache.calls[(self.step, expert, self.branches)] += 1
-            if COND in self.branches:
-                latent = self.family.unpacked(conditional(self.branches, latent), self.size)
-                self.model_input = latent.narrow(self.family.axis("c"), 0, self.family.noisy_channels(model))
-                if self.step == 0 and self.inputs:
-                    self._keep_start(model, latent, kwargs.get("encoder_hidden_states"))
-                if self.step in self.record:
-                    self.cache.recorded[self.step] = (self.branches, args, kwargs)
-
-        return hook
-
-    def _enter_step(self) -> None:
-        """Finds the current step, and the steps to keep at the first one."""
+    def on_model(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A pre-forward hook for a transformer: keeps inputs of the call."""
+        call, latent = self.call, hidden_states(args, kwargs)
         if not self.keep:
             self.keep = parse_selection(self.spec, len(self.pipeline.scheduler.timesteps), "probe.steps")
             self.cache.steps = self.keep
-        if self.step == -1:  # a pipeline with dynamic guidance changes its scale later on
-            self.guided = self.family.guided(self.pipeline)
-        if self.count.now != self.step:
-            self.step, self.calls = self.count.now, 0
-
-    def _branches(self) -> Branches:
-        """The guidance branches of the transformer call that begins."""
-        found = self.family.branches(self.context, self.calls, self.guided)
-        if found is None:
-            raise RuntimeError(
-                f"transformer call {self.calls} of step {self.step}, in context {self.context!r}: expected one call "
-                f"for each of {COND} and {UNCOND}"
-            )
-        return found
+        self.cache.experts[call.step] = call.expert
+        self.cache.calls[(call.step, call.expert, call.branches)] += 1
+        if COND in call.branches:
+            latent = self.family.unpacked(conditional(call.branches, latent), call.grid)
+            self.model_input = latent.narrow(self.family.axis("c"), 0, self.family.noisy_channels(model))
+            if call.step == 0 and self.inputs:
+                self._keep_start(model, latent, kwargs.get("encoder_hidden_states"))
+            if call.step in self.record:
+                self.cache.recorded[call.step] = (call.branches, args, kwargs)
 
     def _keep_start(self, model: nn.Module, latent: Tensor, prompt: Tensor | None) -> None:
         """Keeps the inputs of the run: noise, image condition and prompt, all of the `cond` branch."""
@@ -249,7 +214,7 @@ class _Watcher:
             if part is not None:
                 self._keep_input(name, self.family.latent_tokens(model, part))
         if prompt is not None:
-            mean = conditional(self.branches, prompt).float().flatten(1, -2).mean(dim=1)
+            mean = conditional(self.call.branches, prompt).float().flatten(1, -2).mean(dim=1)
             self.cache.inputs[PROMPT] = {0: {"whole": mean[:, None, None].cpu()}}
 
     def _keep_input(self, name: str, tokens: Tensor) -> None:
@@ -258,12 +223,12 @@ class _Watcher:
         if width not in self.whole:
             # with grid pooling, inputs have the same cells as the probes they are compared with
             self.whole[width] = self.pooling if self.pooling.kind == "grid" else whole_frame(width)
-        pooled = {"whole": self.whole[width].by_frame(tokens, self.size)}
+        pooled = {"whole": self.whole[width].by_frame(tokens, self.call.grid)}
         if self.pooling.kind == "region":
-            pooled["region"] = self.pooling.by_frame(tokens, self.size)
+            pooled["region"] = self.pooling.by_frame(tokens, self.call.grid)
         kind = self._dtype()
         kept = {part: self.cache.to_cpu(value.to(kind)) for part, value in pooled.items()}
-        self.cache.inputs.setdefault(name, {})[self.step] = kept
+        self.cache.inputs.setdefault(name, {})[self.call.step] = kept
 
     def _dtype(self) -> torch.dtype:
         """The type of numbers that the transformer computes in: that of its input. Weights can be stored in another."""
@@ -274,8 +239,8 @@ class _Watcher:
         """A pre-forward hook for block 0: keeps its input."""
         if EMBED in self.cache.hook_points:
             self._keep_tokens(EMBED, hidden_states(args, kwargs))
-        if self.inputs and self.step in self.keep and COND in self.branches:
-            self._keep_input(EMBED, conditional(self.branches, hidden_states(args, kwargs)))
+        if self.inputs and self.call.step in self.keep and COND in self.call.branches:
+            self._keep_input(EMBED, conditional(self.call.branches, hidden_states(args, kwargs)))
 
     def on_block(self, hook_point: str) -> Callable:
         """A forward hook for a block: keeps its output."""
@@ -285,23 +250,13 @@ class _Watcher:
 
         return hook
 
-    @contextmanager
-    def around_context(self, original: Callable, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Wraps `cache_context` of a transformer: remembers the name of the context."""
-        before, self.context = self.context, name
-        try:
-            with original(name, *args, **kwargs):
-                yield
-        finally:
-            self.context = before
-
     def around_step(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """Wraps `step` of the scheduler: keeps the noisy latent and x0-hat."""
-        step = self.count.now
+        step = self.call.count.now
         hook_points = self.cache.hook_points if step in self.keep else ()
         inputs = self.inputs and step in self.keep
         if self.model_input is not None and (inputs or {X_T, X0} & {*hook_points} or step in self.clean):
-            scheduler, model = self.pipeline.scheduler, self.models[self.expert]
+            scheduler, model = self.pipeline.scheduler, self.models[self.call.expert]
             call = step_call(scheduler, args, kwargs)
             if X_T in hook_points or inputs:
                 tokens = self.family.latent_tokens(model, self._whole(call.noisy))
@@ -317,12 +272,12 @@ class _Watcher:
     def _whole(self, latent: Tensor) -> Tensor:
         """A latent of the scheduler, unpacked, with the first frame where the pipeline keeps it apart."""
         assert self.model_input is not None
-        return self.family.whole(self.pipeline, self.family.unpacked(latent, self.size), self.model_input)
+        return self.family.whole(self.pipeline, self.family.unpacked(latent, self.call.grid), self.model_input)
 
     def _keep_tokens(self, hook_point: str, tokens: Tensor) -> None:
-        if self.step not in self.keep:
+        if self.call.step not in self.keep:
             return
-        for branch, half in zip(self.branches, tokens.chunk(len(self.branches)), strict=True):
+        for branch, half in zip(self.call.branches, tokens.chunk(len(self.call.branches)), strict=True):
             self._store(hook_point, branch, half)
 
     def _keep_latent(self, name: str, tokens: Tensor, as_hook_point: bool) -> None:
@@ -333,12 +288,12 @@ class _Watcher:
 
     def _store(self, hook_point: str, branch: str, tokens: Tensor) -> None:
         kind = tokens.dtype if hook_point not in (X_T, X0) else self._dtype()
-        key = (self.step, hook_point, branch)
+        key = (self.call.step, hook_point, branch)
         if key in self.cache.parts:
             raise RuntimeError(
-                f"hook point {hook_point} ran twice at step {self.step}, branch {branch or 'any'}: expected once"
+                f"hook point {hook_point} ran twice at step {self.call.step}, branch {branch or 'any'}: expected once"
             )
-        self.cache.parts[key] = self.cache.to_cpu(self.pooling(tokens, self.size).to(kind))
+        self.cache.parts[key] = self.cache.to_cpu(self.pooling(tokens, self.call.grid).to(kind))
 
     def audit(self) -> None:
         """Raises RuntimeError unless every step had one transformer call per branch, all of one expert."""
@@ -359,7 +314,7 @@ class _Watcher:
             )
         cache.steps = tuple(s for s in self.keep if s <= last)
         cache.branches = tuple(b for b in (COND, UNCOND) if any(b in branches for branches in every))
-        cache.positions = self.pooling.positions(self.size[0])
+        cache.positions = self.pooling.positions(self.call.grid[0])
         for hook_point in cache.hook_points:
             for step in cache.steps:
                 for branch in cache.branches:
