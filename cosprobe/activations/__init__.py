@@ -1,5 +1,6 @@
 """Captures, pools, edits and stores activations while a pipeline samples, and loads them as samples for probes."""
 
+from cosprobe.activations.calls import RunningCall, watched_calls
 from cosprobe.activations.capture import ActivationCache, capture
 from cosprobe.activations.collection import (
     UNTRAINED,
@@ -12,9 +13,9 @@ from cosprobe.activations.collection import (
 )
 from cosprobe.activations.cost import Cost, flops, seconds
 from cosprobe.activations.dataset import InputFeatures, LabelledRows, ProbeSamples, difficulty_columns, load_samples
-from cosprobe.activations.edits import BACK, average_blocks, average_clean, average_latents, check_finite
+from cosprobe.activations.edits import BACK, average_blocks, average_clean, average_latents, check_finite, check_layers
 from cosprobe.activations.halt import halting
-from cosprobe.activations.pooling import Pooling
+from cosprobe.activations.pooling import Pooling, box_masks
 from cosprobe.activations.predicting import FrozenSampling, Sampled, Shard, ShardWriter, announce, predict_shards
 from cosprobe.activations.random_weights import RANDOM_WEIGHTS
 from cosprobe.activations.sampler import NOT_SEEN, Sampler, images
@@ -33,6 +34,7 @@ __all__ = [
     "LabelledRows",
     "Pooling",
     "ProbeSamples",
+    "RunningCall",
     "Sampler",
     "Sampled",
     "Shard",
@@ -41,6 +43,9 @@ __all__ = [
     "StoredSamples",
     "VideoSampler",
     "announce",
+    "box_masks",
+    "check_layers",
+    "watched_calls",
     "average_blocks",
     "average_clean",
     "average_latents",

@@ -42,6 +42,15 @@ class X0Weights(NamedTuple):
     output: float
 
 
+class NoiseLevel(NamedTuple):
+    """A noisy latent = `signal` * x0 + `noise` * standard Gaussian noise. unit: standard deviation of a latent that is
+    all noise, as the first step of a run gets it."""
+
+    signal: float
+    noise: float
+    unit: float
+
+
 def check_scheduler(scheduler: Any) -> None:
     """Raises InputError for a scheduler that is not in SCHEDULERS, or that evaluates the model several times a step."""
     name = type(scheduler).__name__
@@ -93,6 +102,21 @@ def x0_weights(scheduler: Any, timestep: Any) -> X0Weights:
         alpha = float(scheduler.alphas_cumprod[int(timestep)])
     signal, noise = alpha**0.5, (1 - alpha) ** 0.5
     return X0Weights(1 / signal, -noise / signal) if kind == "epsilon" else X0Weights(signal, -noise)
+
+
+def noise_level(scheduler: Any, step: int) -> NoiseLevel:
+    """What the latent of a step (a step index) of the running call is mixed from. Errors: see `check_scheduler`."""
+    check_scheduler(scheduler)
+    mix, sigma = SCHEDULERS[type(scheduler).__name__], 0.0
+    if mix != "alphas":
+        sigma = float(scheduler.sigmas[step])
+    if mix == "flow" or (mix == "sigmas" and _prediction(scheduler) == "flow_prediction"):
+        inverted = scheduler.config.get("invert_sigmas", False)
+        return NoiseLevel(sigma, 1 - sigma, 1.0) if inverted else NoiseLevel(1 - sigma, sigma, 1.0)
+    if mix == "added":
+        return NoiseLevel(1.0, sigma, (1 + sigma**2) ** 0.5)
+    alpha = float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])]) if mix == "alphas" else 1 / (1 + sigma**2)
+    return NoiseLevel(alpha**0.5, (1 - alpha) ** 0.5, 1.0)
 
 
 def clean_estimate(scheduler: Any, call: StepCall) -> Tensor:
