@@ -1,11 +1,12 @@
 """Uses trained probes to read the answer of a video model from its hidden states, before the video is finished.
 
-  python probe.py use=predict|early|ensemble run=FOLDER [name=value ...]
+  python probe.py use=predict|early|ensemble|intervene run=FOLDER [name=value ...]
 
 Examples:
   python probe.py use=predict run=runs/maze-layers use.step=2  predict the answers that finished videos show
   python probe.py use=early run=runs/maze-layers               stop sampling early, at a stated risk of error
   python probe.py use=ensemble run=runs/maze-layers            several noise seeds against one, at equal compute
+  python probe.py use=intervene run=runs/maze-layers use.edit=swap  change hidden states, and see whether answers follow
   python probe.py use=runs                                     list run folders; use.delete=NAME deletes one
 
 FOLDER is the run folder of a finished train.py run. With several results, it is the folder of one of them, such as
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cosprobe.command import command, read_run
-from cosprobe.config import EarlyConfig, EnsembleConfig, PredictConfig, RunsConfig, UseRun
+from cosprobe.config import EarlyConfig, EnsembleConfig, InterveneConfig, PredictConfig, RunsConfig, UseRun
 from cosprobe.locks import held
 from cosprobe.runs import REPORT, delete_run, find_result, list_runs, mark_finished, print_runs
 from cosprobe.tasks import with_margin
@@ -42,6 +43,7 @@ def use(run: UseRun) -> None:
     from lightning import seed_everything
 
     from cosprobe.activations import Sampler
+    from cosprobe.causal import intervene
     from cosprobe.early_exit import answer_early, predict
     from cosprobe.ensembles import ensembles
     from cosprobe.evaluation import Grid
@@ -50,6 +52,7 @@ def use(run: UseRun) -> None:
     from cosprobe.runtime import launch
 
     uses: dict[type, Any] = {PredictConfig: predict, EarlyConfig: answer_early, EnsembleConfig: ensembles}
+    uses[InterveneConfig] = intervene
     folder = find_result(run.run)
     bank = load_probes(folder)
     bank.check_result(trained, Grid.load(folder).provenance["bank"], folder)

@@ -16,8 +16,9 @@ from tests.architecture import ENTRIES, FILES, ROOMS, ROOT, arrows, drawing, imp
 ONLY_IN = {  # library: the rooms that may import it
     "hydra": {"command"},
     "omegaconf": {"command"},
-    "yaml": {"command"},
-    "matplotlib": {"reporting", "early_exit", "ensembles"},
+    "yaml": {"command", "causal"},
+    "matplotlib": {"reporting", "early_exit", "ensembles", "causal"},
+    "concept_erasure": {"causal"},
     "lightning": {"runtime", "monitoring", "activations", "probes", "minimodel", "train", "probe"},
     "peft": {"models", "minimodel"},
     "torchmetrics": {"probes"},

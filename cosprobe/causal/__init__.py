@@ -1,7 +1,8 @@
 """Changes runs while they are sampled, and measures what follows: evidence that a state is used, not only decodable."""
 
 from cosprobe.causal.edits import Edit, load_edits, save_edits
+from cosprobe.causal.interventions import intervene
 from cosprobe.causal.patching import LATENT, At, patch
 from cosprobe.causal.prefix import Prefix, recorded, replayed
 
-__all__ = ["LATENT", "At", "Edit", "Prefix", "load_edits", "patch", "recorded", "replayed", "save_edits"]
+__all__ = ["LATENT", "At", "Edit", "Prefix", "intervene", "load_edits", "patch", "recorded", "replayed", "save_edits"]

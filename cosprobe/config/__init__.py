@@ -9,10 +9,12 @@ from cosprobe.config.probe import KINDS, POOLINGS, CaptureConfig, ProbeConfig, d
 from cosprobe.config.runs import SCHEMAS, ProbeExperiment, TrainRun, UseRun
 from cosprobe.config.trainer import TrainerConfig
 from cosprobe.config.uses import (
+    EDITS,
     ERROR_REFERENCES,
     SIZES,
     EarlyConfig,
     EnsembleConfig,
+    InterveneConfig,
     PredictConfig,
     RunsConfig,
     check_promise,
@@ -22,6 +24,7 @@ from cosprobe.config.video_training import AdapterConfig, AutoencoderConfig, Flo
 
 __all__ = [
     "DTYPES",
+    "EDITS",
     "ERROR_REFERENCES",
     "KINDS",
     "POOLINGS",
@@ -34,6 +37,7 @@ __all__ = [
     "EarlyConfig",
     "EnsembleConfig",
     "FlowConfig",
+    "InterveneConfig",
     "MiniConfig",
     "PipelineConfig",
     "PredictConfig",

@@ -10,7 +10,7 @@ from cosprobe.bounds import LARGEST_SEED, check_bounds
 from cosprobe.config.pipeline import PipelineConfig
 from cosprobe.config.probe import ProbeConfig
 from cosprobe.config.trainer import TrainerConfig
-from cosprobe.config.uses import EarlyConfig, EnsembleConfig, PredictConfig, RunsConfig
+from cosprobe.config.uses import EarlyConfig, EnsembleConfig, InterveneConfig, PredictConfig, RunsConfig
 from cosprobe.config.video_training import AdapterConfig, MiniConfig
 from cosprobe.tasks import FAMILIES
 
@@ -26,7 +26,13 @@ class ProbeExperiment:
 SCHEMAS: dict[str, dict[str, type]] = {
     "task": dict(FAMILIES),
     "experiment": {"probes": ProbeExperiment, "mini": MiniConfig, "mini_small": MiniConfig, "lora": AdapterConfig},
-    "use": {"predict": PredictConfig, "early": EarlyConfig, "ensemble": EnsembleConfig, "runs": RunsConfig},
+    "use": {
+        "predict": PredictConfig,
+        "early": EarlyConfig,
+        "ensemble": EnsembleConfig,
+        "intervene": InterveneConfig,
+        "runs": RunsConfig,
+    },
 }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cosprobe.bounds import MANY, check_bounds
 from cosprobe.errors import InputError
 
 ERROR_REFERENCES = ("model_answer", "truth")
 SIZES = ("quick", "full")
+EDITS = ("noise", "swap", "steer", "erase", "ablate")
 
 
 @dataclass
@@ -61,6 +62,45 @@ class EnsembleConfig:
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise InputError(f"use.size={self.size!r}: expected one of {', '.join(SIZES)}")
+
+
+@dataclass
+class InterveneConfig:
+    """Change runs while they are sampled, and measure what follows, with controls."""
+
+    edit: str = "swap"
+    "`noise` in the latent, `swap` of hidden states, `steer` along a probe, `erase` a concept, or `ablate` blocks."
+    size: str = "quick"
+    "`quick` (a coarse plane, minutes) or `full` (can be interrupted and continues)."
+    problems: int = 0
+    "Number of new problems; 0: 24, or 96 with `use.size=full`."
+    seeds: int = 1
+    "Noise seeds of each problem; donors of `swap` are other seeds of the same problem, where their answers differ."
+    kind: str = ""
+    "Kind of the problems; empty: the first kind of the task."
+    steps: str = ""
+    "Steps that are changed, a selection such as `0,5,10`; empty: evenly spaced ones."
+    layers: str = ""
+    "Layers that are changed, a selection such as `1::2`; empty: evenly spaced ones."
+    target: str = ""
+    "The target whose probes `steer` and `erase` use; empty: the answer."
+    doses: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0])
+    "Doses of `steer`: 1 adds a vector as long as a token is on average. Random directions have the second largest."
+    directions: int = 20
+    "Number of random directions that `steer` is compared with."
+    margin: float = 0.1
+    "A decodable cell counts as not used when the upper bound of its effect is below this share."
+
+    def __post_init__(self) -> None:
+        if self.edit not in EDITS:
+            raise InputError(f"use.edit={self.edit!r}: expected one of {', '.join(EDITS)}")
+        if self.size not in SIZES:
+            raise InputError(f"use.size={self.size!r}: expected one of {', '.join(SIZES)}")
+        check_bounds("use.", self, problems=(0, MANY), seeds=(1, 10_000), directions=(20, 10_000))
+        if not self.doses or not all(math.isfinite(dose) and dose >= 0 for dose in self.doses):
+            raise InputError(f"use.doses={self.doses}: expected at least one number, 0 or more")
+        if not 0 < self.margin < 1:
+            raise InputError(f"use.margin={self.margin}: expected more than 0 and less than 1")
 
 
 @dataclass

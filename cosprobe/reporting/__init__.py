@@ -5,7 +5,7 @@ from cosprobe.reporting.figures import MapFigure as MapFigure  # a type
 from cosprobe.reporting.film import Film, film_row, film_strip, record, record_once
 from cosprobe.reporting.report import write_report
 from cosprobe.reporting.summary import WIDTH, markdown_table, open_table, print_summary
-from cosprobe.reporting.tensorboard import log_tensorboard
+from cosprobe.reporting.tensorboard import log_figure, log_tensorboard
 
 __all__ = [
     "STYLE",
@@ -14,6 +14,7 @@ __all__ = [
     "film_row",
     "film_strip",
     "headline",
+    "log_figure",
     "log_tensorboard",
     "maps",
     "markdown_table",

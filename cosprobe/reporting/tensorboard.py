@@ -89,6 +89,23 @@ def log_tensorboard(
     return folder
 
 
+def log_figure(picture: Path, tag: str, folder: Path) -> None:
+    """Writes a figure, as a run of its own that replaces that of an earlier call.
+
+    picture: a PNG file. folder: of the TensorBoard runs of a result.
+    """
+    run = Path(folder) / tag
+    if run.is_dir():
+        remove_events(run)
+    with writable(Path(folder)), SummaryWriter(str(run)) as writer:
+        writer.add_image(tag, _pixels(picture), dataformats="HWC")
+
+
+def _pixels(picture: Path) -> UInt8[np.ndarray, "height width 3"]:
+    with Image.open(picture) as drawn:
+        return np.asarray(drawn.convert("RGB").resize((WIDTH, round(WIDTH * drawn.height / drawn.width))))
+
+
 def _tags(group: str, target: str) -> tuple[str, str, str]:
     """Tags of the accuracy and of the lower and upper end of its interval."""
     return f"{group}/{target}", f"{ENDS}/{target}, lower", f"{ENDS}/{target}, upper"
@@ -141,9 +158,7 @@ def _add_results(writer: SummaryWriter, grid: Grid, settings: Mapping[str, Any])
 def _add_images(writer: SummaryWriter, report: Path, film: Film | None) -> None:
     for name, tag in FIGURES.items():
         if (report / name).is_file():
-            with Image.open(report / name) as drawn:
-                smaller = drawn.convert("RGB").resize((WIDTH, round(WIDTH * drawn.height / drawn.width)))
-            writer.add_image(tag, np.asarray(smaller), dataformats="HWC")
+            writer.add_image(tag, _pixels(report / name), dataformats="HWC")
     if film is not None:
         tag = f"{IMAGES}/x0-hat, moving (slider: denoising step)"
         for index, step in enumerate(film.steps):

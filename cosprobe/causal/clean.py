@@ -1,0 +1,169 @@
+"""The clean run of a batch of samples, and what edits of the batch take from it: first steps, states, donors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from cosprobe.activations import Sampler, watched_calls
+from cosprobe.causal.patching import At
+from cosprobe.causal.prefix import Prefix, recorded, replayed
+from cosprobe.models import architecture, block_list, experts, stop_after
+from cosprobe.tasks import Box, Problem, Sample, Task
+
+NONE = -1  # in place of an answer or of a donor
+
+
+class Donors(NamedTuple):
+    """For every sample, index in the batch of the sample that gives its states; NONE where there is no such sample.
+
+    other: its finished video shows another answer, which the host could show as well. same: it shows the same answer.
+    """
+
+    other: Int[np.ndarray, " sample"]
+    same: Int[np.ndarray, " sample"]
+
+
+def choose_donors(task: Task, problems: Sequence[Problem], answers: Sequence[int]) -> Donors:
+    """Chooses the donors of every sample from the samples of its batch.
+
+    answers: of the clean runs, NONE for none. Another noise seed of the same problem is preferred. Otherwise donors are
+    taken in turn, so that no sample gives its states to all others.
+    """
+    count, found = len(problems), ([NONE] * len(problems), [NONE] * len(problems))
+    for i, problem in enumerate(problems):
+        if answers[i] == NONE:
+            continue
+        plausible = set(task.plausible_answers(problem))
+        order = [(i + shift) % count for shift in range(1, count)]
+        order.sort(key=lambda j: problems[j].name != problem.name)  # stable
+        for j in order:
+            if answers[j] == answers[i] and found[1][i] == NONE:
+                found[1][i] = j
+            if answers[j] not in (NONE, answers[i]) and answers[j] in plausible and found[0][i] == NONE:
+                found[0][i] = j
+    return Donors(*(np.array(each) for each in found))
+
+
+@dataclass(eq=False)
+class CleanRun:
+    """One batch of samples, all of one kind, sampled without edits.
+
+    sampler: with the number of steps of this run. layers: the blocks whose states are kept. On first access the batch
+    is sampled. Its answers are `answers`, NONE for none; the videos `video`; its first steps `prefix`.
+    """
+
+    sampler: Sampler
+    samples: Sequence[Sample]
+    layers: Sequence[int]
+    evaluations: int = 0  # of the transformer, per sample, with guidance counted once
+    _states: dict[int, dict[At, Tensor]] = field(default_factory=dict)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """The problem of every sample."""
+        return [sample.problem for sample in self.samples]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The noise seed of every sample."""
+        return [sample.seed for sample in self.samples]
+
+    @cached_property
+    def _run(self) -> tuple[Prefix, np.ndarray]:
+        with recorded(self.sampler.model) as prefix:
+            video = np.asarray(self.sampler(self.samples))
+        self.evaluations += self.sampler.config.steps
+        return prefix, video
+
+    @property
+    def prefix(self) -> Prefix:
+        """What the transformer and the encoders computed."""
+        return self._run[0]
+
+    @property
+    def video(self) -> np.ndarray:
+        """[sample, frame, height, width, 3] in [0, 1]."""
+        return self._run[1]
+
+    @cached_property
+    def answers(self) -> Int[Tensor, " sample"]:
+        """What the videos show."""
+        return self.sampler.parse(self.problems, self.video).answers
+
+    @cached_property
+    def donors(self) -> Donors:
+        """The donors of every sample."""
+        return choose_donors(self.sampler.task, self.problems, self.answers.tolist())
+
+    def boxes(self, first: Sequence[Sequence[int]]) -> list[list[Box]]:
+        """The regions of every sample, with those that are named first, in this order, and then the others."""
+        found = []
+        for problem, chosen in zip(self.problems, first, strict=True):
+            rest = [i for i in range(len(problem.regions)) if i not in chosen]
+            found.append([problem.regions[i] for i in (*chosen, *rest)])
+        return found
+
+    def states(self, step: int) -> dict[At, Tensor]:
+        """Outputs of the blocks `layers` at a step (a step index), on the CPU, for every guidance branch.
+
+        Steps before it are replayed, and the run ends after it. States of the last two steps are kept.
+        """
+        if step not in self._states:
+            while len(self._states) > 1:
+                self._states.pop(next(iter(self._states)))
+            self._states[step] = self._recorded(step)
+            self.evaluations += 1
+        return self._states[step]
+
+    def _recorded(self, step: int) -> dict[At, Tensor]:
+        pipeline, found, prefix = self.sampler.model, dict[At, Tensor](), self.prefix
+        family = architecture(pipeline)
+
+        def keep(layer: int) -> Any:
+            def hook(block: nn.Module, args: tuple, output: Any) -> None:
+                if call.step == step:
+                    halves = family.video_tokens(output).chunk(len(call.branches))
+                    for branch, half in zip(call.branches, halves, strict=True):
+                        found[At(step, layer, branch)] = half.to("cpu", copy=True)
+
+            return hook
+
+        with ExitStack() as undo:
+            call = undo.enter_context(watched_calls(pipeline))
+            for model in experts(pipeline).values():
+                for layer in self.layers:
+                    undo.callback(block_list(pipeline, model)[layer].register_forward_hook(keep(layer)).remove)
+            undo.enter_context(replayed(pipeline, prefix, step))
+            self.sampler(self.samples, callback_on_step_end=stop_after(step), output_type="latent")
+        return found
+
+
+def with_steps(sampler: Sampler, steps: int) -> Sampler:
+    """The same sampler with another number of steps; 0: as it is."""
+    return replace(sampler, config=replace(sampler.config, steps=steps)) if steps else sampler
+
+
+def taken_from(states: dict[At, Tensor], rows: Int[np.ndarray, " sample"], step: int) -> dict[At, Tensor]:
+    """The states of other samples of the batch, as those of `step`. rows: whose; NONE: the sample's own."""
+    own = np.arange(len(rows))
+    at = torch.from_numpy(np.where(rows == NONE, own, rows))
+    return {At(step, key.layer, key.branch): state[at] for key, state in states.items()}
+
+
+def random_states(states: dict[At, Tensor], seed: int) -> dict[At, Tensor]:
+    """Gaussian states in which every token has the norm it has in `states`."""
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for key, state in states.items():
+        drawn = torch.randn(state.shape, generator=generator)
+        scale = state.float().norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        found[key] = (drawn * scale).to(state.dtype)
+    return found

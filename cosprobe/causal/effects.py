@@ -1,0 +1,264 @@
+"""Numbers of an experiment: shares of each condition, differences from controls, all with intervals by problem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Bool, Float, Shaped
+from scipy.special import betaincinv
+from scipy.stats import rankdata
+
+from cosprobe.causal.clean import NONE
+from cosprobe.causal.experiments import CONTROL, PROBE, Condition
+from cosprobe.causal.run import Outcomes
+from cosprobe.errors import InputError
+from cosprobe.evaluation import Grid, difference_interval, max_t_bootstrap, mean_interval, share_interval
+from cosprobe.evaluation.intervals import COVERAGE, effective_problems, problem_draws
+from cosprobe.files import make_folder, whole_file
+
+FILE = "causal.nc"
+COORDINATES = ("name", "step", "layer", "frame", "dose", "draw", "steps")
+MEANING = {
+    "label": "share of the samples whose video shows the label that the experiment is about: of `swap` the answer of "
+    "the donor, of `steer` the answer steered towards, of the others the answer of the clean run",
+    "unchanged": "share of the samples whose video shows the answer of the clean run",
+    "none": "share of the samples whose video shows no answer",
+    "right": "share of the samples whose video shows a right answer",
+    "change": "mean absolute difference from the clean video, in pixels that no solution changes",
+    "distance": "|x0-hat - clean x0-hat| / |clean x0-hat| at every step (a step index)",
+    "cka": "1 - linear CKA of x0-hat and clean x0-hat, over the tokens of a sample: 0 where both are alike",
+    "probe": "share of the samples in which the probe reads what it reads in the clean run",
+    "effect": "share of one condition minus that of its control, on the same samples",
+    "effect_lower": "lower end of the paired 95 % interval of effect",
+    "effect_upper": "upper end of the paired 95 % interval of effect",
+    "p": "p of the test that effect is above 0, corrected over all cells of the comparison",
+    "bound": "upper 95 % bound of effect, for all cells of the comparison together",
+}
+Values = Float[np.ndarray, "sample condition"]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """A comparison: the share `variable` of the condition `name` minus that of `control`, cell by cell.
+
+    sign: -1 where a lower share is an effect. A control that has several draws counts with their mean.
+    """
+
+    name: str
+    control: str
+    variable: str = "label"
+    sign: int = 1
+
+
+def summarised(outcomes: Outcomes, pairings: Sequence[Pairing], solutions: Sequence[Sequence[int]]) -> xr.Dataset:
+    """The table of an experiment.
+
+    Dimensions: `condition`, `step` (of a run), and `comparison`. Samples without a label are left out. solutions: right
+    answers of every sample. Raises InputError when no sample has a label.
+    """
+    there = outcomes.labels != NONE
+    if not there.any():
+        raise InputError(
+            "no sample has what the experiment needs (an answer in its clean video, and donors): expected at least 20; "
+            "raise use.problems"
+        )
+    keys, answers = outcomes.keys[there], outcomes.answers[there]
+    right = np.array([[a in good for a in row] for row, good in zip(outcomes.answers, solutions, strict=True)])[there]
+    values = {
+        "label": (answers == outcomes.labels[there, None]).astype(float),
+        "unchanged": (answers == outcomes.clean[there, None]).astype(float),
+        "none": (answers == NONE).astype(float),
+        "right": right.astype(float),
+    }
+    data: dict[str, tuple] = {}
+    for name, value in values.items():
+        data[name] = ("condition", value.mean(axis=0), {"description": MEANING[name]})
+        for end, bound in zip(("lower", "upper"), share_interval(value.T, keys), strict=True):
+            data[f"{name}_{end}"] = ("condition", bound, {"description": f"{end} end of the 95 % interval of {name}"})
+    data |= _with_intervals("change", outcomes.change[there].T, keys, ("condition",))
+    if np.isfinite(outcomes.distance).any():
+        same = (outcomes.probe[there] == outcomes.clean_probe[there, None]).astype(float)
+        same[np.isnan(outcomes.probe[there])] = np.nan
+        for name, follow in (("distance", outcomes.distance[there]), ("cka", outcomes.cka[there]), ("probe", same)):
+            data |= _with_intervals(name, follow.transpose(1, 2, 0), keys, ("condition", "time"))
+    coordinates = {name: [getattr(c, name) for c in outcomes.conditions] for name in COORDINATES}
+    found = xr.Dataset(
+        data,
+        coords={name: ("condition", value) for name, value in coordinates.items()},
+        attrs={
+            "n": int(there.sum()), "problems": len(np.unique(keys)), "left_out": int((~there).sum()),
+            "clean_right": float(_right(outcomes.clean, solutions)[there].mean()),
+            "evaluations": outcomes.evaluations,
+        },
+    )  # fmt: skip
+    return found.merge(compared(outcomes.conditions, values, keys, pairings))
+
+
+def compared(
+    conditions: Sequence[Condition],
+    values: dict[str, Values],
+    keys: Shaped[np.ndarray, " sample"],
+    pairings: Sequence[Pairing],
+) -> xr.Dataset:
+    """Every pairing in every cell that both its conditions have."""
+    rows, cells, columns = [], list[tuple[str, str, Condition]](), dict[str, list]()
+    for pairing in pairings:
+        one, other = (_by_cell(conditions, name) for name in (pairing.name, pairing.control))
+        shared = [cell for cell in one if cell in other]
+        if not shared:
+            continue
+        value = values[pairing.variable]
+        difference = np.stack(
+            [pairing.sign * (value[:, one[cell]].mean(axis=1) - value[:, other[cell]].mean(axis=1)) for cell in shared]
+        )
+        lower, upper = difference_interval(difference, keys)
+        p, bound = max_t_bootstrap(difference, keys).p, upper_bounds(difference, keys)
+        rows.append(np.stack([difference.mean(axis=1), lower, upper, p, bound]))
+        cells += [(pairing.name, pairing.control, conditions[one[cell][0]]) for cell in shared]
+    names = ("effect", "effect_lower", "effect_upper", "p", "bound")
+    every = np.concatenate(rows, axis=1) if rows else np.empty((len(names), 0))
+    columns = {
+        "compared": [name for name, _, _ in cells],
+        "control": [name for _, name, _ in cells],
+        **{f"at_{name}": [getattr(c, name) for _, _, c in cells] for name in ("step", "layer", "frame", "dose")},
+    }
+    return xr.Dataset(
+        {name: ("comparison", row, {"description": MEANING[name]}) for name, row in zip(names, every, strict=True)},
+        coords={name: ("comparison", value) for name, value in columns.items()},
+    )
+
+
+def _by_cell(conditions: Sequence[Condition], name: str) -> dict[tuple, list[int]]:
+    """The conditions of a name, by step, layer and frame. Of a probe's doses, the one that controls have."""
+    controlled = [c.dose for c in conditions if c.name == CONTROL or c.draw != NONE]
+    found = dict[tuple, list[int]]()
+    for i, c in enumerate(conditions):
+        if c.name == name and not (name == PROBE and controlled and c.dose != controlled[0]):
+            found.setdefault((c.step, c.layer, c.frame, c.steps), []).append(i)
+    return found
+
+
+def upper_bounds(
+    difference: Float[np.ndarray, "cell sample"], keys: Shaped[np.ndarray, " sample"]
+) -> Float[np.ndarray, " cell"]:
+    """Upper 95 % bounds of mean differences between -1 and 1, for all cells together.
+
+    The mean is at most the share of samples with a positive difference. The bound is the exact binomial bound of that
+    share, at the effective number of problems, with a level of 0.05 / cells (Bonferroni). It is never of width zero,
+    and conservative where losses are frequent.
+    """
+    count = effective_problems(keys)
+    wins = count * np.maximum(difference, 0.0).mean(axis=1)
+    level = (1 - COVERAGE) / len(difference)
+    return np.where(wins < count, betaincinv(wins + 1, np.maximum(count - wins, 1e-9), 1 - level), 1.0)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Decodability against the effect of a swap, cell by cell.
+
+    cells: (step, layer). skill: of the probe. effect: swap minus the control. correlation: Spearman's, with a 95 %
+    interval. not_used: decodable, and the bound of the effect is below `margin`. not_decodable: used, not decodable.
+    """
+
+    cells: list[tuple[int, int]]
+    skill: np.ndarray
+    effect: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    correlation: tuple[float, float, float]
+    not_used: list[tuple[int, int]]
+    not_decodable: list[tuple[int, int]]
+    margin: float
+
+
+def rank_correlation(
+    fixed: Float[np.ndarray, " cell"],
+    difference: Float[np.ndarray, "cell sample"],
+    keys: Shaped[np.ndarray, " sample"],
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Spearman's correlation over cells of `fixed` with the mean difference, and its 95 % interval.
+
+    The interval is the basic bootstrap interval, 2 r - quantiles, over problems; `fixed` counts as known. It is wide:
+    with few cells a correlation can hardly be told from zero. NaN for less than 3 cells or equal values.
+    Source: Davison and Hinkley (1997), "Bootstrap Methods and their Application", section 5.2.
+    """
+    if len(fixed) < 3 or np.ptp(fixed) == 0:
+        return (np.nan,) * 3
+    means = problem_draws(keys, draws, seed).means(difference)
+    r = float(_spearman(fixed, difference.mean(axis=1)[:, None])[0])
+    each = _spearman(fixed, means)
+    each = each[np.isfinite(each)]
+    if not np.isfinite(r) or not len(each):
+        return (np.nan,) * 3
+    low, high = np.quantile(each, [0.025, 0.975])
+    return r, float(max(2 * r - high, -1.0)), float(min(2 * r - low, 1.0))
+
+
+def _spearman(fixed: Float[np.ndarray, " cell"], others: Float[np.ndarray, "cell draw"]) -> Float[np.ndarray, " draw"]:
+    one, other = rankdata(fixed), rankdata(others, axis=0)
+    one, other = one - one.mean(), other - other.mean(axis=0)
+    size = np.sqrt((one**2).sum() * (other**2).sum(axis=0))
+    return np.where(size > 0, one @ other / np.where(size > 0, size, 1.0), np.nan)
+
+
+def _with_intervals(
+    name: str, values: Float[np.ndarray, "*row sample"], keys: Shaped[np.ndarray, " sample"], dims: tuple[str, ...]
+) -> dict[str, tuple]:
+    """Mean over samples with its interval, for every row."""
+    rows = values.reshape(-1, values.shape[-1])
+    whole = np.isfinite(rows).all(axis=1)
+    mean, lower, upper = np.full((3, len(rows)), np.nan)
+    if whole.any():
+        mean[whole] = rows[whole].mean(axis=1)
+        lower[whole], upper[whole] = mean_interval(rows[whole], keys)
+    entries = {name: mean, f"{name}_lower": lower, f"{name}_upper": upper}
+    about = {name: MEANING[name], f"{name}_lower": "lower end of its 95 % interval", f"{name}_upper": "upper end of it"}
+    return {
+        key: (dims, value.reshape(values.shape[:-1]), {"description": about[key]}) for key, value in entries.items()
+    }
+
+
+def _right(answers: np.ndarray, solutions: Sequence[Sequence[int]]) -> Bool[np.ndarray, " sample"]:
+    return np.array([a in good for a, good in zip(answers, solutions, strict=True)])
+
+
+def save_table(table: xr.Dataset, path: Path) -> Path:
+    """Writes a table as netCDF, atomically."""
+    make_folder(path.parent)
+    with whole_file(path) as part:
+        table.to_netcdf(part, engine="netcdf4")
+    return path
+
+
+def agreement(outcomes: Outcomes, grid: Grid, target: str, margin: float) -> Agreement | None:
+    """Decodability of a target beside the effect of a swap; None when they share no cell."""
+    there, conditions = outcomes.labels != NONE, outcomes.conditions
+    hits = (outcomes.answers[there] == outcomes.labels[there, None]).astype(float)
+    swap = {(c.step, c.layer): i for i, c in enumerate(conditions) if c.name == "swap"}
+    control = {(c.step, c.layer): i for i, c in enumerate(conditions) if c.name == "same answer"}
+    plane = grid.plane(target)
+    known = {(int(s), int(n)) for s in plane.step.values for n in plane.layer.values}
+    cells = [cell for cell in swap if cell in known and cell in control]
+    if not cells:
+        return None
+    at = [plane.sel(step=step, layer=layer) for step, layer in cells]
+    skill = np.array([float(one.accuracy) - float(one.chance) for one in at])
+    decodable = np.array([float(one.p_evidence) <= 1 - COVERAGE for one in at])
+    difference = np.stack([hits[:, swap[c]] - hits[:, control[c]] for c in cells])
+    keys = outcomes.keys[there]
+    lower, upper = difference_interval(difference, keys)
+    used = max_t_bootstrap(difference, keys).p <= 1 - COVERAGE
+    below = upper_bounds(difference, keys) < margin
+    return Agreement(
+        cells, skill, difference.mean(axis=1), lower, upper, rank_correlation(skill, difference, keys),
+        [c for c, d, b in zip(cells, decodable, below, strict=True) if d and b],
+        [c for c, d, u in zip(cells, decodable, used, strict=True) if u and not d],
+        margin,
+    )  # fmt: skip

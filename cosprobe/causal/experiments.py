@@ -1,0 +1,360 @@
+"""The experiments: which edits are made, with which controls, and what they need.
+
+Every experiment lists `Condition`s. A condition is a few edits with the coordinates of its cell. What is measured is
+the same for all: whether the finished video shows the label that the condition is about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from cosprobe.activations import ProbeSamples
+from cosprobe.causal.clean import NONE, CleanRun, random_states, taken_from
+from cosprobe.causal.directions import concept_erasers, probe_directions, random_directions, random_erasers
+from cosprobe.causal.edits import ABLATIONS, Edit
+from cosprobe.causal.patching import At
+from cosprobe.cells import Cell
+from cosprobe.models import COND
+from cosprobe.probes import ProbeBank
+from cosprobe.tasks import Box, Task
+
+LARGE = 10**9
+OTHER, SAME = "donor", "donor with the same answer"
+RANDOM, LATER = "random state", "donor at another step"
+PROBE, CONTROL = "direction of the probe", "direction of the control target"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to change the runs.
+
+    name: what is done, such as `swap` or the name of a control. edits: carried out together. step, layer, frame: the
+    cell, -1 where there is none. dose: amount of steering. draw: number of a random direction. steps: number of sampler
+    steps of the run, 0 for that of the settings.
+    """
+
+    name: str
+    edits: tuple[Edit, ...]
+    step: int = NONE
+    layer: int = NONE
+    frame: int = NONE
+    dose: float = math.nan
+    draw: int = NONE
+    steps: int = 0
+
+    @property
+    def first(self) -> int:
+        """The first step that is changed (a step index); all steps before it are those of the clean run."""
+        return min(min(edit.steps, default=0) for edit in self.edits)
+
+    @property
+    def coordinates(self) -> dict[str, Any]:
+        """Everything but the edits, for tables."""
+        return {name: value for name, value in asdict(self).items() if name != "edits"}
+
+
+class Given(Protocol):
+    """What `patch` needs besides the edits."""
+
+    @property
+    def sources(self) -> Mapping[str, Any]: ...
+    @property
+    def boxes(self) -> Sequence[Sequence[Box]]: ...
+
+
+@dataclass(frozen=True)
+class Needed:
+    """See `Given`."""
+
+    sources: Mapping[str, Any] = field(default_factory=dict)
+    boxes: Sequence[Sequence[Box]] = ()
+
+
+class Experiment(Protocol):
+    """Conditions, what each needs, and the label that it is about."""
+
+    def conditions(self) -> list[Condition]:
+        """All conditions."""
+        ...
+
+    def needed(self, run: CleanRun, condition: Condition) -> Needed:
+        """What the edits of a condition need, for one batch."""
+        ...
+
+    def labels(self, run: CleanRun) -> Int[Tensor, " sample"]:
+        """For every sample, the answer whose frequency is measured; NONE: the sample is left out."""
+        ...
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise at a step, and noise at a frame, with controls. The label is the answer of the clean run.
+
+    fresh: the latent, or one frame of it in every step, is replaced by Gaussian noise, as in arXiv 2603.16870, section
+    3.2. `equal damage`: the same, but the squared norm of all changes of a run is `damage`, one per step of a frame.
+    `renoised`: the run's own x0-hat, with fresh noise of the level of the step. `R evaluations left`: the hit is made
+    where `left` evaluations of the transformer follow it, in runs of other numbers of steps; for a frame, in every step
+    up to there.
+    steps: step indices that are hit. total: number of steps of a run. frames: number of frames of the token grid.
+    damage: squared norm of the changes. lengths: numbers of steps of the runs with `left` evaluations after the hit.
+    """
+
+    steps: Sequence[int]
+    total: int
+    frames: int
+    damage: float
+    left: int
+    lengths: Sequence[int]
+
+    def conditions(self) -> list[Condition]:
+        found = []
+        for step in self.steps:
+            fresh = Edit("noise", "fresh", (step,))
+            found.append(Condition("fresh", (fresh,), step))
+            found.append(Condition("equal damage", (Edit("noise", "damage", (step,), amount=self.damage),), step))
+            if step:
+                found.append(Condition("renoised", (Edit("noise", "renoised", (step,)),), step))
+        for length in self.lengths:
+            hit = length - self.left
+            name = f"{self.left} evaluations left"
+            found.append(Condition(name, (Edit("noise", "fresh", (hit,)),), hit, steps=length))
+        later, each = tuple(range(1, self.total)), self.damage / self.total
+        for frame in range(self.frames):
+            of_frame: dict[str, Any] = {"frames": (frame,)}
+            every = tuple(range(self.total))
+            found.append(Condition("fresh", (Edit("noise", "fresh", every, **of_frame),), frame=frame))
+            hit_less = Edit("noise", "damage", every, amount=each, **of_frame)
+            found.append(Condition("equal damage", (hit_less,), frame=frame))
+            found.append(Condition("renoised", (Edit("noise", "renoised", later, **of_frame),), frame=frame))
+            early = tuple(range(self.total - self.left))
+            name = f"{self.left} evaluations left"
+            found.append(Condition(name, (Edit("noise", "fresh", early, **of_frame),), frame=frame))
+        return found
+
+    def needed(self, run: CleanRun, condition: Condition) -> Needed:
+        return Needed()
+
+    def labels(self, run: CleanRun) -> Int[Tensor, " sample"]:
+        return run.answers
+
+
+@dataclass(frozen=True)
+class Swap:
+    """The hidden state of one layer and step, from a donor run, with controls. The label is the answer of the donor.
+
+    The state of every token of a block output is replaced, in every guidance branch. Controls: a donor whose answer is
+    that of the host; a random state whose tokens have the norms of the donor's; the donor's state of another step. If
+    answers are regions: only the tokens of the regions of both answers, and of as many other regions. And only the
+    tokens of the last frame.
+    steps, layers: the plane. total: number of steps of a run. frames: of the token grid. regions: whether answers are
+    regions, and there are enough of them for a wrong region.
+    """
+
+    steps: Sequence[int]
+    layers: Sequence[int]
+    total: int
+    frames: int
+    regions: bool
+    seed: int = 0
+
+    def conditions(self) -> list[Condition]:
+        found = []
+        for step in self.steps:
+            for layer in self.layers:
+                at: dict[str, Any] = {"steps": (step,), "layers": (layer,)}
+                for name, source in (
+                    ("swap", OTHER), ("same answer", SAME), ("random state", RANDOM), ("wrong step", LATER)
+                ):  # fmt: skip
+                    found.append(Condition(name, (Edit("swap", source=source, **at),), step, layer))
+                if self.regions:
+                    for name, where in (("two regions", (0, 1)), ("wrong regions", (2, 3))):
+                        found.append(Condition(name, (Edit("swap", source=OTHER, regions=where, **at),), step, layer))
+                last = self.frames - 1
+                found.append(Condition("last frame", (Edit("swap", source=OTHER, frames=(last,), **at),), step, layer))
+        return found
+
+    def needed(self, run: CleanRun, condition: Condition) -> Needed:
+        source, step = condition.edits[0].source, condition.step
+        if source == LATER:
+            other = (step + self.total // 2) % self.total
+            return Needed({source: taken_from(run.states(other), run.donors.other, step)})
+        if source == SAME:
+            return Needed({source: taken_from(run.states(step), run.donors.same, step)})
+        states = taken_from(run.states(step), run.donors.other, step)
+        if source == RANDOM:
+            only = {at: state for at, state in states.items() if at.layer == condition.layer}
+            return Needed({source: random_states(only, self.seed + step)})
+        if not condition.edits[0].regions:
+            return Needed({source: states})
+        host, donor = run.answers.tolist(), self.labels(run).tolist()
+        first = [[a, b] if NONE not in (a, b) else [] for a, b in zip(host, donor, strict=True)]
+        return Needed({source: states}, run.boxes(first))
+
+    def labels(self, run: CleanRun) -> Int[Tensor, " sample"]:
+        """The answer of the other donor; NONE for a sample that lacks one of its donors."""
+        there = (run.donors.other != NONE) & (run.donors.same != NONE)
+        answers = run.answers[torch.from_numpy(run.donors.other)]
+        return torch.where(torch.from_numpy(there), answers, NONE)
+
+
+@dataclass(frozen=True)
+class Steer:
+    """The direction of a probe, added to the tokens of the regions, with controls.
+
+    The label is a plausible answer that the clean run does not show, drawn for every sample. A dose of 1 adds a vector
+    of the mean norm of the tokens at this cell (over both axes, divided by the root of the number of regions that the
+    direction covers). Controls: random directions, and the direction of a probe of random labels.
+    cells: where the direction is added. norms: mean norm of a token, by cell. doses: of the probe. draws: number of
+    random directions, at the dose `compared`. control: name of the target with random labels; empty for none.
+    """
+
+    bank: ProbeBank
+    target: str
+    cells: Sequence[Cell]
+    norms: Mapping[Cell, float]
+    doses: Sequence[float]
+    compared: float
+    draws: int
+    control: str
+    task: Task
+    seed: int = 0
+
+    def conditions(self) -> list[Condition]:
+        found = []
+        for cell in self.cells:
+            at: dict[str, Any] = {"steps": (cell.step,), "layers": (cell.layer,)}
+
+            def one(name: str, dose: float, draw: int, cell: Cell = cell, at: dict[str, Any] = at) -> Condition:
+                edit = Edit("steer", source=name, amount=dose * self.norms[cell], seed=max(draw, 0), **at)
+                return Condition(name, (edit,), cell.step, cell.layer, dose=dose, draw=draw)
+
+            found += [one(PROBE, dose, NONE) for dose in self.doses]
+            if self.control:
+                found.append(one(CONTROL, self.compared, NONE))
+            found += [one("random direction", self.compared, draw) for draw in range(self.draws)]
+        return found
+
+    def needed(self, run: CleanRun, condition: Condition) -> Needed:
+        edit = condition.edits[0]
+        cell = next(c for c in self.cells if (c.step, c.layer) == (condition.step, condition.layer))
+        labels = self.labels(run).clamp_min(0)
+        found = probe_directions(self.bank, self.target, cell, labels)
+        if edit.source == CONTROL:
+            found = probe_directions(self.bank, self.control, cell, labels % self.bank.target(self.control).classes)
+        elif edit.source != PROBE:
+            found = random_directions(found, self.seed + edit.seed)
+        found = found * math.sqrt(float((found.norm(dim=2) > 1e-6).sum(dim=1).float().mean()))
+        return Needed({edit.source: found}, [problem.regions for problem in run.problems])
+
+    def labels(self, run: CleanRun) -> Int[Tensor, " sample"]:
+        found = []
+        for sample, answer in zip(run.samples, run.answers.tolist(), strict=True):
+            others = [a for a in self.task.plausible_answers(sample.problem) if a != answer]
+            rng = np.random.default_rng([self.seed, sample.seed % LARGE])
+            found.append(int(rng.choice(others)) if others and answer != NONE else NONE)
+        return torch.tensor(found)
+
+
+@dataclass(frozen=True)
+class Erase:
+    """A concept is removed from block outputs with LEACE, with controls. The label is the answer of the clean run.
+
+    At one cell, or in every layer at every step. Controls: the concept `control` (random labels), and random
+    directions, as many as LEACE removes.
+    """
+
+    samples: ProbeSamples
+    target: str
+    control: str
+    plane: Sequence[Cell]  # every cell with features
+    cells: Sequence[Cell]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_made", {})
+
+    def conditions(self) -> list[Condition]:
+        found = []
+        steps, layers = sorted({c.step for c in self.plane}), sorted({c.layer for c in self.plane})
+        for name in ("erased", *(["control erased"] if self.control else []), "random directions erased"):
+            for cell in self.cells:
+                edit = Edit("erase", source=name, steps=(cell.step,), layers=(cell.layer,))
+                found.append(Condition(name, (edit,), cell.step, cell.layer))
+            every = Edit("erase", source=name, steps=tuple(steps), layers=tuple(layers))
+            found.append(Condition(name, (every,)))
+        return found
+
+    def needed(self, run: CleanRun, condition: Condition) -> Needed:
+        name = condition.edits[0].source
+        made: dict[str, Any] = self._made  # type: ignore[attr-defined]
+        if name not in made:
+            made["erased"] = made.get("erased") or concept_erasers(self.samples, self.target, self.plane)
+            if name == "control erased":
+                made[name] = concept_erasers(self.samples, self.control, self.plane)
+            elif name != "erased":
+                made[name] = random_erasers(made["erased"], self.seed)
+        return Needed({name: made[name]})
+
+    def labels(self, run: CleanRun) -> Int[Tensor, " sample"]:
+        return run.answers
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """What a block adds to its input is removed or replaced, at a cell or in all steps. The label is the clean answer.
+
+    Whole, in the last frame, and in the region of the answer against another region.
+    """
+
+    steps: Sequence[int]
+    layers: Sequence[int]
+    total: int
+    frames: int
+    regions: bool
+
+    def conditions(self) -> list[Condition]:
+        found, last = [], self.frames - 1
+        for layer in self.layers:
+            for step in (NONE, *self.steps):
+                steps = tuple(range(self.total)) if step == NONE else (step,)
+                at: dict[str, Any] = {"steps": steps, "layers": (layer,)}
+                for how in ABLATIONS:
+                    found.append(Condition(how, (Edit("ablate", how, **at),), step, layer))
+                found.append(
+                    Condition("zero, last frame", (Edit("ablate", "zero", frames=(last,), **at),), step, layer)
+                )
+                if self.regions:
+                    for name, region in (("zero, region of the answer", 0), ("zero, another region", 1)):
+                        edit = Edit("ablate", "zero", regions=(region,), **at)
+                        found.append(Condition(name, (edit,), step, layer))
+        return found
+
+    def needed(self, run: CleanRun, condition: Condition) -> Needed:
+        return Needed({}, run.boxes([[a] if a != NONE else [] for a in run.answers.tolist()]))
+
+    def labels(self, run: CleanRun) -> Int[Tensor, " sample"]:
+        return run.answers
+
+
+def best_cells(bank: ProbeBank, accuracy: Mapping[Cell, float], steps: Sequence[int]) -> list[Cell]:
+    """For each step, the cell of the `cond` branch with the highest validation accuracy; on a tie the lowest layer."""
+    found = []
+    for step in steps:
+        here = [c for c in bank.cells if c.step == step and c.branch == COND]
+        best = max((accuracy[c] for c in here), default=-1.0)
+        found += [min((c for c in here if accuracy[c] == best), key=lambda c: c.layer)] if here else []
+    return found
+
+
+def mean_norms(run: CleanRun, cells: Sequence[Cell]) -> dict[Cell, float]:
+    """Mean norm of the tokens of a block output in the clean run, by cell."""
+    return {cell: float(run.states(cell.step)[At(cell.step, cell.layer, cell.branch)].float().norm(dim=-1).mean())
+            for cell in cells}  # fmt: skip

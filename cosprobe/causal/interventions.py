@@ -1,0 +1,250 @@
+"""`python probe.py use=intervene`: samples an experiment with its controls, and writes table, figure and page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+
+from cosprobe.activations import Sampler, StoredSamples, flops, images, load_samples
+from cosprobe.causal.clean import CleanRun
+from cosprobe.causal.edits import save_edits
+from cosprobe.causal.effects import FILE, Agreement, Pairing, agreement, save_table, summarised
+from cosprobe.causal.experiments import (
+    CONTROL,
+    PROBE,
+    Ablate,
+    Erase,
+    Experiment,
+    Noise,
+    Steer,
+    Swap,
+    best_cells,
+    mean_norms,
+)
+from cosprobe.causal.report import claims, print_page, write_page
+from cosprobe.causal.run import Intervention, Outcomes, sample_conditions
+from cosprobe.cells import parse_selection
+from cosprobe.config import InterveneConfig
+from cosprobe.ensembles import ProbeScorer
+from cosprobe.errors import InputError
+from cosprobe.evaluation import Grid
+from cosprobe.models import COND, pipeline_fingerprint
+from cosprobe.probes import ProbeBank
+from cosprobe.runtime import rank_and_world, say
+from cosprobe.tasks import ANSWER_ROLES, Role, Sample, TaskConfig, fresh_problems, with_noise
+
+FOLDER = "causal"
+PROBLEMS = {"quick": 24, "full": 96}
+PLANE = {"quick": (3, 3), "full": (20, 40)}  # most steps and layers of a plane
+LEAST_PAIRS = 20
+STEERED = 3  # cells
+PAIRINGS: dict[str, tuple[Pairing, ...]] = {
+    "noise": (
+        Pairing("fresh", "equal damage", "unchanged", -1),
+        Pairing("fresh", "renoised", "unchanged", -1),
+    ),
+    "swap": (
+        Pairing("swap", "same answer"),
+        Pairing("swap", "random state"),
+        Pairing("swap", "wrong step"),
+        Pairing("two regions", "wrong regions"),
+        Pairing("last frame", "same answer"),
+    ),
+    "steer": (Pairing(PROBE, "random direction"), Pairing(PROBE, CONTROL)),
+    "erase": (
+        Pairing("erased", "random directions erased", "unchanged", -1),
+        Pairing("erased", "control erased", "unchanged", -1),
+    ),
+    "ablate": (
+        Pairing("zero", "mean", "unchanged", -1),
+        Pairing("zero", "resample", "unchanged", -1),
+        Pairing("zero, region of the answer", "zero, another region", "unchanged", -1),
+    ),
+}
+
+
+def intervene(
+    sampler: Sampler, task: TaskConfig, bank: ProbeBank, use: InterveneConfig, seed: int, folder: Path
+) -> None:
+    """Changes runs of fresh problems as `use.edit` says, with controls, and reports what their videos show.
+
+    Writes report/causal/EDIT/ and causal/EDIT/ (outcomes) in `folder`, the folder of the result. sampler: the loaded
+    pipeline and the task of the run. task: settings of that task. With several processes, all of them sample, and the
+    first one writes.
+    Raises InputError when the bank was made for another model, for a task without a parser, for steps, layers, kinds or
+    targets that the run does not have, and for batches of one sample.
+    """
+    bank.check_model(pipeline_fingerprint(sampler.model), "the loaded pipeline")
+    if not sampler.task.candidates:
+        raise InputError(
+            f"task {sampler.task.name!r}: has no parser, so no answer can be read from a changed video; expected a "
+            "task with one"
+        )
+    grid, kind = Grid.load(folder), use.kind or sampler.task.kinds[0]
+    if kind not in sampler.task.kinds:
+        raise InputError(f"use.kind={kind!r}: expected one of {', '.join(sampler.task.kinds)}")
+    if sampler.config.batch < 2:
+        raise InputError("pipeline.batch=1: donors are other samples of a batch; expected runs with at least 2")
+    count = use.problems or PROBLEMS[use.size]
+    problems = fresh_problems(sampler.task, "test", task.problems, count, [kind])
+    batches = sampler.batches(with_noise(problems, seed, use.seeds))
+    if len(batches) > 1 and len(batches[-1]) < 2:
+        batches[-2:] = [batches[-2] + batches[-1]]
+    experiment, layers = build_experiment(sampler, bank, grid, use, kind, batches[0], folder, seed)
+    conditions = experiment.conditions()
+    samples, steps = sum(map(len, batches)), sampler.config.steps
+    each = sum((c.steps or steps) - c.first for c in conditions) + steps
+    naive = sum(c.steps or steps for c in conditions) + steps
+    say(
+        f"{use.edit}: {len(conditions)} conditions of {samples} samples ({len(problems)} problems of kind {kind!r}); "
+        f"{each * samples} network evaluations, as many as {each / steps:.0f} clean runs of each sample"
+    )
+    scorer = ProbeScorer.of(bank, grid, sampler.task.name) if use.edit == "noise" and _answers(bank, kind) else None
+    module = Intervention(sampler, experiment, layers, scorer, follow=use.edit == "noise")
+    identity = {"store": asdict(bank.store), "bank": bank.fingerprint, "edit": use.edit, "seed": seed}
+    outcomes = sample_conditions(module, batches, folder / FOLDER / use.edit, identity)
+    if rank_and_world()[0] == 0:
+        flat = [sample for batch in batches for sample in batch]
+        cost = flops(sampler.model, sampler.config, images(sampler.task, problems[:1]), [problems[0].prompt])
+        report(sampler, use, grid, kind, outcomes, flat, naive, cost.evaluation / cost.run(steps), folder)
+
+
+def report(
+    sampler: Sampler,
+    use: InterveneConfig,
+    grid: Grid,
+    kind: str,
+    outcomes: Outcomes,
+    samples: Sequence[Sample],
+    naive: int,
+    share: float,
+    folder: Path,
+) -> xr.Dataset:
+    """Writes what an experiment found, prints it, and returns its table.
+
+    naive: evaluations per sample without shared first steps. share: cost of an evaluation, of that of a clean run.
+    """
+    steps, place = sampler.config.steps, folder / "report" / FOLDER / use.edit
+    table = summarised(outcomes, PAIRINGS[use.edit], [sampler.task.solutions(s.problem) for s in samples])
+    table.attrs |= {
+        "task": sampler.task.name, "kind": kind, "edit": use.edit, "size": use.size, "total_steps": steps,
+        "depth": sampler.depth, "naive_evaluations": naive, "clean_runs": outcomes.evaluations / steps,
+        "evaluation_share": share,
+    }  # fmt: skip
+    found: Agreement | None = None
+    if use.edit == "swap":
+        found = agreement(outcomes, grid, _answer_target(grid, kind, sampler), use.margin)
+    if table.attrs["n"] < LEAST_PAIRS:
+        say(
+            f"warning: {table.attrs['n']} samples have what the experiment needs; with fewer than {LEAST_PAIRS}, an "
+            f"effect below {upper_without_wins(table.attrs['n']):.2f} cannot be told from none; raise use.problems"
+        )
+    save_table(table, place / FILE)
+    save_edits([edit for condition in outcomes.conditions for edit in condition.edits], place / "edits.yaml")
+    page = write_page(table, outcomes, claims(table, outcomes, found), found, place, folder / "tensorboard")
+    print_page(table, claims(table, outcomes, found), found, page)
+    return table
+
+
+def upper_without_wins(count: int) -> float:
+    """The upper 95 % bound of a share without a single success in `count` trials."""
+    return 1 - 0.05 ** (1 / max(count, 1))
+
+
+def build_experiment(
+    sampler: Sampler,
+    bank: ProbeBank,
+    grid: Grid,
+    use: InterveneConfig,
+    kind: str,
+    first: list[Sample],
+    folder: Path,
+    seed: int,
+) -> tuple[Experiment, tuple[int, ...]]:
+    """The experiment that the settings name, and the layers whose states it needs. first: the first batch."""
+    total, depth, frames = sampler.config.steps, sampler.depth, sampler.token_frames
+    most_steps, most_layers = PLANE[use.size]
+    steps = parse_selection(use.steps, total, "use.steps") if use.steps else _spaced(total, most_steps)
+    layers = parse_selection(use.layers, depth, "use.layers") if use.layers else _layers(depth, most_layers)
+    answers_are_regions = sampler.task.candidates == sampler.task.regions
+    if use.edit == "noise":
+        steps = steps if use.steps or use.size == "full" else _spaced(total, 5)
+        left = max(total // 2, 1)
+        shares = (0.0, 0.25, 0.5, 0.75)
+        lengths = sorted({round(left / (1 - share)) for share in shares} - {left})
+        return Noise(steps, total, frames, _damage(sampler, first), left, lengths), ()
+    if use.edit == "swap":
+        return Swap(steps, layers, total, frames, answers_are_regions and sampler.task.regions > 3, seed), layers
+    if use.edit == "ablate":
+        steps = steps if use.steps or use.size == "full" else _spaced(total, 2)
+        return Ablate(steps, layers, total, frames, answers_are_regions and sampler.task.regions > 1), layers
+    target = use.target or _answer_target(grid, kind, sampler)
+    names = [t.name for t in bank.targets]
+    if target not in names:
+        raise InputError(f"use.target={target!r}: expected one of {', '.join(names)}")
+    control = next((t.name for t in bank.targets if t.role == Role.CONTROL and t.name != target), "")
+    accuracy = {c: float(grid.at(target, c).validation_accuracy) for c in bank.cells if c.branch == COND}
+    if use.edit == "erase":
+        stored = StoredSamples.load(folder)
+        samples = load_samples(stored)[0].subset("train")
+        every = [c for c in bank.cells if c.branch == COND and c.position == bank.cells[0].position]
+        chosen = [c for c in every if c.step in steps and c.layer in layers]
+        return Erase(samples, target, control, every, chosen, seed), ()
+    cells = best_cells(bank, accuracy, steps)[:STEERED] if use.size == "quick" else best_cells(bank, accuracy, steps)
+    if use.layers:
+        cells = [c for c in accuracy if c.step in steps and c.layer in layers and c.position == cells[0].position]
+    if not cells:
+        raise InputError(f"use.steps={use.steps!r}, use.layers={use.layers!r}: no probes were trained there")
+    layers = tuple(sorted({cell.layer for cell in cells}))
+    norms = mean_norms(CleanRun(sampler, first, layers), cells)
+    doses = sorted(set(use.doses))
+    compared = doses[-2] if len(doses) > 1 else doses[0]
+    return Steer(bank, target, cells, norms, doses, compared, use.directions, control, sampler.task, seed), layers
+
+
+def _spaced(total: int, most: int) -> tuple[int, ...]:
+    """At most `most` indices from 0, evenly spaced."""
+    return tuple(sorted({i * total // min(most, total) for i in range(min(most, total))}))
+
+
+def _layers(depth: int, most: int) -> tuple[int, ...]:
+    """At most `most` layers, evenly spaced, up to the last but one that lets later layers act."""
+    count = min(most, depth)
+    return tuple(sorted({(i + 1) * depth // count - 1 for i in range(count)}))
+
+
+def _answers(bank: ProbeBank, kind: str) -> bool:
+    """Whether there are probes of answers for problems of a kind."""
+    return any(t.role in ANSWER_ROLES and kind in t.kinds for t in bank.targets)
+
+
+def _answer_target(grid: Grid, kind: str, sampler: Sampler) -> str:
+    """The target that stands for what the video shows. Raises InputError without one."""
+    kinds = {t.name: t.kinds for t in sampler.task.targets}
+    for name in grid.with_role(*ANSWER_ROLES):
+        if kind in kinds.get(name, ()):
+            return name
+    raise InputError(f"use.kind={kind!r}: this run has no probes of its answers; expected a run with such a target")
+
+
+@torch.no_grad()
+def _damage(sampler: Sampler, samples: list[Sample]) -> float:
+    """The squared norm of the change that equal damage makes: half of that of fresh noise in place of a noise latent.
+
+    Such a change has twice as many units as the latent has values, and later latents have less noise, so every hit can
+    be scaled down to this size.
+    """
+    sizes = list[int]()
+
+    def note(running: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        sizes.append(tensors["latents"][0].numel())
+        running._interrupt = True
+        return {}
+
+    sampler(samples[:1], callback_on_step_end=note, output_type="latent")
+    return float(sizes[0])

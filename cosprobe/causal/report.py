@@ -1,0 +1,527 @@
+"""Report of an experiment: claims with intervals and verdicts, a page in Markdown, a figure, TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from cosprobe.causal.clean import NONE
+from cosprobe.causal.effects import Agreement
+from cosprobe.causal.experiments import CONTROL, PROBE, Condition
+from cosprobe.causal.run import Outcomes
+from cosprobe.evaluation import difference_interval, mean_interval
+from cosprobe.files import make_folder, whole_file
+from cosprobe.reporting import STYLE, log_figure, markdown_table, new_figure
+
+HOLDS, FAILS, UNCLEAR, UNTESTED = "holds", "does not hold", "no evidence", "cannot be tested here"
+LINES = {"fresh": "#d55e00", "equal damage": "#0072b2", "renoised": "#009e73"}
+OTHER_LINE, RANDOM_LINE = "#cc79a7", "#888888"
+STEP_LABEL = "denoising step that is changed (0 = noisiest)"
+ABOUT = {
+    "noise": "The latent of a step, or one of its frames in every step, is replaced by Gaussian noise (`fresh`, as in "
+    "arXiv 2603.16870). Controls: noise of the same squared norm for every hit (`equal damage`); x0-hat of the run "
+    "with fresh noise of the level of the step (`renoised`); hits that leave the same number of evaluations.",
+    "swap": "The output of one block at one step is replaced by that of a donor, another sample whose finished video "
+    "shows another answer. Counted are videos that then show the donor's answer. Controls: a donor with the host's own "
+    "answer, a random state with tokens of the same norms, the donor's state of another step, and regions of other "
+    "answers.",
+    "steer": "The direction along which the score of the probe rises is added to the output of one block at one step. "
+    "Counted are videos that then show the answer steered towards. Controls: random directions of the same norm, and "
+    "the direction of a probe that was trained on random labels. A dose of 1 is as long as a token is on average.",
+    "erase": "What any linear probe could read of the answer is removed from block outputs (LEACE). Counted are videos "
+    "that keep the answer of the clean run. Controls: random labels are erased in the same way, and as many random "
+    "directions.",
+    "ablate": "What one block adds to its input is removed (`zero`), or replaced by its mean over the batch (`mean`) "
+    "or by that of another sample (`resample`). Counted are videos that keep the answer of the clean run.",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement, what was measured for it, and whether it holds.
+
+    control: the condition under which it is measured. value, lower, upper: the estimate with its 95 % interval.
+    """
+
+    claim: str
+    measure: str
+    control: str
+    value: float
+    lower: float
+    upper: float
+    verdict: str
+
+
+def verdict(lower: float, upper: float) -> str:
+    """`holds` for an interval above zero, `does not hold` for one below, otherwise `no evidence`."""
+    if not np.isfinite([lower, upper]).all():
+        return UNTESTED
+    return HOLDS if lower > 0 else FAILS if upper < 0 else UNCLEAR
+
+
+def claims(table: xr.Dataset, outcomes: Outcomes, found: Agreement | None) -> list[Claim]:
+    """The statements that an experiment tests: those of the paper, and for the other experiments our own."""
+    kind = str(table.attrs["edit"])
+    if kind == "noise":
+        return _noise_claims(outcomes)
+    if kind == "swap":
+        return _swap_claims(table)
+    named = {
+        "steer": "The direction of the probe moves answers to the label more than the control does",
+        "erase": "Erasing the answer changes more videos than the control does",
+        "ablate": "Removing what the block adds changes more videos than the control does",
+    }[kind]
+    return [_strongest(table, str(control), named) for control in dict.fromkeys(table.control.values.tolist())]
+
+
+def _strongest(table: xr.Dataset, control: str, claim: str) -> Claim:
+    """The cell with the largest effect against a control, judged by its corrected p."""
+    rows = table.isel(comparison=np.flatnonzero(table.control.values == control))
+    at = int(rows.effect.argmax())
+    one = rows.isel(comparison=at)
+    p, name = float(one.p), str(one.compared.values)
+    where = _cell(int(one.at_step), int(one.at_layer), int(one.at_frame))
+    outcome = HOLDS if p <= 0.05 else UNCLEAR
+    measure = f"{name} minus {control}, {where}, largest of {rows.sizes['comparison']} cells, p {p:.3f} corrected"
+    value, lower, upper = (float(one[name]) for name in ("effect", "effect_lower", "effect_upper"))
+    return Claim(claim, measure, control, value, lower, upper, outcome)
+
+
+def _cell(step: int, layer: int, frame: int = NONE) -> str:
+    parts = [f"{name} {value}" for name, value in (("step", step), ("layer", layer), ("frame", frame)) if value != NONE]
+    return ", ".join(parts) or "all steps and layers"
+
+
+def _noise_claims(outcomes: Outcomes) -> list[Claim]:
+    there = outcomes.labels != NONE
+    keys, conditions = outcomes.keys[there], outcomes.conditions
+    kept = (outcomes.answers[there] == outcomes.labels[there, None]).astype(float)
+    found = []
+    for name in dict.fromkeys(c.name for c in conditions):
+        steps = [i for i, c in enumerate(conditions) if c.name == name and c.frame == NONE]
+        frames = [i for i, c in enumerate(conditions) if c.name == name and c.frame != NONE]
+        if steps and frames:
+            values = kept[:, frames].mean(axis=1) - kept[:, steps].mean(axis=1)
+            found.append(
+                _paired(
+                    "Noise at one step hurts more than noise in one frame at every step",
+                    "answers kept: mean over frames minus mean over steps", name, values, keys,
+                )
+            )  # fmt: skip
+    for name in ("fresh", "equal damage", "renoised"):
+        at = [
+            i
+            for i, c in enumerate(conditions)
+            if c.name == name and c.frame == NONE and np.isfinite(outcomes.cka[:, i]).any()
+        ]
+        if len(at) < 3:
+            continue
+        end = outcomes.cka[there][:, at, -1]
+        third = max(len(at) // 3, 1)
+        values = end[:, :third].mean(axis=1) - end[:, -third:].mean(axis=1)
+        found.append(
+            _meaned(
+                "Early hits stay visible to the end, late ones less",
+                "1 - CKA at the last step: first third of the hits minus last third", name, values, keys,
+            )
+        )  # fmt: skip
+        later = np.stack([outcomes.cka[there][:, i, conditions[i].step :].mean(axis=1) for i in at], axis=1)
+        middle = later[:, third : len(at) - third].mean(axis=1)
+        ends = np.maximum(later[:, :third].mean(axis=1), later[:, -third:].mean(axis=1))
+        found.append(
+            _meaned(
+                "Sensitivity peaks in the middle of sampling (steps 20 to 30 of 50)",
+                "1 - CKA, mean of later steps: middle third of the hits minus the larger of first and last", name,
+                middle - ends, keys,
+            )
+        )  # fmt: skip
+    if at := [i for i, c in enumerate(conditions) if c.steps]:
+        at.sort(key=lambda i: conditions[i].step / conditions[i].steps)
+        values = kept[:, at[-1]] - kept[:, at[0]]
+        found.append(
+            _paired(
+                "An early hit hurts more than a late one, with the same number of evaluations left",
+                f"answers kept: hit at {_share(conditions[at[-1]])} minus at {_share(conditions[at[0]])} of the run",
+                conditions[at[0]].name,
+                values, keys,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _share(condition: Condition) -> str:
+    return f"{condition.step / condition.steps:.2f}"
+
+
+def _swap_claims(table: xr.Dataset) -> list[Claim]:
+    depth, claim = (
+        int(table.attrs["depth"]),
+        "The state of a middle layer at step 0 decides the answer (layer 20 of 40)",
+    )
+    found = []
+    for control in ("same answer", "random state", "wrong step", "wrong regions"):
+        rows = table.isel(comparison=np.flatnonzero(table.control.values == control))
+        rows = rows.isel(comparison=np.flatnonzero((rows.at_step.values == 0) & (rows.compared.values != "last frame")))
+        if not rows.sizes["comparison"]:
+            found.append(Claim(claim, "answer of the donor, step 0", control, np.nan, np.nan, np.nan, UNTESTED))
+            continue
+        at = int(np.abs(rows.at_layer.values + 1 - depth / 2).argmin())
+        one = rows.isel(comparison=at)
+        p = float(one.p)
+        measure = (
+            f"{one.compared.values} minus {control}, step 0, layer {int(one.at_layer)} of {depth}, p {p:.3f} corrected"
+        )
+        value, lower, upper = (float(one[name]) for name in ("effect", "effect_lower", "effect_upper"))
+        found.append(Claim(claim, measure, control, value, lower, upper, HOLDS if p <= 0.05 else UNCLEAR))
+        found.append(_strongest(table.isel(comparison=np.flatnonzero(table.compared.values != "last frame")), control,
+                                "Some cell of the plane decides the answer"))  # fmt: skip
+    return sorted(found, key=lambda claim: claim.claim, reverse=True)  # stable
+
+
+def _paired(claim: str, measure: str, control: str, values: np.ndarray, keys: np.ndarray) -> Claim:
+    (lower,), (upper,) = difference_interval(values[None], keys)
+    return Claim(claim, measure, control, float(values.mean()), float(lower), float(upper), verdict(lower, upper))
+
+
+def _meaned(claim: str, measure: str, control: str, values: np.ndarray, keys: np.ndarray) -> Claim:
+    (lower,), (upper,) = mean_interval(values[None], keys)
+    return Claim(claim, measure, control, float(values.mean()), float(lower), float(upper), verdict(lower, upper))
+
+
+# the page
+
+
+def write_page(
+    table: xr.Dataset,
+    outcomes: Outcomes,
+    stated: Sequence[Claim],
+    found: Agreement | None,
+    folder: Path,
+    tensorboard: Path,
+) -> Path:
+    """Writes EDIT.md and EDIT.png to `folder`, and the figure to TensorBoard. Returns the path of the page."""
+    make_folder(folder)
+    name = str(table.attrs["edit"])
+    drawn = figure(table, found)
+    with whole_file(folder / f"{name}.png") as part:
+        drawn.savefig(part, format="png")
+    log_figure(folder / f"{name}.png", f"interventions/{name}", tensorboard)
+    if found is not None:
+        with whole_file(folder / "agreement.png") as part:
+            agreement_figure(found).savefig(part, format="png")
+        log_figure(folder / "agreement.png", "interventions/decodable against used", tensorboard)
+    page = folder / f"{name}.md"
+    with whole_file(page) as part:
+        part.write_text("\n".join(lines(table, stated, found)) + "\n")
+    return page
+
+
+def lines(table: xr.Dataset, stated: Sequence[Claim], found: Agreement | None) -> list[str]:
+    """The page in Markdown."""
+    about, name = table.attrs, str(table.attrs["edit"])
+    out = [
+        f"# {name.capitalize()}: {about['task']}, kind {about['kind']}",
+        "",
+        ABOUT[name],
+        "",
+        _size(table),
+        "",
+        *markdown_table(*claim_rows(stated)),
+        "",
+        f"![{name}]({name}.png)",
+        "",
+    ]
+    if found is not None:
+        out += ["## Decodable and used", "", *agreement_lines(found), "", "![agreement](agreement.png)", ""]
+    return [*out, "## All conditions", "", *markdown_table(*condition_rows(table)), "", *_notes(table)]
+
+
+def _size(table: xr.Dataset) -> str:
+    a = table.attrs
+    ratio = a["evaluations"] / a["naive_evaluations"]
+    return (
+        f"{a['n']} samples of {a['problems']} problems; {a['left_out']} more are left out, because their clean video "
+        f"shows no answer or there is no donor for them. The clean videos are right on {a['clean_right']:.2f}. The "
+        f"experiment took {a['evaluations']:.0f} network evaluations per sample, as many as {a['clean_runs']:.0f} clean "
+        f"runs of {a['total_steps']} steps; without shared first steps it would take {1 / ratio:.2f} times as many."
+    )
+
+
+def _notes(table: xr.Dataset) -> list[str]:
+    return [
+        "Intervals are 95 % intervals over problems: exact binomial bounds for shares, the adjusted interval of "
+        "matched pairs for differences. p-values are corrected over all cells of a comparison. `causal.nc` has all "
+        "numbers, `edits.yaml` the edits."
+    ]
+
+
+def claim_rows(stated: Sequence[Claim]) -> list[list[str]]:
+    """The table of the claims, heading first."""
+    head = ["claim", "measured", "control", "ours", "verdict"]
+    return [head, *([c.claim, c.measure, c.control, _number(c), c.verdict] for c in stated)]
+
+
+def _number(claim: Claim) -> str:
+    if not np.isfinite(claim.value):
+        return ""
+    return f"{claim.value:+.2f} [{claim.lower:+.2f}, {claim.upper:+.2f}]"
+
+
+def condition_rows(table: xr.Dataset) -> list[list[str]]:
+    """The table of the conditions, heading first. Random directions are one row, the mean of all."""
+    head = ["condition", "where", "dose", "shows the label", "unchanged", "no answer", "right", "change elsewhere"]
+    body, seen = [], set()
+    for i in range(table.sizes["condition"]):
+        one = table.isel(condition=i)
+        step, layer, frame = (int(one[n]) for n in ("step", "layer", "frame"))
+        where, steps = _cell(step, layer, frame), int(one.steps)
+        key = (str(one.name.values), where)
+        if int(one.draw) != NONE and key in seen:
+            continue
+        seen.add(key)
+        if int(one.draw) != NONE:
+            same = (table.name == one.name) & (table.step == step) & (table.layer == layer)
+            one = table.isel(condition=np.flatnonzero(same.values)).mean("condition", keep_attrs=True)
+            key = (f"{key[0]}, mean of {int(same.sum())}", where)
+        shown = f"{float(one.label):.2f}"
+        if "mean of" not in key[0]:
+            shown += f" [{float(one.label_lower):.2f}, {float(one.label_upper):.2f}]"
+        dose = float(one.dose)
+        body.append(
+            [
+                key[0],
+                where + (f" of {steps}" if steps else ""),
+                "" if np.isnan(dose) else f"{dose:g}",
+                shown,
+                *(f"{float(one[n]):.2f}" for n in ("unchanged", "none", "right")),
+                f"{float(one.change):.3f}",
+            ]
+        )
+    return [head, *body]
+
+
+def agreement_lines(found: Agreement) -> list[str]:
+    """Sentences on where probes and causes agree."""
+    r, low, high = found.correlation
+
+    def named(cells: Sequence[tuple[int, int]]) -> str:
+        return ", ".join(f"step {s} layer {n}" for s, n in cells) or "none"
+
+    first = (
+        f"Rank correlation of skill (accuracy of the probe above chance) with the effect of a swap, over "
+        f"{len(found.cells)} cells: {r:.2f} [{low:.2f}, {high:.2f}]. The interval is over problems of the swap; skill "
+        "counts as known."
+        if np.isfinite(r)
+        else "The rank correlation of skill with the effect of a swap is not defined: all effects are equal, or there "
+        "are too few cells."
+    )
+    return [
+        f"* {first}",
+        f"* Decodable, and an effect of {found.margin:g} or more is ruled out: {named(found.not_used)}.",
+        f"* Used, and no evidence that it is decodable: {named(found.not_decodable)}.",
+    ]
+
+
+def print_page(table: xr.Dataset, stated: Sequence[Claim], found: Agreement | None, page: Path) -> None:
+    """Prints the claims, and the path of the page."""
+    console = Console()
+    shown = Table("control", "ours", "verdict", box=None, padding=(0, 2, 0, 0))
+    last = ""
+    console.print(_size(table) + "\n", highlight=False, soft_wrap=True)
+    for claim in stated:
+        if claim.claim != last:
+            if shown.row_count:
+                console.print(shown)
+            console.print(f"\n{claim.claim}?", highlight=False, soft_wrap=True)
+            shown, last = Table("control", "ours", "verdict", box=None, padding=(0, 2, 0, 2)), claim.claim
+        shown.add_row(claim.control, _number(claim), claim.verdict)
+    console.print(shown)
+    for line in agreement_lines(found) if found is not None else []:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"\npage: {page}", highlight=False, soft_wrap=True)
+
+
+# figures
+
+
+def figure(table: xr.Dataset, found: Agreement | None = None) -> Figure:
+    """The figure of an experiment."""
+    drawers = {
+        "noise": _draw_noise,
+        "swap": _draw_swap,
+        "steer": _draw_steer,
+        "erase": _draw_rows,
+        "ablate": _draw_rows,
+    }
+    with rc_context(STYLE):
+        return drawers[str(table.attrs["edit"])](table)
+
+
+def _where(table: xr.Dataset, **values: object) -> xr.Dataset:
+    keep = np.ones(table.sizes["condition"], bool)
+    for name, value in values.items():
+        keep &= table[name].values == value
+    return table.isel(condition=np.flatnonzero(keep))
+
+
+def _draw_noise(table: xr.Dataset) -> Figure:
+    sheet = new_figure(8.0, 5.8)
+    grid = sheet.subplots(2, 2, width_ratios=(1.4, 1))
+    of_steps, of_frames = _where(table, frame=NONE), table.isel(condition=np.flatnonzero(table.frame.values != NONE))
+    total = int(table.attrs["total_steps"])
+    names = list(dict.fromkeys(table.name.values.tolist()))
+    for name in names:
+        for axes, rows, along in ((grid[0, 0], of_steps, "step"), (grid[0, 1], of_frames, "frame")):
+            one = _where(rows, name=name)
+            if not one.sizes["condition"]:
+                continue
+            x = one[along].values.astype(float)
+            if along == "step":
+                lengths = np.where(one.steps.values > 0, one.steps.values, total)
+                x = x / lengths
+            mean = one.label.values
+            ends = [mean - one.label_lower.values, one.label_upper.values - mean]
+            axes.errorbar(x, mean, ends, label=name, color=LINES.get(name, OTHER_LINE), marker="o", markersize=3.5,
+                          elinewidth=0.8, linewidth=1.2)  # fmt: skip
+    grid[0, 0].set(xlabel="part of the run before the hit", ylabel="answers kept", ylim=(-0.03, 1.03))
+    grid[0, 0].set_title("noise at one step", loc="left")
+    grid[0, 1].set(
+        xlabel="frame of the latent", ylim=(-0.03, 1.03), xticks=sorted(set(of_frames.frame.values.tolist()))
+    )
+    grid[0, 1].set_title("noise in one frame, every step", loc="left")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    sheet.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, bbox_to_anchor=(0.5, 1.06))
+    for axes, name in ((grid[1, 0], "fresh"), (grid[1, 1], "renoised")):
+        one = _where(of_steps, name=name, steps=0)
+        if not one.sizes["condition"]:
+            axes.set_visible(False)
+            continue
+        shown = one.cka.values.copy()
+        for i, step in enumerate(one.step.values):
+            shown[i, : int(step)] = np.nan
+        image = axes.imshow(
+            shown, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="upper", interpolation="nearest"
+        )
+        axes.set_yticks(range(one.sizes["condition"]), [str(s) for s in one.step.values])
+        axes.set(xlabel="step that is compared with the clean run", ylabel="step of the hit")
+        axes.set_title(f"{name}: 1 - CKA of x0-hat", loc="left")
+        sheet.colorbar(image, ax=axes)
+    return sheet
+
+
+def _plane(table: xr.Dataset, name: str) -> tuple[np.ndarray, list[int], list[int]]:
+    one = _where(table, name=name)
+    steps, layers = (sorted(set(one[n].values.tolist())) for n in ("step", "layer"))
+    found = np.full((len(layers), len(steps)), np.nan)
+    for step, layer, share in zip(one.step.values, one.layer.values, one.label.values, strict=True):
+        found[layers.index(int(layer)), steps.index(int(step))] = share
+    return found, steps, layers
+
+
+def _draw_swap(table: xr.Dataset) -> Figure:
+    names = list(dict.fromkeys(table.name.values.tolist()))
+    columns = 4
+    rows = -(-len(names) // columns)
+    sheet = new_figure(8.0, 2.3 * rows + 0.4)
+    grid = sheet.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes, name in zip(grid.ravel(), names, strict=False):
+        shown, steps, layers = _plane(table, name)
+        image = axes.imshow(
+            shown, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="lower", interpolation="nearest"
+        )
+        every, each = -(-len(steps) // 6), -(-len(layers) // 8)
+        axes.set_xticks(range(0, len(steps), every), [str(s) for s in steps[::every]])
+        axes.set_yticks(range(0, len(layers), each), [str(n) for n in layers[::each]])
+        axes.set_title(name, loc="left")
+        if shown.size <= 24:
+            for (y, x), value in np.ndenumerate(shown):
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value < 0.6 else "k")
+    for axes in grid.ravel()[len(names) :]:
+        axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("step")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("layer")
+    sheet.colorbar(image, ax=grid.ravel().tolist(), label="videos with the donor's answer")
+    return sheet
+
+
+def agreement_figure(found: Agreement) -> Figure:
+    """Effect of a swap against skill of the probe, one point per cell."""
+    with rc_context(STYLE):
+        sheet = new_figure(5.2, 3.6)
+        axes = sheet.subplots()
+        colours = np.array([step for step, _ in found.cells])
+        ends = [found.effect - found.lower, found.upper - found.effect]
+        axes.errorbar(found.skill, found.effect, ends, fmt="none", ecolor="#bbbbbb", elinewidth=0.8)
+        points = axes.scatter(found.skill, found.effect, c=colours, cmap="viridis", s=26, zorder=3)
+        for (_, layer), x, y in zip(found.cells, found.skill, found.effect, strict=True):
+            if len(found.cells) <= 24:
+                axes.annotate(str(layer), (x, y), (4, 3), textcoords="offset points", fontsize=7.5)
+        axes.axhline(0, color="#888888", linewidth=0.8)
+        axes.axhline(found.margin, color="#888888", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="accuracy of the probe above chance", ylabel="effect of a swap")
+        axes.set_title("decodable against used; numbers: layer", loc="left")
+        sheet.colorbar(points, ax=axes, label="step")
+        return sheet
+
+
+def _draw_steer(table: xr.Dataset) -> Figure:
+    of_probe = _where(table, name=PROBE)
+    cells = list(dict.fromkeys(zip(of_probe.step.values.tolist(), of_probe.layer.values.tolist(), strict=True)))
+    shown = cells[:: max(1, -(-len(cells) // 4))][:4]
+    sheet = new_figure(8.0, 3.0)
+    grid = sheet.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    for axes, (step, layer) in zip(grid, shown, strict=True):
+        one = _where(of_probe, step=step, layer=layer).sortby("dose")
+        mean = one.label.values
+        ends = [mean - one.label_lower.values, one.label_upper.values - mean]
+        axes.errorbar(one.dose.values, mean, ends, color="#0072b2", marker="o", markersize=3.5, label="probe")
+        axes.plot(one.dose.values, one.unchanged.values, color="#0072b2", linestyle=":", label="probe, unchanged")
+        drawn = _where(table, name="random direction", step=step, layer=layer)
+        axes.plot(
+            drawn.dose.values, drawn.label.values, "_", color=RANDOM_LINE, label="random directions", markersize=9
+        )
+        control = _where(table, name=CONTROL, step=step, layer=layer)
+        axes.plot(control.dose.values, control.label.values, "x", color="#d55e00", label="control target")
+        axes.set(xlabel="dose (1 = a token's norm)", ylim=(-0.03, 1.03))
+        axes.set_title(f"step {step}, layer {layer}", loc="left")
+    grid[0].set_ylabel("videos with the label")
+    handles, labels = grid[0].get_legend_handles_labels()
+    sheet.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, bbox_to_anchor=(0.5, 1.1))
+    return sheet
+
+
+def _draw_rows(table: xr.Dataset) -> Figure:
+    """One row per cell, one mark per condition."""
+    cells = list(dict.fromkeys(zip(table.step.values.tolist(), table.layer.values.tolist(), strict=True)))
+    names = list(dict.fromkeys(table.name.values.tolist()))
+    sheet = new_figure(8.0, 1.2 + 0.3 * len(cells))
+    axes: Axes = sheet.subplots()
+    palette = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+    for place, (step, layer) in enumerate(cells):
+        for number, name in enumerate(names):
+            one = _where(table, name=name, step=step, layer=layer)
+            if not one.sizes["condition"]:
+                continue
+            y, colour = place + 0.12 * (number - (len(names) - 1) / 2), palette[number % len(palette)]
+            low, high = float(one.unchanged_lower[0]), float(one.unchanged_upper[0])
+            axes.plot([low, high], [y, y], color=colour, linewidth=0.8)
+            axes.plot(float(one.unchanged[0]), y, "o", color=colour, markersize=3.5, label=name if not place else None)
+    axes.set_yticks(
+        range(len(cells)),
+        [_cell(int(s), int(n)) if s != NONE or n == NONE else f"layer {n}, all steps" for s, n in cells],
+    )
+    axes.set(xlabel="videos that keep the answer of the clean run", xlim=(-0.03, 1.03))
+    axes.invert_yaxis()
+    sheet.legend(loc="upper center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 1.0 + 0.5 / (1.2 + 0.3 * len(cells))))
+    return sheet
