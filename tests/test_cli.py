@@ -136,7 +136,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(argument, message, here
     [
         ([], "run", r"run=FOLDER.*train\.py"),
         (["run=nowhere"], "run='nowhere'", r"train\.py.*config\.yaml"),
-        (["run=x", "use=predikt"], "use=predikt", r"use=predict\?.*early, ensemble, predict"),
+        (["run=x", "use=predikt"], "use=predikt", r"use=predict\?.*early, ensemble, intervene, predict"),
         (["run=x", "use.stp=3"], "use.stp=3", r"use\.step\?.*layer, problems, step"),
         (["run=x", "use.layer=a"], "use.layer=a", r"a whole number or null\b.*\bnull"),
         (["run=x", "use.step=-1"], "use.step=-1", r"\b0\b"),
@@ -251,7 +251,7 @@ def test_help_shows_purpose_groups_and_two_examples(here, capsys):
     assert probe.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert text.count("\n  python probe.py ") == 5  # usage and four examples
-    assert "\n  use         early, ensemble, predict*, runs\n" in text
+    assert "\n  use         early, ensemble, intervene, predict*, runs\n" in text
     assert list(here.iterdir()) == []
 
 

@@ -35,8 +35,9 @@ class Donors(NamedTuple):
 def choose_donors(task: Task, problems: Sequence[Problem], answers: Sequence[int]) -> Donors:
     """Chooses the donors of every sample from the samples of its batch.
 
-    answers: of the clean runs, NONE for none. Another noise seed of the same problem is preferred. Otherwise donors are
-    taken in turn, so that no sample gives its states to all others.
+    answers: of the clean runs, NONE for none. Where a problem is in the batch several times, with other noise seeds,
+    donors are samples of the same problem. Otherwise they are other problems, taken in turn, so that no sample gives
+    its states to all others.
     """
     count, found = len(problems), ([NONE] * len(problems), [NONE] * len(problems))
     for i, problem in enumerate(problems):
@@ -44,8 +45,8 @@ def choose_donors(task: Task, problems: Sequence[Problem], answers: Sequence[int
             continue
         plausible = set(task.plausible_answers(problem))
         order = [(i + shift) % count for shift in range(1, count)]
-        order.sort(key=lambda j: problems[j].name != problem.name)  # stable
-        for j in order:
+        seeds = [j for j in order if problems[j].name == problem.name]
+        for j in seeds or order:
             if answers[j] == answers[i] and found[1][i] == NONE:
                 found[1][i] = j
             if answers[j] not in (NONE, answers[i]) and answers[j] in plausible and found[0][i] == NONE:

@@ -10,7 +10,6 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, Shaped
 from scipy.special import betaincinv
-from scipy.stats import rankdata
 
 from cosprobe.causal.clean import NONE
 from cosprobe.causal.experiments import CONTROL, PROBE, Condition
@@ -202,10 +201,17 @@ def rank_correlation(
 
 
 def _spearman(fixed: Float[np.ndarray, " cell"], others: Float[np.ndarray, "cell draw"]) -> Float[np.ndarray, " draw"]:
-    one, other = rankdata(fixed), rankdata(others, axis=0)
+    one, other = _ranks(fixed[:, None])[:, 0], _ranks(others)
     one, other = one - one.mean(), other - other.mean(axis=0)
     size = np.sqrt((one**2).sum() * (other**2).sum(axis=0))
     return np.where(size > 0, one @ other / np.where(size > 0, size, 1.0), np.nan)
+
+
+def _ranks(values: Float[np.ndarray, "cell draw"]) -> Float[np.ndarray, "cell draw"]:
+    """Ranks along the first axis; equal values share the mean of their ranks. (scipy.stats is slow to import.)"""
+    below = np.stack([(values < row).sum(axis=0) for row in values])
+    equal = np.stack([(values == row).sum(axis=0) for row in values])
+    return below + (equal + 1) / 2
 
 
 def _with_intervals(

@@ -92,9 +92,7 @@ def intervene(
         raise InputError("pipeline.batch=1: donors are other samples of a batch; expected runs with at least 2")
     count = use.problems or PROBLEMS[use.size]
     problems = fresh_problems(sampler.task, "test", task.problems, count, [kind])
-    batches = sampler.batches(with_noise(problems, seed, use.seeds))
-    if len(batches) > 1 and len(batches[-1]) < 2:
-        batches[-2:] = [batches[-2] + batches[-1]]
+    batches = whole_problems(with_noise(problems, seed, use.seeds), use.seeds, sampler.config.batch)
     experiment, layers = build_experiment(sampler, bank, grid, use, kind, batches[0], folder, seed)
     conditions = experiment.conditions()
     samples, steps = sum(map(len, batches)), sampler.config.steps
@@ -149,6 +147,15 @@ def report(
     page = write_page(table, outcomes, claims(table, outcomes, found), found, place, folder / "tensorboard")
     print_page(table, claims(table, outcomes, found), found, page)
     return table
+
+
+def whole_problems(samples: list[Sample], seeds: int, size: int) -> list[list[Sample]]:
+    """Batches of about `size` samples in which every problem has all of its `seeds` noise seeds."""
+    each = max(size // seeds, 1) * seeds
+    batches = [samples[start : start + each] for start in range(0, len(samples), each)]
+    if len(batches) > 1 and len(batches[-1]) < min(each, 4):  # too few to find donors in
+        batches[-2:] = [batches[-2] + batches[-1]]
+    return batches
 
 
 def upper_without_wins(count: int) -> float:

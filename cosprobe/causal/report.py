@@ -251,8 +251,9 @@ def _size(table: xr.Dataset) -> str:
     return (
         f"{a['n']} samples of {a['problems']} problems; {a['left_out']} more are left out, because their clean video "
         f"shows no answer or there is no donor for them. The clean videos are right on {a['clean_right']:.2f}. The "
-        f"experiment took {a['evaluations']:.0f} network evaluations per sample, as many as {a['clean_runs']:.0f} clean "
-        f"runs of {a['total_steps']} steps; without shared first steps it would take {1 / ratio:.2f} times as many."
+        f"experiment took {a['evaluations']:.0f} network evaluations per sample, as many as {a['clean_runs']:.0f} "
+        f"clean runs of {a['total_steps']} steps. Without shared first steps it would take {1 / ratio:.2f} times as "
+        "many."
     )
 
 
