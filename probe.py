@@ -6,7 +6,7 @@ Examples:
   python probe.py use=predict run=runs/maze-layers use.step=2  predict the answers that finished videos show
   python probe.py use=early run=runs/maze-layers               stop sampling early, at a stated risk of error
   python probe.py use=ensemble run=runs/maze-layers            several noise seeds against one, at equal compute
-  python probe.py use=intervene run=runs/maze-layers use.edit=swap  change hidden states, and see whether answers follow
+  python probe.py use=intervene run=runs/maze-layers use.edit=swap  change hidden states: do answers follow?
   python probe.py use=runs                                     list run folders; use.delete=NAME deletes one
 
 FOLDER is the run folder of a finished train.py run. With several results, it is the folder of one of them, such as
@@ -25,7 +25,7 @@ from cosprobe.locks import held
 from cosprobe.runs import REPORT, delete_run, find_result, list_runs, mark_finished, print_runs
 from cosprobe.tasks import with_margin
 
-REPORTS = {EarlyConfig: "early", EnsembleConfig: "ensemble"}  # folders of the uses that write a report
+REPORTS = {EarlyConfig: "early", EnsembleConfig: "ensemble"}  # folders of reports; an intervention names its own
 
 
 def use(run: UseRun) -> None:
@@ -51,8 +51,12 @@ def use(run: UseRun) -> None:
     from cosprobe.probes import load_probes
     from cosprobe.runtime import launch
 
-    uses: dict[type, Any] = {PredictConfig: predict, EarlyConfig: answer_early, EnsembleConfig: ensembles}
-    uses[InterveneConfig] = intervene
+    uses: dict[type, Any] = {
+        PredictConfig: predict,
+        EarlyConfig: answer_early,
+        EnsembleConfig: ensembles,
+        InterveneConfig: intervene,
+    }
     folder = find_result(run.run)
     bank = load_probes(folder)
     bank.check_result(trained, Grid.load(folder).provenance["bank"], folder)
@@ -63,8 +67,9 @@ def use(run: UseRun) -> None:
         task = with_margin(trained.task.build(), trained.pipeline.height, trained.pipeline.width)
         sampler = Sampler(pipeline, trained.pipeline, task, run.trainer)
         uses[type(run.use)](sampler, trained.task, bank, run.use, run.seed, folder)
-        if type(run.use) in REPORTS and fabric.is_global_zero:
-            mark_finished(folder / REPORT / REPORTS[type(run.use)], bank.fingerprint)
+        report = run.use.report if isinstance(run.use, InterveneConfig) else REPORTS.get(type(run.use))
+        if report is not None and fabric.is_global_zero:
+            mark_finished(folder / REPORT / report, bank.fingerprint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

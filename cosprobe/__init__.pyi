@@ -9,6 +9,8 @@ from .api import evaluate as evaluate
 from .api import fit_probes as fit_probes
 from .api import open_activations as open_activations
 from .api import plot_map as plot_map
+from .causal import Edit as Edit
+from .causal import patch as patch
 from .cells import Cell as Cell
 from .config import PipelineConfig as PipelineConfig
 from .config import ProbeConfig as ProbeConfig

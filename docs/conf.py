@@ -26,6 +26,7 @@ CONTENTS = {  # title and file of every page, in the order in which people ask
         "Your own model": "docs/own-model",
         "Supported models": "docs/support",
         "Early answers and ensembles": "docs/uses",
+        "Decodable or used": "docs/causal",
         "Errors by symptom": "docs/errors",
     },
     "Reference": {

@@ -250,7 +250,7 @@ def test_help_shows_purpose_groups_and_two_examples(here, capsys):
             assert f"\n  {group}\n" in text
     assert probe.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert text.count("\n  python probe.py ") == 5  # usage and four examples
+    assert text.count("\n  python probe.py ") == 6  # usage and five examples
     assert "\n  use         early, ensemble, intervene, predict*, runs\n" in text
     assert list(here.iterdir()) == []
 
@@ -260,7 +260,7 @@ def test_examples_of_the_help_are_valid(capsys):
     for entry, root in ((train, TrainRun), (probe, UseRun)):
         shown = [line.split() for line in entry.__doc__.splitlines() if line.startswith("  python ")]
         examples = [words for words in shown if "[name=value" not in words]
-        assert len(examples) == (4 if root is UseRun else 2)
+        assert len(examples) == (5 if root is UseRun else 2)
         for words in examples:
             settings = [word for word in words[2:] if "=" in word and "use.delete" not in word]
             assert settings

@@ -27,7 +27,12 @@ from tests.examples.shapes import unchecked
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LESS = {"predict": ["use.step=1", "use.problems=2"], "early": ["use.calibration=59", "use.problems=2"], "ensemble": []}
+LESS = {
+    "predict": ["use.step=1", "use.problems=2"],
+    "early": ["use.calibration=59", "use.problems=2"],
+    "ensemble": [],
+    "intervene": ["use.problems=6", "use.steps=0", "use.layers=3"],
+}
 SMALL = ["task.problems=24", "pipeline.steps=3", "probe.epochs=3", "pipeline.batch=8"]
 
 

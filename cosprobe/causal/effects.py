@@ -15,8 +15,16 @@ from cosprobe.causal.clean import NONE
 from cosprobe.causal.experiments import CONTROL, PROBE, Condition
 from cosprobe.causal.run import Outcomes
 from cosprobe.errors import InputError
-from cosprobe.evaluation import Grid, difference_interval, max_t_bootstrap, mean_interval, share_interval
-from cosprobe.evaluation.intervals import COVERAGE, effective_problems, problem_draws
+from cosprobe.evaluation import (
+    ALPHA,
+    Grid,
+    difference_interval,
+    effective_problems,
+    max_t_bootstrap,
+    mean_interval,
+    problem_draws,
+    share_interval,
+)
 from cosprobe.files import make_folder, whole_file
 
 FILE = "causal.nc"
@@ -152,7 +160,7 @@ def upper_bounds(
     """
     count = effective_problems(keys)
     wins = count * np.maximum(difference, 0.0).mean(axis=1)
-    level = (1 - COVERAGE) / len(difference)
+    level = ALPHA / len(difference)
     return np.where(wins < count, betaincinv(wins + 1, np.maximum(count - wins, 1e-9), 1 - level), 1.0)
 
 
@@ -256,11 +264,11 @@ def agreement(outcomes: Outcomes, grid: Grid, target: str, margin: float) -> Agr
         return None
     at = [plane.sel(step=step, layer=layer) for step, layer in cells]
     skill = np.array([float(one.accuracy) - float(one.chance) for one in at])
-    decodable = np.array([float(one.p_evidence) <= 1 - COVERAGE for one in at])
+    decodable = np.array([float(one.p_evidence) <= ALPHA for one in at])
     difference = np.stack([hits[:, swap[c]] - hits[:, control[c]] for c in cells])
     keys = outcomes.keys[there]
     lower, upper = difference_interval(difference, keys)
-    used = max_t_bootstrap(difference, keys).p <= 1 - COVERAGE
+    used = max_t_bootstrap(difference, keys).p <= ALPHA
     below = upper_bounds(difference, keys) < margin
     return Agreement(
         cells, skill, difference.mean(axis=1), lower, upper, rank_correlation(skill, difference, keys),

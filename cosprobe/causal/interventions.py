@@ -35,6 +35,7 @@ from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
 from cosprobe.models import COND, pipeline_fingerprint
 from cosprobe.probes import ProbeBank
+from cosprobe.runs import REPORT
 from cosprobe.runtime import rank_and_world, say
 from cosprobe.tasks import ANSWER_ROLES, Role, Sample, TaskConfig, fresh_problems, with_noise
 
@@ -73,7 +74,7 @@ def intervene(
 ) -> None:
     """Changes runs of fresh problems as `use.edit` says, with controls, and reports what their videos show.
 
-    Writes report/causal/EDIT/ and causal/EDIT/ (outcomes) in `folder`, the folder of the result. sampler: the loaded
+    Writes report/causal-EDIT/ and causal/EDIT/ (outcomes) in `folder`, the folder of the result. sampler: the loaded
     pipeline and the task of the run. task: settings of that task. With several processes, all of them sample, and the
     first one writes.
     Raises InputError when the bank was made for another model, for a task without a parser, for steps, layers, kinds or
@@ -127,7 +128,7 @@ def report(
 
     naive: evaluations per sample without shared first steps. share: cost of an evaluation, of that of a clean run.
     """
-    steps, place = sampler.config.steps, folder / "report" / FOLDER / use.edit
+    steps, place = sampler.config.steps, folder / REPORT / use.report
     table = summarised(outcomes, PAIRINGS[use.edit], [sampler.task.solutions(s.problem) for s in samples])
     table.attrs |= {
         "task": sampler.task.name, "kind": kind, "edit": use.edit, "size": use.size, "total_steps": steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,10 @@ from cosprobe.causal.effects import Agreement
 from cosprobe.causal.experiments import CONTROL, PROBE, Condition
 from cosprobe.causal.run import Outcomes
 from cosprobe.evaluation import difference_interval, mean_interval
-from cosprobe.files import make_folder, whole_file
+from cosprobe.files import make_folder, whole_file, write_json
 from cosprobe.reporting import STYLE, log_figure, markdown_table, new_figure
 
+CLAIMS = "claims.json"
 HOLDS, FAILS, UNCLEAR, UNTESTED = "holds", "does not hold", "no evidence", "cannot be tested here"
 LINES = {"fresh": "#d55e00", "equal damage": "#0072b2", "renoised": "#009e73"}
 OTHER_LINE, RANDOM_LINE = "#cc79a7", "#888888"
@@ -211,6 +212,9 @@ def write_page(
     """Writes EDIT.md and EDIT.png to `folder`, and the figure to TensorBoard. Returns the path of the page."""
     make_folder(folder)
     name = str(table.attrs["edit"])
+    about = {key: table.attrs[key] for key in ("edit", "task", "kind", "n", "problems", "clean_runs")}
+    numbers = [{n: None if v != v else v for n, v in asdict(claim).items()} for claim in stated]  # NaN: not measured
+    write_json(folder / CLAIMS, about | {"claims": numbers})
     drawn = figure(table, found)
     with whole_file(folder / f"{name}.png") as part:
         drawn.savefig(part, format="png")

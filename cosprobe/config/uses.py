@@ -102,6 +102,11 @@ class InterveneConfig:
         if not 0 < self.margin < 1:
             raise InputError(f"use.margin={self.margin}: expected more than 0 and less than 1")
 
+    @property
+    def report(self) -> str:
+        """Name of the folder of the report, such as `causal-swap`, or with a kind `causal-swap-choice`."""
+        return f"causal-{self.edit}{f'-{self.kind}' if self.kind else ''}"
+
 
 @dataclass
 class RunsConfig:

@@ -7,7 +7,9 @@ from cosprobe.evaluation.intervals import (
     LEAST_PROBLEMS,
     correctness,
     difference_interval,
+    effective_problems,
     mean_interval,
+    problem_draws,
     share_interval,
 )
 from cosprobe.evaluation.predictions import Evaluated, InputReading, evaluate
@@ -30,10 +32,12 @@ __all__ = [
     "build_grid",
     "correctness",
     "difference_interval",
+    "effective_problems",
     "evaluate",
     "input_samples",
     "max_t_bootstrap",
     "mean_interval",
+    "problem_draws",
     "read_inputs",
     "read_inputs_once",
     "share_interval",

@@ -1,0 +1,60 @@
+"""Writes the claims of finished experiments into a page: `python -m cosprobe.causal.page FILE NAME=RUN NAME=RUN ...`
+
+The table stands between the comments `<!-- claims -->` and `<!-- /claims -->` of the page.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cosprobe.causal.report import CLAIMS
+from cosprobe.errors import InputError
+from cosprobe.files import read_json, whole_file
+from cosprobe.reporting import markdown_table
+from cosprobe.runs import REPORT, find_result
+
+BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
+HEAD = ["experiment", "claim", "control", "ours", "n", "verdict"]
+
+
+def rows(name: str, result: Path) -> list[list[str]]:
+    """The claims of all experiments of a result. Raises InputError when there are none."""
+    files = sorted((result / REPORT).glob(f"causal-*/{CLAIMS}"))
+    if not files:
+        raise InputError(f"{str(result)!r}: no experiments; run probe.py use=intervene first")
+    found = []
+    for file in files:
+        content = read_json(file, "run probe.py use=intervene again")
+        for claim in content["claims"]:
+            about = f"{name}, {content['kind']}: {content['edit']}"
+            found.append([about, claim["claim"], claim["control"], _number(claim), str(content["n"]), claim["verdict"]])
+    return found
+
+
+def _number(claim: dict[str, Any]) -> str:
+    value = claim["value"]
+    if value is None or not math.isfinite(value):
+        return ""
+    return f"{value:+.2f} [{claim['lower']:+.2f}, {claim['upper']:+.2f}]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the arguments and rewrites the page."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("runs", nargs="+", help="name and run folder, as NAME=RUN")
+    given = parser.parse_args(argv)
+    table = [row for run in given.runs for row in rows(run.partition("=")[0], find_result(run.partition("=")[2]))]
+    before, _, rest = given.file.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    with whole_file(given.file) as part:
+        part.write_text("\n".join([f"{before}{BEGIN}", *markdown_table(HEAD, *table), f"{END}{after}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    main()
