@@ -437,7 +437,7 @@ def _flags(arguments: Sequence[str]) -> Namespace:
 def _instantiated(composed: Composed) -> Any:
     """The settings as dataclasses, with the default of `run_dir`. Raises InputError for a setting without a value."""
     try:
-        _check_switches(composed)
+        _check_conversions(composed)
         missing = OmegaConf.missing_keys(composed.settings)
         if missing:
             raise InputError(f"{min(missing)}: expected {min(missing)}=FOLDER, the folder of a finished train.py run")
@@ -449,14 +449,20 @@ def _instantiated(composed: Composed) -> Any:
     return run
 
 
-def _check_switches(composed: Composed) -> None:
-    """Raises InputError for a number in place of true or false. OmegaConf takes any number but 0 for true."""
+def _check_conversions(composed: Composed) -> None:
+    """Raises InputError for values that OmegaConf would turn into others: a number in place of true or false (any but 0
+    is true to it), and numbers or true in place of a text (`run_dir=1e3` would be the folder 1000.0)."""
     for override in OverridesParser.create().parse_overrides(list(composed.overrides)):
         name = str(override.key_or_group)
-        if isinstance(OmegaConf.select(composed.settings, name), bool):
+        found = OmegaConf.select(composed.settings, name)
+        if isinstance(found, bool):
             for value in _values(override):
                 if value.lower() not in ("true", "false") and "${" not in value:
                     raise InputError(f"{override.input_line}: expected true or false")
+        if isinstance(found, str) and not override.is_sweep_override() and not isinstance(override.value(), str):
+            typed = str(override.input_line).partition("=")[2]
+            if isinstance(override.value(), int | float) and found != typed:
+                raise InputError(f"{override.input_line}: would be read as {found}; write \"{name}='{typed}'\"")
 
 
 def _run_dir(choices: Mapping[str, str]) -> str:

@@ -86,6 +86,8 @@ MISTAKES = [
     ("task.rooms=[4", r"name=value.*task\.rooms='"),
     ("task.rooms=[4,x]", r"a list of whole numbers\b.*\[4, 5\]"),
     ("pipeline.guidance=high", r"a number\b.*\b0\.0"),
+    ("run_dir=1e3", r"'1e3'"),
+    ("store=true", r"'true'"),
     ("probe.frames=maybe", r"true or false\b.*\bfalse"),
     ("run_dir=${sed}", "sed"),
     ("probe.steps=0,10,20", r"-m\b.*\"probe\.steps='0,10,20'\""),

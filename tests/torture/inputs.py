@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from cosprobe.command import load
-from cosprobe.config import TrainRun, UseRun
+from cosprobe.config import SAMPLING, TrainRun, UseRun
 from cosprobe.models import fingerprint
 from cosprobe.probes import ChecksumIO
 from cosprobe.runs import RUN_FILE, find_result
@@ -133,6 +133,10 @@ def models(world: World, rng: np.random.Generator) -> tuple[str, Ended, str]:
     if ended.code == 0:
         if change in (missing, extra, reshaped, not_finite):
             wrong = "weights that do not fit were accepted"
+        elif path.name == SAMPLING:  # no part of the model: values of settings, which are saved
+            saved = yaml.safe_load((find_result(folder) / RUN_FILE).read_text())["pipeline"]
+            typed = {"steps": 2, "frames": saved["frames"]}
+            wrong = " ".join(n for n, v in (json.loads(path.read_text()) | typed).items() if saved[n] != v)
         elif fingerprint(model) == fingerprint(world.model) and _bytes(model) != _bytes(world.model):
             wrong = "known as the model it was before"
     return what, ended, wrong
