@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ HOW: dict[str, tuple[str, ...]] = {
 }
 SOURCED = ("swap", "steer", "erase")  # kinds that need tensors
 NUMBERS = ("steps", "layers", "frames", "regions")
+TEXTS = ("kind", "how", "branch", "expert", "source")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Edit:
     one. `steer`: factor of the direction. `noise` with `how="damage"`: the squared norm of the change of each sample,
     in each step.
     source: name of the tensors that `swap`, `steer` and `erase` use. seed: of the noise.
-    Raises InputError for an unknown kind, `how` or branch, negative indices, an amount that is not finite, and a field
-    that the kind does not have.
+    Raises InputError for an unknown kind, `how` or branch, negative indices, an amount that is not finite, a negative
+    amount of `damage`, values of another type, and a field that the kind does not have.
     """
 
     kind: str
@@ -63,27 +64,48 @@ class Edit:
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-            if any(not isinstance(n, int) or n < 0 for n in getattr(self, name)):
-                raise InputError(f"edit.{name}={list(getattr(self, name))}: expected indices from 0")
+            given = getattr(self, name)
+            if isinstance(given, str) or not isinstance(given, Sequence):
+                raise InputError(f"edit.{name}={given!r}: expected a list of indices from 0")
+            if any(type(n) is not int or n < 0 for n in given):
+                raise InputError(f"edit.{name}={list(given)}: expected indices from 0")
+            object.__setattr__(self, name, tuple(given))
+        for name in TEXTS:
+            if not isinstance(given := getattr(self, name), str) or not given.isprintable():
+                raise InputError(f"edit.{name}={given!r}: expected text in one line")
+        if type(self.seed) is not int:
+            raise InputError(f"edit.seed={self.seed!r}: expected a whole number")
+        if isinstance(self.amount, bool) or not isinstance(self.amount, int | float):
+            raise InputError(f"edit.amount={self.amount!r}: expected a number")
+        if not abs(self.amount) <= sys.float_info.max:
+            raise InputError(f"edit.amount={str(self.amount)[:40]}: expected a finite number")
         if self.kind not in HOW:
             raise InputError(f"edit.kind={self.kind!r}: expected one of {', '.join(HOW)}")
         object.__setattr__(self, "how", self.how or HOW[self.kind][0])
         if self.how not in HOW[self.kind]:
             expected = ", ".join(HOW[self.kind]) if HOW[self.kind][0] else "none"
             raise InputError(f"edit.how={self.how!r}: expected {expected} for kind {self.kind!r}")
+        if self.how == "damage" and self.amount < 0:
+            raise InputError(f"edit.amount={self.amount:g}: expected 0 or more, the squared norm of a change")
         if self.branch not in ("", COND, UNCOND):
             raise InputError(f"edit.branch={self.branch!r}: expected {COND}, {UNCOND}, or empty for both")
-        if not math.isfinite(self.amount):
-            raise InputError(f"edit.amount={self.amount}: expected a finite number")
+        self._check_fields()
+
+    def _check_fields(self) -> None:
+        """Raises InputError for a field that the kind does not have, and for one that it needs."""
         if self.kind == "noise" and self.layers:
             raise InputError(f"edit.layers={list(self.layers)}: noise is for the latent; expected no layers")
         if self.kind not in ("noise", "swap") and not self.layers:
             raise InputError(f"edit.layers=[]: expected at least one layer for kind {self.kind!r}")
         if self.kind in SOURCED and not self.source:
             raise InputError(f"edit.source='': expected the name of the tensors that kind {self.kind!r} uses")
+        if self.kind not in SOURCED and self.source:
+            raise InputError(f"edit.source={self.source!r}: kind {self.kind!r} uses no tensors; expected no source")
+        if self.kind != "noise" and self.seed:
+            raise InputError(f"edit.seed={self.seed}: kind {self.kind!r} draws nothing; expected no seed")
         if not self.layers and (self.branch or self.expert):
-            raise InputError("edit.branch, edit.expert: the latent has neither; expected both empty, or layers")
+            name, value = ("branch", self.branch) if self.branch else ("expert", self.expert)
+            raise InputError(f"edit.{name}={value!r}: the latent has none; expected it empty, or layers")
 
     def __str__(self) -> str:
         """Only what differs from the defaults, such as `swap steps=[0] layers=[20] source=donor`."""
@@ -112,7 +134,7 @@ def load_edits(path: Path | str) -> list[Edit]:
         raise InputError(f"edits {str(path)!r}: no such file; expected a YAML list of edits")
     try:
         listed = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: text of another encoding, a month 13
         raise InputError(f"edits {str(path)!r}: no YAML ({' '.join(str(error).split())[:100]})") from error
     if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
         raise InputError(f"edits {str(path)!r}: expected a list with one mapping per edit, such as '- kind: noise'")
@@ -122,9 +144,7 @@ def load_edits(path: Path | str) -> list[Edit]:
             raise InputError(f"edits {str(path)!r}: unknown field {unknown[0]!r}; expected {', '.join(sorted(known))}")
         if "kind" not in entry:
             raise InputError(f"edits {str(path)!r}: an edit without kind; expected one of {', '.join(HOW)}")
-        for name in NUMBERS:
-            if not isinstance(entry.get(name, []), list):
-                raise InputError(f"edits {str(path)!r}: {name}={entry[name]!r}: expected a list of indices")
-        if isinstance(entry.get("amount", 1.0), bool) or not isinstance(entry.get("amount", 1.0), int | float):
-            raise InputError(f"edits {str(path)!r}: amount={entry['amount']!r}: expected a number")
-    return [Edit(**entry) for entry in listed]
+    try:
+        return [Edit(**entry) for entry in listed]
+    except InputError as error:
+        raise InputError(f"edits {str(path)!r}: {error}") from error

@@ -107,15 +107,17 @@ def x0_weights(scheduler: Any, timestep: Any) -> X0Weights:
 def noise_level(scheduler: Any, step: int) -> NoiseLevel:
     """What the latent of a step (a step index) of the running call is mixed from. Errors: see `check_scheduler`."""
     check_scheduler(scheduler)
-    mix, sigma = SCHEDULERS[type(scheduler).__name__], 0.0
-    if mix != "alphas":
-        sigma = float(scheduler.sigmas[step])
-    if mix == "flow" or (mix == "sigmas" and _prediction(scheduler) == "flow_prediction"):
-        inverted = scheduler.config.get("invert_sigmas", False)
+    mix = SCHEDULERS[type(scheduler).__name__]
+    if mix == "alphas":
+        alpha = float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
+        return NoiseLevel(alpha**0.5, (1 - alpha) ** 0.5, 1.0)
+    sigma = float(scheduler.sigmas[step])
+    if mix == "flow" or (mix == "sigmas" and scheduler.config.get("use_flow_sigmas", False)):
+        inverted = scheduler.config.get("invert_sigmas", False)  # Mochi counts from noise to data
         return NoiseLevel(sigma, 1 - sigma, 1.0) if inverted else NoiseLevel(1 - sigma, sigma, 1.0)
     if mix == "added":
-        return NoiseLevel(1.0, sigma, (1 + sigma**2) ** 0.5)
-    alpha = float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])]) if mix == "alphas" else 1 / (1 + sigma**2)
+        return NoiseLevel(1.0, sigma, (1 + sigma**2) ** 0.5 if step else float(scheduler.init_noise_sigma))
+    alpha = 1 / (1 + sigma**2)
     return NoiseLevel(alpha**0.5, (1 - alpha) ** 0.5, 1.0)
 
 

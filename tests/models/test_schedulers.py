@@ -15,6 +15,7 @@ from cosprobe.models.schedulers import (
     clean_estimate,
     counted_steps,
     from_first_step,
+    noise_level,
     output_for,
     step_call,
     with_output,
@@ -114,3 +115,41 @@ def test_other_schedulers_are_refused(name, settings, message):
     scheduler = getattr(diffusers, name)(**settings)
     with pytest.raises(InputError, match=message):
         clean_estimate(scheduler, StepCall(torch.zeros(1), 999, torch.zeros(1)))
+
+
+LEVELS = [
+    *KINDS,
+    ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}),
+    *((name, {"timestep_spacing": spacing}) for name in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+      for spacing in ("leading", "linspace", "trailing")),
+    *((name, {"use_flow_sigmas": True, "prediction_type": "epsilon"}) for name in ("UniPCMultistepScheduler",
+      "DPMSolverMultistepScheduler")),
+    *((name, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing",
+              "snr_shift_scale": 3.0}) for name in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "settings"), LEVELS)
+def test_a_noise_level_is_what_the_scheduler_mixes_itself(name, settings):
+    scheduler = begun(name, settings)
+    clean, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    mixes = getattr(scheduler, "add_noise", None) or (lambda x0, noise, t: scheduler.scale_noise(x0, t, noise))
+    for step, timestep in enumerate(scheduler.timesteps):
+        level = noise_level(scheduler, step)
+        pair = (noise, clean) if settings.get("invert_sigmas") else (clean, noise)  # diffusers takes no notice of it
+        expected = mixes(*pair, timestep.repeat(2))
+        torch.testing.assert_close(level.signal * clean + level.noise * noise, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "settings"), LEVELS)
+def test_a_run_begins_with_noise_of_the_unit(name, settings):
+    scheduler = begun(name, settings)
+    assert noise_level(scheduler, 0).unit == pytest.approx(float(getattr(scheduler, "init_noise_sigma", 1.0)))
+    level = noise_level(scheduler, STEPS - 1)  # later: of data of variance 1, such as another draw of noise, mixed so
+    mixed = (level.signal**2 + level.noise**2) ** 0.5 if "Euler" in name and "Flow" not in name else 1.0
+    assert level.unit == pytest.approx(mixed)
+
+
+def test_the_noise_level_of_another_scheduler_is_refused():
+    with pytest.raises(InputError, match=r"LCMScheduler.*UniPC"):
+        noise_level(diffusers.LCMScheduler(), 0)
