@@ -13,6 +13,7 @@ what it was in the first run, and results are bit-identical, also for multistep 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -31,28 +32,43 @@ from cosprobe.wrapping import wrapped
 class Prefix:
     """What one pipeline call computed.
 
-    outputs: per transformer call, in order, its step index and its output, on the CPU. encoded: by name of an encoder,
-    for each of its calls a hash of the arguments, and the result. begin: hash of the first input of a transformer.
+    outputs: per transformer call, in order, its step index and its output, on the CPU. inputs: a hash of the arguments
+    of each of these calls. encoded: by name of an encoder, for each of its calls a hash of the arguments, and the
+    result.
     """
 
     outputs: list[tuple[int, Tensor]] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
     encoded: dict[str, list[tuple[str, Any]]] = field(default_factory=dict)
-    begin: str = ""
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return max((step for step, _ in self.outputs), default=-1) + 1
 
 
 @contextmanager
 def recorded(pipeline: Any) -> Iterator[Prefix]:
-    """Keeps what the transformers and encoders of one pipeline call compute that is made inside the context."""
+    """Keeps what the transformers and encoders of one pipeline call compute that is made inside the context.
+
+    Raises InputError for a second call.
+    """
     prefix = Prefix()
     with ExitStack() as undo:
         count = undo.enter_context(counted_steps(pipeline))
 
         def of_model(original: Callable, *args: Any, **kwargs: Any) -> Any:
-            prefix.begin = prefix.begin or _digest(hidden_states(args, kwargs))
+            prefix.inputs.append(_digest(args, kwargs))
             result = original(*args, **kwargs)
             prefix.outputs.append((count.now, result[0].to("cpu", copy=True)))
             return result
 
+        def begin(original: Callable, *args: Any, **kwargs: Any) -> Any:
+            if prefix.outputs or any(prefix.encoded.values()):
+                raise InputError("recorded: a second pipeline call; expected one, and a context of its own for each")
+            return original(*args, **kwargs)
+
+        undo.enter_context(wrapped(pipeline, "check_inputs", begin))
         for model in experts(pipeline).values():
             undo.enter_context(wrapped(model, "forward", of_model))
         for name, owner, method in _encoders(pipeline):
@@ -65,29 +81,33 @@ def replayed(pipeline: Any, prefix: Prefix, steps: int) -> Iterator[None]:
     """Takes the first `steps` steps, and what encoders compute, from `prefix`, in calls made inside the context.
 
     Hooks on the transformers run in all steps, hooks on their blocks only in the others.
-    Raises InputError for a call with other problems, seeds or settings than that of the prefix.
+    Raises InputError for more steps than the prefix has, and, in the call, where an encoder, or a transformer in one of
+    these steps, gets other arguments than in the first run: other problems, seeds or settings, or a latent that was
+    edited. The weights have to be the same; that is not checked.
     """
+    if type(steps) is not int or not 0 <= steps <= prefix.steps:
+        raise InputError(f"steps={steps!r}: expected 0 to {prefix.steps}, the steps of the recorded run")
     with ExitStack() as undo:
         count = undo.enter_context(counted_steps(pipeline))
         place = _Place()
 
         def begin(original: Callable, *args: Any, **kwargs: Any) -> Any:
-            place.call, place.encoded = 0, dict.fromkeys(prefix.encoded, 0)
+            place.call, place.encoded = 0, Counter()
             return original(*args, **kwargs)
 
         def of_model(original: Callable, *args: Any, **kwargs: Any) -> Any:
             if count.now >= steps:
                 return original(*args, **kwargs)
-            hidden = hidden_states(args, kwargs)
             same = place.call < len(prefix.outputs) and prefix.outputs[place.call][0] == count.now
-            if not same or (place.call == 0 and _digest(hidden) != prefix.begin):
+            if not same or prefix.inputs[place.call] != _digest(args, kwargs):
                 raise InputError(
                     f"transformer call {place.call}, in step {count.now}: its input is not that of the recorded run; "
-                    "expected the same pipeline call, with the same problems and seeds"
+                    "expected the same pipeline call, with the same problems, seeds and settings, and no edit before "
+                    f"step {steps}"
                 )
             output = prefix.outputs[place.call][1]
             place.call += 1
-            return (output.to(hidden.device),)
+            return (output.to(hidden_states(args, kwargs).device, copy=True),)
 
         def of_encoder(name: str) -> Callable:
             def around(original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +135,7 @@ class _Place:
     """How far a replayed call has come."""
 
     call: int = 0
-    encoded: dict[str, int] = field(default_factory=dict)
+    encoded: Counter[str] = field(default_factory=Counter)
 
 
 def _encoders(pipeline: Any) -> list[tuple[str, Any, str]]:
@@ -137,10 +157,12 @@ def _keeping(results: list[tuple[str, Any]]) -> Callable:
 
 
 def _digest(*values: Any) -> str:
-    """A hash of all tensors in nested values."""
+    """A hash of all tensors, numbers and texts in nested values."""
     digest = hashlib.sha256()
-    for tensor in tree_leaves(values):
-        if isinstance(tensor, Tensor):
-            digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            digest.update(str((tuple(leaf.shape), leaf.dtype)).encode())
+            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(leaf, bool | int | float | str):
+            digest.update(repr(leaf).encode())
     return digest.hexdigest()
