@@ -16,11 +16,11 @@ from tests.conformity.checks import Case
 from tests.examples.families import FAMILIES, PROMPTS
 from tests.examples.planted import traces
 
-STEPS = 4
+STEPS = 3
 # one of each way to differ: guidance, layout, scheduler, experts, image condition
 QUICK = {
     *(("wan22_t2v", True), ("wan21_t2v_dpm", False), ("ltx_i2v", True), ("cogvideox15_i2v", True), ("mochi", False)),
-    *(("hunyuan_t2v", True), ("allegro", False), ("wan22_ti2v_i2v", False), ("cogvideox_t2v", True)),
+    ("hunyuan_t2v", True),
 }
 EVERY = [
     pytest.param(name, guided, marks=() if (name, guided) in QUICK else pytest.mark.docs)
@@ -85,11 +85,11 @@ def test_a_replayed_run_is_the_run_itself_and_computes_the_other_steps_only(name
 @pytest.mark.parametrize(("name", "guided"), EVERY)
 def test_a_replayed_run_with_an_edit_is_that_with_the_edit_alone(name, guided):
     case, prefix, clean = prefix_of(name, guided)
-    for edit in (Edit("noise", steps=(2,), amount=0.5), Edit("ablate", "resample", steps=(2, 3), layers=(1,))):
+    for edit in (Edit("noise", steps=(1,), amount=0.5), Edit("ablate", "resample", steps=(1, 2), layers=(1,))):
         with patch(case.pipeline, [edit]):
             alone = latents(case)
         assert not torch.equal(alone, clean)
-        with replayed(case.pipeline, prefix, 2), patch(case.pipeline, [edit]):
+        with replayed(case.pipeline, prefix, 1), patch(case.pipeline, [edit]):
             assert torch.equal(latents(case), alone)
         with patch(case.pipeline, [edit]), replayed(case.pipeline, prefix, 1):
             assert torch.equal(latents(case), alone)

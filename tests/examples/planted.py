@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from inspect import signature
 from typing import Any
 
@@ -26,11 +27,11 @@ class Adds(nn.Module):
         return (tokens, encoder_hidden_states) if self.text else tokens
 
 
-def with_blocks(pipeline: Any, blocks: Callable[[str, int], nn.Module]) -> Any:
-    """A pipeline of one transformer or two, with `blocks(expert, layer)` in place of its blocks."""
+def with_blocks(pipeline: Any, blocks: Callable[[str, int], nn.Module], depth: int = 3) -> Any:
+    """A pipeline of one transformer or two, with `depth` blocks `blocks(expert, layer)` in place of its own."""
     for expert, model in experts(pipeline).items():
         name = "blocks" if hasattr(model, "blocks") else "transformer_blocks"
-        setattr(model, name, nn.ModuleList(blocks(expert, i) for i in range(len(getattr(model, name)))))
+        setattr(model, name, nn.ModuleList(blocks(expert, i) for i in range(depth)))
     return pipeline
 
 
@@ -42,6 +43,7 @@ def scheduled(pipeline: Any) -> Iterator[list[Tensor]]:
     outer = vars(scheduler).get("step")
     step, own = scheduler.step, signature(type(scheduler).step)
 
+    @wraps(step)  # pipelines ask for its signature
     def keeps(*args: Any, **kwargs: Any) -> Any:
         found.append(own.bind(scheduler, *args, **kwargs).arguments["sample"].clone())
         return step(*args, **kwargs)
