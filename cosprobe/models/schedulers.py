@@ -97,10 +97,10 @@ def x0_weights(scheduler: Any, timestep: Any) -> X0Weights:
         of_velocity = X0Weights(1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5)
         return X0Weights(1.0, -sigma) if kind == "epsilon" else of_velocity
     if mix == "sigmas":
-        alpha = 1 / (1 + _sigma(scheduler, timestep) ** 2)
+        signal, noise = _of_sigma(scheduler, _sigma(scheduler, timestep))
     else:
         alpha = float(scheduler.alphas_cumprod[int(timestep)])
-    signal, noise = alpha**0.5, (1 - alpha) ** 0.5
+        signal, noise = alpha**0.5, (1 - alpha) ** 0.5
     return X0Weights(1 / signal, -noise / signal) if kind == "epsilon" else X0Weights(signal, -noise)
 
 
@@ -112,13 +112,19 @@ def noise_level(scheduler: Any, step: int) -> NoiseLevel:
         alpha = float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
         return NoiseLevel(alpha**0.5, (1 - alpha) ** 0.5, 1.0)
     sigma = float(scheduler.sigmas[step])
-    if mix == "flow" or (mix == "sigmas" and scheduler.config.get("use_flow_sigmas", False)):
+    if mix == "flow":
         inverted = scheduler.config.get("invert_sigmas", False)  # Mochi counts from noise to data
         return NoiseLevel(sigma, 1 - sigma, 1.0) if inverted else NoiseLevel(1 - sigma, sigma, 1.0)
     if mix == "added":
         return NoiseLevel(1.0, sigma, (1 + sigma**2) ** 0.5 if step else float(scheduler.init_noise_sigma))
-    alpha = 1 / (1 + sigma**2)
-    return NoiseLevel(alpha**0.5, (1 - alpha) ** 0.5, 1.0)
+    return NoiseLevel(*_of_sigma(scheduler, sigma), 1.0)
+
+
+def _of_sigma(scheduler: Any, sigma: float) -> tuple[float, float]:
+    """Signal and noise of a multistep scheduler at a sigma."""
+    if scheduler.config.get("use_flow_sigmas", False):
+        return 1 - sigma, sigma
+    return (1 + sigma**2) ** -0.5, sigma * (1 + sigma**2) ** -0.5
 
 
 def clean_estimate(scheduler: Any, call: StepCall) -> Tensor:

@@ -28,6 +28,9 @@ KINDS = [
     ("DPMSolverMultistepScheduler", FLOW | {"flow_shift": 3.0}),
     *((name, {"prediction_type": kind}) for name in ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler",
       "EulerDiscreteScheduler") for kind in ("epsilon", "v_prediction", "sample")),
+    # UniPC divides by 1e-6 in its first step with flow sigmas and `epsilon`, which leaves nothing but rounding errors
+    *((name, {"use_flow_sigmas": True, "prediction_type": kind}) for name, kind in (("UniPCMultistepScheduler",
+      "v_prediction"), ("DPMSolverMultistepScheduler", "epsilon"), ("DPMSolverMultistepScheduler", "v_prediction"))),
     # diffusers has not built `sample` for it
     *(("EulerAncestralDiscreteScheduler", {"prediction_type": kind}) for kind in ("epsilon", "v_prediction")),
     *((name, {"prediction_type": kind, "clip_sample": False, "rescale_betas_zero_snr": False})
