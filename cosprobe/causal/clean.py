@@ -125,6 +125,10 @@ class CleanRun:
             self.evaluations += 1
         return self._states[step]
 
+    def forget_states(self) -> None:
+        """Forgets all states, so that `states` records them anew."""
+        self._states.clear()
+
     def _recorded(self, step: int) -> dict[At, Tensor]:
         pipeline, found, prefix = self.sampler.model, dict[At, Tensor](), self.prefix
         family = architecture(pipeline)

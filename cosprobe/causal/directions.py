@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from concept_erasure import LeaceEraser
@@ -14,6 +15,8 @@ from cosprobe.activations import ProbeSamples
 from cosprobe.cells import Cell
 from cosprobe.errors import InputError
 from cosprobe.probes import ProbeBank
+
+NOTHING = 1e-9  # singular values (of covariances of whitened features with concepts) below this are rounding errors
 
 
 def probe_directions(
@@ -48,39 +51,43 @@ def random_directions(
 ) -> Float[Tensor, "sample region channel"]:
     """Directions of norm 1 that share one random channel vector, with the weights of the regions in `like`.
 
-    So a random direction is added in the same regions, with the same signs, as the direction it is compared with.
+    So a random direction is added in the same regions, as strongly, as the direction it is compared with. It has the
+    other sign in regions where that direction points away from that of its strongest region.
     """
     vector = torch.randn(like.shape[2], generator=torch.Generator().manual_seed(seed))
     size = like.norm(dim=2, keepdim=True)
-    sign = torch.sign((like * like[:, like.norm(dim=2).mean(dim=0).argmax()][:, None]).sum(dim=2, keepdim=True))
-    found = size * torch.where(sign == 0, 1.0, sign) * vector
+    strongest = like[torch.arange(len(like)), size[:, :, 0].argmax(dim=1)]
+    away = torch.einsum("brc,bc->br", like, strongest)[:, :, None] < 0
+    found = torch.where(away, -size, size) * vector
     return found / found.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None]
 
 
 def concept_erasers(samples: ProbeSamples, target: str, cells: Sequence[Cell]) -> Mapping[tuple[int, int], LeaceEraser]:
-    """Erasers, by (step, layer), that make a target undecodable from features for any linear probe.
+    """Erasers, by (step, layer), that make a target undecodable from features for linear probes of its form.
 
     samples: training samples. A vector is the feature of one region. Its concept is, for form `candidate`, whether the
-    region is the label; for form `region`, the label of the region; otherwise the label of the problem.
+    region is the label; for form `region`, the label of the region. For form `problem`, whose probes read the regions
+    side by side, it is the label of the problem in each region separately: all regions together could have equal class
+    means where single ones do not.
     Features are means over tokens. An eraser is affine, so what it does to every token it does to their mean.
     Source: Belrose et al. (2023), "LEACE: Perfect linear concept erasure in closed form", arXiv 2306.03819.
     """
     form, labels = samples.target(target).form, samples.labels[target]
     kept = (labels.flatten(1) if labels.ndim > 1 else labels[:, None]).amin(dim=1) >= 0
     labels, regions = labels[kept], samples.regions
-    if form == "candidate":
-        concept = one_hot(labels, regions).flatten()
-    elif form == "region":
-        concept = labels.flatten()
+    if form == "problem":
+        classes = one_hot(labels).double()
+        each = torch.eye(regions, dtype=torch.float64)  # [region of the vector, region of the column]
+        columns = torch.einsum("bk,rs->brsk", classes - classes.mean(dim=0), each).flatten(2).flatten(0, 1)
     else:
-        concept = labels.repeat_interleave(regions)
-    columns = one_hot(concept).double()  # of class numbers, LEACE would take one for twice the other
+        concept = one_hot(labels, regions) if form == "candidate" else labels
+        columns = one_hot(concept.flatten()).double()  # of class numbers, LEACE would take one for twice the other
     found = {}
     for cell in cells:
         at = samples.cell_index(cell.step, cell.layer, cell.branch, cell.position)
         vectors = samples.features[kept][:, at].flatten(0, 1).double()
-        eraser = LeaceEraser.fit(vectors, columns, shrinkage=False)
-        found[cell.step, cell.layer] = eraser.to(torch.float32)
+        eraser = LeaceEraser.fit(vectors, columns, shrinkage=False, svd_tol=NOTHING)
+        found[cell.step, cell.layer] = LeaceEraser(*(part.float() for part in _parts(eraser)))
     return found
 
 
@@ -88,7 +95,18 @@ def random_erasers(erasers: Mapping[tuple[int, int], LeaceEraser], seed: int) ->
     """Erasers that remove as many random dimensions as those they are compared with, around the same mean."""
     generator, found = torch.Generator().manual_seed(seed), {}
     for at, eraser in erasers.items():
-        drawn = torch.randn(eraser.proj_right.T.shape, generator=generator, dtype=torch.float64)
+        channels, removed = eraser.proj_right.shape[1], int(eraser.proj_right.any(dim=1).sum())
+        drawn = torch.randn(channels, removed, generator=generator, dtype=torch.float64)
         basis = torch.linalg.qr(drawn)[0].to(eraser.proj_left)
         found[at] = LeaceEraser(basis, basis.T, eraser.bias)
     return found
+
+
+def on_device(erasers: Mapping[tuple[int, int], LeaceEraser], device: Any) -> Mapping[tuple[int, int], LeaceEraser]:
+    """The same erasers on another device."""
+    return {at: LeaceEraser(*(part.to(device) for part in _parts(eraser))) for at, eraser in erasers.items()}
+
+
+def _parts(eraser: LeaceEraser) -> tuple[Tensor, Tensor, Tensor]:
+    assert eraser.bias is not None
+    return eraser.proj_left, eraser.proj_right, eraser.bias

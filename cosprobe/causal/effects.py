@@ -64,10 +64,11 @@ class Pairing:
 def summarised(outcomes: Outcomes, pairings: Sequence[Pairing], solutions: Sequence[Sequence[int]]) -> xr.Dataset:
     """The table of an experiment.
 
-    Dimensions: `condition`, `step` (of a run), and `comparison`. Samples without a label are left out. solutions: right
-    answers of every sample. Raises InputError when no sample has a label.
+    Dimensions: `condition`, `time` (a step of a run), and `comparison`. Samples without a label are left out, also
+    where only runs of another number of steps give them none. solutions: right answers of every sample.
+    Raises InputError when no sample has a label.
     """
-    there = outcomes.labels != NONE
+    there = outcomes.complete
     if not there.any():
         raise InputError(
             "no sample has what the experiment needs (an answer in its clean video, and donors): expected at least 20; "
@@ -76,8 +77,8 @@ def summarised(outcomes: Outcomes, pairings: Sequence[Pairing], solutions: Seque
     keys, answers = outcomes.keys[there], outcomes.answers[there]
     right = np.array([[a in good for a in row] for row, good in zip(outcomes.answers, solutions, strict=True)])[there]
     values = {
-        "label": (answers == outcomes.labels[there, None]).astype(float),
-        "unchanged": (answers == outcomes.clean[there, None]).astype(float),
+        "label": (answers == outcomes.labels[there]).astype(float),
+        "unchanged": (answers == outcomes.clean[there]).astype(float),
         "none": (answers == NONE).astype(float),
         "right": right.astype(float),
     }
@@ -89,7 +90,8 @@ def summarised(outcomes: Outcomes, pairings: Sequence[Pairing], solutions: Seque
     data |= _with_intervals("change", outcomes.change[there].T, keys, ("condition",))
     if np.isfinite(outcomes.distance).any():
         same = (outcomes.probe[there] == outcomes.clean_probe[there, None]).astype(float)
-        same[np.isnan(outcomes.probe[there])] = np.nan
+        nothing = np.isnan(outcomes.probe) | (outcomes.clean_probe == NONE)[:, None]
+        same[nothing[there]] = np.nan
         for name, follow in (("distance", outcomes.distance[there]), ("cka", outcomes.cka[there]), ("probe", same)):
             data |= _with_intervals(name, follow.transpose(1, 2, 0), keys, ("condition", "time"))
     coordinates = {name: [getattr(c, name) for c in outcomes.conditions] for name in COORDINATES}
@@ -98,7 +100,7 @@ def summarised(outcomes: Outcomes, pairings: Sequence[Pairing], solutions: Seque
         coords={name: ("condition", value) for name, value in coordinates.items()},
         attrs={
             "n": int(there.sum()), "problems": len(np.unique(keys)), "left_out": int((~there).sum()),
-            "clean_right": float(_right(outcomes.clean, solutions)[there].mean()),
+            "clean_right": float(_right(outcomes.clean[:, 0], solutions)[there].mean()),
             "evaluations": outcomes.evaluations,
         },
     )  # fmt: skip
@@ -112,7 +114,7 @@ def compared(
     pairings: Sequence[Pairing],
 ) -> xr.Dataset:
     """Every pairing in every cell that both its conditions have."""
-    rows, cells, columns = [], list[tuple[str, str, Condition]](), dict[str, list]()
+    rows, cells = [], list[tuple[str, str, Condition]]()
     for pairing in pairings:
         one, other = (_by_cell(conditions, name) for name in (pairing.name, pairing.control))
         shared = [cell for cell in one if cell in other]
@@ -253,8 +255,8 @@ def save_table(table: xr.Dataset, path: Path) -> Path:
 
 def agreement(outcomes: Outcomes, grid: Grid, target: str, margin: float) -> Agreement | None:
     """Decodability of a target beside the effect of a swap; None when they share no cell."""
-    there, conditions = outcomes.labels != NONE, outcomes.conditions
-    hits = (outcomes.answers[there] == outcomes.labels[there, None]).astype(float)
+    there, conditions = outcomes.complete, outcomes.conditions
+    hits = (outcomes.answers[there] == outcomes.labels[there]).astype(float)
     swap = {(c.step, c.layer): i for i, c in enumerate(conditions) if c.name == "swap"}
     control = {(c.step, c.layer): i for i, c in enumerate(conditions) if c.name == "same answer"}
     plane = grid.plane(target)

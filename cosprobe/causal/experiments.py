@@ -13,16 +13,22 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from concept_erasure import LeaceEraser
 from jaxtyping import Int
 from torch import Tensor
 
 from cosprobe.activations import ProbeSamples
 from cosprobe.causal.clean import NONE, CleanRun, random_states, taken_from
-from cosprobe.causal.directions import concept_erasers, probe_directions, random_directions, random_erasers
+from cosprobe.causal.directions import (
+    concept_erasers,
+    on_device,
+    probe_directions,
+    random_directions,
+    random_erasers,
+)
 from cosprobe.causal.edits import ABLATIONS, Edit
 from cosprobe.causal.patching import At
 from cosprobe.cells import Cell
-from cosprobe.models import COND
 from cosprobe.probes import ProbeBank
 from cosprobe.tasks import Box, Task
 
@@ -103,13 +109,13 @@ class Noise:
     `renoised`: the run's own x0-hat, with fresh noise of the level of the step. `R evaluations left`: the hit is made
     where `left` evaluations of the transformer follow it, in runs of other numbers of steps; for a frame, in every step
     up to there.
-    steps: step indices that are hit. total: number of steps of a run. frames: number of frames of the token grid.
+    steps: step indices that are hit. total: number of steps of a run. frames: those of the token grid that are hit.
     damage: squared norm of the changes. lengths: numbers of steps of the runs with `left` evaluations after the hit.
     """
 
     steps: Sequence[int]
     total: int
-    frames: int
+    frames: Sequence[int]
     damage: float
     left: int
     lengths: Sequence[int]
@@ -127,14 +133,15 @@ class Noise:
             name = f"{self.left} evaluations left"
             found.append(Condition(name, (Edit("noise", "fresh", (hit,)),), hit, steps=length))
         later, each = tuple(range(1, self.total)), self.damage / self.total
-        for frame in range(self.frames):
+        for frame in self.frames:
             of_frame: dict[str, Any] = {"frames": (frame,)}
             every = tuple(range(self.total))
             found.append(Condition("fresh", (Edit("noise", "fresh", every, **of_frame),), frame=frame))
             hit_less = Edit("noise", "damage", every, amount=each, **of_frame)
             found.append(Condition("equal damage", (hit_less,), frame=frame))
-            found.append(Condition("renoised", (Edit("noise", "renoised", later, **of_frame),), frame=frame))
-            early = tuple(range(self.total - self.left))
+            if later:
+                found.append(Condition("renoised", (Edit("noise", "renoised", later, **of_frame),), frame=frame))
+            early = tuple(range(self.total - self.left + 1))
             name = f"{self.left} evaluations left"
             found.append(Condition(name, (Edit("noise", "fresh", early, **of_frame),), frame=frame))
         return found
@@ -170,9 +177,8 @@ class Swap:
         for step in self.steps:
             for layer in self.layers:
                 at: dict[str, Any] = {"steps": (step,), "layers": (layer,)}
-                for name, source in (
-                    ("swap", OTHER), ("same answer", SAME), ("random state", RANDOM), ("wrong step", LATER)
-                ):  # fmt: skip
+                sources = {"swap": OTHER, "same answer": SAME, "random state": RANDOM}
+                for name, source in (sources | ({"wrong step": LATER} if self.total > 1 else {})).items():
                     found.append(Condition(name, (Edit("swap", source=source, **at),), step, layer))
                 if self.regions:
                     for name, where in (("two regions", (0, 1)), ("wrong regions", (2, 3))):
@@ -209,17 +215,18 @@ class Swap:
 class Steer:
     """The direction of a probe, added to the tokens of the regions, with controls.
 
-    The label is a plausible answer that the clean run does not show, drawn for every sample. A dose of 1 adds a vector
-    of the mean norm of the tokens at this cell (over both axes, divided by the root of the number of regions that the
-    direction covers). Controls: random directions, and the direction of a probe of random labels.
-    cells: where the direction is added. norms: mean norm of a token, by cell. doses: of the probe. draws: number of
-    random directions, at the dose `compared`. control: name of the target with random labels; empty for none.
+    The label is a plausible answer that the clean run does not show, drawn for every sample. With a dose of 1, the
+    vector that is added in the region where the direction of the probe is longest is as long as a token of the sample
+    is on average, in the clean run at this cell. Controls: random directions, and the direction of a probe of random
+    labels; over all regions they are as long as the direction of the probe.
+    target: its labels are answers. cells: where the direction is added, one for a step and layer. doses: of the probe.
+    draws: number of random directions, at the dose `compared`. control: name of the target with random labels; empty
+    for none.
     """
 
     bank: ProbeBank
     target: str
     cells: Sequence[Cell]
-    norms: Mapping[Cell, float]
     doses: Sequence[float]
     compared: float
     draws: int
@@ -233,7 +240,7 @@ class Steer:
             at: dict[str, Any] = {"steps": (cell.step,), "layers": (cell.layer,)}
 
             def one(name: str, dose: float, draw: int, cell: Cell = cell, at: dict[str, Any] = at) -> Condition:
-                edit = Edit("steer", source=name, amount=dose * self.norms[cell], seed=max(draw, 0), **at)
+                edit = Edit("steer", source=name, amount=dose, seed=max(draw, 0), **at)
                 return Condition(name, (edit,), cell.step, cell.layer, dose=dose, draw=draw)
 
             found += [one(PROBE, dose, NONE) for dose in self.doses]
@@ -247,11 +254,13 @@ class Steer:
         cell = next(c for c in self.cells if (c.step, c.layer) == (condition.step, condition.layer))
         labels = self.labels(run).clamp_min(0)
         found = probe_directions(self.bank, self.target, cell, labels)
+        longest = found.norm(dim=2).amax(dim=1).clamp_min(1e-12)
         if edit.source == CONTROL:
             found = probe_directions(self.bank, self.control, cell, labels % self.bank.target(self.control).classes)
         elif edit.source != PROBE:
             found = random_directions(found, self.seed + edit.seed)
-        found = found * math.sqrt(float((found.norm(dim=2) > 1e-6).sum(dim=1).float().mean()))
+        size = run.states(cell.step)[At(cell.step, cell.layer, cell.branch)].float().norm(dim=-1).mean(dim=1)
+        found = found * (size / longest)[:, None, None]
         return Needed({edit.source: found}, [problem.regions for problem in run.problems])
 
     def labels(self, run: CleanRun) -> Int[Tensor, " sample"]:
@@ -269,12 +278,14 @@ class Erase:
 
     At one cell, or in every layer at every step. Controls: the concept `control` (random labels), and random
     directions, as many as LEACE removes.
+    samples: training samples. plane: every cell with features, one for a step and layer. cells: those that are erased
+    alone.
     """
 
     samples: ProbeSamples
     target: str
     control: str
-    plane: Sequence[Cell]  # every cell with features
+    plane: Sequence[Cell]
     cells: Sequence[Cell]
     seed: int = 0
 
@@ -294,14 +305,17 @@ class Erase:
 
     def needed(self, run: CleanRun, condition: Condition) -> Needed:
         name = condition.edits[0].source
+        return Needed({name: on_device(self._erasers(name), run.sampler.model._execution_device)})
+
+    def _erasers(self, name: str) -> Mapping[tuple[int, int], LeaceEraser]:
         made: dict[str, Any] = self._made  # type: ignore[attr-defined]
         if name not in made:
-            made["erased"] = made.get("erased") or concept_erasers(self.samples, self.target, self.plane)
-            if name == "control erased":
-                made[name] = concept_erasers(self.samples, self.control, self.plane)
-            elif name != "erased":
-                made[name] = random_erasers(made["erased"], self.seed)
-        return Needed({name: made[name]})
+            if name == "random directions erased":
+                made[name] = random_erasers(self._erasers("erased"), self.seed)
+            else:
+                target = self.target if name == "erased" else self.control
+                made[name] = concept_erasers(self.samples, target, self.plane)
+        return made[name]
 
     def labels(self, run: CleanRun) -> Int[Tensor, " sample"]:
         return run.answers
@@ -344,17 +358,7 @@ class Ablate:
         return run.answers
 
 
-def best_cells(bank: ProbeBank, accuracy: Mapping[Cell, float], steps: Sequence[int]) -> list[Cell]:
-    """For each step, the cell of the `cond` branch with the highest validation accuracy; on a tie the lowest layer."""
-    found = []
-    for step in steps:
-        here = [c for c in bank.cells if c.step == step and c.branch == COND]
-        best = max((accuracy[c] for c in here), default=-1.0)
-        found += [min((c for c in here if accuracy[c] == best), key=lambda c: c.layer)] if here else []
-    return found
-
-
-def mean_norms(run: CleanRun, cells: Sequence[Cell]) -> dict[Cell, float]:
-    """Mean norm of the tokens of a block output in the clean run, by cell."""
-    return {cell: float(run.states(cell.step)[At(cell.step, cell.layer, cell.branch)].float().norm(dim=-1).mean())
-            for cell in cells}  # fmt: skip
+def best_cells(accuracy: Mapping[Cell, float]) -> list[Cell]:
+    """For each step, the cell with the highest accuracy; on a tie the lowest layer."""
+    steps = sorted({cell.step for cell in accuracy})
+    return [max((c for c in accuracy if c.step == s), key=lambda c: (accuracy[c], -c.layer)) for s in steps]

@@ -11,7 +11,6 @@ import torch
 import xarray as xr
 
 from cosprobe.activations import Sampler, StoredSamples, flops, images, load_samples
-from cosprobe.causal.clean import CleanRun
 from cosprobe.causal.edits import save_edits
 from cosprobe.causal.effects import FILE, Agreement, Pairing, agreement, save_table, summarised
 from cosprobe.causal.experiments import (
@@ -24,16 +23,15 @@ from cosprobe.causal.experiments import (
     Steer,
     Swap,
     best_cells,
-    mean_norms,
 )
 from cosprobe.causal.report import claims, print_page, write_page
-from cosprobe.causal.run import Intervention, Outcomes, sample_conditions
+from cosprobe.causal.run import Intervention, Outcomes, clean_evaluations, sample_conditions
 from cosprobe.cells import parse_selection
 from cosprobe.config import InterveneConfig
 from cosprobe.ensembles import ProbeScorer
 from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
-from cosprobe.models import COND, pipeline_fingerprint
+from cosprobe.models import COND, architecture, pipeline_fingerprint
 from cosprobe.probes import ProbeBank
 from cosprobe.runs import REPORT
 from cosprobe.runtime import rank_and_world, say
@@ -44,6 +42,7 @@ PROBLEMS = {"quick": 24, "full": 96}
 PLANE = {"quick": (3, 3), "full": (20, 40)}  # most steps and layers of a plane
 LEAST_PAIRS = 20
 STEERED = 3  # cells
+ALL = "all"  # the position of probes that read all frames
 PAIRINGS: dict[str, tuple[Pairing, ...]] = {
     "noise": (
         Pairing("fresh", "equal damage", "unchanged", -1),
@@ -97,15 +96,18 @@ def intervene(
     experiment, layers = build_experiment(sampler, bank, grid, use, kind, batches[0], folder, seed)
     conditions = experiment.conditions()
     samples, steps = sum(map(len, batches)), sampler.config.steps
-    each = sum((c.steps or steps) - c.first for c in conditions) + steps
-    naive = sum(c.steps or steps for c in conditions) + steps
+    clean = clean_evaluations(conditions, steps)
+    each = sum((c.steps or steps) - c.first for c in conditions) + clean
+    naive = sum(c.steps or steps for c in conditions) + clean
     say(
         f"{use.edit}: {len(conditions)} conditions of {samples} samples ({len(problems)} problems of kind {kind!r}); "
         f"{each * samples} network evaluations, as many as {each / steps:.0f} clean runs of each sample"
     )
     scorer = ProbeScorer.of(bank, grid, sampler.task.name) if use.edit == "noise" and _answers(bank, kind) else None
     module = Intervention(sampler, experiment, layers, scorer, follow=use.edit == "noise")
-    identity = {"store": asdict(bank.store), "bank": bank.fingerprint, "edit": use.edit, "seed": seed}
+    identity = {
+        "store": asdict(bank.store), "bank": bank.fingerprint, "edit": use.edit, "target": use.target, "seed": seed
+    }  # fmt: skip
     outcomes = sample_conditions(module, batches, folder / FOLDER / use.edit, identity)
     if rank_and_world()[0] == 0:
         flat = [sample for batch in batches for sample in batch]
@@ -136,8 +138,8 @@ def report(
         "evaluation_share": share,
     }  # fmt: skip
     found: Agreement | None = None
-    if use.edit == "swap":
-        found = agreement(outcomes, grid, _answer_target(grid, kind, sampler), use.margin)
+    if use.edit == "swap" and (target := _answer_target(grid, kind, sampler)):
+        found = agreement(outcomes, grid, target, use.margin)
     if table.attrs["n"] < LEAST_PAIRS:
         say(
             f"warning: {table.attrs['n']} samples have what the experiment needs; with fewer than {LEAST_PAIRS}, an "
@@ -177,7 +179,9 @@ def build_experiment(
     """The experiment that the settings name, and the layers whose states it needs. first: the first batch."""
     total, depth, frames = sampler.config.steps, sampler.depth, sampler.token_frames
     most_steps, most_layers = PLANE[use.size]
-    steps = parse_selection(use.steps, total, "use.steps") if use.steps else _spaced(total, most_steps)
+    probed = sorted({c.step for c in bank.cells}) if use.edit in ("steer", "erase") else range(total)
+    default = tuple(probed[i] for i in _spaced(len(probed), most_steps))
+    steps = parse_selection(use.steps, total, "use.steps") if use.steps else default
     layers = parse_selection(use.layers, depth, "use.layers") if use.layers else _layers(depth, most_layers)
     answers_are_regions = sampler.task.candidates == sampler.task.regions
     if use.edit == "noise":
@@ -185,34 +189,41 @@ def build_experiment(
         left = max(total // 2, 1)
         shares = (0.0, 0.25, 0.5, 0.75)
         lengths = sorted({round(left / (1 - share)) for share in shares} - {left})
-        return Noise(steps, total, frames, _damage(sampler, first), left, lengths), ()
+        hit = range(int(architecture(sampler.model).keeps_first_frame(sampler.model)), frames)  # not the given image
+        return Noise(steps, total, hit, _damage(sampler, first), left, lengths), ()
     if use.edit == "swap":
         return Swap(steps, layers, total, frames, answers_are_regions and sampler.task.regions > 3, seed), layers
     if use.edit == "ablate":
         steps = steps if use.steps or use.size == "full" else _spaced(total, 2)
         return Ablate(steps, layers, total, frames, answers_are_regions and sampler.task.regions > 1), layers
     target = use.target or _answer_target(grid, kind, sampler)
-    names = [t.name for t in bank.targets]
+    names = [t.name for t in bank.targets if use.edit == "erase" or t.role in ANSWER_ROLES]
     if target not in names:
-        raise InputError(f"use.target={target!r}: expected one of {', '.join(names)}")
+        raise InputError(
+            f"use.target={target!r}: expected one of {', '.join(names) or 'the answers, without probes here'}"
+        )
     control = next((t.name for t in bank.targets if t.role == Role.CONTROL and t.name != target), "")
-    accuracy = {c: float(grid.at(target, c).validation_accuracy) for c in bank.cells if c.branch == COND}
+    plane = [c for c in bank.cells if c.branch == COND and c.position == ALL]
+    if not plane:
+        raise InputError(
+            f"probe.pooling={bank.store.probe.pooling!r}: {use.edit} changes all frames; expected probes of all "
+            "frames, of a run with probe.pooling=region or clip"
+        )
+    here = [c for c in plane if c.step in steps and (not use.layers or c.layer in layers)]
+    if not here:
+        raise InputError(
+            f"use.steps={use.steps!r}, use.layers={use.layers!r}: no probes were trained there; expected steps "
+            f"{sorted({c.step for c in plane})}, layers {sorted({c.layer for c in plane})}"
+        )
     if use.edit == "erase":
-        stored = StoredSamples.load(folder)
-        samples = load_samples(stored)[0].subset("train")
-        every = [c for c in bank.cells if c.branch == COND and c.position == bank.cells[0].position]
-        chosen = [c for c in every if c.step in steps and c.layer in layers]
-        return Erase(samples, target, control, every, chosen, seed), ()
-    cells = best_cells(bank, accuracy, steps)[:STEERED] if use.size == "quick" else best_cells(bank, accuracy, steps)
-    if use.layers:
-        cells = [c for c in accuracy if c.step in steps and c.layer in layers and c.position == cells[0].position]
-    if not cells:
-        raise InputError(f"use.steps={use.steps!r}, use.layers={use.layers!r}: no probes were trained there")
+        samples = load_samples(StoredSamples.load(folder))[0].subset("train")
+        return Erase(samples, target, control, plane, [c for c in here if c.layer in layers], seed), ()
+    best = best_cells({c: float(grid.at(target, c).validation_accuracy) for c in here})
+    cells = here if use.layers else best[: STEERED if use.size == "quick" else None]
     layers = tuple(sorted({cell.layer for cell in cells}))
-    norms = mean_norms(CleanRun(sampler, first, layers), cells)
     doses = sorted(set(use.doses))
     compared = doses[-2] if len(doses) > 1 else doses[0]
-    return Steer(bank, target, cells, norms, doses, compared, use.directions, control, sampler.task, seed), layers
+    return Steer(bank, target, cells, doses, compared, use.directions, control, sampler.task, seed), layers
 
 
 def _spaced(total: int, most: int) -> tuple[int, ...]:
@@ -221,7 +232,7 @@ def _spaced(total: int, most: int) -> tuple[int, ...]:
 
 
 def _layers(depth: int, most: int) -> tuple[int, ...]:
-    """At most `most` layers, evenly spaced, up to the last but one that lets later layers act."""
+    """At most `most` layers, evenly spaced, up to the last one."""
     count = min(most, depth)
     return tuple(sorted({(i + 1) * depth // count - 1 for i in range(count)}))
 
@@ -232,12 +243,12 @@ def _answers(bank: ProbeBank, kind: str) -> bool:
 
 
 def _answer_target(grid: Grid, kind: str, sampler: Sampler) -> str:
-    """The target that stands for what the video shows. Raises InputError without one."""
+    """The target that stands for what the video shows; empty without one."""
     kinds = {t.name: t.kinds for t in sampler.task.targets}
     for name in grid.with_role(*ANSWER_ROLES):
         if kind in kinds.get(name, ()):
             return name
-    raise InputError(f"use.kind={kind!r}: this run has no probes of its answers; expected a run with such a target")
+    return ""
 
 
 @torch.no_grad()

@@ -85,14 +85,14 @@ def claims(table: xr.Dataset, outcomes: Outcomes, found: Agreement | None) -> li
 
 
 def _strongest(table: xr.Dataset, control: str, claim: str) -> Claim:
-    """The cell with the largest effect against a control, judged by its corrected p."""
+    """The cell with the smallest corrected p against a control, and of these the largest effect."""
     rows = table.isel(comparison=np.flatnonzero(table.control.values == control))
-    at = int(rows.effect.argmax())
+    at = np.lexsort([-rows.effect.values, rows.p.values])[0]
     one = rows.isel(comparison=at)
     p, name = float(one.p), str(one.compared.values)
     where = _cell(int(one.at_step), int(one.at_layer), int(one.at_frame))
     outcome = HOLDS if p <= 0.05 else UNCLEAR
-    measure = f"{name} minus {control}, {where}, largest of {rows.sizes['comparison']} cells, p {p:.3f} corrected"
+    measure = f"{name} minus {control}, {where}, clearest of {rows.sizes['comparison']} cells, p {p:.3f} corrected"
     value, lower, upper = (float(one[name]) for name in ("effect", "effect_lower", "effect_upper"))
     return Claim(claim, measure, control, value, lower, upper, outcome)
 
@@ -103,9 +103,9 @@ def _cell(step: int, layer: int, frame: int = NONE) -> str:
 
 
 def _noise_claims(outcomes: Outcomes) -> list[Claim]:
-    there = outcomes.labels != NONE
+    there = outcomes.complete
     keys, conditions = outcomes.keys[there], outcomes.conditions
-    kept = (outcomes.answers[there] == outcomes.labels[there, None]).astype(float)
+    kept = (outcomes.answers[there] == outcomes.labels[there]).astype(float)
     found = []
     for name in dict.fromkeys(c.name for c in conditions):
         steps = [i for i, c in enumerate(conditions) if c.name == name and c.frame == NONE]
@@ -284,29 +284,25 @@ def _number(claim: Claim) -> str:
 def condition_rows(table: xr.Dataset) -> list[list[str]]:
     """The table of the conditions, heading first. Random directions are one row, the mean of all."""
     head = ["condition", "where", "dose", "shows the label", "unchanged", "no answer", "right", "change elsewhere"]
-    body, seen = [], set()
+    drawn = table.draw.values != NONE
+    body = []
     for i in range(table.sizes["condition"]):
         one = table.isel(condition=i)
-        step, layer, frame = (int(one[n]) for n in ("step", "layer", "frame"))
-        where, steps = _cell(step, layer, frame), int(one.steps)
-        key = (str(one.name.values), where)
-        if int(one.draw) != NONE and key in seen:
-            continue
-        seen.add(key)
-        if int(one.draw) != NONE:
-            same = (table.name == one.name) & (table.step == step) & (table.layer == layer)
-            one = table.isel(condition=np.flatnonzero(same.values)).mean("condition", keep_attrs=True)
-            key = (f"{key[0]}, mean of {int(same.sum())}", where)
-        shown = f"{float(one.label):.2f}"
-        if "mean of" not in key[0]:
-            shown += f" [{float(one.label_lower):.2f}, {float(one.label_upper):.2f}]"
-        dose = float(one.dose)
+        name, (step, layer, frame) = str(one.name.values), (int(one[n]) for n in ("step", "layer", "frame"))
+        where, steps, dose = _cell(step, layer, frame), int(one.steps), float(one.dose)
+        label = f"{float(one.label):.2f} [{float(one.label_lower):.2f}, {float(one.label_upper):.2f}]"
+        if drawn[i]:
+            same = np.flatnonzero(drawn & (table.step.values == step) & (table.layer.values == layer))
+            if i != same[0]:
+                continue
+            one = table.isel(condition=same).mean("condition")
+            name, label = f"{name}, mean of {len(same)}", f"{float(one.label):.2f}"
         body.append(
             [
-                key[0],
+                name,
                 where + (f" of {steps}" if steps else ""),
                 "" if np.isnan(dose) else f"{dose:g}",
-                shown,
+                label,
                 *(f"{float(one[n]):.2f}" for n in ("unchanged", "none", "right")),
                 f"{float(one.change):.3f}",
             ]

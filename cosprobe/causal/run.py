@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cosprobe.activations import (
@@ -28,7 +28,7 @@ from cosprobe.activations import (
     capture,
     predict_shards,
 )
-from cosprobe.causal.clean import CleanRun, with_steps
+from cosprobe.causal.clean import NONE, CleanRun, with_steps
 from cosprobe.causal.experiments import Condition, Experiment
 from cosprobe.causal.patching import patch
 from cosprobe.causal.prefix import replayed
@@ -54,9 +54,10 @@ class Outcomes:
     """What the videos show. NaN or -1 where there is nothing.
 
     conditions: in the order of the axis condition. keys: the problem of every sample. labels: the label that an
-    experiment is about [sample]. clean: answers of the clean runs [sample]. answers: [sample, condition]. change: mean
-    absolute difference from the clean video, in pixels that no solution changes [sample, condition]. evaluations: of
-    the transformer, per sample, over all conditions and clean runs.
+    experiment is about [sample, condition]. clean: answers of the clean runs [sample, condition]; runs with other
+    numbers of steps have other clean runs. answers: [sample, condition]. change: mean absolute difference from the
+    clean video, in pixels that no solution changes [sample, condition]. evaluations: of the transformer, per sample,
+    over all conditions, donor states, and one clean run for each number of steps.
     distance, cka, probe: only for noise, [sample, condition, step]. See `Follower`. clean_probe: [sample, step].
     """
 
@@ -72,12 +73,18 @@ class Outcomes:
     probe: np.ndarray
     clean_probe: np.ndarray
 
+    @property
+    def complete(self) -> Bool[np.ndarray, " sample"]:
+        """Whether a sample has a label in every condition; the others are left out."""
+        return (self.labels != NONE).all(axis=1)
+
 
 class Follower:
     """Follows runs step by step: x0-hat, and what probes read.
 
     distance: |x0-hat - clean x0-hat| / |clean x0-hat|. cka: 1 - CKA of both x0-hats, 0 for equal structure. probe:
-    the answer that the probe with the best validation accuracy at the step gives. Axes [sample, step].
+    the answer that the probe with the best validation accuracy at the step gives, NONE at steps without probes. Axes
+    [sample, step].
     CKA is linear, over the tokens of one sample, with the values of a patch as features.
     Source: Kornblith et al. (2019), "Similarity of neural network representations revisited", arXiv 1905.00414. Which
     states the paper compares is not known; here it is x0-hat, which every step has.
@@ -88,15 +95,16 @@ class Follower:
 
     def follow(self, run: CleanRun, stack: ExitStack, first: int) -> Any:
         """Begins to follow the pipeline call that comes next, from step `first` on."""
-        steps, layers = range(first, self.sampler.config.steps), ["x_t"]
-        if self.scorer is not None:
-            layers = [*layers, *sorted({str(c.layer) for s in steps for c in self._cells(s).values()})]
+        steps = range(first, self.sampler.config.steps)
+        layers = ["x_t", *sorted({str(c.layer) for s in steps for c in self._cells(s).values()})]
         pooling = self.scorer.pooling(run.problems) if self.scorer is not None else None
         spec = f"{first}:{self.sampler.config.steps}"
         return stack.enter_context(capture(self.sampler.model, layers, pooling, spec, clean=tuple(steps)))
 
     def _cells(self, step: int) -> dict[str, Any]:
-        assert self.scorer is not None
+        """The cells that are read at a step, by target; none at a step without probes."""
+        if self.scorer is None or all(c.step != step for table in self.scorer.accuracy.values() for c in table):
+            return {}
         return {name: self.scorer.cell(name, step) for name in self.scorer.accuracy}
 
     def tokens(self, clean: Tensor) -> Float[Tensor, "sample token channel"]:
@@ -105,15 +113,15 @@ class Follower:
         return architecture(model).latent_tokens(first_transformer(model), clean).float().cpu()
 
     def read(self, run: CleanRun, cache: Any, step: int) -> Tensor:
-        """What probes answer at a step, -1 without probes."""
-        if self.scorer is None:
-            return torch.full((len(run.samples),), -1)
+        """What probes answer at a step, NONE without probes."""
+        if self.scorer is None or not (cells := self._cells(step)):
+            return torch.full((len(run.samples),), NONE)
         positions = self.scorer.pooling(run.problems).positions(self.sampler.token_frames)
 
         def features(cell: Any) -> Tensor:
             return cache.parts[cell.step, str(cell.layer), cell.branch][:, positions.index(cell.position)]
 
-        return self.scorer.read(self._cells(step), run.problems, features).argmax(dim=-1)
+        return self.scorer.read(cells, run.problems, features).argmax(dim=-1)
 
 
 def cka_distance(
@@ -152,6 +160,7 @@ class Intervention(FrozenSampling):
         samples, conditions = batch.content.samples, batch.content.conditions
         steps = conditions[0].steps
         run, followed = self._clean(samples, steps)
+        run.forget_states()  # so that evaluations do not depend on the groups before, which may be on disk already
         before, found = run.evaluations, dict[str, list[Tensor]]()
         labels, total = self.experiment.labels(run), run.sampler.config.steps
         for condition in conditions:
@@ -160,7 +169,7 @@ class Intervention(FrozenSampling):
             run.evaluations += total - condition.first
         spent = torch.full((len(samples),), float(run.evaluations - before))
         tensors = {name: torch.stack(values, dim=1) for name, values in found.items()}
-        tensors |= {"labels": labels, "clean": run.answers, "evaluations": spent}
+        tensors |= {"labels": labels.clone(), "clean": run.answers, "evaluations": spent}  # shards share no memory
         if followed:
             tensors["clean_probe"] = torch.stack([probe for _, probe in followed.values()], dim=1)
         return tensors, {"condition": [condition.name for condition in conditions]}
@@ -254,13 +263,12 @@ def sample_conditions(
 def _joined(
     conditions: list[Condition], read: list[dict[str, Tensor]], batches: Sequence[list[Sample]], steps: int
 ) -> Outcomes:
-    """The outcomes of all groups side by side."""
+    """The outcomes of all groups side by side. conditions: of the groups, in the order of `read`."""
     samples = [sample for batch in batches for sample in batch]
 
     def along(name: str) -> np.ndarray:
-        parts = [one[name] for one in read]
-        width = {part.shape[2:] for part in parts}
-        return torch.cat(parts, dim=1).numpy() if len(width) == 1 else np.empty(0)
+        parts = [one[name] if one[name].ndim > 1 else one[name][:, None].expand_as(one["answers"]) for one in read]
+        return torch.cat(parts, dim=1).numpy()
 
     def followed(name: str) -> np.ndarray:
         parts, shape = [], (len(samples), steps)
@@ -273,16 +281,21 @@ def _joined(
     return Outcomes(
         conditions=conditions,
         keys=np.array([sample.problem.key for sample in samples]),
-        labels=read[0]["labels"].numpy(),
-        clean=read[0]["clean"].numpy(),
+        labels=along("labels"),
+        clean=along("clean"),
         answers=along("answers"),
         change=along("change"),
-        evaluations=float(sum(one["evaluations"].mean() for one in read)) + steps,
+        evaluations=float(sum(one["evaluations"].mean() for one in read)) + clean_evaluations(conditions, steps),
         distance=followed("distance"),
         cka=followed("cka"),
         probe=followed("probe"),
-        clean_probe=own["clean_probe"].numpy() if own else np.full((len(samples), steps), -1),
+        clean_probe=own["clean_probe"].numpy() if own else np.full((len(samples), steps), NONE),
     )
+
+
+def clean_evaluations(conditions: Sequence[Condition], steps: int) -> int:
+    """Evaluations of one clean run for each number of steps. steps: that of the settings."""
+    return sum(length or steps for length in {condition.steps for condition in conditions})
 
 
 def _described(condition: Condition) -> dict[str, Any]:
