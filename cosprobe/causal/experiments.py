@@ -240,7 +240,7 @@ class Steer:
             at: dict[str, Any] = {"steps": (cell.step,), "layers": (cell.layer,)}
 
             def one(name: str, dose: float, draw: int, cell: Cell = cell, at: dict[str, Any] = at) -> Condition:
-                edit = Edit("steer", source=name, amount=dose, seed=max(draw, 0), **at)
+                edit = Edit("steer", source=name, amount=dose, **at)
                 return Condition(name, (edit,), cell.step, cell.layer, dose=dose, draw=draw)
 
             found += [one(PROBE, dose, NONE) for dose in self.doses]
@@ -258,7 +258,7 @@ class Steer:
         if edit.source == CONTROL:
             found = probe_directions(self.bank, self.control, cell, labels % self.bank.target(self.control).classes)
         elif edit.source != PROBE:
-            found = random_directions(found, self.seed + edit.seed)
+            found = random_directions(found, self.seed + condition.draw)
         size = run.states(cell.step)[At(cell.step, cell.layer, cell.branch)].float().norm(dim=-1).mean(dim=1)
         found = found * (size / longest)[:, None, None]
         return Needed({edit.source: found}, [problem.regions for problem in run.problems])
