@@ -38,8 +38,8 @@ from cosprobe.runtime import rank_and_world, say
 from cosprobe.tasks import ANSWER_ROLES, Role, Sample, TaskConfig, fresh_problems, with_noise
 
 FOLDER = "causal"
-PROBLEMS = {"quick": 24, "full": 96}
-PLANE = {"quick": (3, 3), "full": (20, 40)}  # most steps and layers of a plane
+PROBLEMS = {"quick": 24, "full": 72}  # with 72, a cell of 64 without a flip has a bound below 0.1
+PLANE = {"quick": (3, 3), "full": (8, 10)}  # most steps and layers of a plane
 LEAST_PAIRS = 20
 STEERED = 3  # cells
 ALL = "all"  # the position of probes that read all frames
