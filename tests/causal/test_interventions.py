@@ -188,7 +188,7 @@ def start(run: Finished, settings: InterveneConfig, **changes) -> None:
 @pytest.mark.parametrize("edit", ["noise", "swap", "steer", "erase", "ablate"])
 def test_every_edit_ends_with_its_files_and_a_second_call_samples_nothing(run, edit, capsys, monkeypatch):
     start(run, use(edit, doses=[0.5, 1.0]))
-    said, place = capsys.readouterr(), run.folder / "report" / "causal" / edit
+    said, place = capsys.readouterr(), run.folder / "report" / f"causal-{edit}"
     page = (place / f"{edit}.md").read_text()
     assert f"page: {place / f'{edit}.md'}" in said.out
     assert (place / f"{edit}.png").stat().st_size > 5000 and (place / "agreement.png").exists() == (edit == "swap")
