@@ -72,10 +72,10 @@ def verdict(lower: float, upper: float) -> str:
 def claims(table: xr.Dataset, outcomes: Outcomes, found: Agreement | None) -> list[Claim]:
     """The statements that an experiment tests: those of the paper, and for the other experiments our own."""
     kind = str(table.attrs["edit"])
-    if kind == "noise":
-        return _noise_claims(outcomes)
-    if kind == "swap":
-        return _swap_claims(table)
+    if kind in ("noise", "swap"):
+        stated = _noise_claims(outcomes) if kind == "noise" else _swap_claims(table)
+        order = list(dict.fromkeys(claim.claim for claim in stated))
+        return sorted(stated, key=lambda claim: order.index(claim.claim))
     named = {
         "steer": "The direction of the probe moves answers to the label more than the control does",
         "erase": "Erasing the answer changes more videos than the control does",
@@ -185,7 +185,7 @@ def _swap_claims(table: xr.Dataset) -> list[Claim]:
         found.append(Claim(claim, measure, control, value, lower, upper, HOLDS if p <= 0.05 else UNCLEAR))
         found.append(_strongest(table.isel(comparison=np.flatnonzero(table.compared.values != "last frame")), control,
                                 "Some cell of the plane decides the answer"))  # fmt: skip
-    return sorted(found, key=lambda claim: claim.claim, reverse=True)  # stable
+    return found
 
 
 def _paired(claim: str, measure: str, control: str, values: np.ndarray, keys: np.ndarray) -> Claim:
@@ -400,7 +400,7 @@ def _draw_noise(table: xr.Dataset) -> Figure:
     )
     grid[0, 1].set_title("noise in one frame, every step", loc="left")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    sheet.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, bbox_to_anchor=(0.5, 1.06))
+    sheet.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     for axes, name in ((grid[1, 0], "fresh"), (grid[1, 1], "renoised")):
         one = _where(of_steps, name=name, steps=0)
         if not one.sizes["condition"]:
@@ -412,6 +412,7 @@ def _draw_noise(table: xr.Dataset) -> Figure:
         image = axes.imshow(
             shown, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="upper", interpolation="nearest"
         )
+        axes.set_xticks(range(0, total, max(1, total // 5)))
         axes.set_yticks(range(one.sizes["condition"]), [str(s) for s in one.step.values])
         axes.set(xlabel="step that is compared with the clean run", ylabel="step of the hit")
         axes.set_title(f"{name}: 1 - CKA of x0-hat", loc="left")
@@ -498,7 +499,7 @@ def _draw_steer(table: xr.Dataset) -> Figure:
         axes.set_title(f"step {step}, layer {layer}", loc="left")
     grid[0].set_ylabel("videos with the label")
     handles, labels = grid[0].get_legend_handles_labels()
-    sheet.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, bbox_to_anchor=(0.5, 1.1))
+    sheet.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return sheet
 
 
@@ -524,5 +525,5 @@ def _draw_rows(table: xr.Dataset) -> Figure:
     )
     axes.set(xlabel="videos that keep the answer of the clean run", xlim=(-0.03, 1.03))
     axes.invert_yaxis()
-    sheet.legend(loc="upper center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 1.0 + 0.5 / (1.2 + 0.3 * len(cells))))
+    sheet.legend(loc="outside upper center", ncols=3, frameon=False)
     return sheet
