@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
 import numpy as np
@@ -77,7 +76,7 @@ def draw_layout(n: int, kind: str, rng: np.random.Generator) -> Layout:
     Cuts predict the answer too: an exit near a wall is less likely to be reachable. Two measures reduce this. Cuts near
     the fork are more likely than cuts near the exit. A maze is kept with probability exp(LEAST - `_hint`), at most 1.
     """
-    corners, doors = corners_of(n), len(doors_of(n))
+    corners, doors = corners_of(n), len(_numbered_doors(n))
     while True:
         order, start = rng.permutation(doors).tolist(), int(rng.integers(n * n))
         if start in corners:
@@ -139,19 +138,21 @@ def _spanning_tree(n: int, start: int, order: Sequence[int], ends: Sequence[int]
     It is the minimum spanning tree when doors have the weights 0, 1, ... in the order of `order` (Prim's algorithm).
     None if one of the last two rooms on the way to one of the `ends` is also on the way to another.
     """
-    weight = sorted(range(len(order)), key=order.__getitem__)  # the inverse permutation
-    around, parents = _doors_around(n), [-1] * (n * n)
+    doors, around, parents = _numbered_doors(n), _doors_around(n), [-1] * (n * n)
+    # sets of doors are integers: bit i stands for order[i], so the lowest bit is the door of the smallest weight
+    bits = [0] * len(order)
+    for i, door in enumerate(order):
+        bits[door] = 1 << i
     parents[start] = start
-    frontier = [(weight[door], start, room) for door, room in around[start]]
-    heapify(frontier)
-    doorsteps, passed = (
-        set[int](),
-        {start},
-    )  # the last rooms before the ends found so far, and all rooms on the way there
+    frontier = 0  # doors between a room of the tree and another
+    for door in around[start]:
+        frontier ^= bits[door]
+    # the last rooms before the ends found so far, and all rooms on the way there
+    doorsteps, passed = set[int](), {start}
     while frontier:
-        _, before, room = heappop(frontier)
-        if parents[room] >= 0:
-            continue
+        before, room = doors[order[(frontier & -frontier).bit_length() - 1]]
+        if parents[before] < 0:
+            before, room = room, before
         parents[room] = before
         if room in ends:
             if before in passed:
@@ -163,19 +164,21 @@ def _spanning_tree(n: int, start: int, order: Sequence[int], ends: Sequence[int]
                 if above in doorsteps:
                     return None
             doorsteps.add(before)
-        for door, beyond in around[room]:
-            if parents[beyond] < 0:
-                heappush(frontier, (weight[door], room, beyond))
+        for door in around[room]:
+            frontier ^= bits[door]  # a door between two rooms of the tree is taken out again
     return parents
 
 
+_numbered_doors = lru_cache(doors_of)
+
+
 @lru_cache
-def _doors_around(n: int) -> list[list[tuple[int, int]]]:
-    """For each room its doors, as indices into `doors_of`, and the rooms behind them."""
-    around: list[list[tuple[int, int]]] = [[] for _ in range(n * n)]
+def _doors_around(n: int) -> list[list[int]]:
+    """For each room its doors, as indices into `doors_of`."""
+    around: list[list[int]] = [[] for _ in range(n * n)]
     for door, (a, b) in enumerate(doors_of(n)):
-        around[a].append((door, b))
-        around[b].append((door, a))
+        around[a].append(door)
+        around[b].append(door)
     return around
 
 

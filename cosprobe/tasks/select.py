@@ -13,7 +13,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -226,13 +226,22 @@ def draw_scene(count: int, rng: np.random.Generator) -> Scene:
 
 def canonical_key(scene: Scene) -> str:
     """A hash that is the same for a scene and its images under the 8 symmetries of the square, and for all wordings."""
-    cells, boxes = np.full(len(CELLS), -1), np.array(scene.boxes)
+    board = [-1] * len(CELLS) + list(scene.boxes)
     for cell, identity in scene.objects:
-        cells[cell] = identity
-    views = [(cells.reshape(3, 3), boxes.reshape(2, 2)), (cells.reshape(3, 3).T, boxes.reshape(2, 2).T)]
-    seen = min([np.rot90(grid, turns).tolist() for grid in view] for view in views for turns in range(4))
+        board[cell] = identity
+    values = min([board[place] for place in view] for view in _symmetries())
+    rows = [values[start : start + 3] for start in range(0, len(CELLS), 3)]
+    seen = [rows, [values[len(CELLS) : len(CELLS) + 2], values[len(CELLS) + 2 :]]]
     named = scene.objects[scene.named][1], scene.boxes[scene.corner]
     return hashlib.sha256(repr((named, seen)).encode()).hexdigest()[:16]
+
+
+@cache
+def _symmetries() -> list[list[int]]:
+    """For each symmetry of the square, the cells and then the boxes (numbered after the cells) in their new order."""
+    grids = np.arange(len(CELLS)).reshape(3, 3), len(CELLS) + np.arange(len(CORNERS)).reshape(2, 2)
+    views = [grids, (grids[0].T, grids[1].T)]
+    return [[int(at) for grid in view for at in np.rot90(grid, turns).flat] for view in views for turns in range(4)]
 
 
 def _problem(scene: Scene, split: str, index: int, key: str, control: int | tuple[int, ...]) -> Problem:
