@@ -126,10 +126,10 @@ def test_there_are_enough_problems():
     pairs = {scene.key for scene in every if scene.inside[scene.marked] != NONE}
     assert len(pairs) == scenes(2) // 2 == 7_128
     total = sum(map(scenes, (2, 3, 4))) // 2
-    drawn = len({p.key for p in islice(TASK._draw("model"), 30_000)})
-    print(f"distinct problems: {total:,} in all, {drawn:,} among 30,000 drawn")  # noqa: T201
+    drawn = len({p.key for p in islice(TASK._draw("model"), 5_000)})
+    print(f"distinct problems: {total:,} in all, {drawn:,} among 5,000 drawn")  # noqa: T201
     assert total == 292_248
-    assert drawn > 20_000
+    assert drawn > 4_700  # 4,424 if there were 20,000, or fewer if not all alike
 
 
 def test_difficulty_is_kept_to():
@@ -232,7 +232,7 @@ def test_any_resolution_shows_the_same_problem(size):
 @pytest.mark.parametrize("frames", LENGTHS)
 def test_parsing_survives_noise_and_blur(problems, frames, rng):
     task = Hide(frames=frames)
-    for problem in problems[:100]:
+    for problem in problems[:40]:
         video = played(task, problem)
         noisy = video + rng.normal(0, 0.08, video.shape).astype(np.float32)
         for damaged in (noisy, blurred(video), blurred(noisy)):

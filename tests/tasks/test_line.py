@@ -152,10 +152,10 @@ def test_key_is_the_same_under_the_symmetries_of_the_square(problems):
 def test_there_are_more_than_twenty_thousand_boards():
     for kind in TASK.kinds:
         drawn = TASK._draw("model", kind)
-        keys = {next(drawn).key for _ in range(10_100)}
-        print(f"line/{kind}: {len(keys)} distinct boards in 10100 draws")  # noqa: T201
-        # n boards, all alike, give 10100 ** 2 / 2 / n pairs of the same: none is met only if n is in the millions
-        assert len(keys) >= 10_090
+        keys = {next(drawn).key for _ in range(4_000)}
+        print(f"line/{kind}: {len(keys)} distinct boards in 4000 draws")  # noqa: T201
+        # n boards, all alike, give 4000 ** 2 / 2 / n pairs of the same: 400 of 20,000, few only if n is in the millions
+        assert len(keys) >= 3_996
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def test_three_in_a_row_has_the_boards_that_can_be_counted():
             wanted["one" if len(wins) == 1 else "several"].add(canonical_key(3, 3, bytes(marks)))
     for kind, keys in wanted.items():
         drawn = SMALL._draw("model", kind)
-        found = {next(drawn).key for _ in range(8_000)}
+        found = {next(drawn).key for _ in range(5_000)}
         print(f"line 3 x 3/{kind}: {len(keys)} boards, {len(found)} drawn")  # noqa: T201
         assert found <= keys
         assert len(found) > 0.8 * len(keys)  # some are rare
@@ -306,10 +306,12 @@ def test_a_linear_classifier_of_the_first_frame_finds_little(many):
     some rows, as a given row is linear in the pixels."""
     several = TASK.problems("model", 1000, "several")
     centres = np.ix_(range(7, 64, 10), range(7, 64, 10))  # the pixel in the middle of each cell
-    features = np.array([TASK.image(p)[centres].ravel() / 255.0 for p in [*many, *several]])
-    blocks = np.array([TASK.image(p).reshape(16, 4, 16, 4, 3).mean((1, 3)).ravel() / 255.0 for p in [*many, *several]])
-    for name, pixels in (("cells", features), ("16 x 16", blocks)):
-        for strength in (0.03, 0.3, 1.0):
+    images = [TASK.image(p) / 255.0 for p in [*many, *several]]
+    features = np.array([image[centres].ravel() for image in images])
+    blocks = np.array([image.reshape(16, 4, 16, 4, 3).mean((1, 3)).ravel() for image in images])
+    # 16 x 16 pixels at a strength of 0.3 are those of every family, in test_task.py
+    for name, pixels, strengths in (("cells", features, (0.03, 0.3, 1.0)), ("16 x 16", blocks, (0.03, 1.0))):
+        for strength in strengths:
             probe = LogisticRegression(max_iter=200, C=strength).fit(pixels[:1500], [p.answer for p in many[:1500]])
             picked = probe.predict(pixels[1500:])
             for kind, held in (("one", many[1500:]), ("several", several)):

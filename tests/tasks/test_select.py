@@ -175,9 +175,9 @@ def test_more_than_20000_problems_are_different():
     exact = {n: comb(9, n) * perm(12, n) * n * 4 * factorial(4) // 8 for n in range(2, 6)}
     assert (exact[2], sum(exact.values())) == (114_048, 794_458_368)
     rng = np.random.default_rng(0)
-    keys = {canonical_key(draw_scene(int(rng.integers(2, 6)), rng)) for _ in range(22_000)}
-    print(f"\n{sum(exact.values()):,} different problems in all, {len(keys):,} in 22,000 draws")  # noqa: T201
-    assert len(keys) > 20_000
+    keys = {canonical_key(draw_scene(int(rng.integers(2, 6)), rng)) for _ in range(5_000)}
+    print(f"\n{sum(exact.values()):,} different problems in all, {len(keys):,} in 5,000 draws")  # noqa: T201
+    assert len(keys) > 4_970  # of 20,000 problems 576 would be drawn again, or more if not all alike
 
 
 def test_numbers_of_objects_are_kept_to():
@@ -273,7 +273,7 @@ def test_shapes_are_bold_and_differ(problems):
 
 @pytest.mark.slow
 def test_parsing_stands_noise_and_blur(problems, rng):
-    for problem in problems[:80]:
+    for problem in problems[:40]:
         video = played(problem)
         still = np.repeat(video[:1], TASK.frames, 0)
         noise = rng.normal(0, 0.08, video.shape).astype(np.float32)
@@ -287,7 +287,7 @@ def test_parsing_stands_noise_and_blur(problems, rng):
 
 @pytest.mark.slow
 def test_videos_of_wrong_answers_read_as_those(problems):
-    for problem in problems[:100]:
+    for problem in problems[:50]:
         for corner in {0, 1, 2, 3} - {problem.answer}:
             wrong = TASK.swapped(problem, box=corner)
             seen = read(problem, played(wrong))

@@ -186,10 +186,10 @@ def test_kinds_take_turns_and_fewer_problems_are_the_first_of_more(task, problem
 def test_a_problem_is_in_the_split_its_key_says_and_in_no_other(task):
     keys: list[str] = []
     for split in SPLITS:
-        for p in task.problems(split, 40):
+        for p in task.problems(split, 20):
             assert p.split == split == split_of(p.key)
             keys.append(p.key)
-    assert len(set(keys)) == len(keys) == 40 * len(SPLITS)
+    assert len(set(keys)) == len(keys) == 20 * len(SPLITS)
 
 
 @pytest.mark.slow
@@ -228,6 +228,7 @@ def test_problems_are_the_same_in_every_process():
 def test_there_are_twenty_thousand_problems(family, problems):
     """Two sets of n problems that are drawn independently share n^2 / N of them or more when there are N, however
     unequal their probabilities (Cauchy-Schwarz). Half of all problems belong to the split `model`."""
+    problems = problems[:700]
     others = FAMILIES[family](seed=1).build().problems("model", len(problems))
     shared = len({p.key for p in problems} & {p.key for p in others})
     expected = len(problems) ** 2 / (20_000 * SPLITS["model"] / 100)
@@ -259,7 +260,7 @@ def test_reference_video_starts_at_the_image_moves_and_rests(family, size, frame
 
 @pytest.mark.slow
 def test_parsing_of_the_reference_is_a_right_solution(task, problems):
-    for p in problems:
+    for p in problems[:300]:
         read = task.parse(p, played(task, p))
         assert read.answer == read.forced
         assert read.answer in task.solutions(p)
@@ -277,7 +278,7 @@ def test_a_video_of_another_range_is_refused(task, problems):
 
 @pytest.mark.slow
 def test_a_still_video_reads_as_none(task, problems):
-    for p in problems[:200]:
+    for p in problems[:80]:
         first = played(task, p)[:1]
         for video in (first, np.repeat(first, task.frames, axis=0)):
             read = task.parse(p, video)
@@ -296,7 +297,7 @@ def test_a_grey_video_reads_as_none_and_still_has_scores(task, problems):
 
 @pytest.mark.slow
 def test_a_faint_video_keeps_the_order_of_the_scores(task, problems):
-    for p in problems[:100]:
+    for p in problems[:60]:
         video = played(task, p)
         faint = task.parse(p, 0.25 * video + 0.75 * video[:1])
         assert faint.forced == task.parse(p, video).answer
@@ -339,10 +340,10 @@ def test_no_candidate_is_favoured(task, problems):
 
 @pytest.mark.slow
 def test_a_linear_classifier_of_the_first_frame_finds_little(family, task):
-    """It learns from 1,500 problems with one answer and is tested on 1,000 unseen ones of every kind, against a guess
+    """It learns from 1,500 problems with one answer and is tested on 600 unseen ones of every kind, against a guess
     among the candidates that the first frame leaves possible."""
     (answered,) = task.targets[0].kinds
-    drawn = {kind: task.problems("model", 1000 + 1500 * (kind == answered), kind) for kind in task.kinds}
+    drawn = {kind: task.problems("model", 600 + 1500 * (kind == answered), kind) for kind in task.kinds}
     learn, drawn[answered] = drawn[answered][:1500], drawn[answered][1500:]
 
     def pixels(several: list[Problem]) -> np.ndarray:
