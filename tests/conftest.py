@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # read when torch and the libraries of linear algebra are loaded, also in every process that a test starts: threads of
 # several processes that wait for each other on the same cores cost several times what a test itself does
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -19,6 +23,32 @@ settings.register_profile("dev", max_examples=20, deadline=None, derandomize=Tru
 settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 threadpool_limits(1)  # of what plugins of pytest have loaded before
+
+SHAPE = re.compile(r"\b(Bool|Float|Int|Num|Shaped|UInt)\d*\[")
+
+
+def where_shapes_are(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
+    """The decorator that checks shapes, for functions and dataclasses whose annotations name one. All others are left
+    to mypy: solvers call some of them so often that a fit would take twice as long."""
+
+    def decorate(checked: Any = None, **given: Any) -> Any:
+        if checked is None:
+            return lambda checked: decorate(checked, **given)
+        holders = checked.__mro__ if isinstance(checked, type) else (checked,)
+        return jaxtyped(checked, **given) if any(map(_names_a_shape, holders)) else checked
+
+    return decorate
+
+
+def _names_a_shape(holder: Any) -> bool:
+    """Whether an annotation of a function or class does, by itself or by a name that its module gives to a shape."""
+    known = vars(sys.modules[holder.__module__])
+    texts = [str(text) for text in getattr(holder, "__annotations__", {}).values()]
+    meant = [str(known[word]) for text in texts for word in re.findall(r"\w+", text) if word in known]
+    return any(map(SHAPE.search, texts + meant))
+
+
+jaxtyping.jaxtyped = where_shapes_are(jaxtyping.jaxtyped)  # before a module of the package is imported
 
 
 # the files that take longest, in this order
