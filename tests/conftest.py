@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 # read when torch and the libraries of linear algebra are loaded, also in every process that a test starts: threads of
@@ -42,10 +43,15 @@ def where_shapes_are(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
 
 def _names_a_shape(holder: Any) -> bool:
     """Whether an annotation of a function or class does, by itself or by a name that its module gives to a shape."""
-    known = vars(sys.modules[holder.__module__])
     texts = [str(text) for text in getattr(holder, "__annotations__", {}).values()]
-    meant = [str(known[word]) for text in texts for word in re.findall(r"\w+", text) if word in known]
-    return any(map(SHAPE.search, texts + meant))
+    words = {word for text in texts for word in re.findall(r"\w+", text)}
+    return any(map(SHAPE.search, texts)) or any(_is_a_shape(holder.__module__, word) for word in words)
+
+
+@cache
+def _is_a_shape(module: str, name: str) -> bool:
+    known = vars(sys.modules[module])
+    return name in known and SHAPE.search(str(known[name])) is not None
 
 
 jaxtyping.jaxtyped = where_shapes_are(jaxtyping.jaxtyped)  # before a module of the package is imported

@@ -34,7 +34,7 @@ from cosprobe.processes import LOST
 from cosprobe.reporting import results_page
 from tests.examples import processes
 from tests.examples.pipelines import save_wan
-from tests.examples.probe_tiny import TINY, probe_tiny, run_train
+from tests.examples.probe_tiny import TINY, run_commands
 from tests.examples.shapes import unchecked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,29 +155,60 @@ def test_a_second_run_reuses_the_store_and_gives_the_same_grid(model, run):
         np.testing.assert_array_equal(before[name].values, after[name].values)
 
 
-def on_two_devices(script, *settings):
-    """Two processes as Lightning's launcher starts them, without its seconds of imports and waits."""
-    code = max(processes.run_devices(run_train, list(settings)))
-    return subprocess.CompletedProcess(settings, code, "", "")
+EARLY = ("use=early", "use.calibration=59", "use.problems=4", "use.error_reference=truth")
+
+
+@pytest.fixture(scope="module")
+def early(run):
+    """What early answers printed."""
+    result = within("probe.py", *EARLY, f"run={run[0]}")
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def seeds(run):
+    """What a comparison of ensembles printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "quick", TINY)
+        result = within("probe.py", "use=ensemble", f"run={run[0]}")
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def pair(model, run, tmp_path_factory):
+    """The folder of what two processes make: a run, and early answers and ensembles of a copy of the run of one.
+
+    They are started as Lightning's launcher does, without its seconds of imports and waits."""
+    folder = tmp_path_factory.mktemp("pair")
+    shutil.copytree(run[0].parent, folder / "copy", ignore=shutil.ignore_patterns("early", "ensemble"))
+    uses = [["probe", *use, f"run={folder / 'copy'}", "trainer.devices=2"] for use in (EARLY, ("use=ensemble",))]
+    new = folder / "new" / "two"  # without a run beside it whose activations could be read
+    commands = [["train", *settings_of(model, new, "trainer.devices=2")], *uses]
+    assert processes.run_devices(run_commands, commands) == [0, 0]
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.ddp
-@pytest.mark.parametrize("start", [on_two_devices, pytest.param(command, marks=pytest.mark.docs)])
-def test_two_processes_give_the_same_grid(model, run, tmp_path, start):
-    train(model, tmp_path / "two", "trainer.devices=2", start=start)
-    one, two = (ActivationStore.open(folder / "store") for folder in (run[0].parent, tmp_path / "two"))
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.docs)])
+def test_two_processes_give_the_same_grid(model, run, tmp_path, launched, request):
+    folder = (tmp_path if launched else request.getfixturevalue("pair") / "new") / "two"
+    if launched:
+        train(model, folder, "trainer.devices=2", start=command)
+    one, two = (ActivationStore.open(folder / "store") for folder in (run[0].parent, folder))
     assert one.fingerprint == two.fingerprint
     assert one.names() == two.names() and one.names(UNTRAINED) == two.names(UNTRAINED)
     tensors = [store.read()[0] | store.read(UNTRAINED, store.names(UNTRAINED))[0] for store in (one, two)]
     for name in tensors[0].keys() - {"untrained.spent"}:  # seconds are never the same
         torch.testing.assert_close(tensors[0][name], tensors[1][name], rtol=0, atol=1e-6, equal_nan=True)
     samples, _, _ = load_samples(one)
-    banks = load_probes(run[0]), load_probes(tmp_path / "two")
+    banks = load_probes(run[0]), load_probes(folder)
     for target in banks[0].targets:
         values = [bank.decision(samples.features, target.name) for bank in banks]
         torch.testing.assert_close(*values, rtol=0, atol=1e-4)
-    grids = Grid.load(run[0]).dataset, Grid.load(tmp_path / "two").dataset
+    grids = Grid.load(run[0]).dataset, Grid.load(folder).dataset
     np.testing.assert_allclose(grids[0].accuracy.values, grids[1].accuracy.values)
     np.testing.assert_allclose(grids[0].weights_accuracy.values, grids[1].weights_accuracy.values)
 
@@ -220,21 +251,11 @@ def test_when_a_process_of_the_launcher_is_killed_the_other_ends_in_seconds(mode
 @pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize("use", ["early", "ensemble"])
-def test_two_processes_sample_what_one_does(run, tmp_path, use, monkeypatch):
+def test_two_processes_sample_what_one_does(run, pair, early, seeds, use):
     """Early answers and ensembles: the same shards, each of them once."""
-    monkeypatch.setitem(SIZES, "quick", TINY)
-    settings = {"early": ["use.calibration=59", "use.problems=3", "use.error_reference=truth"], "ensemble": []}[use]
-    for devices in (1, 2):
-        folder = tmp_path / str(devices)
-        shutil.copytree(run[0].parent, folder, ignore=shutil.ignore_patterns("early", "ensemble"))
-        given = [f"use={use}", f"run={folder}", f"trainer.devices={devices}", *settings]
-        if devices == 1:
-            assert within("probe.py", *given).returncode == 0
-        else:
-            assert processes.run_devices(probe_tiny, given) == [0, 0]
     one, two = (
-        {path.name: ActivationStore.open(path) for path in (tmp_path / devices / RESULT / use).iterdir()}
-        for devices in "12"
+        {path.name: ActivationStore.open(path) for path in (result / use).iterdir()}
+        for result in (run[0], pair / "copy" / RESULT)
     )
     assert one.keys() == two.keys() and len(one) > 1
     for name, store in one.items():
@@ -244,7 +265,7 @@ def test_two_processes_sample_what_one_does(run, tmp_path, use, monkeypatch):
         for part, values in tensors.items():
             torch.testing.assert_close(values, others[part], rtol=0, atol=1e-6, equal_nan=True)
     report = {"early": "early/early.json", "ensemble": "ensemble/ensemble.json"}[use]
-    written = [json.loads((tmp_path / devices / RESULT / "report" / report).read_text()) for devices in "12"]
+    written = [json.loads((result / "report" / report).read_text()) for result in (run[0], pair / "copy" / RESULT)]
     assert written[0].keys() == written[1].keys()
     if use == "ensemble":
         assert written[0] == written[1]
@@ -259,19 +280,16 @@ def test_predict_reads_early_and_compares(run):
 
 
 @pytest.mark.slow
-def test_early_stopping_is_calibrated_reported_and_left_in_the_bank(run):
+def test_early_stopping_is_calibrated_reported_and_left_in_the_bank(run, early):
     """The model is random, so no risk can be promised: what is checked is the line from the run to its report."""
-    settings = ("use=early", f"run={run[0]}", "use.calibration=59", "use.problems=4", "use.error_reference=truth")
-    result = within("probe.py", *settings)
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"one_exit.*\b0\.05\b.*\b0\.95\b.*\b59\b", result.stdout)
+    assert re.search(r"one_exit.*\b0\.05\b.*\b0\.95\b.*\b59\b", early)
     folder = run[0] / "report" / "early"
     for name in ("early.json", "early.md", "frontier.png", "film_one_exit.png"):
         assert (folder / name).stat().st_size > 500, name
     policy = json.loads((folder / "early.json").read_text())["kinds"]["one_exit"]["policy"]
     assert policy["problems"] == 59 and policy["error_reference"] == "truth"
     assert load_probes(run[0]).provenance.policies == (policy,)
-    again = within("probe.py", *settings)
+    again = within("probe.py", *EARLY, f"run={run[0]}")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("re-using them") == 2
 
@@ -337,11 +355,11 @@ def test_other_problems_in_the_same_run_folder_are_refused(model, run):
 
 
 @pytest.mark.slow
-def test_ensembles_are_compared_and_answer(model, run, monkeypatch, capsys):
+def test_ensembles_are_compared_and_answer(model, run, seeds, monkeypatch):
     monkeypatch.setitem(SIZES, "quick", TINY)
-    for bars in (2, 0):  # the second time everything is on disk
-        assert probe.main(["use=ensemble", f"run={run[0]}"]) == 0
-        said = capsys.readouterr().out
+    again = within("probe.py", "use=ensemble", f"run={run[0]}")
+    assert again.returncode == 0, again.stderr
+    for said, bars in ((seeds, 2), (again.stdout, 0)):  # the second time everything is on disk
         assert said.count("Predicting") == bars
         assert all(name in said for name in STRATEGIES)
     for name in ("ensemble.json", "ensemble.md", "ensemble.png"):
@@ -355,17 +373,16 @@ def test_ensembles_are_compared_and_answer(model, run, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_page_of_results_reads_everything_a_run_holds(run, tmp_path):
-    """After early answers and ensembles, whose reports it needs."""
+def test_the_page_of_results_reads_everything_a_run_holds(run, early, seeds, tmp_path):
     results_page.main([str(tmp_path / "results.md"), f"one={run[0]}"])
-    text, early, seeds = (
+    text, answers, ensembles = (
         (tmp_path / "results.md").read_text(),
         json.loads((run[0] / "report" / "early" / "early.json").read_text()),
         json.loads((run[0] / "report" / "ensemble" / "ensemble.json").read_text()),
     )
-    result = early["kinds"]["one_exit"]["result"]
+    result = answers["kinds"]["one_exit"]["result"]
     assert re.search(rf"^\| one_exit \| {result['samples']} \|.*\b{result['compute']:.3f}\b", text, re.MULTILINE)
-    for chosen in seeds["chosen"].values():
+    for chosen in ensembles["chosen"].values():
         for one in chosen.values():
             row = rf"^\| {re.escape(one['strategy'])} \|.*\b{one['all']['right']['mean']:.3f}\b"
             assert re.search(row, text, re.MULTILINE)

@@ -12,12 +12,7 @@ from cosprobe.ensembles.comparison import SIZES, Size
 TINY = Size(3, 2, 4, ("middle", "early", "all"), ((0,),), (3,))
 
 
-def probe_tiny(arguments: Sequence[str]) -> None:
-    """Ends the process with the exit code of the command."""
+def run_commands(commands: Sequence[Sequence[str]]) -> None:
+    """Runs commands one after the other, script first, and ends the process with the highest of their exit codes."""
     SIZES["quick"] = TINY
-    sys.exit(probe.main(arguments))
-
-
-def run_train(arguments: Sequence[str]) -> None:
-    """Ends the process with the exit code of the command."""
-    sys.exit(train.main(arguments))
+    sys.exit(max({"train": train, "probe": probe}[script].main(settings) for script, *settings in commands))

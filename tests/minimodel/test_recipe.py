@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, product
 
 import numpy as np
@@ -13,6 +14,7 @@ from diffusers import WanImageToVideoPipeline
 from safetensors.torch import load_file
 
 from cosprobe.config import AutoencoderConfig, FlowConfig, MiniConfig
+from cosprobe.minimodel.accuracy import LearningCurve
 from cosprobe.minimodel.autoencoding import (
     AutoencoderTraining,
     ClipBatches,
@@ -55,6 +57,7 @@ def prompts() -> list[str]:
 @pytest.mark.slow
 def test_a_killed_run_ends_where_an_unbroken_one_would(tmp_path, monkeypatch, prompts):
     monkeypatch.setattr("cosprobe.minimodel.recipe.every_prompt", lambda: prompts)  # drawn once for all runs
+    monkeypatch.setattr("cosprobe.minimodel.recipe.LearningCurve", partial(LearningCurve, problems=8))
     tasks = families(CONFIG.families, TASK)
     whole = train_mini(CONFIG, tasks, tmp_path / "whole", "32-true", every=1)
     original = {kind: kind.training_step for kind in (AutoencoderTraining, FlowMatching)}
@@ -80,7 +83,7 @@ def test_a_killed_run_ends_where_an_unbroken_one_would(tmp_path, monkeypatch, pr
     assert json.loads((broken / "recipe.json").read_text())["settings"]["clips"] == [12, 8]
     curve = json.loads((broken / "recipe.json").read_text())["curve"]
     assert [(row["step"], row["family"], row["frames"], row["of"]) for row in curve] == [
-        (3, "maze", 9, 48), (3, "maze", 9, 48), (3, "select", 9, 48)
+        (3, "maze", 9, 8), (3, "maze", 9, 8), (3, "select", 9, 8)
     ]  # fmt: skip
 
     start = {"start": str(whole), "stages": []}
