@@ -28,7 +28,7 @@ def shipped():
 )
 def test_most_problems_are_solved(shipped, name):
     task = FAMILIES[name]().build()
-    problems = [p for kind in task.kinds for p in task.problems("test", 6, kind)]
+    problems = [p for kind in task.kinds for p in task.problems("test", 4, kind)]
     solved = solve(Sampler(shipped, CONFIG, task), problems, 0)
     print(f"{name}: {rate(solved)}")  # noqa: T201
     assert solved.right.mean() >= 0.7
@@ -37,7 +37,7 @@ def test_most_problems_are_solved(shipped, name):
 @pytest.mark.slow
 def test_other_words_make_another_video_of_the_same_picture(shipped):
     task = Select()
-    for what, asked in rewordings(task, task.problems("test", 12)):
+    for what, asked in rewordings(task, task.problems("test", 8)):
         solved = solve(Sampler(shipped, CONFIG, task), asked, 0)
         print(f"another {what} named: {rate(solved)}")  # noqa: T201
         assert solved.right.mean() >= 0.7

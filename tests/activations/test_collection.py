@@ -251,17 +251,17 @@ def test_a_run_with_more_problems_samples_only_the_new_ones(sampler, config, tmp
         watching = Watching(sampler.model, sampler.config, sampler.task, sampler.trainer)
         return collected(watching, drawn, settings, tmp_path / folder), seen, [sample.name for sample in drawn]
 
-    few, seen, first = run(20, "few")
+    few, seen, first = run(10, "few")
     assert seen == first
     before = few.store.read(names=first)[0]["features"]
-    more, seen, names = run(30, "more")
+    more, seen, names = run(15, "more")
     assert seen == [name for name in names if name not in first] and more.store == few.store
     assert list(more.table.names) == names
     values, _, _ = load_samples(more)
-    assert torch.equal(more.store.read(names=first)[0]["features"], before) and len(values) == 30
-    fresh, _, _ = run(30, "another/alone")
+    assert torch.equal(more.store.read(names=first)[0]["features"], before) and len(values) == 15
+    fresh, _, _ = run(15, "another/alone")
     torch.testing.assert_close(values.features, load_samples(fresh)[0].features, rtol=1e-4, atol=1e-5)
-    again, seen, _ = run(20, "few")
+    again, seen, _ = run(10, "few")
     assert seen == [] and torch.equal(load_samples(again)[0].features, load_samples(few)[0].features)
     _, seen, names = run(20, "seed", seed=1)
     assert seen == names  # other noise is another store

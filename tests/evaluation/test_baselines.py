@@ -21,7 +21,7 @@ from cosprobe.evaluation.predictions import InputReading
 from cosprobe.probes.linalg import spread, standardise
 from cosprobe.probes.newton import fit_newton
 from cosprobe.probes.ridge import fit_ridge, problem_folds
-from cosprobe.tasks import FAMILIES, Target
+from cosprobe.tasks import FAMILIES, Problem, Target
 from tests.examples import processes
 
 STEPS, FRAMES, REGIONS, CELLS, CHANNELS = 2, 4, 4, 4, 6
@@ -100,6 +100,15 @@ def drawn(count: int = 300, classes: int = REGIONS, seed: int = 1) -> torch.Tens
 # static inputs
 
 
+@cache
+def answered(family: str, counts: tuple[int, int, int]) -> list[Problem]:
+    """Problems of train, validation and test that have one answer."""
+    task = FAMILIES[family]().build()
+    (kind,) = task.targets[0].kinds
+    splits = zip(("train", "validation", "test"), counts, strict=True)
+    return [p for split, count in splits for p in task.problems(split, count, kind)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "counts"),
@@ -110,8 +119,7 @@ def test_static_features_reach_a_shared_scorer_with_nothing_lost(family, counts,
     """A prompt that states the answer reads 1.00 on every task, whatever form its answer has."""
     task = FAMILIES[family]().build()
     target = next(t for t in task.targets if t.role == "answer")
-    problems = [p for split, n in zip(("train", "validation", "test"), counts, strict=True)
-                for p in task.problems(split, n, target.kinds[0])]  # fmt: skip
+    problems = answered(family, counts)
     labels = torch.tensor([p.labels["answer"] for p in problems])
     assert set(labels[: counts[0]].tolist()) == set(labels.tolist())  # train has every class that is asked for
     cells = (Cell(0, 0, "cond", "all"),)

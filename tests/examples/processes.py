@@ -15,7 +15,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("lightning.pytorch", "sklearn.linear_model", "hypothesis", "pytest", "cosprobe.probes.logistic"),
-        *("cosprobe.early_exit", "cosprobe.ensembles", "cosprobe.minimodel", "cosprobe.reporting"),
+        *("train", "probe", "cosprobe.api", "cosprobe.early_exit", "cosprobe.ensembles", "cosprobe.minimodel"),
+        *("cosprobe.reporting", "matplotlib.pyplot", "torch.utils.tensorboard", "tests.examples.pipelines"),
     ]
 )
 

@@ -190,7 +190,7 @@ def test_a_cell_and_a_penalty_do_not_depend_on_their_company(seed, form):
     x, labels = cells(seed, 30, count=4), draw_labels(seed, form, 30)
     x[3] *= 30
     together = fit_newton(x, labels, target(form), PENALTIES, tolerance=1e-8)
-    for cell in range(4):
+    for cell in (0, 3):
         alone = fit_newton(x[cell : cell + 1], labels, target(form), PENALTIES, tolerance=1e-8)
         assert torch.allclose(alone.weight[0], together.weight[cell], atol=1e-9)
     single = fit_newton(x, labels, target(form), PENALTIES[:1], tolerance=1e-8)

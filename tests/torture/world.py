@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import resource
@@ -29,21 +28,11 @@ from cosprobe.probes import load_probes
 from cosprobe.runs import find_result
 from tests.examples.pipelines import save_wan
 from tests.examples.probe_tiny import TINY
+from tests.examples.processes import CONTEXT
 
-MODULES = [  # imported before the copies are made
-    *("train", "probe", "cosprobe.api", "cosprobe.reporting", "cosprobe.minimodel", "cosprobe.ensembles"),
-    *("matplotlib.pyplot", "torch.utils.tensorboard", "tests.examples.pipelines", "tests.torture.world"),
-]
 LIMIT = 120  # seconds after which a command counts as one that does not end
 MEASURED = ("weights_seconds",)  # attributes of a grid that differ between equal runs
 MAINS = {"train": train.main, "probe": probe.main}
-
-
-def processes() -> Any:
-    """Processes that start in a moment: copies of one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(MODULES)
-    return context
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,7 @@ def start(
     """Starts a command in a process. file_limit: bytes from which on no file grows. folder: the working directory.
     environment: further variables. before: called before the command, a function of a module."""
     given = (list(arguments), log, file_limit, folder, dict(environment or {}), before)
-    process = processes().Process(target=_run, args=given)
+    process = CONTEXT.Process(target=_run, args=given)
     process.start()
     return process
 
@@ -134,7 +123,8 @@ class World:
 
     @classmethod
     def build(cls, root: Path, only_train: bool = False) -> World:
-        """Makes the model, and trains, answers early and compares ensembles without any fault. only_train: trains."""
+        """Makes the model, and trains, answers early and compares ensembles without any fault. only_train: trains, on
+        fewer problems."""
         world = cls(root, root / "wan", root / "whole" / "run", only_train)
         save_wan(world.model)
         for command in world.commands(world.finished):
@@ -147,7 +137,8 @@ class World:
         """The command that trains probes in a run folder."""
         return [
             "train", "probe=layers", f"pipeline.path={self.model}", "pipeline.steps=3", "pipeline.frames=5",
-            "pipeline.batch=8", "task.frames=5", "task.problems=64", "probe.epochs=3", f"run_dir={folder}",
+            "pipeline.batch=8", "task.frames=5", f"task.problems={24 if self.only_train else 64}", "probe.epochs=3",
+            f"run_dir={folder}",
             "trainer.enable_progress_bar=false", *settings,
         ]  # fmt: skip
 
