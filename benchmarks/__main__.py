@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks [allocate] [capture] [fit] [learn] [run]`. Default: all benchmarks."""
+"""Command line: `python -m benchmarks [allocate] [capture] [fit] [intervene] [learn] [run]`. Default: all."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import allocating, capturing, fitting, learning, running
+from benchmarks import allocating, capturing, fitting, intervening, learning, running
 from benchmarks.pairs import Pair
 
 MEASURES: dict[str, Callable[..., list[Pair]]] = {
     "allocate": allocating.measure,
     "capture": capturing.measure,
     "fit": fitting.measure,
+    "intervene": intervening.measure,
     "learn": learning.measure,
     "run": running.measure,
 }

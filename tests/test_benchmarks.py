@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import allocating, capturing, fitting, learning, pairs, running
+from benchmarks import allocating, capturing, fitting, intervening, learning, pairs, running
 from benchmarks.__main__ import main, table
 from cosprobe.command import load
 from cosprobe.config import ProbeConfig, TrainRun
@@ -43,7 +43,7 @@ def test_no_repeats_are_refused():
 
 def test_an_unknown_name_is_refused(capsys):
     assert main(["captur"]) == 2
-    assert re.search(r"\bcaptur\b.*allocate, capture, fit, learn, run", capsys.readouterr().err)
+    assert re.search(r"\bcaptur\b.*allocate, capture, fit, intervene, learn, run", capsys.readouterr().err)
 
 
 @pytest.mark.slow
@@ -58,6 +58,15 @@ def test_keeping_memory_is_measured():
 def test_capture_is_measured():
     (pair,) = capturing.measure(repeats=1, batch=2, steps=2)
     assert "8 layers and all inputs" in pair.measured
+    assert pair.ratio > 0
+
+
+@pytest.mark.slow
+def test_shared_first_steps_are_measured_and_change_no_video():
+    """Clean run and two donor states on both sides; one cell at step 0, one at step 2 of 3."""
+    (pair,) = intervening.measure(repeats=1, batch=2, steps=3, every=2, layers=(4,))
+    assert re.search(r"\b2 cells of 2 samples, 9 evaluations", pair.measured)  # 3 + 2 + 3 + 1
+    assert re.search(r"\b11 evaluations \(1\.22 times\)", pair.against)  # 3 + 2 + 3 + 3
     assert pair.ratio > 0
 
 

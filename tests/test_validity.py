@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from validity import __main__, differences, ensembles, guessing, inputs, lengths, onsets, shares, stopping
+from validity import __main__, differences, effects, ensembles, guessing, inputs, lengths, onsets, shares, stopping
 from validity.rows import Row, alarms, coverage, luck, page, worst
 
 
@@ -85,6 +85,17 @@ def test_ensembles_keep_their_promises(monkeypatch):
     assert kept(rows) and len(rows) == 6
     monkeypatch.setattr(ensembles, "share_interval", lambda one, keys: (one.mean(1) - 0.01, one.mean(1) + 0.01))
     assert not ensembles.simulate(150, 1)[0].holds
+
+
+def test_effects_are_bounded_and_so_is_their_correlation_with_skill(monkeypatch):
+    monkeypatch.setattr(effects, "PROBLEMS", (24,))
+    monkeypatch.setattr(effects, "CELLS", (9,))
+    rows = effects.simulate(150, 1)
+    assert kept(rows) and len(rows) == 6 + len(effects.WORLDS)
+    assert all(0 < row.width < 2 for row in rows)
+    monkeypatch.setattr(effects, "upper_bounds", lambda wins, keys: wins.mean(axis=1) + 0.05)
+    monkeypatch.setattr(effects, "rank_correlation", lambda *_: (0.0, -0.1, 0.1))
+    assert [row.holds for row in effects.simulate(150, 1)].count(False) > 5  # the rows can tell
 
 
 def test_code_lengths_are_covered(monkeypatch):

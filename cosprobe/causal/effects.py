@@ -45,6 +45,8 @@ MEANING = {
     "p": "p of the test that effect is above 0, corrected over all cells of the comparison",
     "bound": "upper 95 % bound of effect, for all cells of the comparison together",
 }
+TAIL = 0.005  # of the two distributions that the interval of a rank correlation is made of
+SPREADS = np.geomspace(0.003, 0.5, 30)  # standard deviations of true effects around a line that are tried
 Values = Float[np.ndarray, "sample condition"]
 
 
@@ -170,8 +172,9 @@ def upper_bounds(
 class Agreement:
     """Decodability against the effect of a swap, cell by cell.
 
-    cells: (step, layer). skill: of the probe. effect: swap minus the control. correlation: Spearman's, with a 95 %
-    interval. not_used: decodable, and the bound of the effect is below `margin`. not_decodable: used, not decodable.
+    cells: (step, layer). skill: of the probe. effect: swap minus the control. correlation: see
+    `rank_correlation`. not_used: decodable, and the bound of the effect is below `margin`. not_decodable: used, not
+    decodable.
     """
 
     cells: list[tuple[int, int]]
@@ -192,22 +195,57 @@ def rank_correlation(
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Spearman's correlation over cells of `fixed` with the mean difference, and its 95 % interval.
+    """Spearman's correlation over cells of `fixed` with the mean difference, and a 95 % interval for that with the true
+    effects. `fixed` counts as known. NaN for less than 3 cells or equal values.
 
-    The interval is the basic bootstrap interval, 2 r - quantiles, over problems; `fixed` counts as known. It is wide:
-    with few cells a correlation can hardly be told from zero. NaN for less than 3 cells or equal values.
-    Source: Davison and Hinkley (1997), "Bootstrap Methods and their Application", section 5.2.
+    Noise in the mean differences mixes up the ranks of cells with similar effects, so the correlation is on average too
+    close to 0, and the interval reaches further away from 0. It contains the middle 99 % of two sets of correlations
+    with `fixed`: of the mean differences of a bootstrap over problems; and of draws of the true effects, given the mean
+    differences, in a normal model. In the model, true effects scatter around a line in `fixed`, and mean differences
+    around true effects, independently but for a part that all cells share.
+    It is wide: with few cells a correlation can hardly be told from 0. In simulations (9 to 60 cells, 24 and 96
+    problems, five kinds of effects) it covers 0.90 to 1.00, the least where most effects are nearly equal. With the
+    middle 95 % it covers 0.84 to 0.99, the basic bootstrap interval 0.54 to 0.98; percentiles, BCa and Fisher's z with
+    the bootstrap error sometimes cover less than 0.1.
+    Source of the model: Rubin (1981), "Estimation in parallel randomized experiments", here with a line.
     """
-    if len(fixed) < 3 or np.ptp(fixed) == 0:
+    measured = difference.mean(axis=1)
+    if len(fixed) < 3 or np.ptp(fixed) == 0 or np.ptp(measured) == 0:
         return (np.nan,) * 3
-    means = problem_draws(keys, draws, seed).means(difference)
-    r = float(_spearman(fixed, difference.mean(axis=1)[:, None])[0])
-    each = _spearman(fixed, means)
-    each = each[np.isfinite(each)]
-    if not np.isfinite(r) or not len(each):
-        return (np.nan,) * 3
-    low, high = np.quantile(each, [0.025, 0.975])
-    return r, float(max(2 * r - high, -1.0)), float(min(2 * r - low, 1.0))
+    r = float(_spearman(fixed, measured[:, None])[0])
+    ends = [r]
+    for effects in (
+        problem_draws(keys, draws, seed).means(difference),
+        _true_effects(fixed, difference, keys, draws, seed),
+    ):
+        ends += np.nanquantile(_spearman(fixed, effects), [TAIL, 1 - TAIL]).tolist()
+    return r, min(ends), max(ends)
+
+
+def _true_effects(
+    fixed: Float[np.ndarray, " cell"],
+    difference: Float[np.ndarray, "cell sample"],
+    keys: Shaped[np.ndarray, " sample"],
+    draws: int,
+    seed: int,
+) -> Float[np.ndarray, "cell draw"]:
+    """Draws of true effects in the model of `rank_correlation`, with flat priors of the line and of SPREADS."""
+    rng, cells = np.random.default_rng(seed), len(fixed)
+    mean, own = difference.mean(axis=1), difference - difference.mean(axis=0)  # luck of all cells changes no ranks
+    error = own.var(axis=1) / max(effective_problems(keys) - 1, 1) * cells / (cells - 1)
+    error = 0.9 * error + 0.1 * error.mean() + 1e-9  # few problems do not show the variance of a rare change
+    line = np.stack([np.ones(cells), (fixed - fixed.mean()) / fixed.std()], axis=1)
+    weight = 1 / (error + SPREADS[:, None] ** 2)  # [spread, cell]
+    precision = np.einsum("sc,ci,cj->sij", weight, line, line)
+    fitted = np.linalg.solve(precision, np.einsum("sc,ci,c->si", weight, line, mean)[..., None])[..., 0]
+    left = mean - fitted @ line.T
+    likely = (np.log(weight) - weight * left**2).sum(axis=1) - np.linalg.slogdet(precision)[1]
+    chance = np.exp((likely - likely.max()) / 2) * SPREADS  # SPREADS are denser near 0
+    at = rng.choice(len(SPREADS), draws, p=chance / chance.sum())
+    moved = np.linalg.cholesky(np.linalg.inv(precision))[at] @ rng.normal(size=(draws, 2, 1))
+    base = (fitted[at] + moved[..., 0]) @ line.T
+    kept = SPREADS[at, None] ** 2 * weight[at]
+    return (base + kept * (mean - base) + np.sqrt(kept * error) * rng.normal(size=base.shape)).T
 
 
 def _spearman(fixed: Float[np.ndarray, " cell"], others: Float[np.ndarray, "cell draw"]) -> Float[np.ndarray, " draw"]:

@@ -352,6 +352,8 @@ class Ablate:
         return found
 
     def needed(self, run: CleanRun, condition: Condition) -> Needed:
+        if not condition.edits[0].regions:
+            return Needed()
         return Needed({}, run.boxes([[a] if a != NONE else [] for a in run.answers.tolist()]))
 
     def labels(self, run: CleanRun) -> Int[Tensor, " sample"]:

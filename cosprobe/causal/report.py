@@ -319,8 +319,8 @@ def agreement_lines(found: Agreement) -> list[str]:
 
     first = (
         f"Rank correlation of skill (accuracy of the probe above chance) with the effect of a swap, over "
-        f"{len(found.cells)} cells: {r:.2f} [{low:.2f}, {high:.2f}]. The interval is over problems of the swap; skill "
-        "counts as known."
+        f"{len(found.cells)} cells: {r:.2f} [{low:.2f}, {high:.2f}]. The interval is for the correlation with the true "
+        "effects; skill counts as known."
         if np.isfinite(r)
         else "The rank correlation of skill with the effect of a swap is not defined: all effects are equal, or there "
         "are too few cells."

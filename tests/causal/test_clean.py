@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from cosprobe.activations.sampler import Sampler
 from cosprobe.causal.clean import NONE, CleanRun, choose_donors, random_states, taken_from, with_steps
 from cosprobe.causal.patching import At
-from cosprobe.tasks import HideConfig
+from cosprobe.tasks import HideConfig, MazeConfig
 from cosprobe.tasks.samples import with_noise
-from tests.examples.causal import CONFIG, FRAMES, Hashed
+from tests.examples.causal import CONFIG, FRAMES, hashed
 from tests.examples.pipelines import wan
 
-HASHED = Hashed(frames=FRAMES)
+HASHED = hashed(MazeConfig(frames=FRAMES).build())
 SAMPLES = with_noise(HASHED.problems("test", 3, "one_exit"), 0)
 
 batches = st.lists(

@@ -251,9 +251,17 @@ def test_blocks_are_ablated_at_a_step_and_at_all_steps():
 
 def test_the_region_of_the_answer_comes_first():
     ablate = Ablate((0,), (1,), 4, 3, True)
-    boxes = ablate.needed(Run(), ablate.conditions()[0]).boxes
+    in_region = next(c for c in ablate.conditions() if c.edits[0].regions)
+    boxes = ablate.needed(Run(), in_region).boxes
     for problem, row, answer in zip(Run.problems, boxes, Run.answers.tolist(), strict=True):
         assert row[0] == problem.regions[max(answer, 0)] and sorted(row) == sorted(problem.regions)
+
+
+def test_answers_that_are_no_regions_need_none():
+    objects = Run()
+    objects.answers = torch.tensor([11, 7, NONE, 4])
+    for experiment in (Ablate((0,), (1,), 4, 3, False), Swap((0,), (1,), 4, 2, False)):
+        assert all(not experiment.needed(objects, c).boxes for c in experiment.conditions())
 
 
 def test_the_best_cell_of_a_step_is_the_lowest_of_the_most_accurate():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from cosprobe.causal.interventions import PAIRINGS, intervene, whole_problems
 from cosprobe.causal.run import Intervention, cka_distance, sample_conditions
 from cosprobe.config import InterveneConfig
 from cosprobe.errors import InputError
+from cosprobe.tasks import MazeConfig
 from cosprobe.tasks.samples import with_noise
-from tests.examples.causal import CONFIG, FRAMES, STEPS, Brightness, Finished, Hashed, finished, planted
+from tests.examples.causal import CONFIG, FRAMES, STEPS, Brightness, Finished, finished, hashed, planted
 from tests.examples.pipelines import wan
 
 ROWS = [(1, 1, 0, 2, 0, 2), (0, 3, 1, 3, 1, 0)]  # codes of the samples of two batches; all have both donors
@@ -146,7 +148,7 @@ class Relengthened:
 
 
 def test_every_condition_is_compared_with_the_clean_run_of_as_many_steps(tmp_path):
-    sampler = Sampler(wan(), CONFIG, Hashed(frames=FRAMES))
+    sampler = Sampler(wan(), CONFIG, hashed(MazeConfig(frames=FRAMES).build()))
     samples = with_noise(sampler.task.problems("test", 6, "one_exit"), 0)
     found = sample_conditions(Intervention(sampler, Relengthened(), ()), [samples], tmp_path, {})
     assert (found.answers == found.clean).all() and (found.labels == found.clean).all()
@@ -225,8 +227,8 @@ def test_outcomes_of_another_target_are_not_taken_for_those_of_the_answer(run, m
     assert first and len(calls) == 2 * first
 
 
-def without_parser() -> Hashed:
-    task = Hashed(frames=FRAMES)
+def without_parser() -> Any:
+    task = hashed(MazeConfig(frames=FRAMES).build())
     object.__setattr__(task, "candidates", 0)
     return task
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from cosprobe.evaluation.predictions import evaluate
 from cosprobe.models import load_pipeline
 from cosprobe.models.pipelines import experts
 from cosprobe.probes import ProbeBank, fit
-from cosprobe.tasks import MazeConfig, ParsedAnswer, Problem, draw_samples
+from cosprobe.tasks import MazeConfig, ParsedAnswer, Problem, Task, TaskConfig, draw_samples
 from cosprobe.tasks.maze import Maze
 from tests.examples.pipelines import save_wan
 from tests.examples.stores import collected
@@ -30,18 +31,21 @@ STEPS, FRAMES = 3, 5
 CONFIG = PipelineConfig(steps=STEPS, guidance=1.0, frames=FRAMES, prompt_tokens=32, batch=6)
 
 
-def shown(code: int | None) -> ParsedAnswer:
+def shown(code: int | None, candidates: int = 4) -> ParsedAnswer:
     """What a parser returns for a video that shows `code`."""
-    return ParsedAnswer(code, tuple(float(i == code) for i in range(4)), 0.0)
+    return ParsedAnswer(code, tuple(float(i == code) for i in range(candidates)), 0.0)
 
 
-@dataclass(frozen=True)
-class Hashed(Maze):
-    """Mazes whose answer is a number that any change of the video changes; one in eight shows none."""
+def hashed(task: Task) -> Task:
+    """The same task; its answers are numbers that any change of the video changes; one in eight shows none."""
 
-    def parse(self, problem: Problem, video: np.ndarray) -> ParsedAnswer:
-        code = int(np.abs(video.astype(np.float64)).mean() * 2**24) % 8
-        return shown(None if code == 7 else code % 4)
+    def parse(self: Task, problem: Problem, video: np.ndarray) -> ParsedAnswer:
+        code, options = int(np.abs(video.astype(np.float64)).mean() * 2**24), self.plausible_answers(problem)
+        return shown(None if code % 8 == 7 else options[code // 8 % len(options)], self.candidates)
+
+    found = copy(task)
+    object.__setattr__(found, "__class__", type("Hashed", (type(task),), {"parse": parse}))
+    return found
 
 
 @dataclass(frozen=True)
@@ -58,18 +62,24 @@ class Finished:
     """A finished run: all that `intervene` takes but its settings and seed."""
 
     sampler: Sampler
-    task: MazeConfig
+    task: TaskConfig
     bank: ProbeBank
     folder: Path
 
 
-def finished(place: Path, capture: CaptureConfig | None = None, kind: str = "ridge", problems: int = 40) -> Finished:
-    """Collects, fits and evaluates as train.py does, without a report."""
-    capture = capture or CaptureConfig(pooling="region", decode="last")
-    save_wan(place / "model")
-    config, task = replace(CONFIG, path=str(place / "model")), MazeConfig(frames=FRAMES, problems=problems)
-    sampler = Sampler(load_pipeline(config), config, Hashed(frames=FRAMES))
-    settings, folder = StoreSettings.of(config, task, capture, 0), place / "run" / kind
+def finished(
+    place: Path,
+    task: TaskConfig | None = None,
+    capture: CaptureConfig | None = None,
+    kind: str = "ridge",
+    **config: Any,
+) -> Finished:
+    """Collects, fits and evaluates as train.py does, without a report. config: settings of the pipeline."""
+    task, capture = task or MazeConfig(frames=FRAMES, problems=40), capture or CaptureConfig(decode="last")
+    save_wan(place / "model", config.pop("experts", 1))
+    made = replace(CONFIG, path=str(place / "model"), **config)
+    sampler = Sampler(load_pipeline(made), made, hashed(task.build()))
+    settings, folder = StoreSettings.of(made, task, capture, 0), place / "run" / kind
     stored = collected(sampler, draw_samples(sampler.task, task, 0), settings, folder.parent)
     folder.mkdir(parents=True)
     stored.save(folder)
