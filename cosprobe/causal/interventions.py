@@ -217,7 +217,9 @@ def build_experiment(
         )
     if use.edit == "erase":
         samples = load_samples(StoredSamples.load(folder))[0].subset("train")
-        return Erase(samples, target, control, plane, [c for c in here if c.layer in layers], seed), ()
+        known = sorted({c.layer for c in here})
+        some = known if use.layers else [known[i] for i in _layers(len(known), most_layers)]
+        return Erase(samples, target, control, plane, [c for c in here if c.layer in some], seed), ()
     best = best_cells({c: float(grid.at(target, c).validation_accuracy) for c in here})
     cells = here if use.layers else best[: STEERED if use.size == "quick" else None]
     layers = tuple(sorted({cell.layer for cell in cells}))

@@ -19,9 +19,9 @@ from cosprobe.causal.effects import summarised
 from cosprobe.causal.experiments import Condition, Needed, Swap
 from cosprobe.causal.interventions import PAIRINGS, intervene, whole_problems
 from cosprobe.causal.run import Intervention, cka_distance, sample_conditions
-from cosprobe.config import InterveneConfig
+from cosprobe.config import CaptureConfig, InterveneConfig
 from cosprobe.errors import InputError
-from cosprobe.tasks import MazeConfig
+from cosprobe.tasks import HideConfig, LineConfig, MazeConfig
 from cosprobe.tasks.samples import with_noise
 from tests.examples.causal import CONFIG, FRAMES, STEPS, Brightness, Finished, finished, hashed, planted
 from tests.examples.pipelines import wan
@@ -63,17 +63,20 @@ def coded(bright, batches, plant, experiment, layers):
 
 @pytest.fixture(scope="module")
 def swapped(bright, batches, tmp_path_factory):
-    """The plane of a pipeline whose answer is in the output of block 1 at step 1."""
+    """The plane of a pipeline whose answer is in the output of block 1 at step 1, and the number of evaluations."""
+    calls, folder = [], tmp_path_factory.mktemp("plane")
+    hook = bright.model.transformer.blocks[0].register_forward_hook(lambda block, args, out: calls.append(1))
     with planted(bright.model, 1, 1) as plant:
-        return sample_conditions(
-            coded(bright, batches, plant, PLANE, (0, 1)), batches, tmp_path_factory.mktemp("p"), {}
-        )
+        found = sample_conditions(coded(bright, batches[:1], plant, PLANE, (0, 1)), batches[:1], folder, {})
+    hook.remove()
+    return found, len(calls)
 
 
 def test_a_swap_flips_the_answer_at_the_cell_that_holds_it_and_nowhere_else(swapped, bright, batches):
-    assert swapped.clean[:, 0].tolist() == [*ROWS[0], *ROWS[1]]
-    table = summarised(swapped, PAIRINGS["swap"], [bright.task.solutions(s.problem) for b in batches for s in b])
-    assert table.attrs["n"] == 12
+    outcomes, calls = swapped
+    assert outcomes.clean[:, 0].tolist() == [*ROWS[0]] and outcomes.evaluations == calls
+    table = summarised(outcomes, PAIRINGS["swap"], [bright.task.solutions(s.problem) for s in batches[0]])
+    assert table.attrs["n"] == 6
     for name, step, layer, label, none in zip(
         *(table[n].values for n in ("name", "step", "layer", "label", "none")), strict=True
     ):
@@ -87,17 +90,8 @@ def test_a_swap_flips_the_answer_at_the_cell_that_holds_it_and_nowhere_else(swap
         assert dict(zip(cells, rows.effect.values, strict=True)) == {(0, 0): 0, (0, 1): 0, (1, 0): 0, (1, 1): 1}
 
 
-def test_labels_are_the_answers_of_donors_of_the_same_batch(swapped):
-    labels = swapped.labels[:, 0]
-    for start, codes in zip((0, 6), ROWS, strict=True):
-        for i, label in enumerate(labels[start : start + 6]):
-            shifted = [codes[(i + shift) % 6] for shift in range(1, 6)]
-            assert label == next(code for code in shifted if code != codes[i])
-    assert (swapped.labels == labels[:, None]).all()
-
-
 def test_a_stopped_experiment_continues_to_the_same_bits(bright, batches, swapped, tmp_path, monkeypatch):
-    """Stopped in the second batch; the columns of block 1 of the whole plane."""
+    """Two batches, stopped in the second one. The first is that of the plane, of which it has block 1."""
     conditions, calls, original = PLANE.conditions(), [], Coded.predict_step
 
     def stops(self, batch, index):
@@ -120,17 +114,15 @@ def test_a_stopped_experiment_continues_to_the_same_bits(bright, batches, swappe
     assert found.conditions == [c for c in conditions if c.layer == 1]
     at = [i for i, c in enumerate(conditions) if c.layer == 1]
     for name in ("labels", "clean", "answers", "change"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(swapped, name)[:, at])
+        np.testing.assert_array_equal(getattr(found, name)[:6], getattr(swapped[0], name)[:, at])
     assert found.evaluations == 3 + 7 * 3 + 2 + 7 * 2 + 2  # clean, and for each step conditions and donor states
-
-
-def test_evaluations_are_the_calls_of_the_transformer(bright, batches, tmp_path):
-    calls = []
-    hook = bright.model.transformer.blocks[0].register_forward_hook(lambda block, args, out: calls.append(1))
-    with planted(bright.model, 1, 1) as plant:
-        found = sample_conditions(coded(bright, batches[:1], plant, COLUMN, (1,)), batches[:1], tmp_path, {})
-    hook.remove()
-    assert found.evaluations == len(calls)
+    for start, codes in zip((0, 6), ROWS, strict=True):  # labels are answers of donors of the same batch
+        assert found.clean[start : start + 6, 0].tolist() == [*codes]
+        for i, label in enumerate(found.labels[start : start + 6]):
+            shifted = [codes[(i + shift) % 6] for shift in range(1, 6)]
+            assert set(label) == {next(code for code in shifted if code != codes[i])}
+    hit = [(c.name, c.step) == ("swap", 1) for c in found.conditions]
+    np.testing.assert_array_equal(found.answers[:, hit], found.labels[:, hit])
 
 
 class Relengthened:
@@ -178,7 +170,7 @@ def run(tmp_path_factory) -> Finished:
 
 
 def use(edit: str, **settings) -> InterveneConfig:
-    return InterveneConfig(**{"edit": edit, "problems": 8, "steps": "1", "layers": "1"} | settings)
+    return InterveneConfig(**{"edit": edit, "problems": 6, "steps": "1", "layers": "1"} | settings)
 
 
 def start(run: Finished, settings: InterveneConfig, **changes) -> None:
@@ -187,7 +179,7 @@ def start(run: Finished, settings: InterveneConfig, **changes) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("edit", ["noise", "swap", "steer", "erase", "ablate"])
+@pytest.mark.parametrize("edit", ["noise", "swap", "steer", "erase", pytest.param("ablate", marks=pytest.mark.docs)])
 def test_every_edit_ends_with_its_files_and_a_second_call_samples_nothing(run, edit, capsys, monkeypatch):
     start(run, use(edit, doses=[0.5, 1.0]))
     said, place = capsys.readouterr(), run.folder / "report" / f"causal-{edit}"
@@ -197,7 +189,7 @@ def test_every_edit_ends_with_its_files_and_a_second_call_samples_nothing(run, e
     table, edits = xr.load_dataset(place / "causal.nc"), load_edits(place / "edits.yaml")
     assert len(edits) == table.sizes["condition"] and {one.kind for one in edits} == {edit}
     assert set(table.control.values) == {p.control for p in PAIRINGS[edit]}
-    assert table.attrs["n"] + table.attrs["left_out"] == 8
+    assert table.attrs["n"] + table.attrs["left_out"] == 6
     assert table.attrs["evaluations"] < table.attrs["naive_evaluations"]
     assert re.search(rf"\b{table.attrs['n']} samples.*fewer than 20.*use\.problems", said.err + said.out)
     assert "| claim |" in page and f"![{edit}]({edit}.png)" in page
@@ -251,6 +243,49 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_sampled(run, settin
     with pytest.raises(InputError, match=message) as caught:
         start(run, use(**{"edit": "swap"} | settings), **changes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.docs
+def test_probes_at_one_step_are_read_there(tmp_path):
+    """Noise is followed at all steps, answers of probes at one; what is steered has probes."""
+    one = finished(tmp_path, capture=CaptureConfig(steps="1", layers="0,2", decode="last", random_weights=0))
+    for edit in ("noise", "steer", "erase"):
+        start(one, use(edit, steps="", layers=""))
+    table = xr.load_dataset(one.folder / "report" / "causal" / "noise" / "causal.nc")
+    assert np.isfinite(table.probe[table.steps == 0, 1]).all() and np.isnan(table.probe[:, [0, 2]]).all()
+    assert np.isfinite(table.cka[table.steps == 0]).all() and np.isnan(table.cka[table.steps > 0]).all()
+    for edit in ("steer", "erase"):
+        table = xr.load_dataset(one.folder / "report" / "causal" / edit / "causal.nc")
+        assert set(table.step.values) <= {1, NONE} and set(table.layer.values) <= {0, 2, NONE}
+    with pytest.raises(InputError, match=r"no probes were trained there.*steps \[1\].*layers \[0, 2\]"):
+        start(one, use("erase", steps="0"))
+
+
+@pytest.mark.slow
+@pytest.mark.docs
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [(HideConfig(frames=FRAMES, problems=60), {"problems": 12}),
+     (LineConfig(frames=FRAMES, problems=40), {"problems": 4, "seeds": 6, "kind": "several"})],
+    ids=["hide", "line"],
+)  # fmt: skip
+def test_answers_may_be_objects_or_many_regions(task, settings, tmp_path):
+    found = finished(tmp_path, task)
+    for edit in ("noise", "swap", "steer", "erase", "ablate"):
+        start(found, use(edit, **settings))
+        table = xr.load_dataset(found.folder / "report" / "causal" / edit / "causal.nc")
+        assert table.attrs["n"] and np.isfinite(table.change).all()
+        assert ("wrong regions" in table.name.values) == (edit == "swap" and isinstance(task, LineConfig))
+
+
+@pytest.mark.slow
+@pytest.mark.docs
+def test_probes_of_single_frames_are_no_directions_for_all(tmp_path):
+    found = finished(tmp_path, capture=CaptureConfig(pooling="frame", decode="last", random_weights=0))
+    for edit in ("steer", "erase"):
+        with pytest.raises(InputError, match=rf"probe\.pooling='frame'.*{edit}.*region or clip"):
+            start(found, use(edit))
 
 
 def test_problems_stay_together_and_no_batch_is_too_small():

@@ -75,7 +75,10 @@ def finished(
     **config: Any,
 ) -> Finished:
     """Collects, fits and evaluates as train.py does, without a report. config: settings of the pipeline."""
-    task, capture = task or MazeConfig(frames=FRAMES, problems=40), capture or CaptureConfig(decode="last")
+    task, capture = (
+        task or MazeConfig(frames=FRAMES, problems=40),
+        capture or CaptureConfig(decode="last", random_weights=0),
+    )
     save_wan(place / "model", config.pop("experts", 1))
     made = replace(CONFIG, path=str(place / "model"), **config)
     sampler = Sampler(load_pipeline(made), made, hashed(task.build()))
