@@ -27,7 +27,7 @@ Plane = list[tuple[int, int]]  # step, layer
 
 
 def measure(
-    repeats: int = 3, batch: int = 4, steps: int = 20, every: int = 4, layers: Sequence[int] = (1, 4, 7)
+    repeats: int = 3, batch: int = 4, steps: int = 20, every: int = 2, layers: Sequence[int] = (4,)
 ) -> list[Pair]:
     """One pair. A repeat samples one batch in every cell: `layers` at every `every`-th step."""
     run = load(TrainRun, [f"pipeline.steps={steps}", f"task.problems={max(10, 2 * batch)}"])  # half are of `train`
