@@ -196,7 +196,7 @@ def test_one_more_label_is_its_own_fit(data, grid):
 
 @pytest.mark.slow
 def test_own_labels_equal_to_those_of_the_task_give_the_grid_of_train(pipeline, tmp_path):
-    task_config = SelectConfig(problems=60, frames=5)
+    task_config = SelectConfig(problems=40, frames=5)
     task, probe = task_config.build(), ProbeConfig(layers="1", kind="newton", random_weights=0)
     config, trainer = replace(CONFIG, path=pipeline.name_or_path), TrainerConfig(enable_progress_bar=False)
     drawn = draw_samples(task, task_config, 0)

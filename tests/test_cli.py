@@ -473,11 +473,11 @@ def test_every_job_of_a_sweep_has_its_run_folder(here):
         "    print(run.run_dir, run.seed, run.probe.kind)\n"
         "if __name__ == '__main__':\n    sys.exit(command(TrainRun, body, ''))\n"
     )
-    arguments = [sys.executable, str(script), "-m", "seed=1,2,3", "probe.kind=ridge"]
+    arguments = [sys.executable, str(script), "-m", "seed=2,3", "probe.kind=ridge"]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=here)
     assert ended.returncode == 2
     lines = [line for line in ended.stdout.splitlines() if line.startswith("runs/")]
-    assert lines == [f"runs/maze-layers-seed-{n}-kind-ridge {n} ridge" for n in (1, 3)]
+    assert lines == ["runs/maze-layers-seed-3-kind-ridge 3 ridge"]
     told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert told[0] == "error: seed=2: no" and "seed=2" in told[-1] and len(told) == 2
     assert sorted(path.name for path in here.rglob("*")) == ["print_run_dir.py", "runs"]

@@ -120,7 +120,7 @@ def test_the_corrected_map_shows_the_planted_cells_and_no_others(tmp_path, seeds
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("worlds", [60, pytest.param(200, marks=pytest.mark.docs)])
+@pytest.mark.parametrize("worlds", [40, pytest.param(200, marks=pytest.mark.docs)])
 def test_null_stores_show_a_cell_in_at_most_one_map_of_ten(tmp_path, capsys, worlds):
     """Stores without any signal, one and two noise seeds per problem by turns, at level 0.05: one of 20 is expected to
     show a cell, one of 10 may. `make validity` has the same with more stores and narrower limits."""

@@ -306,7 +306,7 @@ def test_a_linear_classifier_of_the_first_frame_finds_little(many):
     some rows, as a given row is linear in the pixels."""
     several = TASK.problems("model", 1000, "several")
     centres = np.ix_(range(7, 64, 10), range(7, 64, 10))  # the pixel in the middle of each cell
-    images = [TASK.image(p) / 255.0 for p in [*many, *several]]
+    images = [TASK.image(p) / np.float32(255) for p in [*many, *several]]
     features = np.array([image[centres].ravel() for image in images])
     blocks = np.array([image.reshape(16, 4, 16, 4, 3).mean((1, 3)).ravel() for image in images])
     # 16 x 16 pixels at a strength of 0.3 are those of every family, in test_task.py

@@ -392,10 +392,11 @@ def test_answers_are_balanced_and_regions_tell_nothing(problems, many):
 def test_neither_picture_nor_prompt_alone_gives_the_answer_away(many):
     """A guesser that knows what the picture leaves possible is right in 1 of 4; linear classifiers of pixels, of
     words, and of both side by side do no better."""
-    pixels = np.stack([TASK.image(p) for p in many]).reshape(len(many), 16, 4, 16, 4, 3).mean((2, 4)) / 255 - 0.5
+    pixels = np.stack([TASK.image(p) for p in many]).reshape(len(many), 16, 4, 16, 4, 3)
+    pixels = pixels.mean((2, 4), dtype=np.float32) / 255 - 0.5
     pixels = pixels.reshape(len(many), -1)
     spoken = sorted({word for p in many for word in p.prompt.split()})
-    words = np.array([[2.0 * (f" {word} " in f" {p.prompt} ") for word in spoken] for p in many])
+    words = np.array([[2.0 * (f" {word} " in f" {p.prompt} ") for word in spoken] for p in many], dtype=np.float32)
     answers = np.array([p.answer for p in many])
     guesser = np.mean([1 / len(TASK.plausible_answers(p)) for p in many[1500:]])
     scores = {
