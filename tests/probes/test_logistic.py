@@ -378,11 +378,12 @@ def test_a_target_that_cannot_be_fitted_is_named(tmp_path):
 
 
 def divided_fit(rank: int, folder: str) -> None:
-    """One of two processes, which divide the cells of the kinds not trained and hand each other the weights."""
+    """One of two processes, which divide the cells of the kinds not trained and hand each other the weights. Each has
+    files of its own: their trainers have one device, so that each takes itself for the first."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for kind in ("newton", "ridge"):
-        torch.save(run(planted(), Path(folder), kind=kind).weights, f"{folder}/{kind}_{rank}.pt")
+        torch.save(run(planted(), Path(folder, str(rank)), kind=kind).weights, f"{folder}/{kind}_{rank}.pt")
     dist.destroy_process_group()
 
 
