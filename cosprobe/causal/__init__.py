@@ -4,5 +4,18 @@ from cosprobe.causal.edits import Edit, load_edits, save_edits
 from cosprobe.causal.interventions import intervene
 from cosprobe.causal.patching import LATENT, At, patch
 from cosprobe.causal.prefix import Prefix, recorded, replayed
+from cosprobe.causal.states import record_states
 
-__all__ = ["LATENT", "At", "Edit", "Prefix", "intervene", "load_edits", "patch", "recorded", "replayed", "save_edits"]
+__all__ = [
+    "LATENT",
+    "At",
+    "Edit",
+    "Prefix",
+    "intervene",
+    "load_edits",
+    "patch",
+    "record_states",
+    "recorded",
+    "replayed",
+    "save_edits",
+]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from cosprobe.activations import Sampler, watched_calls
+from cosprobe.activations import Sampler
 from cosprobe.causal.patching import At
 from cosprobe.causal.prefix import Prefix, recorded, replayed
-from cosprobe.models import architecture, block_list, experts, stop_after
+from cosprobe.causal.states import record_states
+from cosprobe.models import stop_after
 from cosprobe.tasks import Box, Problem, Sample, Task
 
 NONE = -1  # in place of an answer or of a donor
@@ -130,24 +130,8 @@ class CleanRun:
         self._states.clear()
 
     def _recorded(self, step: int) -> dict[At, Tensor]:
-        pipeline, found, prefix = self.sampler.model, dict[At, Tensor](), self.prefix
-        family = architecture(pipeline)
-
-        def keep(layer: int) -> Any:
-            def hook(block: nn.Module, args: tuple, output: Any) -> None:
-                if call.step == step:
-                    halves = family.video_tokens(output).chunk(len(call.branches))
-                    for branch, half in zip(call.branches, halves, strict=True):
-                        found[At(step, layer, branch)] = half.to("cpu", copy=True)
-
-            return hook
-
-        with ExitStack() as undo:
-            call = undo.enter_context(watched_calls(pipeline))
-            for model in experts(pipeline).values():
-                for layer in self.layers:
-                    undo.callback(block_list(pipeline, model)[layer].register_forward_hook(keep(layer)).remove)
-            undo.enter_context(replayed(pipeline, prefix, step))
+        pipeline = self.sampler.model
+        with record_states(pipeline, self.layers, [step]) as found, replayed(pipeline, self.prefix, step):
             self.sampler(self.samples, callback_on_step_end=stop_after(step), output_type="latent")
         return found
 

@@ -37,7 +37,7 @@ class Edit:
     how: of noise: `fresh` replaces the latent by Gaussian noise, `damage` moves it towards such noise by a change of a
     given size, `renoised` replaces it by the last x0-hat with fresh noise of the level of the step.
     Of ablations: `zero` removes what a block adds to its input, `mean` replaces it by its mean over the batch,
-    `resample` by that of the next sample of the batch.
+    `resample` by that of the sample half a batch further on.
     steps: step indices, 0 = noisiest; empty: every step. The latent of a step is what the model gets in it.
     layers: block indices; empty: the latent, for `noise` and `swap`. Outputs of blocks are edited.
     branch: guidance branch, `cond` or `uncond`; empty: both. expert: transformer, such as `high`; empty: any.
@@ -117,10 +117,10 @@ class Edit:
 DEFAULTS: dict[str, Any] = {name: field.default for name, field in Edit.__dataclass_fields__.items() if name != "kind"}
 
 
-def save_edits(edits: Sequence[Edit], path: Path) -> None:
+def save_edits(edits: Sequence[Edit], path: Path | str) -> None:
     """Writes edits as YAML, atomically."""
     listed = [{n: list(v) if isinstance(v, tuple) else v for n, v in asdict(edit).items()} for edit in edits]
-    with whole_file(path) as part:
+    with whole_file(Path(path)) as part:
         part.write_text(yaml.safe_dump(listed, sort_keys=False, default_flow_style=None))
 
 

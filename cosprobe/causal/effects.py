@@ -28,6 +28,7 @@ from cosprobe.evaluation import (
 from cosprobe.files import make_folder, whole_file
 
 FILE = "causal.nc"
+CLEAN = "clean run"
 COORDINATES = ("name", "step", "layer", "frame", "dose", "draw", "steps")
 MEANING = {
     "label": "share of the samples whose video shows the label that the experiment is about: of `swap` the answer of "
@@ -43,7 +44,8 @@ MEANING = {
     "effect_lower": "lower end of the paired 95 % interval of effect",
     "effect_upper": "upper end of the paired 95 % interval of effect",
     "p": "p of the test that effect is above 0, corrected over all cells of the comparison",
-    "bound": "upper 95 % bound of effect, for all cells of the comparison together",
+    "lower_bound": "lower 95 % bound of effect, for all cells of the comparison together; above 0 where p <= 0.05",
+    "upper_bound": "upper 95 % bound of effect, for all cells of the comparison together",
 }
 TAIL = 0.005  # of the two distributions that the interval of a rank correlation is made of
 SPREADS = np.geomspace(0.003, 0.5, 30)  # standard deviations of true effects around a line that are tried
@@ -53,6 +55,8 @@ Values = Float[np.ndarray, "sample condition"]
 @dataclass(frozen=True)
 class Pairing:
     """A comparison: the share `variable` of the condition `name` minus that of `control`, cell by cell.
+
+    control: another condition, or CLEAN, the clean run, which keeps all answers.
 
     sign: -1 where a lower share is an effect. A control that has several draws counts with their mean.
     """
@@ -119,18 +123,17 @@ def compared(
     rows, cells = [], list[tuple[str, str, Condition]]()
     for pairing in pairings:
         one, other = (_by_cell(conditions, name) for name in (pairing.name, pairing.control))
-        shared = [cell for cell in one if cell in other]
+        shared = [cell for cell in one if cell in other or pairing.control == CLEAN]
         if not shared:
             continue
         value = values[pairing.variable]
-        difference = np.stack(
-            [pairing.sign * (value[:, one[cell]].mean(axis=1) - value[:, other[cell]].mean(axis=1)) for cell in shared]
-        )
+        reference = {cell: value[:, other[cell]].mean(axis=1) if cell in other else 1.0 for cell in shared}
+        difference = np.stack([pairing.sign * (value[:, one[cell]].mean(axis=1) - reference[cell]) for cell in shared])
         lower, upper = difference_interval(difference, keys)
-        p, bound = max_t_bootstrap(difference, keys).p, upper_bounds(difference, keys)
-        rows.append(np.stack([difference.mean(axis=1), lower, upper, p, bound]))
+        above, bound = max_t_bootstrap(difference, keys), upper_bounds(difference, keys)
+        rows.append(np.stack([difference.mean(axis=1), lower, upper, above.p, above.lower.clip(-1), bound]))
         cells += [(pairing.name, pairing.control, conditions[one[cell][0]]) for cell in shared]
-    names = ("effect", "effect_lower", "effect_upper", "p", "bound")
+    names = ("effect", "effect_lower", "effect_upper", "p", "lower_bound", "upper_bound")
     every = np.concatenate(rows, axis=1) if rows else np.empty((len(names), 0))
     columns = {
         "compared": [name for name, _, _ in cells],

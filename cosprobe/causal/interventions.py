@@ -12,7 +12,7 @@ import xarray as xr
 
 from cosprobe.activations import Sampler, StoredSamples, flops, images, load_samples
 from cosprobe.causal.edits import save_edits
-from cosprobe.causal.effects import FILE, Agreement, Pairing, agreement, save_table, summarised
+from cosprobe.causal.effects import CLEAN, FILE, Agreement, Pairing, agreement, save_table, summarised
 from cosprobe.causal.experiments import (
     CONTROL,
     PROBE,
@@ -24,7 +24,7 @@ from cosprobe.causal.experiments import (
     Swap,
     best_cells,
 )
-from cosprobe.causal.report import claims, print_page, write_page
+from cosprobe.causal.report import LEAST_PAIRS, claims, print_page, write_page
 from cosprobe.causal.run import Intervention, Outcomes, clean_evaluations, sample_conditions
 from cosprobe.cells import parse_selection
 from cosprobe.config import InterveneConfig
@@ -40,7 +40,7 @@ from cosprobe.tasks import ANSWER_ROLES, Role, Sample, TaskConfig, fresh_problem
 FOLDER = "causal"
 PROBLEMS = {"quick": 24, "full": 72}  # with 72, a cell of 64 without a flip has a bound below 0.1
 PLANE = {"quick": (3, 3), "full": (8, 10)}  # most steps and layers of a plane
-LEAST_PAIRS = 20
+VERSION = 1  # of what edits do; raised, outcomes of an earlier version are sampled again
 STEERED = 3  # cells
 ALL = "all"  # the position of probes that read all frames
 PAIRINGS: dict[str, tuple[Pairing, ...]] = {
@@ -61,8 +61,9 @@ PAIRINGS: dict[str, tuple[Pairing, ...]] = {
         Pairing("erased", "control erased", "unchanged", -1),
     ),
     "ablate": (
-        Pairing("zero", "mean", "unchanged", -1),
-        Pairing("zero", "resample", "unchanged", -1),
+        Pairing("zero", CLEAN, "unchanged", -1),
+        Pairing("mean", CLEAN, "unchanged", -1),
+        Pairing("resample", CLEAN, "unchanged", -1),
         Pairing("zero, region of the answer", "zero, another region", "unchanged", -1),
     ),
 }
@@ -91,6 +92,12 @@ def intervene(
     if sampler.config.batch < 2:
         raise InputError("pipeline.batch=1: donors are other samples of a batch; expected runs with at least 2")
     count = use.problems or PROBLEMS[use.size]
+    if count * use.seeds < 2:
+        raise InputError(f"use.problems={use.problems}: expected at least 2; donors and means are of other samples")
+    if use.edit == "noise" and use.layers:
+        raise InputError(f"use.layers={use.layers!r}: noise is in the latent, which has no layers; leave it out")
+    if use.target and use.edit not in ("steer", "erase"):
+        raise InputError(f"use.target={use.target!r}: only steer and erase use probes; leave it out")
     problems = fresh_problems(sampler.task, "test", task.problems, count, [kind])
     batches = whole_problems(with_noise(problems, seed, use.seeds), use.seeds, sampler.config.batch)
     experiment, layers = build_experiment(sampler, bank, grid, use, kind, batches[0], folder, seed)
@@ -108,6 +115,7 @@ def intervene(
     identity = {
         "store": asdict(bank.store), "bank": bank.fingerprint, "edit": use.edit, "target": use.target, "seed": seed
     }  # fmt: skip
+    identity |= {"version": VERSION} if VERSION > 1 else {}
     outcomes = sample_conditions(module, batches, folder / FOLDER / use.edit, identity)
     if rank_and_world()[0] == 0:
         flat = [sample for batch in batches for sample in batch]

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cosprobe.causal.report import CLAIMS
+from cosprobe.causal.report import CLAIMS, LEAST_PAIRS
 from cosprobe.errors import InputError
 from cosprobe.files import read_json, whole_file
 from cosprobe.reporting import markdown_table
 from cosprobe.runs import REPORT, find_result
 
 BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
-HEAD = ["experiment", "claim", "control", "ours", "n", "verdict"]
+HEAD = ["experiment", "claim", "control", "measured", "difference [95 %]", "n", "verdict"]
 
 
 def rows(name: str, result: Path) -> list[list[str]]:
@@ -29,9 +29,21 @@ def rows(name: str, result: Path) -> list[list[str]]:
     found = []
     for file in files:
         content = read_json(file, "run probe.py use=intervene again")
+        if content["n"] < LEAST_PAIRS:  # a trial
+            continue
         for claim in content["claims"]:
             about = f"{name}, {content['kind']}: {content['edit']}"
-            found.append([about, claim["claim"], claim["control"], _number(claim), str(content["n"]), claim["verdict"]])
+            found.append(
+                [
+                    about,
+                    claim["claim"],
+                    claim["control"],
+                    claim["measure"],
+                    _number(claim),
+                    str(content["n"]),
+                    claim["verdict"],
+                ]
+            )
     return found
 
 

@@ -92,6 +92,8 @@ def patch(
     missing or have another shape, for a result that is not finite, and, at the end, for an edit that was not carried
     out at one of its steps and layers, such as those that `replayed` takes from another run.
     """
+    if isinstance(edits, Edit) or not all(isinstance(edit, Edit) for edit in edits):
+        raise InputError(f"edits: {type(edits).__name__}, expected a list of Edit, such as [Edit('noise', steps=(0,))]")
     if not edits:
         yield
         return
@@ -441,7 +443,7 @@ def _ablated(how: str, tokens: Tensor, before: Tensor) -> Tensor:
         return before + update.float().mean(dim=0, keepdim=True).to(update.dtype)
     if len(tokens) < 2:
         raise InputError("edit ablate, how=resample: a batch of 1 sample, expected at least 2")
-    return before + update.roll(-1, dims=0)
+    return before + update.roll(-(len(tokens) // 2), dims=0)  # with several seeds, another problem
 
 
 def _noise(shape: Sequence[int], seeds: tuple[int, ...]) -> Tensor:

@@ -162,7 +162,8 @@ def _digest(*values: Any) -> str:
     for leaf in tree_leaves(values):
         if isinstance(leaf, Tensor):
             digest.update(str((tuple(leaf.shape), leaf.dtype)).encode())
-            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            flat = leaf.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)  # of one row: any stride
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
         elif isinstance(leaf, bool | int | float | str):
             digest.update(repr(leaf).encode())
     return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 from cosprobe.causal.clean import NONE
-from cosprobe.causal.effects import Agreement
+from cosprobe.causal.effects import CLEAN, Agreement
 from cosprobe.causal.experiments import CONTROL, PROBE, Condition
 from cosprobe.causal.run import Outcomes
-from cosprobe.evaluation import difference_interval, mean_interval
+from cosprobe.evaluation import ALPHA, difference_interval, mean_interval
 from cosprobe.files import make_folder, whole_file, write_json
 from cosprobe.reporting import STYLE, log_figure, markdown_table, new_figure
 
 CLAIMS = "claims.json"
 HOLDS, FAILS, UNCLEAR, UNTESTED = "holds", "does not hold", "no evidence", "cannot be tested here"
+TOO_FEW = "too few samples"
+LEAST_PAIRS = 20  # with fewer samples no claim gets a verdict
 LINES = {"fresh": "#d55e00", "equal damage": "#0072b2", "renoised": "#009e73"}
 OTHER_LINE, RANDOM_LINE = "#cc79a7", "#888888"
 STEP_LABEL = "denoising step that is changed (0 = noisiest)"
@@ -70,31 +72,65 @@ def verdict(lower: float, upper: float) -> str:
 
 
 def claims(table: xr.Dataset, outcomes: Outcomes, found: Agreement | None) -> list[Claim]:
-    """The statements that an experiment tests: those of the paper, and for the other experiments our own."""
+    """The statements that an experiment tests: those of the paper, and for the other experiments our own.
+
+    With fewer than LEAST_PAIRS samples no claim gets a verdict. Claims are not corrected for each other.
+    """
     kind = str(table.attrs["edit"])
     if kind in ("noise", "swap"):
         stated = _noise_claims(outcomes) if kind == "noise" else _swap_claims(table)
-        order = list(dict.fromkeys(claim.claim for claim in stated))
-        return sorted(stated, key=lambda claim: order.index(claim.claim))
-    named = {
-        "steer": "The direction of the probe moves answers to the label more than the control does",
-        "erase": "Erasing the answer changes more videos than the control does",
-        "ablate": "Removing what the block adds changes more videos than the control does",
-    }[kind]
-    return [_strongest(table, str(control), named) for control in dict.fromkeys(table.control.values.tolist())]
+    elif kind == "ablate":
+        stated = _ablate_claims(table)
+    else:
+        claim = {
+            "steer": "The direction of the probe moves answers to the label more than the control does",
+            "erase": "Erasing the answer changes more videos than the control does",
+        }[kind]
+        stated = [_clearest(table, str(c), claim) for c in dict.fromkeys(table.control.values.tolist())]
+    order = list(dict.fromkeys(claim.claim for claim in stated))
+    stated = sorted(stated, key=lambda claim: order.index(claim.claim))
+    if table.attrs["n"] >= LEAST_PAIRS:
+        return stated
+    return [replace(c, verdict=c.verdict if c.verdict == UNTESTED else TOO_FEW) for c in stated]
 
 
-def _strongest(table: xr.Dataset, control: str, claim: str) -> Claim:
-    """The cell with the smallest corrected p against a control, and of these the largest effect."""
+def _clearest(table: xr.Dataset, control: str, claim: str) -> Claim:
+    """The cell with the smallest corrected p against a control, and of these the largest effect. Its bounds hold for
+    all cells together, so it may be chosen by what it shows."""
     rows = table.isel(comparison=np.flatnonzero(table.control.values == control))
+    if not rows.sizes["comparison"]:
+        return Claim(claim, "", control, np.nan, np.nan, np.nan, UNTESTED)
     at = np.lexsort([-rows.effect.values, rows.p.values])[0]
-    one = rows.isel(comparison=at)
-    p, name = float(one.p), str(one.compared.values)
+    return _of_cell(rows.isel(comparison=at), rows.sizes["comparison"], claim)
+
+
+def _of_cell(one: xr.Dataset, cells: int, claim: str) -> Claim:
+    """A claim about one cell of a comparison of `cells` cells."""
+    p, dose, control = float(one.p), float(one.at_dose), str(one.control.values)
     where = _cell(int(one.at_step), int(one.at_layer), int(one.at_frame))
-    outcome = HOLDS if p <= 0.05 else UNCLEAR
-    measure = f"{name} minus {control}, {where}, clearest of {rows.sizes['comparison']} cells, p {p:.3f} corrected"
-    value, lower, upper = (float(one[name]) for name in ("effect", "effect_lower", "effect_upper"))
-    return Claim(claim, measure, control, value, lower, upper, outcome)
+    where += "" if np.isnan(dose) else f", dose {dose:g}"
+    chosen = f"clearest of {cells} cells" if cells > 1 else "the only cell"
+    measure = f"{one.compared.values} minus {control}: {where}, {chosen}, p {p:.3f}"
+    # the test of all cells has bounds of width zero where all samples agree, the interval of the cell never
+    lower = min(float(one.lower_bound), float(one.effect_lower))
+    upper = max(float(one.upper_bound), float(one.effect_upper))
+    outcome = HOLDS if p <= ALPHA and lower > 0 else UNCLEAR
+    return Claim(claim, measure, control, float(one.effect), lower, upper, outcome)
+
+
+def _ablate_claims(table: xr.Dataset) -> list[Claim]:
+    found = []
+    for claim, rows in (
+        ("Replacing what a block adds, at one step, changes answers", table.at_step.values != NONE),
+        ("Replacing what a block adds, at all steps, changes answers", table.at_step.values == NONE),
+    ):
+        part = table.isel(comparison=np.flatnonzero(rows & (table.control.values == CLEAN)))
+        for how in dict.fromkeys(part.compared.values.tolist()):
+            one = _clearest(part.isel(comparison=np.flatnonzero(part.compared.values == how)), CLEAN, claim)
+            found.append(replace(one, control=str(how)))
+    regions = [c for c in dict.fromkeys(table.control.values.tolist()) if c != CLEAN]
+    claim = "The region of the answer matters more than another region"
+    return found + [_clearest(table, str(control), claim) for control in regions]
 
 
 def _cell(step: int, layer: int, frame: int = NONE) -> str:
@@ -137,14 +173,15 @@ def _noise_claims(outcomes: Outcomes) -> list[Claim]:
         )  # fmt: skip
         later = np.stack([outcomes.cka[there][:, i, conditions[i].step :].mean(axis=1) for i in at], axis=1)
         middle = later[:, third : len(at) - third].mean(axis=1)
-        ends = np.maximum(later[:, :third].mean(axis=1), later[:, -third:].mean(axis=1))
-        found.append(
+        both = [
             _meaned(
-                "Sensitivity peaks in the middle of sampling (steps 20 to 30 of 50)",
-                "1 - CKA, mean of later steps: middle third of the hits minus the larger of first and last", name,
+                "Sensitivity peaks in the middle of sampling (the paper: steps 20 to 30 of 50)",
+                f"1 - CKA, mean of later steps: middle third of the hits minus the {end} third", name,
                 middle - ends, keys,
             )
-        )  # fmt: skip
+            for end, ends in (("first", later[:, :third].mean(axis=1)), ("last", later[:, -third:].mean(axis=1)))
+        ]  # fmt: skip
+        found.append(min(both, key=lambda claim: claim.lower))  # a peak needs both, so the weaker one decides
     if at := [i for i, c in enumerate(conditions) if c.steps]:
         at.sort(key=lambda i: conditions[i].step / conditions[i].steps)
         values = kept[:, at[-1]] - kept[:, at[0]]
@@ -164,28 +201,27 @@ def _share(condition: Condition) -> str:
 
 
 def _swap_claims(table: xr.Dataset) -> list[Claim]:
-    depth, claim = (
-        int(table.attrs["depth"]),
-        "The state of a middle layer at step 0 decides the answer (layer 20 of 40)",
-    )
-    found = []
-    for control in ("same answer", "random state", "wrong step", "wrong regions"):
-        rows = table.isel(comparison=np.flatnonzero(table.control.values == control))
-        rows = rows.isel(comparison=np.flatnonzero((rows.at_step.values == 0) & (rows.compared.values != "last frame")))
-        if not rows.sizes["comparison"]:
-            found.append(Claim(claim, "answer of the donor, step 0", control, np.nan, np.nan, np.nan, UNTESTED))
-            continue
-        at = int(np.abs(rows.at_layer.values + 1 - depth / 2).argmin())
-        one = rows.isel(comparison=at)
-        p = float(one.p)
-        measure = (
-            f"{one.compared.values} minus {control}, step 0, layer {int(one.at_layer)} of {depth}, p {p:.3f} corrected"
-        )
-        value, lower, upper = (float(one[name]) for name in ("effect", "effect_lower", "effect_upper"))
-        found.append(Claim(claim, measure, control, value, lower, upper, HOLDS if p <= 0.05 else UNCLEAR))
-        found.append(_strongest(table.isel(comparison=np.flatnonzero(table.compared.values != "last frame")), control,
-                                "Some cell of the plane decides the answer"))  # fmt: skip
-    return found
+    depth, claim = int(table.attrs["depth"]), "The state of a middle layer at step 0 decides the answer"
+    whole = table.isel(comparison=np.flatnonzero(table.compared.values == "swap"))
+    found, controls = list[Claim](), list(dict.fromkeys(whole.control.values.tolist()))
+    for control in controls:
+        rows = whole.isel(comparison=np.flatnonzero(whole.control.values == control))
+        middle = np.abs(rows.at_layer.values + 1 - depth / 2)
+        at = np.flatnonzero((rows.at_step.values == 0) & (middle <= max(depth / 6, 1)))
+        if len(at):
+            found.append(_of_cell(rows.isel(comparison=at[middle[at].argmin()]), rows.sizes["comparison"], claim))
+        else:
+            found.append(Claim(claim, "step 0, middle layers", str(control), np.nan, np.nan, np.nan, UNTESTED))
+    if controls:  # the same cell has to beat every control, so no correction for controls is needed
+        by = {c: whole.isel(comparison=np.flatnonzero(whole.control.values == c)) for c in controls}
+        p = np.max([rows.p.values for rows in by.values()], axis=0)
+        effect = np.min([rows.effect.values for rows in by.values()], axis=0)
+        best = int(np.lexsort([-effect, p])[0])
+        weakest = max(by.values(), key=lambda rows: float(rows.p[best])).isel(comparison=best)
+        some = _of_cell(weakest, len(p), "Some cell of the plane decides the answer")
+        found.append(replace(some, control="every one of these"))
+    regions = "The regions of both answers decide it more than other regions"
+    return [*found, _clearest(table, "wrong regions", regions)]
 
 
 def _paired(claim: str, measure: str, control: str, values: np.ndarray, keys: np.ndarray) -> Claim:
@@ -251,28 +287,30 @@ def lines(table: xr.Dataset, stated: Sequence[Claim], found: Agreement | None) -
 
 def _size(table: xr.Dataset) -> str:
     a = table.attrs
-    ratio = a["evaluations"] / a["naive_evaluations"]
+    reason = " or no donor" if a["edit"] == "swap" else ""
+    left = f" {a['left_out']} more are left out: their clean video shows no answer{reason}." if a["left_out"] else ""
+    ratio = a["naive_evaluations"] / a["evaluations"]
+    shared = f" Without shared first steps it would be {ratio:.2f} times as many." if ratio > 1 else ""
     return (
-        f"{a['n']} samples of {a['problems']} problems; {a['left_out']} more are left out, because their clean video "
-        f"shows no answer or there is no donor for them. The clean videos are right on {a['clean_right']:.2f}. The "
-        f"experiment took {a['evaluations']:.0f} network evaluations per sample, as many as {a['clean_runs']:.0f} "
-        f"clean runs of {a['total_steps']} steps. Without shared first steps it would take {1 / ratio:.2f} times as "
-        "many."
+        f"{a['n']} samples of {a['problems']} problems.{left} {a['clean_right']:.0%} of the clean videos are right. "
+        f"The experiment took {a['evaluations']:.0f} network evaluations per sample, as many as {a['clean_runs']:.0f} "
+        f"clean runs of {a['total_steps']} steps.{shared}"
     )
 
 
 def _notes(table: xr.Dataset) -> list[str]:
     return [
-        "Intervals are 95 % intervals over problems: exact binomial bounds for shares, the adjusted interval of "
-        "matched pairs for differences. p-values are corrected over all cells of a comparison. `causal.nc` has all "
-        "numbers, `edits.yaml` the edits."
+        "Intervals are 95 % intervals over problems. Where a claim is about the clearest of several cells, its bounds "
+        "hold for all cells together, and p is corrected for them; it `holds` where p is at most 0.05. Claims are not "
+        "corrected for each other. A video that does not keep its answer shows another one or none: see the columns. "
+        "`causal.nc` has all numbers, `edits.yaml` the edits of every condition."
     ]
 
 
 def claim_rows(stated: Sequence[Claim]) -> list[list[str]]:
     """The table of the claims, heading first."""
-    head = ["claim", "measured", "control", "ours", "verdict"]
-    return [head, *([c.claim, c.measure, c.control, _number(c), c.verdict] for c in stated)]
+    head = ["claim", "control", "measured", "difference [95 %]", "verdict"]
+    return [head, *([c.claim, c.control, c.measure, _number(c), c.verdict] for c in stated)]
 
 
 def _number(claim: Claim) -> str:
@@ -335,7 +373,7 @@ def agreement_lines(found: Agreement) -> list[str]:
 def print_page(table: xr.Dataset, stated: Sequence[Claim], found: Agreement | None, page: Path) -> None:
     """Prints the claims, and the path of the page."""
     console = Console()
-    shown = Table("control", "ours", "verdict", box=None, padding=(0, 2, 0, 0))
+    shown = Table("control", "difference [95 %]", "verdict", box=None, padding=(0, 2, 0, 0))
     last = ""
     console.print(_size(table) + "\n", highlight=False, soft_wrap=True)
     for claim in stated:
@@ -343,7 +381,7 @@ def print_page(table: xr.Dataset, stated: Sequence[Claim], found: Agreement | No
             if shown.row_count:
                 console.print(shown)
             console.print(f"\n{claim.claim}?", highlight=False, soft_wrap=True)
-            shown, last = Table("control", "ours", "verdict", box=None, padding=(0, 2, 0, 2)), claim.claim
+            shown, last = Table("control", "difference [95 %]", "verdict", box=None, padding=(0, 2, 0, 2)), claim.claim
         shown.add_row(claim.control, _number(claim), claim.verdict)
     console.print(shown)
     for line in agreement_lines(found) if found is not None else []:

@@ -104,8 +104,11 @@ class InterveneConfig:
 
     @property
     def report(self) -> str:
-        """Name of the folder of the report, such as `causal-swap`, or with a kind `causal-swap-choice`."""
-        return f"causal-{self.edit}{f'-{self.kind}' if self.kind else ''}"
+        """Name of the folder of the report: `causal-swap`, or with other settings than the default ones
+        `causal-swap-choice-8problems`, so that a small experiment does not replace a larger one."""
+        parts = [self.edit, self.kind, self.size if self.size != SIZES[0] else ""]
+        parts += [f"{n}{name}" for n, name in ((self.problems, "problems"),) if n]
+        return "-".join(["causal", *filter(None, parts)])
 
 
 @dataclass

@@ -170,7 +170,8 @@ def run(tmp_path_factory) -> Finished:
 
 
 def use(edit: str, **settings) -> InterveneConfig:
-    return InterveneConfig(**{"edit": edit, "problems": 6, "steps": "1", "layers": "1"} | settings)
+    layers = "" if edit == "noise" else "1"
+    return InterveneConfig(**{"edit": edit, "problems": 6, "steps": "1", "layers": layers} | settings)
 
 
 def start(run: Finished, settings: InterveneConfig, **changes) -> None:
@@ -182,7 +183,7 @@ def start(run: Finished, settings: InterveneConfig, **changes) -> None:
 @pytest.mark.parametrize("edit", ["noise", "swap", "steer", "erase", pytest.param("ablate", marks=pytest.mark.docs)])
 def test_every_edit_ends_with_its_files_and_a_second_call_samples_nothing(run, edit, capsys, monkeypatch):
     start(run, use(edit, doses=[0.5, 1.0]))
-    said, place = capsys.readouterr(), run.folder / "report" / f"causal-{edit}"
+    said, place = capsys.readouterr(), run.folder / "report" / f"causal-{edit}-6problems"
     page = (place / f"{edit}.md").read_text()
     assert f"page: {place / f'{edit}.md'}" in said.out
     assert (place / f"{edit}.png").stat().st_size > 5000 and (place / "agreement.png").exists() == (edit == "swap")
