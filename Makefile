@@ -44,10 +44,8 @@ docs: $(INSTALLED)
 	for task in maze line; do $(BIN)/python probe.py use=ensemble run=runs/$$task-layers use.size=full || exit 1; done
 	for task in maze select; do for edit in noise swap steer erase ablate; do \
 		$(BIN)/python probe.py use=intervene run=runs/$$task-layers use.edit=$$edit || exit 1; done; done
-	$(BIN)/python probe.py use=intervene run=runs/maze-layers use.edit=swap use.kind=choice use.seeds=4
 	$(BIN)/python -m cosprobe.causal.page docs/causal.md maze=runs/maze-layers select=runs/select-layers
-	for edit in noise swap steer; do cp runs/maze-layers/logistic/report/causal-$$edit/$$edit.png docs/figures/ || exit 1; done
-	cp runs/maze-layers/logistic/report/causal-swap/agreement.png docs/figures/
+	cp runs/maze-layers/logistic/report/causal-noise/noise.png docs/figures/
 	cd runs/maze-layers/logistic/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../../docs/figures/
 	cd runs/maze-layers/logistic/report && cp early/frontier.png ../../../../docs/figures/early.png && cp ensemble/ensemble.png ../../../../docs/figures/
 	cp runs/line-layers/logistic/report/ensemble/ensemble.png docs/figures/ensemble-line.png

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,6 +101,22 @@ def random_erasers(erasers: Mapping[tuple[int, int], LeaceEraser], seed: int) ->
         basis = torch.linalg.qr(drawn)[0].to(eraser.proj_left)
         found[at] = LeaceEraser(basis, basis.T, eraser.bias)
     return found
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Moves every vector within the directions that `random` removes, as far as `eraser` would move it.
+
+    Random directions alone remove less of a vector than those of a concept, so they would be a control of another size.
+    """
+
+    eraser: LeaceEraser
+    random: LeaceEraser
+
+    def __call__(self, x: Float[Tensor, "vector channel"]) -> Float[Tensor, "vector channel"]:
+        size = (self.eraser(x) - x).norm(dim=-1, keepdim=True)
+        change = self.random(x) - x
+        return x + change * (size / change.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
 
 def on_device(erasers: Mapping[tuple[int, int], LeaceEraser], device: Any) -> Mapping[tuple[int, int], LeaceEraser]:

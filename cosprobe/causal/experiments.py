@@ -20,6 +20,7 @@ from torch import Tensor
 from cosprobe.activations import ProbeSamples
 from cosprobe.causal.clean import NONE, CleanRun, random_states, taken_from
 from cosprobe.causal.directions import (
+    Matched,
     concept_erasers,
     on_device,
     probe_directions,
@@ -27,7 +28,7 @@ from cosprobe.causal.directions import (
     random_erasers,
 )
 from cosprobe.causal.edits import ABLATIONS, Edit
-from cosprobe.causal.patching import At
+from cosprobe.causal.patching import At, Eraser
 from cosprobe.cells import Cell
 from cosprobe.probes import ProbeBank
 from cosprobe.tasks import Box, Task
@@ -277,7 +278,7 @@ class Erase:
     """A concept is removed from block outputs with LEACE, with controls. The label is the answer of the clean run.
 
     At one cell, or in every layer at every step. Controls: the concept `control` (random labels), and random
-    directions, as many as LEACE removes.
+    directions, as many as LEACE removes, along which every token moves as far as with LEACE.
     samples: training samples. plane: every cell with features, one for a step and layer. cells: those that are erased
     alone.
     """
@@ -304,8 +305,12 @@ class Erase:
         return found
 
     def needed(self, run: CleanRun, condition: Condition) -> Needed:
-        name = condition.edits[0].source
-        return Needed({name: on_device(self._erasers(name), run.sampler.model._execution_device)})
+        name, device = condition.edits[0].source, run.sampler.model._execution_device
+        found: Mapping[tuple[int, int], Eraser] = on_device(self._erasers(name), device)
+        if name == "random directions erased":
+            own = on_device(self._erasers("erased"), device)
+            found = {at: Matched(own[at], random) for at, random in on_device(self._erasers(name), device).items()}
+        return Needed({name: found})
 
     def _erasers(self, name: str) -> Mapping[tuple[int, int], LeaceEraser]:
         made: dict[str, Any] = self._made  # type: ignore[attr-defined]

@@ -41,8 +41,8 @@ ABOUT = {
     "Counted are videos that then show the answer steered towards. Controls: random directions of the same norm, and "
     "the direction of a probe that was trained on random labels. A dose of 1 is as long as a token is on average.",
     "erase": "What any linear probe could read of the answer is removed from block outputs (LEACE). Counted are videos "
-    "that keep the answer of the clean run. Controls: random labels are erased in the same way, and as many random "
-    "directions.",
+    "that keep the answer of the clean run. Controls: a change of the same size along as many random directions, and "
+    "random labels, erased in the same way.",
     "ablate": "What one block adds to its input is removed (`zero`), or replaced by its mean over the batch (`mean`) "
     "or by that of another sample (`resample`). Counted are videos that keep the answer of the clean run.",
 }  # fmt: skip

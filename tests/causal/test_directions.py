@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from cosprobe.activations.dataset import ProbeSamples
 from cosprobe.causal.directions import (
+    Matched,
     concept_erasers,
     on_device,
     probe_directions,
@@ -223,3 +224,14 @@ def test_erasers_are_the_same_on_another_device(samples):
     x = torch.randn(4, CHANNELS)
     for at, eraser in on_device(erasers, "cpu").items():
         assert torch.equal(eraser(x), erasers[at](x))
+
+
+def test_the_random_control_moves_every_vector_as_far_as_the_eraser_and_in_its_own_directions():
+    generator = torch.Generator().manual_seed(0)
+    vectors, labels = torch.randn(60, 7, generator=generator), torch.arange(60) % 2
+    eraser = LeaceEraser.fit(vectors + labels[:, None], torch.nn.functional.one_hot(labels).float())
+    random = random_erasers({(0, 0): eraser}, 1)[0, 0]
+    moved = Matched(eraser, random)(vectors) - vectors
+    torch.testing.assert_close(moved.norm(dim=1), (eraser(vectors) - vectors).norm(dim=1))
+    basis = random.proj_left
+    torch.testing.assert_close(moved @ basis @ basis.T, moved, rtol=1e-4, atol=1e-4)
