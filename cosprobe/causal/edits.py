@@ -119,9 +119,19 @@ DEFAULTS: dict[str, Any] = {name: field.default for name, field in Edit.__datacl
 
 def save_edits(edits: Sequence[Edit], path: Path | str) -> None:
     """Writes edits as YAML, atomically."""
-    listed = [{n: list(v) if isinstance(v, tuple) else v for n, v in asdict(edit).items()} for edit in edits]
+    save_listed([as_plain(edit) for edit in edits], path)
+
+
+def as_plain(edit: Edit) -> dict[str, Any]:
+    """The fields of an edit that differ from their defaults, as YAML has them."""
+    given = {name: value for name, value in asdict(edit).items() if value != DEFAULTS.get(name)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
+
+def save_listed(listed: Sequence[dict[str, Any]], path: Path | str) -> None:
+    """Writes a list of mappings as YAML, atomically."""
     with whole_file(Path(path)) as part:
-        part.write_text(yaml.safe_dump(listed, sort_keys=False, default_flow_style=None))
+        part.write_text(yaml.safe_dump(list(listed), sort_keys=False, default_flow_style=None))
 
 
 def load_edits(path: Path | str) -> list[Edit]:

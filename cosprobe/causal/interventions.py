@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 
 from cosprobe.activations import Sampler, StoredSamples, flops, images, load_samples
-from cosprobe.causal.edits import save_edits
+from cosprobe.causal.edits import as_plain, save_listed
 from cosprobe.causal.effects import CLEAN, FILE, Agreement, Pairing, agreement, save_table, summarised
 from cosprobe.causal.experiments import (
     CONTROL,
@@ -154,7 +154,11 @@ def report(
             f"effect below {upper_without_wins(table.attrs['n']):.2f} cannot be told from none; raise use.problems"
         )
     save_table(table, place / FILE)
-    save_edits([edit for condition in outcomes.conditions for edit in condition.edits], place / "edits.yaml")
+    listed = [
+        {"condition": c.name, "draw": c.draw, "run_steps": c.steps or steps, "edits": list(map(as_plain, c.edits))}
+        for c in outcomes.conditions
+    ]
+    save_listed(listed, place / "edits.yaml")
     page = write_page(table, outcomes, claims(table, outcomes, found), found, place, folder / "tensorboard")
     print_page(table, claims(table, outcomes, found), found, page)
     return table

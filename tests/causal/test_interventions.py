@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+import yaml
 
 from cosprobe.activations.sampler import Sampler
 from cosprobe.causal import interventions
 from cosprobe.causal.clean import NONE
-from cosprobe.causal.edits import Edit, load_edits
+from cosprobe.causal.edits import Edit
 from cosprobe.causal.effects import summarised
 from cosprobe.causal.experiments import Condition, Needed, Swap
 from cosprobe.causal.interventions import PAIRINGS, intervene, whole_problems
@@ -187,8 +188,9 @@ def test_every_edit_ends_with_its_files_and_a_second_call_samples_nothing(run, e
     page = (place / f"{edit}.md").read_text()
     assert f"page: {place / f'{edit}.md'}" in said.out
     assert (place / f"{edit}.png").stat().st_size > 5000 and (place / "agreement.png").exists() == (edit == "swap")
-    table, edits = xr.load_dataset(place / "causal.nc"), load_edits(place / "edits.yaml")
-    assert len(edits) == table.sizes["condition"] and {one.kind for one in edits} == {edit}
+    table, listed = xr.load_dataset(place / "causal.nc"), yaml.safe_load((place / "edits.yaml").read_text())
+    assert [one["condition"] for one in listed] == table.name.values.tolist()
+    assert {Edit(**fields).kind for one in listed for fields in one["edits"]} == {edit}
     assert set(table.control.values) == {p.control for p in PAIRINGS[edit]}
     assert table.attrs["n"] + table.attrs["left_out"] == 6
     assert table.attrs["evaluations"] < table.attrs["naive_evaluations"]
