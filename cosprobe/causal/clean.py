@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cosprobe.activations import Sampler
@@ -67,6 +67,8 @@ class CleanRun:
     layers: Sequence[int]
     evaluations: int = 0  # of the transformer, per sample, with guidance counted once
     _states: dict[int, dict[At, Tensor]] = field(default_factory=dict)
+    _norms: dict[At, Tensor] = field(default_factory=dict)
+    _every: dict[At, Tensor] | None = None
 
     @property
     def problems(self) -> list[Problem]:
@@ -126,8 +128,26 @@ class CleanRun:
         return self._states[step]
 
     def forget_states(self) -> None:
-        """Forgets all states, so that `states` records them anew."""
+        """Forgets all states, so that they are recorded anew."""
         self._states.clear()
+        self._norms.clear()
+        self._every = None
+
+    def states_of_all_steps(self) -> dict[At, Tensor]:
+        """The same of every step, from one whole run. All of them are kept: for models and batches that allow it."""
+        if self._every is None:
+            steps = range(self.sampler.config.steps)
+            with record_states(self.sampler.model, self.layers, steps) as found:
+                self.sampler(self.samples, output_type="latent")
+            self.evaluations += len(steps)
+            self._every = found
+        return self._every
+
+    def token_norms(self, at: At) -> Float[Tensor, " sample"]:
+        """Mean norm of the tokens of every sample in a state."""
+        if at not in self._norms:
+            self._norms[at] = self.states(at.step)[at].float().norm(dim=-1).mean(dim=1)
+        return self._norms[at]
 
     def _recorded(self, step: int) -> dict[At, Tensor]:
         pipeline = self.sampler.model
@@ -141,11 +161,12 @@ def with_steps(sampler: Sampler, steps: int) -> Sampler:
     return replace(sampler, config=replace(sampler.config, steps=steps)) if steps else sampler
 
 
-def taken_from(states: dict[At, Tensor], rows: Int[np.ndarray, " sample"], step: int) -> dict[At, Tensor]:
-    """The states of other samples of the batch, as those of `step`. rows: whose; NONE: the sample's own."""
+def taken_from(states: dict[At, Tensor], rows: Int[np.ndarray, " sample"], step: int | None = None) -> dict[At, Tensor]:
+    """The states of other samples of the batch, as those of `step` (default: of their own step). rows: whose; NONE: the
+    sample's own."""
     own = np.arange(len(rows))
     at = torch.from_numpy(np.where(rows == NONE, own, rows))
-    return {At(step, key.layer, key.branch): state[at] for key, state in states.items()}
+    return {key if step is None else key._replace(step=step): state[at] for key, state in states.items()}
 
 
 def random_states(states: dict[At, Tensor], seed: int) -> dict[At, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from concept_erasure import LeaceEraser
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cosprobe.activations import ProbeSamples
@@ -163,7 +163,7 @@ class Swap:
     answers are regions: only the tokens of the regions of both answers, and of as many other regions. And only the
     tokens of the last frame.
     steps, layers: the plane. total: number of steps of a run. frames: of the token grid. regions: whether answers are
-    regions, and there are enough of them for a wrong region.
+    regions, and there are enough of them for a wrong region. whole: also swap each layer at all steps.
     """
 
     steps: Sequence[int]
@@ -172,6 +172,7 @@ class Swap:
     frames: int
     regions: bool
     seed: int = 0
+    whole: bool = False
 
     def conditions(self) -> list[Condition]:
         found = []
@@ -186,10 +187,18 @@ class Swap:
                         found.append(Condition(name, (Edit("swap", source=OTHER, regions=where, **at),), step, layer))
                 last = self.frames - 1
                 found.append(Condition("last frame", (Edit("swap", source=OTHER, frames=(last,), **at),), step, layer))
+        for layer in self.layers if self.whole else ():
+            for name, source in {"swap": OTHER, "same answer": SAME, "random state": RANDOM}.items():
+                found.append(Condition(name, (Edit("swap", source=source, layers=(layer,)),), layer=layer))
         return found
 
     def needed(self, run: CleanRun, condition: Condition) -> Needed:
         source, step = condition.edits[0].source, condition.step
+        if step == NONE:
+            rows = run.donors.same if source == SAME else run.donors.other
+            every = {at: s for at, s in run.states_of_all_steps().items() if at.layer == condition.layer}
+            every = taken_from(every, rows)
+            return Needed({source: random_states(every, self.seed) if source == RANDOM else every})
         if source == LATER:
             other = (step + self.total // 2) % self.total
             return Needed({source: taken_from(run.states(other), run.donors.other, step)})
@@ -220,7 +229,8 @@ class Steer:
     vector that is added in the region where the direction of the probe is longest is as long as a token of the sample
     is on average, in the clean run at this cell. Controls: random directions, and the direction of a probe of random
     labels; over all regions they are as long as the direction of the probe.
-    target: its labels are answers. cells: where the direction is added, one for a step and layer. doses: of the probe.
+    target: its labels are answers. cells: where the direction is added, one for a step and layer. through: cells of one
+    layer at which directions are added in the same run, each that of its own probe. doses: of the probe.
     draws: number of random directions, at the dose `compared`. control: name of the target with random labels; empty
     for none.
     """
@@ -234,15 +244,21 @@ class Steer:
     control: str
     task: Task
     seed: int = 0
+    through: Sequence[Cell] = ()
 
     def conditions(self) -> list[Condition]:
         found = []
-        for cell in self.cells:
-            at: dict[str, Any] = {"steps": (cell.step,), "layers": (cell.layer,)}
+        for cells in (*((cell,) for cell in self.cells), *([self.through] if self.through else [])):
+            step, layer = cells[0].step if len(cells) == 1 else NONE, cells[0].layer
 
-            def one(name: str, dose: float, draw: int, cell: Cell = cell, at: dict[str, Any] = at) -> Condition:
-                edit = Edit("steer", source=name, amount=dose, **at)
-                return Condition(name, (edit,), cell.step, cell.layer, dose=dose, draw=draw)
+            def one(
+                name: str, dose: float, draw: int, cells: Any = cells, step: int = step, layer: int = layer
+            ) -> Condition:
+                edits = [
+                    Edit("steer", source=f"{name}, step {c.step}", amount=dose, steps=(c.step,), layers=(c.layer,))
+                    for c in cells
+                ]
+                return Condition(name, tuple(edits), step, layer, dose=dose, draw=draw)
 
             found += [one(PROBE, dose, NONE) for dose in self.doses]
             if self.control:
@@ -251,18 +267,23 @@ class Steer:
         return found
 
     def needed(self, run: CleanRun, condition: Condition) -> Needed:
-        edit = condition.edits[0]
-        cell = next(c for c in self.cells if (c.step, c.layer) == (condition.step, condition.layer))
+        cells = {(c.step, c.layer): c for c in (*self.through, *self.cells)}
+        sources = {
+            edit.source: self._direction(run, condition, cells[edit.steps[0], edit.layers[0]])
+            for edit in condition.edits
+        }
+        return Needed(sources, [problem.regions for problem in run.problems])
+
+    def _direction(self, run: CleanRun, condition: Condition, cell: Cell) -> Float[Tensor, "sample region channel"]:
         labels = self.labels(run).clamp_min(0)
         found = probe_directions(self.bank, self.target, cell, labels)
         longest = found.norm(dim=2).amax(dim=1).clamp_min(1e-12)
-        if edit.source == CONTROL:
+        if condition.name == CONTROL:
             found = probe_directions(self.bank, self.control, cell, labels % self.bank.target(self.control).classes)
-        elif edit.source != PROBE:
+        elif condition.name != PROBE:
             found = random_directions(found, self.seed + condition.draw)
-        size = run.states(cell.step)[At(cell.step, cell.layer, cell.branch)].float().norm(dim=-1).mean(dim=1)
-        found = found * (size / longest)[:, None, None]
-        return Needed({edit.source: found}, [problem.regions for problem in run.problems])
+        size = run.token_norms(At(cell.step, cell.layer, cell.branch))
+        return found * (size / longest)[:, None, None]
 
     def labels(self, run: CleanRun) -> Int[Tensor, " sample"]:
         found = []

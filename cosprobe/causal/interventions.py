@@ -41,7 +41,7 @@ FOLDER = "causal"
 PROBLEMS = {"quick": 24, "full": 72}  # with 72, a cell of 64 without a flip has a bound below 0.1
 PLANE = {"quick": (3, 3), "full": (8, 10)}  # most steps and layers of a plane
 VERSION = 1  # of what edits do; raised, outcomes of an earlier version are sampled again
-STEERED = 3  # cells
+STEERED = 2  # cells, and then one layer at all steps
 ALL = "all"  # the position of probes that read all frames
 PAIRINGS: dict[str, tuple[Pairing, ...]] = {
     "noise": (
@@ -204,7 +204,8 @@ def build_experiment(
         hit = range(int(architecture(sampler.model).keeps_first_frame(sampler.model)), frames)  # not the given image
         return Noise(steps, total, hit, _damage(sampler, first), left, lengths), ()
     if use.edit == "swap":
-        return Swap(steps, layers, total, frames, answers_are_regions and sampler.task.regions > 3, seed), layers
+        regions = answers_are_regions and sampler.task.regions > 3
+        return Swap(steps, layers, total, frames, regions, seed, whole=total > 1), layers
     if use.edit == "ablate":
         steps = steps if use.steps or use.size == "full" else _spaced(total, 2)
         return Ablate(steps, layers, total, frames, answers_are_regions and sampler.task.regions > 1), layers
@@ -234,10 +235,15 @@ def build_experiment(
         return Erase(samples, target, control, plane, [c for c in here if c.layer in some], seed), ()
     best = best_cells({c: float(grid.at(target, c).validation_accuracy) for c in here})
     cells = here if use.layers else best[: STEERED if use.size == "quick" else None]
-    layers = tuple(sorted({cell.layer for cell in cells}))
+    chosen = max(here, key=lambda c: (float(grid.at(target, c).validation_accuracy), -c.step, -c.layer)).layer
+    through = [c for c in plane if c.layer == chosen]
+    layers = tuple(sorted({cell.layer for cell in (*cells, *through)}))
     doses = sorted(set(use.doses))
     compared = doses[-2] if len(doses) > 1 else doses[0]
-    return Steer(bank, target, cells, doses, compared, use.directions, control, sampler.task, seed), layers
+    if len(through) < 2:
+        through = []
+    steer = Steer(bank, target, cells, doses, compared, use.directions, control, sampler.task, seed, through)
+    return steer, layers
 
 
 def _spaced(total: int, most: int) -> tuple[int, ...]:

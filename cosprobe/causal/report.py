@@ -135,7 +135,7 @@ def _ablate_claims(table: xr.Dataset) -> list[Claim]:
 
 def _cell(step: int, layer: int, frame: int = NONE) -> str:
     parts = [f"{name} {value}" for name, value in (("step", step), ("layer", layer), ("frame", frame)) if value != NONE]
-    return ", ".join(parts) or "all steps and layers"
+    return ", ".join(["all steps", *parts] if step == NONE and parts else parts) or "all probed steps and layers"
 
 
 def _noise_claims(outcomes: Outcomes) -> list[Claim]:
@@ -202,7 +202,9 @@ def _share(condition: Condition) -> str:
 
 def _swap_claims(table: xr.Dataset) -> list[Claim]:
     depth, claim = int(table.attrs["depth"]), "The state of a middle layer at step 0 decides the answer"
-    whole = table.isel(comparison=np.flatnonzero(table.compared.values == "swap"))
+    single = table.at_step.values != NONE
+    whole = table.isel(comparison=np.flatnonzero((table.compared.values == "swap") & single))
+    every = table.isel(comparison=np.flatnonzero((table.compared.values == "swap") & ~single))
     found, controls = list[Claim](), list(dict.fromkeys(whole.control.values.tolist()))
     for control in controls:
         rows = whole.isel(comparison=np.flatnonzero(whole.control.values == control))
@@ -220,6 +222,8 @@ def _swap_claims(table: xr.Dataset) -> list[Claim]:
         weakest = max(by.values(), key=lambda rows: float(rows.p[best])).isel(comparison=best)
         some = _of_cell(weakest, len(p), "Some cell of the plane decides the answer")
         found.append(replace(some, control="every one of these"))
+    claim = "The states of one layer at all steps decide the answer"
+    found += [_clearest(every, str(control), claim) for control in dict.fromkeys(every.control.values.tolist())]
     regions = "The regions of both answers decide it more than other regions"
     return [*found, _clearest(table, "wrong regions", regions)]
 
@@ -461,6 +465,7 @@ def _draw_noise(table: xr.Dataset) -> Figure:
 def _plane(table: xr.Dataset, name: str) -> tuple[np.ndarray, list[int], list[int]]:
     one = _where(table, name=name)
     steps, layers = (sorted(set(one[n].values.tolist())) for n in ("step", "layer"))
+    steps.sort(key=lambda step: (step == NONE, step))  # all steps come last
     found = np.full((len(layers), len(steps)), np.nan)
     for step, layer, share in zip(one.step.values, one.layer.values, one.label.values, strict=True):
         found[layers.index(int(layer)), steps.index(int(step))] = share
@@ -479,7 +484,7 @@ def _draw_swap(table: xr.Dataset) -> Figure:
             shown, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="lower", interpolation="nearest"
         )
         every, each = -(-len(steps) // 6), -(-len(layers) // 8)
-        axes.set_xticks(range(0, len(steps), every), [str(s) for s in steps[::every]])
+        axes.set_xticks(range(0, len(steps), every), ["all" if s == NONE else str(s) for s in steps[::every]])
         axes.set_yticks(range(0, len(layers), each), [str(n) for n in layers[::each]])
         axes.set_title(name, loc="left")
         if shown.size <= 24:
@@ -534,7 +539,7 @@ def _draw_steer(table: xr.Dataset) -> Figure:
         control = _where(table, name=CONTROL, step=step, layer=layer)
         axes.plot(control.dose.values, control.label.values, "x", color="#d55e00", label="control target")
         axes.set(xlabel="dose (1 = a token's norm)", ylim=(-0.03, 1.03))
-        axes.set_title(f"step {step}, layer {layer}", loc="left")
+        axes.set_title(f"{'all steps' if step == NONE else f'step {step}'}, layer {layer}", loc="left")
     grid[0].set_ylabel("videos with the label")
     handles, labels = grid[0].get_legend_handles_labels()
     sheet.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)

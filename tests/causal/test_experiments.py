@@ -49,6 +49,12 @@ class Run:
         draw = torch.Generator().manual_seed(step)
         return {At(step, n, "cond"): torch.randn(4, TOKENS, CHANNELS, generator=draw) for n in range(3)}
 
+    def token_norms(self, at: At) -> torch.Tensor:
+        return self.states(at.step)[at].norm(dim=-1).mean(dim=1)
+
+    def states_of_all_steps(self) -> dict[At, torch.Tensor]:
+        return {at: state for step in range(5) for at, state in self.states(step).items()}
+
     def boxes(self, first):
         return [[p.regions[i] for i in (*row, *(j for j in range(4) if j not in row))]
                 for p, row in zip(self.problems, first, strict=True)]  # fmt: skip
@@ -268,3 +274,35 @@ def test_the_best_cell_of_a_step_is_the_lowest_of_the_most_accurate():
     accuracy = {Cell(s, n, "cond", "all"): value for s, n, value in
                 ((2, 0, 0.5), (2, 1, 0.7), (2, 3, 0.7), (0, 1, 0.2), (0, 0, 0.1))}  # fmt: skip
     assert [(c.step, c.layer) for c in best_cells(accuracy)] == [(0, 1), (2, 1)]
+
+
+def test_a_layer_is_swapped_at_all_steps_with_the_states_of_each_step():
+    run, swap = Run(), Swap((0,), (1, 2), 5, 2, False, whole=True)
+    every = [c for c in swap.conditions() if c.step == NONE]
+    assert [(c.name, c.layer) for c in every] == [
+        (name, layer) for layer in (1, 2) for name in ("swap", "same answer", "random state")
+    ]
+    for c in every:
+        assert c.first == 0 and c.edits[0].steps == () and c.edits[0].layers == (c.layer,)
+        source = swap.needed(run, c).sources[c.edits[0].source]
+        assert source.keys() == {At(step, c.layer, "cond") for step in range(5)}
+        for at, state in source.items():
+            own = run.states(at.step)[at]
+            rows = {"swap": [1, 3, 2, 0], "same answer": [3, 0, 2, 3]}.get(c.name)
+            if rows:  # a sample without a donor keeps its own state
+                torch.testing.assert_close(state, own[rows], rtol=0, atol=0)
+            else:
+                torch.testing.assert_close(state.norm(dim=-1), own[[1, 3, 2, 0]].norm(dim=-1))
+
+
+def test_directions_are_added_at_all_steps_each_that_of_its_own_probe(steer):
+    through = CELLS
+    whole, run = replace(steer, cells=(), through=through), Run()
+    for c in whole.conditions():
+        needed = whole.needed(run, c)
+        assert c.step == NONE and [(e.steps, e.layers) for e in c.edits] == [((t.step,), (t.layer,)) for t in through]
+        for edit, cell in zip(c.edits, through, strict=True):
+            alone = replace(steer, cells=(cell,), through=())
+            same = next(o for o in alone.conditions() if (o.name, o.dose, o.draw) == (c.name, c.dose, c.draw))
+            expected = alone.needed(run, same).sources[same.edits[0].source]
+            torch.testing.assert_close(needed.sources[edit.source], expected, rtol=0, atol=0)
