@@ -62,6 +62,7 @@ def test_capture_is_measured():
 
 
 @pytest.mark.slow
+@pytest.mark.docs
 def test_shared_first_steps_are_measured_and_change_no_video():
     """Clean run and two donor states on both sides; one cell at step 0, one at step 2 of 3."""
     (pair,) = intervening.measure(repeats=1, batch=2, steps=3, every=2, layers=(4,))

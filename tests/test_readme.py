@@ -96,7 +96,7 @@ def test_every_command_is_understood(tmp_path, monkeypatch):
     ("settings", "positions"),
     [
         (["task=select", "probe=frames", "probe.kind=ridge", "probe.steps='0,2'"], 3),
-        (["task=hide", "probe.random_weights=0", "pipeline.steps=2"], 1),
+        pytest.param(["task=hide", "probe.random_weights=0", "pipeline.steps=2"], 1, marks=pytest.mark.docs),
     ],
     ids=["frames and ridge", "another family"],
 )

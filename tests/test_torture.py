@@ -11,7 +11,7 @@ import pytest
 from tests.torture import bits, inputs
 from tests.torture.world import World
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.docs]
 FEW = {"inputs": (inputs.give, 6), "bits": (bits.flip, 30)}
 
 
