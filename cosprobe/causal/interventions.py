@@ -150,8 +150,9 @@ def report(
         found = agreement(outcomes, grid, target, use.margin)
     if table.attrs["n"] < LEAST_PAIRS:
         say(
-            f"warning: {table.attrs['n']} samples have what the experiment needs; with fewer than {LEAST_PAIRS}, an "
-            f"effect below {upper_without_wins(table.attrs['n']):.2f} cannot be told from none; raise use.problems"
+            f"warning: {table.attrs['n']} samples have what the experiment needs; with fewer than {LEAST_PAIRS} no "
+            f"claim gets a verdict: without a single changed answer, an effect of "
+            f"{upper_without_wins(table.attrs['n']):.2f} would still be possible; raise use.problems"
         )
     save_table(table, place / FILE)
     listed = [

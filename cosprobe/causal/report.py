@@ -25,6 +25,7 @@ from cosprobe.reporting import STYLE, log_figure, markdown_table, new_figure
 CLAIMS = "claims.json"
 HOLDS, FAILS, UNCLEAR, UNTESTED = "holds", "does not hold", "no evidence", "cannot be tested here"
 TOO_FEW = "too few samples"
+COUNTED = {"swap": "donor's answer", "steer": "answer steered towards"}
 LEAST_PAIRS = 20  # with fewer samples no claim gets a verdict
 LINES = {"fresh": "#d55e00", "equal damage": "#0072b2", "renoised": "#009e73"}
 OTHER_LINE, RANDOM_LINE = "#cc79a7", "#888888"
@@ -325,7 +326,10 @@ def _number(claim: Claim) -> str:
 
 def condition_rows(table: xr.Dataset) -> list[list[str]]:
     """The table of the conditions, heading first. Random directions are one row, the mean of all."""
-    head = ["condition", "where", "dose", "shows the label", "unchanged", "no answer", "right", "change elsewhere"]
+    counted = COUNTED.get(str(table.attrs["edit"]), "answer kept")
+    head = ["condition", "where", "dose", counted, "answer kept", "no answer", "right", "pixel change elsewhere"]
+    only = [i for i, name in enumerate(head) if not (name == "dose" and np.isnan(table.dose.values).all())]
+    only = [i for i in only if i != 4 or counted != "answer kept"]  # else it stands before
     drawn = table.draw.values != NONE
     body = []
     for i in range(table.sizes["condition"]):
@@ -349,7 +353,7 @@ def condition_rows(table: xr.Dataset) -> list[list[str]]:
                 f"{float(one.change):.3f}",
             ]
         )
-    return [head, *body]
+    return [[row[i] for i in only] for row in (head, *body)]
 
 
 def agreement_lines(found: Agreement) -> list[str]:
@@ -360,12 +364,12 @@ def agreement_lines(found: Agreement) -> list[str]:
         return ", ".join(f"step {s} layer {n}" for s, n in cells) or "none"
 
     first = (
-        f"Rank correlation of skill (accuracy of the probe above chance) with the effect of a swap, over "
-        f"{len(found.cells)} cells: {r:.2f} [{low:.2f}, {high:.2f}]. The interval is for the correlation with the true "
-        "effects; skill counts as known."
+        f"Rank correlation of the accuracy of the probe above chance with the effect of a swap, over "
+        f"{len(found.cells)} cells: {r:.2f} [{low:.2f}, {high:.2f}]. The interval is for the correlation with the "
+        "true effects; the error of the accuracy is not included."
         if np.isfinite(r)
-        else "The rank correlation of skill with the effect of a swap is not defined: all effects are equal, or there "
-        "are too few cells."
+        else "The rank correlation of the accuracy of the probe with the effect of a swap is not defined: all effects "
+        "are equal, or there are too few cells."
     )
     return [
         f"* {first}",

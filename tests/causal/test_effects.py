@@ -281,6 +281,7 @@ def test_random_directions_are_one_row_of_the_page():
     conditions = [Condition(PROBE, EDIT, 1, 0, dose=d) for d in (0.5, 1.0)]
     conditions += [Condition("random direction", EDIT, s, 0, dose=1.0, draw=i) for s in (1, 2) for i in range(3)]
     table = summarised(outcomes_of(conditions, follow=False), PAIRINGS["steer"], [(0,)] * PROBLEMS)
+    table.attrs["edit"] = "steer"
     _, *rows = condition_rows(table)
     assert [row[0] for row in rows] == [PROBE, PROBE, *["random direction, mean of 3"] * 2]
     assert [row[1] for row in rows] == ["step 1, layer 0"] * 3 + ["step 2, layer 0"]
