@@ -105,12 +105,12 @@ def _clearest(table: xr.Dataset, control: str, claim: str) -> Claim:
     return _of_cell(rows.isel(comparison=at), rows.sizes["comparison"], claim)
 
 
-def _of_cell(one: xr.Dataset, cells: int, claim: str) -> Claim:
-    """A claim about one cell of a comparison of `cells` cells."""
+def _of_cell(one: xr.Dataset, cells: int, claim: str, how: str = "clearest") -> Claim:
+    """A claim about one cell of a comparison of `cells` cells. how: it was chosen."""
     p, dose, control = float(one.p), float(one.at_dose), str(one.control.values)
     where = _cell(int(one.at_step), int(one.at_layer), int(one.at_frame))
     where += "" if np.isnan(dose) else f", dose {dose:g}"
-    chosen = f"clearest of {cells} cells" if cells > 1 else "the only cell"
+    chosen = f"{how} of {cells} cells" if cells > 1 else "the only cell"
     measure = f"{one.compared.values} minus {control}: {where}, {chosen}, p {p:.3f}"
     # the test of all cells has bounds of width zero where all samples agree, the interval of the cell never
     lower = min(float(one.lower_bound), float(one.effect_lower))
@@ -212,7 +212,9 @@ def _swap_claims(table: xr.Dataset) -> list[Claim]:
         middle = np.abs(rows.at_layer.values + 1 - depth / 2)
         at = np.flatnonzero((rows.at_step.values == 0) & (middle <= max(depth / 6, 1)))
         if len(at):
-            found.append(_of_cell(rows.isel(comparison=at[middle[at].argmin()]), rows.sizes["comparison"], claim))
+            found.append(
+                _of_cell(rows.isel(comparison=at[middle[at].argmin()]), rows.sizes["comparison"], claim, "one")
+            )
         else:
             found.append(Claim(claim, "step 0, middle layers", str(control), np.nan, np.nan, np.nan, UNTESTED))
     if controls:  # the same cell has to beat every control, so no correction for controls is needed
