@@ -25,8 +25,6 @@ from cosprobe.locks import held
 from cosprobe.runs import REPORT, delete_run, find_result, list_runs, mark_finished, print_runs
 from cosprobe.tasks import with_margin
 
-REPORTS = {EarlyConfig: "early", EnsembleConfig: "ensemble"}  # folders of reports; an intervention names its own
-
 
 def use(run: UseRun) -> None:
     """Reads the settings and probes of a finished run and does what `run.use` selects."""
@@ -67,9 +65,8 @@ def use(run: UseRun) -> None:
         task = with_margin(trained.task.build(), trained.pipeline.height, trained.pipeline.width)
         sampler = Sampler(pipeline, trained.pipeline, task, run.trainer)
         uses[type(run.use)](sampler, trained.task, bank, run.use, run.seed, folder)
-        report = run.use.report if isinstance(run.use, InterveneConfig) else REPORTS.get(type(run.use))
-        if report is not None and fabric.is_global_zero:
-            mark_finished(folder / REPORT / report, bank.fingerprint)
+        if fabric.is_global_zero and not isinstance(run.use, PredictConfig):  # which writes no report
+            mark_finished(folder / REPORT / run.use.report, bank.fingerprint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,15 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cosprobe.activations.calls import watched_calls
 from cosprobe.errors import InputError
 from cosprobe.models import (
-    TokenGrid,
     architecture,
     block_list,
     clean_estimate,
     counted_steps,
     experts,
-    hidden_states,
     output_for,
     step_call,
     with_output,
@@ -79,33 +78,27 @@ def average_blocks(
     """
     if back not in BACK:
         raise InputError(f"back={back!r}: expected one of {', '.join(BACK)}")
-    size, family = TokenGrid(0, 0, 0), architecture(pipeline)
-    weights: dict[tuple[int, int], Tensor] = {}
-
-    def on_model(model: nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal size
-        size = family.token_grid(model, hidden_states(args, kwargs), kwargs)
+    family, weights = architecture(pipeline), dict[tuple[int, int], Tensor]()
 
     def on_block(layer: int) -> Callable:
         def hook(block: nn.Module, args: tuple, output: Any) -> Any:
-            step = count.now
+            step = call.step
             if step not in steps:
                 return None
             tokens = family.video_tokens(output)
             check_finite(tokens, step, layer)
             if weigh is not None and (step, layer) not in weights:
-                weights[step, layer] = weigh(step, layer, tokens, size)
+                weights[step, layer] = weigh(step, layer, tokens, call.grid)
             mean = group_mean(tokens, group, back, weights.get((step, layer)))
             return family.with_video_tokens(output, mean)
 
         return hook
 
     with ExitStack() as undo:
-        count = undo.enter_context(counted_steps(pipeline))
+        call = undo.enter_context(watched_calls(pipeline))
         for model in experts(pipeline).values():
             blocks = block_list(pipeline, model)
             check_layers(layers, len(blocks))
-            undo.callback(model.register_forward_pre_hook(on_model, with_kwargs=True).remove)
             for layer in layers:
                 undo.callback(blocks[layer].register_forward_hook(on_block(layer)).remove)
         yield

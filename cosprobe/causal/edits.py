@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +109,11 @@ class Edit:
 
     def __str__(self) -> str:
         """Only what differs from the defaults, such as `swap steps=[0] layers=[20] source=donor`."""
-        given = {name: value for name, value in asdict(self).items() if value != DEFAULTS.get(name)}
-        kind = given.pop("kind")
-        return " ".join([kind, *(f"{n}={list(v) if isinstance(v, tuple) else v}" for n, v in given.items())])
+        given = as_plain(self)
+        return " ".join([given.pop("kind"), *(f"{name}={value}" for name, value in given.items())])
 
 
-DEFAULTS: dict[str, Any] = {name: field.default for name, field in Edit.__dataclass_fields__.items() if name != "kind"}
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Edit) if field.name != "kind"}
 
 
 def save_edits(edits: Sequence[Edit], path: Path | str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy.special import betaincinv
 
 from cosprobe.causal.clean import NONE
@@ -81,7 +81,7 @@ def summarised(outcomes: Outcomes, pairings: Sequence[Pairing], solutions: Seque
             "raise use.problems"
         )
     keys, answers = outcomes.keys[there], outcomes.answers[there]
-    right = np.array([[a in good for a in row] for row, good in zip(outcomes.answers, solutions, strict=True)])[there]
+    right = np.stack([_right(column, solutions) for column in outcomes.answers.T], axis=1)[there]
     values = {
         "label": (answers == outcomes.labels[there]).astype(float),
         "unchanged": (answers == outcomes.clean[there]).astype(float),
@@ -175,16 +175,17 @@ def upper_bounds(
 class Agreement:
     """Decodability against the effect of a swap, cell by cell.
 
-    cells: (step, layer). skill: of the probe. effect: swap minus the control. correlation: see
-    `rank_correlation`. not_used: decodable, and the bound of the effect is below `margin`. not_decodable: used, not
-    decodable.
+    cells: (step index, layer). skill: accuracy of the probe above chance. effect, lower, upper: share of videos with
+    the donor's answer, swap minus the same swap from a donor with the host's answer, and its 95 % interval.
+    correlation: see `rank_correlation`. not_used: decodable, and the bound of the effect is below `margin`.
+    not_decodable: used, and no evidence that it is decodable.
     """
 
     cells: list[tuple[int, int]]
-    skill: np.ndarray
-    effect: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
+    skill: Float[np.ndarray, " cell"]
+    effect: Float[np.ndarray, " cell"]
+    lower: Float[np.ndarray, " cell"]
+    upper: Float[np.ndarray, " cell"]
     correlation: tuple[float, float, float]
     not_used: list[tuple[int, int]]
     not_decodable: list[tuple[int, int]]
@@ -282,7 +283,7 @@ def _with_intervals(
     }
 
 
-def _right(answers: np.ndarray, solutions: Sequence[Sequence[int]]) -> Bool[np.ndarray, " sample"]:
+def _right(answers: Int[np.ndarray, " sample"], solutions: Sequence[Sequence[int]]) -> Bool[np.ndarray, " sample"]:
     return np.array([a in good for a, good in zip(answers, solutions, strict=True)])
 
 

@@ -68,18 +68,9 @@ class Condition:
         return {name: value for name, value in asdict(self).items() if name != "edits"}
 
 
-class Given(Protocol):
-    """What `patch` needs besides the edits."""
-
-    @property
-    def sources(self) -> Mapping[str, Any]: ...
-    @property
-    def boxes(self) -> Sequence[Sequence[Box]]: ...
-
-
 @dataclass(frozen=True)
 class Needed:
-    """See `Given`."""
+    """What `patch` needs besides the edits: its arguments of the same names."""
 
     sources: Mapping[str, Any] = field(default_factory=dict)
     boxes: Sequence[Sequence[Box]] = ()
@@ -247,24 +238,19 @@ class Steer:
     through: Sequence[Cell] = ()
 
     def conditions(self) -> list[Condition]:
-        found = []
-        for cells in (*((cell,) for cell in self.cells), *([self.through] if self.through else [])):
-            step, layer = cells[0].step if len(cells) == 1 else NONE, cells[0].layer
+        kinds = [(PROBE, dose, NONE) for dose in self.doses]
+        kinds += [(CONTROL, self.compared, NONE)] if self.control else []
+        kinds += [("random direction", self.compared, draw) for draw in range(self.draws)]
+        places: list[Sequence[Cell]] = [*((cell,) for cell in self.cells), *([self.through] if self.through else [])]
+        return [self._condition(cells, *kind) for cells in places for kind in kinds]
 
-            def one(
-                name: str, dose: float, draw: int, cells: Any = cells, step: int = step, layer: int = layer
-            ) -> Condition:
-                edits = [
-                    Edit("steer", source=f"{name}, step {c.step}", amount=dose, steps=(c.step,), layers=(c.layer,))
-                    for c in cells
-                ]
-                return Condition(name, tuple(edits), step, layer, dose=dose, draw=draw)
-
-            found += [one(PROBE, dose, NONE) for dose in self.doses]
-            if self.control:
-                found.append(one(CONTROL, self.compared, NONE))
-            found += [one("random direction", self.compared, draw) for draw in range(self.draws)]
-        return found
+    def _condition(self, cells: Sequence[Cell], name: str, dose: float, draw: int) -> Condition:
+        edits = [
+            Edit("steer", source=f"{name}, step {c.step}", amount=dose, steps=(c.step,), layers=(c.layer,))
+            for c in cells
+        ]
+        step = cells[0].step if len(cells) == 1 else NONE
+        return Condition(name, tuple(edits), step, cells[0].layer, dose=dose, draw=draw)
 
     def needed(self, run: CleanRun, condition: Condition) -> Needed:
         cells = {(c.step, c.layer): c for c in (*self.through, *self.cells)}
@@ -310,9 +296,7 @@ class Erase:
     plane: Sequence[Cell]
     cells: Sequence[Cell]
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_made", {})
+    _made: dict[str, Mapping[tuple[int, int], LeaceEraser]] = field(default_factory=dict, init=False, repr=False)
 
     def conditions(self) -> list[Condition]:
         found = []
@@ -334,14 +318,13 @@ class Erase:
         return Needed({name: found})
 
     def _erasers(self, name: str) -> Mapping[tuple[int, int], LeaceEraser]:
-        made: dict[str, Any] = self._made  # type: ignore[attr-defined]
-        if name not in made:
+        if name not in self._made:
             if name == "random directions erased":
-                made[name] = random_erasers(self._erasers("erased"), self.seed)
+                self._made[name] = random_erasers(self._erasers("erased"), self.seed)
             else:
                 target = self.target if name == "erased" else self.control
-                made[name] = concept_erasers(self.samples, target, self.plane)
-        return made[name]
+                self._made[name] = concept_erasers(self.samples, target, self.plane)
+        return self._made[name]
 
     def labels(self, run: CleanRun) -> Int[Tensor, " sample"]:
         return run.answers

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import xarray as xr
 
-from cosprobe.activations import Sampler, StoredSamples, flops, images, load_samples
+from cosprobe.activations import Sampler, StoredSamples, load_samples
 from cosprobe.causal.edits import as_plain, save_listed
 from cosprobe.causal.effects import CLEAN, FILE, Agreement, Pairing, agreement, save_table, summarised
 from cosprobe.causal.experiments import (
@@ -119,8 +119,7 @@ def intervene(
     outcomes = sample_conditions(module, batches, folder / FOLDER / use.edit, identity)
     if rank_and_world()[0] == 0:
         flat = [sample for batch in batches for sample in batch]
-        cost = flops(sampler.model, sampler.config, images(sampler.task, problems[:1]), [problems[0].prompt])
-        report(sampler, use, grid, kind, outcomes, flat, naive, cost.evaluation / cost.run(steps), folder)
+        report(sampler, use, grid, kind, outcomes, flat, naive, folder)
 
 
 def report(
@@ -131,19 +130,17 @@ def report(
     outcomes: Outcomes,
     samples: Sequence[Sample],
     naive: int,
-    share: float,
     folder: Path,
 ) -> xr.Dataset:
     """Writes what an experiment found, prints it, and returns its table.
 
-    naive: evaluations per sample without shared first steps. share: cost of an evaluation, of that of a clean run.
+    naive: evaluations per sample without shared first steps.
     """
     steps, place = sampler.config.steps, folder / REPORT / use.report
     table = summarised(outcomes, PAIRINGS[use.edit], [sampler.task.solutions(s.problem) for s in samples])
     table.attrs |= {
         "task": sampler.task.name, "kind": kind, "edit": use.edit, "size": use.size, "total_steps": steps,
         "depth": sampler.depth, "naive_evaluations": naive, "clean_runs": outcomes.evaluations / steps,
-        "evaluation_share": share,
     }  # fmt: skip
     found: Agreement | None = None
     if use.edit == "swap" and (target := _answer_target(grid, kind, sampler)):
@@ -160,8 +157,9 @@ def report(
         for c in outcomes.conditions
     ]
     save_listed(listed, place / "edits.yaml")
-    page = write_page(table, outcomes, claims(table, outcomes, found), found, place, folder / "tensorboard")
-    print_page(table, claims(table, outcomes, found), found, page)
+    stated = claims(table, outcomes)
+    page = write_page(table, stated, found, place, folder / "tensorboard")
+    print_page(table, stated, found, page)
     return table
 
 

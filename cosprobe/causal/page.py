@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cosprobe.causal.report import CLAIMS, LEAST_PAIRS
+from cosprobe.causal.report import CLAIMS, LEAST_PAIRS, Claim, number
 from cosprobe.errors import InputError
 from cosprobe.files import read_json, whole_file
 from cosprobe.reporting import markdown_table
@@ -31,27 +31,13 @@ def rows(name: str, result: Path) -> list[list[str]]:
         content = read_json(file, "run probe.py use=intervene again")
         if content["n"] < LEAST_PAIRS:  # a trial
             continue
-        for claim in content["claims"]:
-            about = f"{name}, {content['kind']}: {content['edit']}"
-            found.append(
-                [
-                    about,
-                    claim["claim"],
-                    claim["control"],
-                    claim["measure"],
-                    _number(claim),
-                    str(content["n"]),
-                    claim["verdict"],
-                ]
-            )
+        about = f"{name}, {content['kind']}: {content['edit']}"
+        for saved in content["claims"]:
+            fields: dict[str, Any] = {name: math.nan if v is None else v for name, v in saved.items()}
+            claim = Claim(**fields)
+            texts = (claim.claim, claim.control, claim.measure, number(claim))
+            found.append([about, *texts, str(content["n"]), claim.verdict])
     return found
-
-
-def _number(claim: dict[str, Any]) -> str:
-    value = claim["value"]
-    if value is None or not math.isfinite(value):
-        return ""
-    return f"{value:+.2f} [{claim['lower']:+.2f}, {claim['upper']:+.2f}]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,9 +52,8 @@ class At(NamedTuple):
 
 
 LATENT = -1  # in place of a layer
-States = Mapping[
-    At, Float[Tensor, "batch ..."]
-]  # of blocks [batch, token, channel]; of the latent, as schedulers have it
+# of blocks [batch, token, channel]; of the latent, as schedulers have it
+States = Mapping[At, Float[Tensor, "batch ..."]]
 Directions = Float[Tensor, "batch region channel"]  # added to every token of a region; one region: of the whole frame
 
 
@@ -64,7 +63,6 @@ class Eraser(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-Source = States | Directions | Mapping[tuple[int, int], Eraser]  # erasers by (step, layer)
 PREVIOUS = "old_pred_original_sample"  # where the scheduler of CogVideoX is given what it remembers
 
 

@@ -72,7 +72,7 @@ def verdict(lower: float, upper: float) -> str:
     return HOLDS if lower > 0 else FAILS if upper < 0 else UNCLEAR
 
 
-def claims(table: xr.Dataset, outcomes: Outcomes, found: Agreement | None) -> list[Claim]:
+def claims(table: xr.Dataset, outcomes: Outcomes) -> list[Claim]:
     """The statements that an experiment tests: those of the paper, and for the other experiments our own.
 
     With fewer than LEAST_PAIRS samples no claim gets a verdict. Claims are not corrected for each other.
@@ -246,7 +246,6 @@ def _meaned(claim: str, measure: str, control: str, values: np.ndarray, keys: np
 
 def write_page(
     table: xr.Dataset,
-    outcomes: Outcomes,
     stated: Sequence[Claim],
     found: Agreement | None,
     folder: Path,
@@ -258,7 +257,7 @@ def write_page(
     about = {key: table.attrs[key] for key in ("edit", "task", "kind", "n", "problems", "clean_runs")}
     numbers = [{n: None if v != v else v for n, v in asdict(claim).items()} for claim in stated]  # NaN: not measured
     write_json(folder / CLAIMS, about | {"claims": numbers})
-    drawn = figure(table, found)
+    drawn = figure(table)
     with whole_file(folder / f"{name}.png") as part:
         drawn.savefig(part, format="png")
     log_figure(folder / f"{name}.png", f"interventions/{name}", tensorboard)
@@ -317,10 +316,11 @@ def _notes(table: xr.Dataset) -> list[str]:
 def claim_rows(stated: Sequence[Claim]) -> list[list[str]]:
     """The table of the claims, heading first."""
     head = ["claim", "control", "measured", "difference [95 %]", "verdict"]
-    return [head, *([c.claim, c.control, c.measure, _number(c), c.verdict] for c in stated)]
+    return [head, *([c.claim, c.control, c.measure, number(c), c.verdict] for c in stated)]
 
 
-def _number(claim: Claim) -> str:
+def number(claim: Claim) -> str:
+    """The estimate of a claim with its interval; empty if it was not measured."""
     if not np.isfinite(claim.value):
         return ""
     return f"{claim.value:+.2f} [{claim.lower:+.2f}, {claim.upper:+.2f}]"
@@ -392,7 +392,7 @@ def print_page(table: xr.Dataset, stated: Sequence[Claim], found: Agreement | No
                 console.print(shown)
             console.print(f"\n{claim.claim}?", highlight=False, soft_wrap=True)
             shown, last = Table("control", "difference [95 %]", "verdict", box=None, padding=(0, 2, 0, 2)), claim.claim
-        shown.add_row(claim.control, _number(claim), claim.verdict)
+        shown.add_row(claim.control, number(claim), claim.verdict)
     console.print(shown)
     for line in agreement_lines(found) if found is not None else []:
         console.print(line, highlight=False, soft_wrap=True)
@@ -402,7 +402,7 @@ def print_page(table: xr.Dataset, stated: Sequence[Claim], found: Agreement | No
 # figures
 
 
-def figure(table: xr.Dataset, found: Agreement | None = None) -> Figure:
+def figure(table: xr.Dataset) -> Figure:
     """The figure of an experiment."""
     drawers = {
         "noise": _draw_noise,
@@ -428,20 +428,23 @@ def _draw_noise(table: xr.Dataset) -> Figure:
     of_steps, of_frames = _where(table, frame=NONE), table.isel(condition=np.flatnonzero(table.frame.values != NONE))
     total = int(table.attrs["total_steps"])
     names = list(dict.fromkeys(table.name.values.tolist()))
-    for name in names:
+    for rank, name in enumerate(names):
+        beside = 0.05 * (rank - (len(names) - 1) / 2)  # of a frame, so that intervals do not cover each other
         for axes, rows, along in ((grid[0, 0], of_steps, "step"), (grid[0, 1], of_frames, "frame")):
             one = _where(rows, name=name)
             if not one.sizes["condition"]:
                 continue
             x = one[along].values.astype(float)
             if along == "step":
-                lengths = np.where(one.steps.values > 0, one.steps.values, total)
-                x = x / lengths
+                x = x / np.where(one.steps.values > 0, one.steps.values, total) + beside / 5
+            else:
+                x = x + beside
             mean = one.label.values
             ends = [mean - one.label_lower.values, one.label_upper.values - mean]
             axes.errorbar(x, mean, ends, label=name, color=LINES.get(name, OTHER_LINE), marker="o", markersize=3.5,
                           elinewidth=0.8, linewidth=1.2)  # fmt: skip
-    grid[0, 0].set(xlabel="part of the run before the hit", ylabel="answers kept", ylim=(-0.03, 1.03))
+    grid[0, 0].set(xlabel="place of the hit in the run (0 = first step)", ylim=(-0.03, 1.03))
+    grid[0, 0].set_ylabel(f"share of answers kept (n = {table.attrs['n']})")
     grid[0, 0].set_title("noise at one step", loc="left")
     grid[0, 1].set(
         xlabel="frame of the latent", ylim=(-0.03, 1.03), xticks=sorted(set(of_frames.frame.values.tolist()))
@@ -462,9 +465,9 @@ def _draw_noise(table: xr.Dataset) -> Figure:
         )
         axes.set_xticks(range(0, total, max(1, total // 5)))
         axes.set_yticks(range(one.sizes["condition"]), [str(s) for s in one.step.values])
-        axes.set(xlabel="step that is compared with the clean run", ylabel="step of the hit")
-        axes.set_title(f"{name}: 1 - CKA of x0-hat", loc="left")
-        sheet.colorbar(image, ax=axes)
+        axes.set(xlabel="step that is compared (0 = noisiest)", ylabel="step of the hit")
+        axes.set_title(f"{name}: difference of x0-hat", loc="left")
+        sheet.colorbar(image, ax=axes, label="1 - CKA (0 = as in the clean run)")
     return sheet
 
 

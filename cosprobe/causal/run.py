@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from cosprobe.activations import (
+    ActivationCache,
     ActivationStore,
     FrozenSampling,
     Sampled,
@@ -32,10 +33,11 @@ from cosprobe.causal.clean import NONE, CleanRun, with_steps
 from cosprobe.causal.experiments import Condition, Experiment
 from cosprobe.causal.patching import patch
 from cosprobe.causal.prefix import replayed
+from cosprobe.cells import Cell
 from cosprobe.ensembles import ProbeScorer
 from cosprobe.models import architecture, first_transformer
 from cosprobe.runtime import rank_and_world
-from cosprobe.tasks import Sample
+from cosprobe.tasks import Sample, Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,16 +64,16 @@ class Outcomes:
     """
 
     conditions: list[Condition]
-    keys: np.ndarray
-    labels: np.ndarray
-    clean: np.ndarray
-    answers: np.ndarray
-    change: np.ndarray
+    keys: Shaped[np.ndarray, " sample"]
+    labels: Int[np.ndarray, "sample condition"]
+    clean: Int[np.ndarray, "sample condition"]
+    answers: Int[np.ndarray, "sample condition"]
+    change: Float[np.ndarray, "sample condition"]
     evaluations: float
-    distance: np.ndarray
-    cka: np.ndarray
-    probe: np.ndarray
-    clean_probe: np.ndarray
+    distance: Float[np.ndarray, "sample condition step"]
+    cka: Float[np.ndarray, "sample condition step"]
+    probe: Float[np.ndarray, "sample condition step"]
+    clean_probe: Int[np.ndarray, "sample step"]
 
     @property
     def complete(self) -> Bool[np.ndarray, " sample"]:
@@ -93,7 +95,7 @@ class Follower:
     def __init__(self, scorer: ProbeScorer | None, sampler: Sampler):
         self.scorer, self.sampler = scorer, sampler
 
-    def follow(self, run: CleanRun, stack: ExitStack, first: int) -> Any:
+    def follow(self, run: CleanRun, stack: ExitStack, first: int) -> ActivationCache:
         """Begins to follow the pipeline call that comes next, from step `first` on."""
         steps = range(first, self.sampler.config.steps)
         layers = ["x_t", *sorted({str(c.layer) for s in steps for c in self._cells(s).values()})]
@@ -101,7 +103,7 @@ class Follower:
         spec = f"{first}:{self.sampler.config.steps}"
         return stack.enter_context(capture(self.sampler.model, layers, pooling, spec, clean=tuple(steps)))
 
-    def _cells(self, step: int) -> dict[str, Any]:
+    def _cells(self, step: int) -> dict[str, Cell]:
         """The cells that are read at a step, by target; none at a step without probes."""
         if self.scorer is None or all(c.step != step for table in self.scorer.accuracy.values() for c in table):
             return {}
@@ -112,13 +114,13 @@ class Follower:
         model = self.sampler.model
         return architecture(model).latent_tokens(first_transformer(model), clean).float().cpu()
 
-    def read(self, run: CleanRun, cache: Any, step: int) -> Tensor:
+    def read(self, run: CleanRun, cache: ActivationCache, step: int) -> Int[Tensor, " sample"]:
         """What probes answer at a step, NONE without probes."""
         if self.scorer is None or not (cells := self._cells(step)):
             return torch.full((len(run.samples),), NONE)
         positions = self.scorer.pooling(run.problems).positions(self.sampler.token_frames)
 
-        def features(cell: Any) -> Tensor:
+        def features(cell: Cell) -> Tensor:
             return cache.parts[cell.step, str(cell.layer), cell.branch][:, positions.index(cell.position)]
 
         return self.scorer.read(cells, run.problems, features).argmax(dim=-1)
@@ -218,7 +220,7 @@ class Intervention(FrozenSampling):
         return found
 
 
-def _outside(task: Any, run: CleanRun, video: np.ndarray) -> Float[Tensor, " sample"]:
+def _outside(task: Task, run: CleanRun, video: np.ndarray) -> Float[Tensor, " sample"]:
     """Mean absolute difference from the clean video, in pixels that no solution changes."""
     found = []
     for problem, clip, clean in zip(run.problems, video, run.video, strict=True):

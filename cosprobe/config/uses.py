@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from cosprobe.bounds import MANY, check_bounds
 from cosprobe.errors import InputError
@@ -32,6 +33,7 @@ class PredictConfig:
 class EarlyConfig:
     """Stop a run as soon as a probe is confident enough; the risk is at most `risk`, with probability `confidence`."""
 
+    report: ClassVar[str] = "early"  # the folder of its report
     risk: float = 0.05
     "Largest share of errors."
     confidence: float = 0.95
@@ -56,6 +58,7 @@ class EarlyConfig:
 class EnsembleConfig:
     """Compare seed ensembles at equal compute."""
 
+    report: ClassVar[str] = "ensemble"  # the folder of its report
     size: str = "quick"
     "`quick` (minutes) or `full` (about an hour; it can be interrupted and continues)."
 

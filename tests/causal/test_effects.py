@@ -229,7 +229,7 @@ def planted_swap(step: int, layer: int) -> Outcomes:
 def claims_of(found: Outcomes):
     table = summarised(found, PAIRINGS["swap"], [(0,)] * PROBLEMS)
     table.attrs |= {"edit": "swap", "depth": 4}
-    return claims(table, found, None)
+    return claims(table, found)
 
 
 def test_a_planted_swap_is_found_where_it_is():
@@ -264,7 +264,7 @@ def test_noise_that_hurts_early_and_fades_is_said_to():
     found = replace(found, labels=labels, clean=labels, answers=np.where(early, 5, labels), cka=cka)
     table = summarised(found, PAIRINGS["noise"], [(0,)] * PROBLEMS)
     table.attrs["edit"] = "noise"
-    stated = {(c.claim.split()[0], c.control): c for c in claims(table, found, None)}
+    stated = {(c.claim.split()[0], c.control): c for c in claims(table, found)}
     assert stated["Noise", "fresh"].verdict == HOLDS and stated["Noise", "fresh"].value == pytest.approx(0.75)
     assert stated["Early", "fresh"].verdict == HOLDS and stated["Early", "fresh"].value == pytest.approx(0.5, abs=0.01)
     assert stated["Sensitivity", "fresh"].value == pytest.approx(0.25, abs=0.01)  # (0.8 + 0.9) / 2 - 0.6

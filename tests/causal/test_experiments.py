@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from cosprobe.causal.clean import NONE, Donors
+from cosprobe.causal.clean import NONE, CleanRun, Donors
 from cosprobe.causal.directions import probe_directions, random_directions
 from cosprobe.causal.experiments import (
     CONTROL,
@@ -39,10 +38,12 @@ def named(conditions: list[Condition]) -> dict[str, list[Condition]]:
     return {name: [c for c in conditions if c.name == name] for name in dict.fromkeys(c.name for c in conditions)}
 
 
-class Run:
+class Run(CleanRun):
     """A clean run of four samples with random states; the answers are given."""
 
-    problems, samples, seeds = [s.problem for s in SAMPLES], SAMPLES, [s.seed for s in SAMPLES]
+    def __init__(self):
+        super().__init__(None, SAMPLES, ())
+
     answers = torch.tensor([2, 0, NONE, 1])
     donors = Donors(np.array([1, 3, NONE, 0]), np.array([3, 0, NONE, NONE]))
 
@@ -144,7 +145,7 @@ def test_a_swap_is_given_the_states_of_its_donors(swap, name):
     step = 1 if name == "wrong step" else 3
     assert torch.equal(states, Run().states(step)[At(step, 2, "cond")][rows])
     if name.endswith("regions"):
-        for problem, boxes, host, donor in zip(Run.problems, needed.boxes, (2, 0), (0, 1), strict=False):
+        for problem, boxes, host, donor in zip(Run().problems, needed.boxes, (2, 0), (0, 1), strict=False):
             assert boxes[:2] == [problem.regions[host], problem.regions[donor]]
             assert sorted(boxes) == sorted(problem.regions)
 
@@ -190,7 +191,8 @@ def test_answers_are_steered_towards_plausible_ones_that_the_clean_run_does_not_
     assert labels[2] == NONE
     for label, answer, sample in zip(labels, Run.answers.tolist(), SAMPLES, strict=True):
         assert label == NONE or (label != answer and label in TASK.plausible_answers(sample.problem))
-    half = SimpleNamespace(samples=SAMPLES[2:], answers=torch.tensor([3, 1]))
+    half = Run()
+    half.samples, half.answers = SAMPLES[2:], torch.tensor([3, 1])
     assert steer.labels(half).tolist()[1] == labels[3]  # whatever else is in the batch
 
 
@@ -260,7 +262,7 @@ def test_the_region_of_the_answer_comes_first():
     ablate = Ablate((0,), (1,), 4, 3, True)
     in_region = next(c for c in ablate.conditions() if c.edits[0].regions)
     boxes = ablate.needed(Run(), in_region).boxes
-    for problem, row, answer in zip(Run.problems, boxes, Run.answers.tolist(), strict=True):
+    for problem, row, answer in zip(Run().problems, boxes, Run.answers.tolist(), strict=True):
         assert row[0] == problem.regions[max(answer, 0)] and sorted(row) == sorted(problem.regions)
 
 
