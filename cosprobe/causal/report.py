@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Float
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,7 +21,7 @@ from cosprobe.causal.experiments import CONTROL, PROBE, Condition
 from cosprobe.causal.run import Outcomes
 from cosprobe.evaluation import ALPHA, difference_interval, mean_interval
 from cosprobe.files import make_folder, whole_file, write_json
-from cosprobe.reporting import STYLE, log_figure, markdown_table, new_figure
+from cosprobe.reporting import STYLE, UNDEFINED, log_figure, markdown_table, new_figure
 
 CLAIMS = "claims.json"
 HOLDS, FAILS, UNCLEAR, UNTESTED = "holds", "does not hold", "no evidence", "cannot be tested here"
@@ -471,9 +472,10 @@ def _draw_noise(table: xr.Dataset) -> Figure:
     return sheet
 
 
-def _plane(table: xr.Dataset, name: str) -> tuple[np.ndarray, list[int], list[int]]:
+def _plane(table: xr.Dataset, name: str) -> tuple[Float[np.ndarray, "layer step"], list[int], list[int]]:
+    """Shares of a condition over all layers and steps of the table, NaN where it was not made, and both axes."""
     one = _where(table, name=name)
-    steps, layers = (sorted(set(one[n].values.tolist())) for n in ("step", "layer"))
+    steps, layers = (sorted(set(table[n].values.tolist())) for n in ("step", "layer"))
     steps.sort(key=lambda step: (step == NONE, step))  # all steps come last
     found = np.full((len(layers), len(steps)), np.nan)
     for step, layer, share in zip(one.step.values, one.layer.values, one.label.values, strict=True):
@@ -496,16 +498,22 @@ def _draw_swap(table: xr.Dataset) -> Figure:
         axes.set_xticks(range(0, len(steps), every), ["all" if s == NONE else str(s) for s in steps[::every]])
         axes.set_yticks(range(0, len(layers), each), [str(n) for n in layers[::each]])
         axes.set_title(name, loc="left")
+        axes.set_facecolor(UNDEFINED)
         if shown.size <= 24:
             for (y, x), value in np.ndenumerate(shown):
-                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value < 0.6 else "k")
+                if np.isfinite(value):
+                    axes.text(
+                        x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value < 0.6 else "k"
+                    )
     for axes in grid.ravel()[len(names) :]:
         axes.set_visible(False)
-    for axes in grid[-1]:
+    for axes in grid.ravel()[max(len(names) - columns, 0) : len(names)]:  # nothing is shown below these
         axes.set_xlabel("step")
+        axes.tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel("layer")
-    sheet.colorbar(image, ax=grid.ravel().tolist(), label="videos with the donor's answer")
+    about = f"videos with the donor's answer (n = {table.attrs['n']}; grey: not made)"
+    sheet.colorbar(image, ax=grid.ravel().tolist(), label=about)
     return sheet
 
 
@@ -523,6 +531,8 @@ def agreement_figure(found: Agreement) -> Figure:
                 axes.annotate(str(layer), (x, y), (4, 3), textcoords="offset points", fontsize=7.5)
         axes.axhline(0, color="#888888", linewidth=0.8)
         axes.axhline(found.margin, color="#888888", linewidth=0.8, linestyle=":")
+        axes.annotate("margin", (1, found.margin), (0, 2), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", ha="right", color="#666666", fontsize=7.5)  # fmt: skip
         axes.set(xlabel="accuracy of the probe above chance", ylabel="effect of a swap")
         axes.set_title("decodable against used; numbers: layer", loc="left")
         sheet.colorbar(points, ax=axes, label="step")

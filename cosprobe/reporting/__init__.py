@@ -1,6 +1,6 @@
 """Reports of a run: figures, summary, TensorBoard, film strip, comparison of runs."""
 
-from cosprobe.reporting.figures import STYLE, headline, maps, new_figure
+from cosprobe.reporting.figures import STYLE, UNDEFINED, headline, maps, new_figure
 from cosprobe.reporting.figures import MapFigure as MapFigure  # a type
 from cosprobe.reporting.film import Film, film_row, film_strip, record, record_once
 from cosprobe.reporting.report import write_report
@@ -9,6 +9,7 @@ from cosprobe.reporting.tensorboard import log_figure, log_tensorboard
 
 __all__ = [
     "STYLE",
+    "UNDEFINED",
     "WIDTH",
     "Film",
     "film_row",

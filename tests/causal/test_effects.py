@@ -26,7 +26,17 @@ from cosprobe.causal.effects import (
 )
 from cosprobe.causal.experiments import PROBE, Condition, Noise, Swap
 from cosprobe.causal.interventions import PAIRINGS, upper_without_wins
-from cosprobe.causal.report import FAILS, HOLDS, UNCLEAR, UNTESTED, agreement_lines, claims, condition_rows, verdict
+from cosprobe.causal.report import (
+    FAILS,
+    HOLDS,
+    UNCLEAR,
+    UNTESTED,
+    agreement_lines,
+    claims,
+    condition_rows,
+    figure,
+    verdict,
+)
 from cosprobe.causal.run import Outcomes
 from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid, difference_interval, max_t_bootstrap, mean_interval, share_interval
@@ -330,3 +340,17 @@ def test_cells_are_sorted_by_decodable_and_used():
     assert "step 0 layer 0, step 1 layer 1" in text and "step 1 layer 2" in text
     undefined = replace(said, correlation=(np.nan,) * 3)
     assert isinstance(undefined, Agreement) and "not defined" in agreement_lines(undefined)[0]
+
+
+def test_panels_of_a_swap_show_the_same_cells_and_leave_none_out():
+    conditions = Swap((0, 2), (1, 3), 4, 2, True, whole=True).conditions()
+    table = summarised(outcomes_of(conditions, follow=False), PAIRINGS["swap"], [(0,)] * PROBLEMS)
+    table.attrs["edit"] = "swap"
+    panels = [axes for axes in figure(table).axes if axes.images]
+    last = panels[-1].get_xticklabels()
+    assert [label.get_text() for label in last] == ["0", "2", "all"] and panels[-1].get_xlabel() == "step"
+    assert {axes.get_title(loc="left") for axes in panels} == set(table.name.values.tolist())
+    for axes in panels:
+        assert axes.images[0].get_array().shape == (2, 3) and axes.get_xlim() == (-0.5, 2.5)
+        written = [text.get_text() for text in axes.texts]
+        assert len(written) == int((table.name.values == axes.get_title(loc="left")).sum())
