@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +56,8 @@ def room_of(module: str) -> str:
     return next((name for name in names if name in (*ROOMS, *ENTRIES)), "")
 
 
-def imports(path: Path) -> list[tuple[str, str]]:
+@cache
+def imports(path: Path) -> tuple[tuple[str, str], ...]:
     """(module, name) of everything a file imports, inside functions too; `import module` has an empty name."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
@@ -63,7 +65,7 @@ def imports(path: Path) -> list[tuple[str, str]]:
             found += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             found += [("." * node.level + (node.module or ""), alias.name) for alias in node.names]
-    return found
+    return tuple(found)
 
 
 def inside(path: Path) -> list[tuple[str, str]]:
