@@ -40,6 +40,7 @@ MEANING = {
     "distance": "|x0-hat - clean x0-hat| / |clean x0-hat| at every step (a step index)",
     "cka": "1 - linear CKA of x0-hat and clean x0-hat, over the tokens of a sample: 0 where both are alike",
     "probe": "share of the samples in which the probe reads what it reads in the clean run",
+    "probe_right": "share of the samples in which the probe reads a right answer",
     "effect": "share of one condition minus that of its control, on the same samples",
     "effect_lower": "lower end of the paired 95 % interval of effect",
     "effect_upper": "upper end of the paired 95 % interval of effect",
@@ -98,7 +99,10 @@ def summarised(outcomes: Outcomes, pairings: Sequence[Pairing], solutions: Seque
         same = (outcomes.probe[there] == outcomes.clean_probe[there, None]).astype(float)
         nothing = np.isnan(outcomes.probe) | (outcomes.clean_probe == NONE)[:, None]
         same[nothing[there]] = np.nan
-        for name, follow in (("distance", outcomes.distance[there]), ("cka", outcomes.cka[there]), ("probe", same)):
+        skill = np.stack([np.isin(read, good) for read, good in zip(outcomes.probe, solutions, strict=True)])
+        skill = np.where(nothing, np.nan, skill.astype(float))[there]
+        followed = {"distance": outcomes.distance[there], "cka": outcomes.cka[there], "probe": same}
+        for name, follow in (followed | {"probe_right": skill}).items():
             data |= _with_intervals(name, follow.transpose(1, 2, 0), keys, ("condition", "time"))
     coordinates = {name: [getattr(c, name) for c in outcomes.conditions] for name in COORDINATES}
     found = xr.Dataset(

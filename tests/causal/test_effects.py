@@ -117,11 +117,12 @@ def test_answers_are_compared_with_the_clean_run_of_as_many_steps(one, solutions
     assert (summarised(kept, PAIRS, solutions).unchanged == 1).all()
 
 
-def test_curves_are_means_over_samples_at_every_step(one, table):
+def test_curves_are_means_over_samples_at_every_step(one, table, solutions):
     rows = kept_rows(one)
     for j, step in np.ndindex(len(SMALL), STEPS):
         same = [one.probe[i, j, step] == one.clean_probe[i, step] for i in rows]
         expected = {"distance": one.distance[rows, j, step], "cka": one.cka[rows, j, step], "probe": same}
+        expected["probe_right"] = [one.probe[i, j, step] in solutions[i] for i in rows]
         for name, values in expected.items():
             assert float(table[name][j, step]) == pytest.approx(np.mean(values))
             lower, upper = mean_interval(np.array([values], float), one.keys[rows])
