@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cosprobe.causal.report import CLAIMS, LEAST_PAIRS, Claim, number
+from cosprobe.causal.report import CLAIMS, LEAST_PAIRS
 from cosprobe.errors import InputError
+from cosprobe.evaluation import Claim
 from cosprobe.files import read_json, whole_file
 from cosprobe.reporting import markdown_table
 from cosprobe.runs import REPORT, find_result
@@ -35,7 +36,7 @@ def rows(name: str, result: Path) -> list[list[str]]:
         for saved in content["claims"]:
             fields: dict[str, Any] = {name: math.nan if v is None else v for name, v in saved.items()}
             claim = Claim(**fields)
-            texts = (claim.claim, claim.control, claim.measure, number(claim))
+            texts = (claim.claim, claim.control, claim.measure, claim.estimate)
             found.append([about, *texts, str(content["n"]), claim.verdict])
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,20 @@ from cosprobe.causal.clean import NONE
 from cosprobe.causal.effects import CLEAN, Agreement
 from cosprobe.causal.experiments import CONTROL, PROBE, Condition
 from cosprobe.causal.run import Outcomes
-from cosprobe.evaluation import ALPHA, difference_interval, mean_interval
+from cosprobe.evaluation import (
+    ALPHA,
+    HOLDS,
+    UNCLEAR,
+    UNTESTED,
+    Claim,
+    difference_interval,
+    mean_interval,
+    verdict,
+)
 from cosprobe.files import make_folder, whole_file, write_json
 from cosprobe.reporting import STYLE, UNDEFINED, log_figure, markdown_table, new_figure
 
 CLAIMS = "claims.json"
-HOLDS, FAILS, UNCLEAR, UNTESTED = "holds", "does not hold", "no evidence", "cannot be tested here"
 TOO_FEW = "too few samples"
 COUNTED = {"swap": "donor's answer", "steer": "answer steered towards"}
 LEAST_PAIRS = 20  # with fewer samples no claim gets a verdict
@@ -48,29 +56,6 @@ ABOUT = {
     "ablate": "What one block adds to its input is removed (`zero`), or replaced by its mean over the batch (`mean`) "
     "or by that of another sample (`resample`). Counted are videos that keep the answer of the clean run.",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A statement, what was measured for it, and whether it holds.
-
-    control: the condition under which it is measured. value, lower, upper: the estimate with its 95 % interval.
-    """
-
-    claim: str
-    measure: str
-    control: str
-    value: float
-    lower: float
-    upper: float
-    verdict: str
-
-
-def verdict(lower: float, upper: float) -> str:
-    """`holds` for an interval above zero, `does not hold` for one below, otherwise `no evidence`."""
-    if not np.isfinite([lower, upper]).all():
-        return UNTESTED
-    return HOLDS if lower > 0 else FAILS if upper < 0 else UNCLEAR
 
 
 def claims(table: xr.Dataset, outcomes: Outcomes) -> list[Claim]:
@@ -317,14 +302,7 @@ def _notes(table: xr.Dataset) -> list[str]:
 def claim_rows(stated: Sequence[Claim]) -> list[list[str]]:
     """The table of the claims, heading first."""
     head = ["claim", "control", "measured", "difference [95 %]", "verdict"]
-    return [head, *([c.claim, c.control, c.measure, number(c), c.verdict] for c in stated)]
-
-
-def number(claim: Claim) -> str:
-    """The estimate of a claim with its interval; empty if it was not measured."""
-    if not np.isfinite(claim.value):
-        return ""
-    return f"{claim.value:+.2f} [{claim.lower:+.2f}, {claim.upper:+.2f}]"
+    return [head, *([c.claim, c.control, c.measure, c.estimate, c.verdict] for c in stated)]
 
 
 def condition_rows(table: xr.Dataset) -> list[list[str]]:
@@ -393,7 +371,7 @@ def print_page(table: xr.Dataset, stated: Sequence[Claim], found: Agreement | No
                 console.print(shown)
             console.print(f"\n{claim.claim}?", highlight=False, soft_wrap=True)
             shown, last = Table("control", "difference [95 %]", "verdict", box=None, padding=(0, 2, 0, 2)), claim.claim
-        shown.add_row(claim.control, number(claim), claim.verdict)
+        shown.add_row(claim.control, claim.estimate, claim.verdict)
     console.print(shown)
     for line in agreement_lines(found) if found is not None else []:
         console.print(line, highlight=False, soft_wrap=True)

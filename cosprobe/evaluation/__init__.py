@@ -1,6 +1,7 @@
 """Evaluates the probes of a bank on test problems: accuracy, baselines, intervals, significance, latency."""
 
 from cosprobe.evaluation.baselines import MUST_BEAT, input_samples, read_inputs, read_inputs_once
+from cosprobe.evaluation.claims import FAILS, HOLDS, UNCLEAR, UNTESTED, Claim, verdict
 from cosprobe.evaluation.grid import FILE, Best, Grid
 from cosprobe.evaluation.intervals import (
     LEAST_EFFECTIVE,
@@ -19,13 +20,18 @@ from cosprobe.evaluation.variables import ALPHA, GUESSES, X0_PARSED
 
 __all__ = [
     "ALPHA",
+    "FAILS",
     "FILE",
     "GUESSES",
+    "HOLDS",
     "LEAST_EFFECTIVE",
     "LEAST_PROBLEMS",
     "MUST_BEAT",
+    "UNCLEAR",
+    "UNTESTED",
     "X0_PARSED",
     "Best",
+    "Claim",
     "Evaluated",
     "Grid",
     "InputReading",
@@ -41,4 +47,5 @@ __all__ = [
     "read_inputs",
     "read_inputs_once",
     "share_interval",
+    "verdict",
 ]

@@ -26,20 +26,21 @@ from cosprobe.causal.effects import (
 )
 from cosprobe.causal.experiments import PROBE, Condition, Noise, Swap
 from cosprobe.causal.interventions import PAIRINGS, upper_without_wins
-from cosprobe.causal.report import (
+from cosprobe.causal.report import agreement_lines, claims, condition_rows, figure
+from cosprobe.causal.run import Outcomes
+from cosprobe.errors import InputError
+from cosprobe.evaluation import (
     FAILS,
     HOLDS,
     UNCLEAR,
     UNTESTED,
-    agreement_lines,
-    claims,
-    condition_rows,
-    figure,
+    Grid,
+    difference_interval,
+    max_t_bootstrap,
+    mean_interval,
+    share_interval,
     verdict,
 )
-from cosprobe.causal.run import Outcomes
-from cosprobe.errors import InputError
-from cosprobe.evaluation import Grid, difference_interval, max_t_bootstrap, mean_interval, share_interval
 
 STEPS, PROBLEMS = 4, 20
 EDIT = (Edit("noise", steps=(1,)),)
