@@ -45,7 +45,10 @@ docs: $(INSTALLED)
 	for task in maze line; do $(BIN)/python probe.py use=ensemble run=runs/$$task-layers use.size=full || exit 1; done
 	for task in maze select; do for edit in noise swap steer erase ablate; do \
 		$(BIN)/python probe.py use=intervene run=runs/$$task-layers use.edit=$$edit || exit 1; done; done
-	$(BIN)/python -m cosprobe.causal.page docs/causal.md maze=runs/maze-layers select=runs/select-layers
+	$(BIN)/python -m cosprobe.reporting.claims_page docs/causal.md 'causal-*/claims.json' maze=runs/maze-layers select=runs/select-layers
+	$(BIN)/python -m cosprobe.reporting.claims_page docs/behaviour.md behaviour/behaviour.json maze=runs/maze-layers hide=runs/hide-layers \
+		select=runs/select-layers line=runs/line-layers
+	cp runs/maze-layers/logistic/report/behaviour/behaviour.png docs/figures/
 	cp runs/maze-layers/logistic/report/causal-noise/noise.png docs/figures/
 	cd runs/maze-layers/logistic/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../../docs/figures/
 	cd runs/maze-layers/logistic/report && cp early/frontier.png ../../../../docs/figures/early.png && cp ensemble/ensemble.png ../../../../docs/figures/

@@ -1,12 +1,13 @@
 """Uses trained probes to read the answer of a video model from its hidden states, before the video is finished.
 
-  python probe.py use=predict|early|ensemble|intervene run=FOLDER [name=value ...]
+  python probe.py use=predict|early|ensemble|intervene|behaviour run=FOLDER [name=value ...]
 
 Examples:
   python probe.py use=predict run=runs/maze-layers use.step=2  predict the answers that finished videos show
   python probe.py use=early run=runs/maze-layers               stop sampling early, at a stated risk of error
   python probe.py use=ensemble run=runs/maze-layers            several noise seeds against one, at equal compute
   python probe.py use=intervene run=runs/maze-layers use.edit=swap  change hidden states: do answers follow?
+  python probe.py use=behaviour run=runs/maze-layers           exploration, commitment, corrections, roles of layers
   python probe.py use=runs                                     list run folders; use.delete=NAME deletes one
 
 FOLDER is the run folder of a finished train.py run. With several results, it is the folder of one of them, such as
@@ -20,7 +21,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from cosprobe.command import command, read_run
-from cosprobe.config import EarlyConfig, EnsembleConfig, InterveneConfig, PredictConfig, RunsConfig, UseRun
+from cosprobe.config import (
+    BehaviourConfig,
+    EarlyConfig,
+    EnsembleConfig,
+    InterveneConfig,
+    PredictConfig,
+    RunsConfig,
+    UseRun,
+)
 from cosprobe.locks import held
 from cosprobe.runs import REPORT, delete_run, find_result, list_runs, mark_finished, print_runs
 from cosprobe.tasks import with_margin
@@ -35,12 +44,14 @@ def use(run: UseRun) -> None:
         return
 
     trained = read_run(run.run)
-    trained.pipeline.check_folder()
+    if not isinstance(run.use, BehaviourConfig):  # which needs no model
+        trained.pipeline.check_folder()
 
     # imported here, so that --help and the checks above do not wait for torch and diffusers
     from lightning import seed_everything
 
     from cosprobe.activations import Sampler
+    from cosprobe.behaviour import show_behaviours
     from cosprobe.causal import intervene
     from cosprobe.early_exit import answer_early, predict
     from cosprobe.ensembles import ensembles
@@ -58,6 +69,11 @@ def use(run: UseRun) -> None:
     folder = find_result(run.run)
     bank = load_probes(folder)
     bank.check_result(trained, Grid.load(folder).provenance["bank"], folder)
+    if isinstance(run.use, BehaviourConfig):
+        with held(folder, "run"):
+            show_behaviours(folder, bank, trained.seed)
+            mark_finished(folder / REPORT / run.use.report, bank.fingerprint)
+        return
     seed_everything(run.seed, workers=True, verbose=False)
     with held(folder, "run"):
         fabric = launch(run.trainer)  # one process per device from here on

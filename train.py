@@ -75,6 +75,7 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     from lightning import seed_everything
 
     from cosprobe.activations import NOT_SEEN, Sampler, collect, find_store, load_samples
+    from cosprobe.behaviour import BEHAVIOUR, measure, write_behaviours
     from cosprobe.differences import flattened
     from cosprobe.evaluation import evaluate, read_inputs_once
     from cosprobe.evaluation.checks import examine, weights_table
@@ -116,7 +117,10 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     evaluated = evaluate(samples, experts, bank, readings)
     grid, checks = examine(evaluated, samples, inputs, bank, weights, run.seed)
     film = record_once(run_dir, settings, sampler, draw, samples)
-    figures = write_report(grid, checks, folder, film)
+    behaviours = measure(samples, evaluated, bank, grid)
+    figures = write_report(grid, checks, folder, film, behaviours.sentences)
+    write_behaviours(behaviours, folder)
+    mark_finished(folder / REPORT / BEHAVIOUR, bank.fingerprint)
     log_tensorboard(grid, figures, folder / "tensorboard", film, flattened(asdict(run)) | {"task": task.name})
     printed = print_summary(grid, checks, folder)
     for report in outdated_reports(folder, bank.fingerprint):

@@ -11,6 +11,7 @@ The packages, in the order of the method; each `__init__` says what happens ther
   early_exit    answers before the video is finished, at a stated risk
   ensembles     several noise seeds against one run, at equal compute
   causal        edits of a run while it is sampled, with controls: is a state used?
+  behaviour     exploration, commitment, corrections, memory and roles of layers, as numbers
   minimodel     how the model in the package was trained
   api           the same steps in a notebook, on your own images and labels
 

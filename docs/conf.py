@@ -27,6 +27,7 @@ CONTENTS = {  # title and file of every page, in the order in which people ask
         "Supported models": "docs/support",
         "Early answers and ensembles": "docs/uses",
         "Decodable or used": "docs/causal",
+        "Behaviours": "docs/behaviour",
         "Errors by symptom": "docs/errors",
     },
     "Reference": {

@@ -280,6 +280,21 @@ def test_predict_reads_early_and_compares(run):
 
 
 @pytest.mark.slow
+def test_behaviours_are_in_the_report_and_measured_again_to_the_same_numbers(run):
+    folder = run[0] / "report" / "behaviour"
+    written = {name: (folder / name).read_bytes() for name in ("behaviour.json", "behaviour.md", "behaviour.nc")}
+    assert "behaviour/behaviour.md" in (run[0] / "report" / "summary.md").read_text()
+    result = within("probe.py", "use=behaviour", f"run={run[0]}")
+    assert result.returncode == 0, result.stderr
+    assert str(folder / "behaviour.md") in result.stdout and "Predicting" not in result.stdout
+    assert {name: (folder / name).read_bytes() for name in written if name != "behaviour.nc"} == {
+        name: content for name, content in written.items() if name != "behaviour.nc"
+    }
+    claims = json.loads(written["behaviour.json"])["claims"]
+    assert {claim["about"].partition(": ")[2] for claim in claims} >= {"exploration", "commitment", "layer roles"}
+
+
+@pytest.mark.slow
 def test_early_stopping_is_calibrated_reported_and_left_in_the_bank(run, early):
     """The model is random, so no risk can be promised: what is checked is the line from the run to its report."""
     assert re.search(r"one_exit.*\b0\.05\b.*\b0\.95\b.*\b59\b", early)

@@ -31,6 +31,7 @@ LESS = {
     "predict": ["use.step=1", "use.problems=2"],
     "early": ["use.calibration=59", "use.problems=2"],
     "ensemble": [],
+    "behaviour": [],
     "intervene": ["use.problems=6", "use.steps=0", "use.layers=3"],
 }
 SMALL = ["task.problems=24", "pipeline.steps=3", "probe.epochs=3", "pipeline.batch=8"]

@@ -8,7 +8,19 @@ import re
 import numpy as np
 import pytest
 
-from validity import __main__, differences, effects, ensembles, guessing, inputs, lengths, onsets, shares, stopping
+from validity import (
+    __main__,
+    centres,
+    differences,
+    effects,
+    ensembles,
+    guessing,
+    inputs,
+    lengths,
+    onsets,
+    shares,
+    stopping,
+)
 from validity.rows import Row, alarms, coverage, luck, page, worst
 
 
@@ -28,6 +40,13 @@ def test_intervals_cover_and_simpler_ones_do_not(module, monkeypatch):
     assert kept(rows) and len(of(rows, True)) == 2 * len(shares.LAYOUTS)
     assert max(row.observed for row in of(rows, False)) < 0.93
     assert all(0 < row.width < 1.5 and row.runs == 2000 for row in rows)
+
+
+@pytest.mark.slow
+def test_centres_over_layers_and_rank_correlations_are_covered():
+    rows = centres.simulate(200, 1, (90,))
+    assert kept(rows) and len(rows) == len(centres.CURVES) + len(centres.CORRELATIONS)
+    assert all(row.observed > 0.9 and row.width < 4 for row in rows)
 
 
 @pytest.mark.slow

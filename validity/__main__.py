@@ -9,7 +9,7 @@ from time import perf_counter
 
 from rich.console import Console
 
-from validity import differences, effects, ensembles, guessing, inputs, lengths, maps, onsets, shares, stopping
+from validity import centres, differences, effects, ensembles, guessing, inputs, lengths, maps, onsets, shares, stopping
 from validity.rows import Row, page
 
 SEED = 20
@@ -22,6 +22,7 @@ SIMULATIONS: dict[str, tuple[Callable[[int, int], list[Row]], int]] = {  # funct
     "stopping": (stopping.simulate, 2000),
     "ensembles": (ensembles.simulate, 2000),
     "effects": (effects.simulate, 1000),
+    "centres": (centres.simulate, 1000),
     "lengths": (lengths.simulate, 5000),
     "maps": (maps.simulate, 100),
 }

@@ -242,7 +242,8 @@ def write_page(
     name = str(table.attrs["edit"])
     about = {key: table.attrs[key] for key in ("edit", "task", "kind", "n", "problems", "clean_runs")}
     numbers = [{n: None if v != v else v for n, v in asdict(claim).items()} for claim in stated]  # NaN: not measured
-    write_json(folder / CLAIMS, about | {"claims": numbers})
+    named = {"about": f"{table.attrs['kind']}: {name}", "trial": bool(table.attrs["n"] < LEAST_PAIRS)}
+    write_json(folder / CLAIMS, about | named | {"claims": numbers})
     drawn = figure(table)
     with whole_file(folder / f"{name}.png") as part:
         drawn.savefig(part, format="png")

@@ -10,7 +10,14 @@ from cosprobe.bounds import LARGEST_SEED, check_bounds
 from cosprobe.config.pipeline import PipelineConfig
 from cosprobe.config.probe import ProbeConfig
 from cosprobe.config.trainer import TrainerConfig
-from cosprobe.config.uses import EarlyConfig, EnsembleConfig, InterveneConfig, PredictConfig, RunsConfig
+from cosprobe.config.uses import (
+    BehaviourConfig,
+    EarlyConfig,
+    EnsembleConfig,
+    InterveneConfig,
+    PredictConfig,
+    RunsConfig,
+)
 from cosprobe.config.video_training import AdapterConfig, MiniConfig
 from cosprobe.tasks import FAMILIES
 
@@ -31,6 +38,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "early": EarlyConfig,
         "ensemble": EnsembleConfig,
         "intervene": InterveneConfig,
+        "behaviour": BehaviourConfig,
         "runs": RunsConfig,
     },
 }

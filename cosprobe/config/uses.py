@@ -115,6 +115,13 @@ class InterveneConfig:
 
 
 @dataclass
+class BehaviourConfig:
+    """Measure behaviours along the denoising steps again, from stored activations, without sampling."""
+
+    report: ClassVar[str] = "behaviour"
+
+
+@dataclass
 class RunsConfig:
     """List the run folders in the folder `run`, with their sizes, or delete one of them."""
 

@@ -13,6 +13,8 @@ from cosprobe.evaluation.intervals import (
     problem_draws,
     share_interval,
 )
+from cosprobe.evaluation.latency import Latency, lag
+from cosprobe.evaluation.latency import latency as half_maximum_latency  # evaluation.latency is the module
 from cosprobe.evaluation.predictions import Evaluated, InputReading, evaluate
 from cosprobe.evaluation.scoring import build_grid
 from cosprobe.evaluation.significance import max_t_bootstrap
@@ -35,12 +37,15 @@ __all__ = [
     "Evaluated",
     "Grid",
     "InputReading",
+    "Latency",
     "build_grid",
     "correctness",
     "difference_interval",
     "effective_problems",
     "evaluate",
+    "half_maximum_latency",
     "input_samples",
+    "lag",
     "max_t_bootstrap",
     "mean_interval",
     "problem_draws",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +18,17 @@ from cosprobe.reporting.summary import shown_targets, summary_markdown
 from cosprobe.tasks import ANSWER_ROLES
 
 
-def write_report(grid: Grid, checks: Checks, run_dir: Path, films: Film | None = None) -> Path:
-    """Writes grid.nc, figures (PNG) and, last, summary.md to the folder run_dir/report. Returns that folder."""
+def write_report(
+    grid: Grid,
+    checks: Checks,
+    run_dir: Path,
+    films: Film | None = None,
+    behaviours: Mapping[str, Sequence[str]] | None = None,
+) -> Path:
+    """Writes grid.nc, figures (PNG) and, last, summary.md to the folder run_dir/report. Returns that folder.
+
+    behaviours: sentences about each behaviour.
+    """
     folder = Path(run_dir) / "report"
     make_folder(folder)
     grid.save(folder / FILE)
@@ -42,7 +51,7 @@ def write_report(grid: Grid, checks: Checks, run_dir: Path, films: Film | None =
     for name, draw in figures.items():
         with whole_file(folder / name) as part:
             draw().savefig(part)
-    text = summary_markdown(grid, checks, tuple(figures))
+    text = summary_markdown(grid, checks, tuple(figures), behaviours)
     with whole_file(folder / "summary.md") as part:
         part.write_text(text, encoding="utf-8")
     return folder

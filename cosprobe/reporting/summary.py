@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -191,8 +191,13 @@ def shown_targets(grid: Grid) -> list[str]:
     return [target for target in grid.targets if target not in relabelled]
 
 
-def summary_markdown(grid: Grid, checks: Checks, figures: tuple[str, ...] = ()) -> str:
-    """The summary in Markdown: table of targets, remarks, checks, figures with captions, and provenance."""
+def summary_markdown(
+    grid: Grid,
+    checks: Checks,
+    figures: tuple[str, ...] = (),
+    behaviours: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """The summary in Markdown: table of targets, remarks, checks, behaviours, figures with captions, and provenance."""
     out = [
         "# Where the answer becomes decodable",
         "",
@@ -208,6 +213,10 @@ def summary_markdown(grid: Grid, checks: Checks, figures: tuple[str, ...] = ()) 
     if checks.best:
         head, rows = check_table(grid, checks)
         out += ["", "## Checks of the best cells", "", *markdown_table(head, *rows)]
+    if behaviours:
+        out += ["", "## Behaviours along denoising steps", ""]
+        out += [f"* {name}: {' '.join(said)}" for name, said in behaviours.items()]
+        out += ["", "The claims with intervals: [behaviour.md](behaviour/behaviour.md)."]
     for name in figures:
         target = name.removeprefix("frames_").removesuffix(".png")
         caption = CAPTIONS.get(name) or FRAMES_CAPTION.format(f"`{target}`")

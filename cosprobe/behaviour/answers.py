@@ -1,0 +1,126 @@
+"""What probes read and what x0-hat shows along the denoising steps, for one kind of problems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+from cosprobe.activations import ProbeSamples
+from cosprobe.cells import Cell
+from cosprobe.evaluation import Grid
+from cosprobe.probes import ProbeBank
+from cosprobe.tasks import ANSWER_ROLES, Role
+
+BRANCH = "cond"
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Test samples of one kind along the denoising steps.
+
+    target: the target whose probes are read. cells: one for each step with probes, the one with the best validation
+    accuracy. proba: probabilities of the probes. decoded: step indices at which x0-hat was decoded.
+    drawn: how much of each candidate x0-hat shows: 0 as much as finished videos show of a candidate that is not their
+    answer, 1 as much as they show of their answer (medians over validation). The last row is the finished video. None
+    without a parser, or if no x0-hat was decoded.
+    right: the right answers; None where several may be right. keys: the problem of each sample. difficulty: named
+    whole numbers of each sample.
+    """
+
+    kind: str
+    target: str
+    cells: tuple[Cell, ...]
+    proba: Float[np.ndarray, "sample step candidate"]
+    decoded: tuple[int, ...]
+    drawn: Float[np.ndarray, "sample row candidate"] | None
+    right: Int[np.ndarray, " sample"] | None
+    keys: Shaped[np.ndarray, " sample"]
+    difficulty: dict[str, Int[np.ndarray, " sample"]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Step indices with probes."""
+        return tuple(cell.step for cell in self.cells)
+
+
+def answers(samples: ProbeSamples, bank: ProbeBank, grid: Grid) -> list[Answers]:
+    """One entry for each kind of problems with an answer or model_answer that probes were trained on.
+
+    samples: of all splits; the test samples are read, validation gives the scale of `drawn`.
+    """
+    found = []
+    for kind in dict.fromkeys(samples.kinds.tolist()):
+        of_kind = [t for role in ANSWER_ROLES for t in bank.targets if t.role is role and kind in t.kinds]
+        if not of_kind or of_kind[0].name not in grid.targets:
+            continue
+        target = of_kind[0]
+        test = samples.rows(np.flatnonzero((samples.split == "test") & (samples.kinds == kind)))
+        if not len(test):
+            continue
+        cells = best_cells(grid, target.name, bank.cells)
+        at = [bank.cells.index(cell) for cell in cells]
+        proba = bank.probabilities(test.features[:, at], target.name, cells).transpose(0, 1).numpy()
+        decoded, drawn = _drawn(samples, test, kind)
+        label = test.labels[target.name].numpy()
+        found.append(
+            Answers(
+                kind,
+                target.name,
+                cells,
+                proba,
+                decoded,
+                drawn,
+                label if target.role is Role.ANSWER and (label >= 0).all() else None,
+                test.keys,
+                {name: values for name, values in test.difficulty.items() if len(np.unique(values)) > 1},
+            )
+        )
+    return found
+
+
+def best_cells(grid: Grid, target: str, cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
+    """The cell with the best validation accuracy at each step, in the branch of the prompt; on a tie the lowest
+    layer."""
+    here = [cell for cell in cells if cell.branch == BRANCH]
+    accuracy = {cell: float(grid.at(target, cell).validation_accuracy) for cell in here}
+    steps = sorted({cell.step for cell in here})
+    return tuple(
+        max((cell for cell in here if cell.step == step), key=lambda cell: (accuracy[cell], -cell.layer))
+        for step in steps
+    )
+
+
+def _drawn(
+    samples: ProbeSamples, test: ProbeSamples, kind: str
+) -> tuple[tuple[int, ...], Float[np.ndarray, "sample row candidate"] | None]:
+    """Step indices of decoded x0-hats, and `Answers.drawn`."""
+    if "x0_scores" not in test.scores or not test.scores["final"].shape[1]:
+        return (), None
+    scores = test.scores["x0_scores"]
+    last = scores.shape[1] - 1  # x0-hat of the last step is the finished video
+    decoded = tuple(int(s) for s in np.flatnonzero(~np.isnan(scores).any(axis=(0, 2))) if s != last)
+    known = samples.scores["final"][(samples.split == "validation") & (samples.kinds == kind)]
+    if not decoded or not len(known):
+        return (), None
+    ordered = np.sort(known, axis=1)
+    absent, present = np.median(ordered[:, :-1]), np.median(ordered[:, -1])
+    if present - absent <= 1e-6:
+        return (), None
+    rows = np.concatenate([scores[:, list(decoded)], test.scores["final"][:, None]], axis=1)
+    return decoded, (rows - absent) / (present - absent)
+
+
+def settled(picks: Int[np.ndarray, "sample row"]) -> Int[np.ndarray, " sample"]:
+    """The first row from which on all picks of a sample are its last one."""
+    same = picks == picks[:, -1:]
+    return np.flip(np.cumprod(np.flip(same, axis=1), axis=1), axis=1).argmax(axis=1)
+
+
+def several_drawn(drawn: Float[np.ndarray, "sample row candidate"], least: float) -> Bool[np.ndarray, "sample row"]:
+    """Whether two candidates or more are drawn at least this much."""
+    return (drawn >= least).sum(axis=-1) >= 2

@@ -1,0 +1,100 @@
+"""The behaviours of arXiv 2603.16870, section 4, as numbers with an interval and a null, from what a run holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from cosprobe.activations import ProbeSamples
+from cosprobe.behaviour.along_steps import answer_curves, commitment, corrections, exploration
+from cosprobe.behaviour.answers import answers
+from cosprobe.behaviour.findings import (
+    AXES,
+    COMMITMENT,
+    CORRECTION,
+    EXPLORATION,
+    MEMORY,
+    ORDER,
+    PERCEPTION,
+    ROLES,
+    Behaviours,
+    Finding,
+    nothing,
+)
+from cosprobe.behaviour.over_layers import axes, energy, layer_curves, layer_lines, perception, roles
+from cosprobe.evaluation import ALPHA, HOLDS, UNCLEAR, UNTESTED, Claim, Evaluated, Grid
+from cosprobe.probes import ProbeBank
+from cosprobe.tasks import Role
+
+MOST = 4  # estimates in a sentence
+CAVEAT = {
+    EXPLORATION: "An unsure probe does not show that the model explores. A mean of several outcomes looks blended.",
+    COMMITMENT: "Errors of a probe at late steps make its commitment late, and x0-hat is known at decoded steps only.",
+    CORRECTION: "Without new sampling the null is the opposite change; fresh noise may correct as many answers.",
+    MEMORY: "A fact may also reach the frame through other frames, which attention sees at every layer.",
+    PERCEPTION: "Onsets are where accuracy reaches half of its maximum, so an easy target is not early by its height.",
+    ROLES: "Accuracy above chance says where information can be read, not where it is computed.",
+    AXES: "Frames of one latent are denoised together, so a gain along frames is no sequence in time.",
+}
+
+
+def measure(samples: ProbeSamples, evaluated: Evaluated, bank: ProbeBank, grid: Grid) -> Behaviours:
+    """Measures every behaviour on the test samples of a run. Choices of cells and scales are made on validation.
+
+    samples: of all splits. evaluated, grid: what was made of them with the probes of `bank`. Nothing is sampled.
+    A behaviour that the run cannot show gets a finding without numbers that says why.
+    """
+    read = answers(samples, bank, grid)
+    layers = layer_lines(evaluated, grid)
+    findings: list[Finding] = []
+    curves: dict[str, xr.DataArray] = {}
+    for one in read:
+        findings += exploration(one) + commitment(one) + corrections(one)
+        curves |= answer_curves(one)
+    findings += memory(grid) + perception(layers) + roles(layers) + axes(evaluated, grid)
+    curves |= layer_curves(layers) | energy(samples)
+    findings.sort(key=lambda finding: ORDER.index(finding.behaviour))
+    said = {name: sentences(name, [f for f in findings if f.behaviour == name]) for name in ORDER}
+    return Behaviours(tuple(findings), said, xr.Dataset(curves, attrs={"task": grid.provenance.get("task", "")}))
+
+
+def memory(grid: Grid) -> list[Finding]:
+    """Facts that the frame and region they are read from does not show, against inputs of the same frame and
+    region."""
+    targets = grid.with_role(Role.MEMORY)
+    stated = "Hidden states hold facts that the frame which is read does not show"
+    if not targets:
+        return [nothing(MEMORY, stated, "the task has no target of role memory; task=hide has")]
+    found = []
+    for name in targets:
+        best = grid.best(name)
+        at = grid.at(name, best.cell)
+        reference, source = float(at.reference), str(at.reference_source.values)
+        where = [f"layer {best.cell.layer}", f"step {best.cell.step}"]
+        where += [f"frame {best.cell.position}"] if grid.dataset.sizes["position"] > 1 else []
+        p = best.p
+        measure = f"best cell ({', '.join(where)}): accuracy {best.accuracy:.2f}, {source} {reference:.2f}, p {p:.3f}"
+        outcome = UNTESTED if np.isnan(p) else HOLDS if p <= ALPHA and best.lower > reference else UNCLEAR
+        claim = Claim(
+            f"{stated}: {name}", measure, source, best.accuracy - reference, best.lower - reference,
+            best.upper - reference, outcome,
+        )  # fmt: skip
+        sizes = grid.dataset.sel(target=name)
+        found.append(Finding(MEMORY, name, claim, int(sizes.n_test), int(sizes.n_test_problems)))
+    return found
+
+
+def sentences(behaviour: str, found: Sequence[Finding]) -> tuple[str, str]:
+    """What was found for the main claim, and the strongest caveat."""
+    tested = [f for f in found if f.claim.verdict != UNTESTED]
+    if not tested:
+        why = found[0].claim.measure if found else "nothing was measured"
+        return f"This run cannot show {behaviour}: {why}.", CAVEAT[behaviour]
+    main = [f for f in tested if f.claim.claim == tested[0].claim.claim]
+    parts = [f"{f.claim.verdict} for {f.about} ({f.claim.estimate}, n = {f.n})" for f in main[:MOST]]
+    parts += [f"{len(main) - MOST} more in the table"] if len(main) > MOST else []
+    count = sum(f.claim.verdict == HOLDS for f in tested)
+    others = f" Of all {len(tested)} claims, {count} hold." if len(tested) > len(main) else ""
+    return f"{main[0].claim.claim}: {'; '.join(parts)}.{others}", CAVEAT[behaviour]

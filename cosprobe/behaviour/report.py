@@ -1,0 +1,172 @@
+"""Report of the behaviours: a page in Markdown, numbers, a figure, TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+
+from cosprobe.activations import StoredSamples, load_samples
+from cosprobe.behaviour.findings import Behaviours, Finding
+from cosprobe.behaviour.measure import measure
+from cosprobe.evaluation import Grid, evaluate, read_inputs_once
+from cosprobe.files import make_folder, whole_file, write_json
+from cosprobe.probes import ProbeBank
+from cosprobe.reporting import STYLE, log_figure, markdown_table, new_figure, open_table
+from cosprobe.runs import REPORT
+
+BEHAVIOUR = "behaviour"
+NUMBERS, CURVES, PAGE, PICTURE = "behaviour.json", "behaviour.nc", "behaviour.md", "behaviour.png"
+HEAD = ("behaviour", "of", "claim", "measured", "difference [95 %]", "n", "verdict")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+STEP = "denoising step (0 = noisiest)"
+
+
+def show_behaviours(folder: Path, bank: ProbeBank, seed: int) -> None:
+    """Measures the behaviours of a finished result from its stored activations, writes the report and prints it.
+
+    folder: of the result. seed: of the run.
+    """
+    samples, inputs, experts = load_samples(StoredSamples.load(folder))
+    recipe = bank.provenance.probe
+    readings = read_inputs_once(folder.parent, samples, inputs, bank.store, recipe["kind"], recipe["penalties"], seed)
+    found = measure(samples, evaluate(samples, experts, bank, readings), bank, Grid.load(folder))
+    print_behaviours(found, write_behaviours(found, folder))
+
+
+def write_behaviours(found: Behaviours, folder: Path) -> Path:
+    """Writes numbers, curves, figure and page to `folder`/report/behaviour, and the figure to TensorBoard. Returns the
+    page. folder: of the result."""
+    place = folder / REPORT / BEHAVIOUR
+    make_folder(place)
+    listed = []
+    for finding in found.findings:
+        numbers = {name: None if value != value else value for name, value in asdict(finding.claim).items()}  # NaN
+        about = f"{finding.about}: {finding.behaviour}"
+        listed.append({"about": about, "n": finding.n, "problems": finding.problems} | numbers)
+    write_json(place / NUMBERS, {"claims": listed, "sentences": found.sentences})
+    with whole_file(place / CURVES) as part:
+        found.curves.to_netcdf(part)
+    with rc_context(STYLE), whole_file(place / PICTURE) as part:
+        figure(found.curves).savefig(part)
+    log_figure(place / PICTURE, BEHAVIOUR, folder / "tensorboard")
+    with whole_file(place / PAGE) as part:
+        part.write_text("\n".join(page(found)) + "\n")
+    return place / PAGE
+
+
+def page(found: Behaviours) -> list[str]:
+    """Lines of the page."""
+    lines = ["# Behaviours along denoising steps", ""]
+    for name, (first, caveat) in found.sentences.items():
+        lines += [f"* **{name}**: {first} {caveat}"]
+    lines += [
+        "",
+        "`holds`: p is at most 0.05 or the 95 % interval is above zero. `does not hold`: it is below. Claims are not "
+        "corrected for each other; where a claim is about the clearest of several steps, its bounds hold for all.",
+        "",
+        *markdown_table(HEAD, *(row(finding) for finding in found.findings)),
+        "",
+        f"![{PICTURE}]({PICTURE})",
+        "",
+        f"`{CURVES}` has the curves, `{NUMBERS}` the table.",
+    ]
+    return lines
+
+
+def row(finding: Finding) -> list[str]:
+    """Cells of the table of claims."""
+    claim = finding.claim
+    n = str(finding.n) if finding.n else ""
+    return [finding.behaviour, finding.about, claim.claim, claim.measure, claim.estimate, n, claim.verdict]
+
+
+def print_behaviours(found: Behaviours, written: Path, console: Console | None = None) -> None:
+    """Prints the claims and two sentences for each behaviour."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=max(140, console.width))
+    table = open_table()
+    for name in (*HEAD[:3], *HEAD[4:]):
+        table.add_column(name)
+    for finding in found.findings:
+        cells = row(finding)
+        table.add_row(*cells[:3], *cells[4:])
+    console.print(table)
+    for name, (first, caveat) in found.sentences.items():
+        console.print(f"{name}: {first} {caveat}", highlight=False, soft_wrap=True)
+    console.print(f"\npage: {written}", highlight=False, soft_wrap=True)
+
+
+# figure
+
+
+def figure(curves: xr.Dataset) -> Figure:
+    """What x0-hat shows, how sure the probe is, when answers settle, and accuracy over layers."""
+    sheet = new_figure(8.0, 5.6)
+    grid = sheet.subplots(2, 2)
+    kinds = [str(name).removeprefix("live_") for name in curves.data_vars if str(name).startswith("live_")]
+    _drawn(grid[0, 0], curves, kinds)
+    _live(grid[0, 1], curves, kinds)
+    _settled(grid[1, 0], curves, kinds)
+    _layers(grid[1, 1], curves)
+    for axes in grid.ravel():
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+        else:
+            axes.text(0.5, 0.5, "not in this run", ha="center", va="center", transform=axes.transAxes, color="#666666")
+    return sheet
+
+
+def _drawn(axes: Axes, curves: xr.Dataset, kinds: Sequence[str]) -> None:
+    for kind, colour in zip(kinds, COLOURS, strict=False):
+        for name, line in (("drawn", "-"), ("blended", ":")):
+            if f"{name}_{kind}" in curves:
+                one = curves[f"{name}_{kind}"]
+                axes.plot(
+                    one[one.dims[0]], one, line, color=colour, marker="o", markersize=3.5, label=f"{kind}, {name}"
+                )
+    axes.set(xlabel=f"{STEP}; last: finished video", ylabel="share of samples")
+    axes.set_ylim(-0.01, max(0.25, axes.get_ylim()[1]))
+    axes.set_title("x0-hat shows several candidates", loc="left")
+
+
+def _live(axes: Axes, curves: xr.Dataset, kinds: Sequence[str]) -> None:
+    for kind, colour in zip(kinds, COLOURS, strict=False):
+        one = curves[f"live_{kind}"]
+        axes.plot(one[one.dims[0]], one, color=colour, marker="o", markersize=3, label=kind)
+    axes.set(xlabel=STEP, ylabel="exp(entropy)", ylim=(0.95, None))
+    axes.set_title("effective number of candidates of the probe", loc="left")
+
+
+def _settled(axes: Axes, curves: xr.Dataset, kinds: Sequence[str]) -> None:
+    for kind, colour in zip(kinds, COLOURS, strict=False):
+        for name, line in (("x0-hat", "-"), ("the probe", ":")):
+            if f"settled_{name}_{kind}" in curves:
+                one = curves[f"settled_{name}_{kind}"]
+                axes.plot(one[one.dims[0]], one, line, color=colour, marker="o", markersize=3, label=f"{kind}, {name}")
+    axes.set(xlabel=f"{STEP}; last: finished video", ylabel="share of samples", ylim=(-0.03, 1.03))
+    axes.set_title("answer does not change any more", loc="left")
+
+
+def _layers(axes: Axes, curves: xr.Dataset) -> None:
+    lines = [str(name) for name in curves.data_vars if str(name).startswith("skill_")]
+    for name, colour in zip(lines, COLOURS, strict=False):
+        one = curves[name].isel(skill_step=0)
+        style = "-" if "answer" in str(one.attrs["role"]) else "--"
+        axes.plot(
+            curves.skill_layer, one, style, color=colour, marker="o", markersize=3, label=name.removeprefix("skill_")
+        )
+    axes.axhline(0, color="#888888", linewidth=0.8)
+    axes.set(xlabel="layer (block output)", ylabel="accuracy above chance", ylim=(None, 1.03))
+    if lines and np.size(curves.skill_step):
+        axes.set_title(f"decodable at step {int(curves.skill_step[0])}", loc="left")

@@ -1,0 +1,325 @@
+"""Behaviours that were planted are found, and nothing is found in noise."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from scipy import stats
+
+from cosprobe.activations import ProbeSamples
+from cosprobe.behaviour import measure, write_behaviours
+from cosprobe.behaviour.along_steps import commitment, corrections, exploration, live_candidates, rank_correlation
+from cosprobe.behaviour.answers import Answers, answers, best_cells, settled, several_drawn
+from cosprobe.behaviour.findings import (
+    AXES,
+    COMMITMENT,
+    CORRECTION,
+    EXPLORATION,
+    MEMORY,
+    ORDER,
+    PERCEPTION,
+    ROLES,
+)
+from cosprobe.behaviour.over_layers import centre_difference, effective_rank, explained
+from cosprobe.behaviour.report import figure, page
+from cosprobe.cells import Cell
+from cosprobe.config import ProbeConfig, TrainerConfig
+from cosprobe.evaluation import FAILS, HOLDS, UNCLEAR, UNTESTED, build_grid, evaluate
+from cosprobe.probes import fit
+from cosprobe.tasks import Target
+
+REGIONS, CHANNELS, STEPS, LAYERS = 4, 8, 3, 5
+ANSWER = Target("answer", REGIONS, "candidate", "answer", ("one",))
+COLOUR = Target("colour", REGIONS, "candidate", "perception", ("one",))
+SPLITS = {"train": 120, "validation": 60, "test": 80}
+DEPTH = 3  # the layer from which on the answer is planted at the first step; later it is everywhere
+CELLS = tuple(Cell(step, layer, "cond", "all") for step in range(STEPS) for layer in range(LAYERS))
+
+
+def planted(seed: int = 0, strength: float = 4.0) -> ProbeSamples:
+    """The colour is in every cell. The answer is in layers from DEPTH on at step 0, and everywhere at later steps. At
+    step 0, x0-hat draws two candidates in a third of the samples; finished videos draw the answer."""
+    rng = np.random.default_rng(seed)
+    count = sum(SPLITS.values())
+    answer, colour = rng.integers(0, REGIONS, (2, count))
+    x = rng.normal(size=(count, len(CELLS), REGIONS, CHANNELS))
+    rows = np.arange(count)
+    for i, cell in enumerate(CELLS):
+        x[rows, i, colour, 0] += strength
+        if cell.step > 0 or cell.layer >= DEPTH:
+            x[rows, i, answer, 1] += strength
+    final = rng.normal(-1, 0.05, (count, REGIONS))
+    final[rows, answer] += 2
+    scores = np.repeat(final[:, None], STEPS, axis=1) + rng.normal(0, 0.02, (count, STEPS, REGIONS))
+    scores[:, 1] = np.nan  # not decoded
+    both = rows[rows % 3 == 0]
+    scores[both, 0, (answer[both] + 1) % REGIONS] += 1.8
+    return ProbeSamples(
+        features=torch.from_numpy(x).float(),
+        cells=CELLS,
+        targets=(ANSWER, COLOUR),
+        labels={"answer": torch.from_numpy(answer), "colour": torch.from_numpy(colour)},
+        split=np.repeat(list(SPLITS), list(SPLITS.values())),
+        keys=np.array([f"problem {i}" for i in range(count)]),
+        kinds=np.full(count, "one"),
+        scores={"x0_scores": scores, "final": final},
+        model_answer=answer,
+        replica=np.zeros(count, int),
+        difficulty={"length": rng.integers(0, 3, count)},
+    )
+
+
+def through(samples: ProbeSamples, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bank = fit(samples, ProbeConfig(kind="ridge", penalties=[0.1]), TrainerConfig(precision="32-true"), folder, 0)
+    evaluated = evaluate(samples, ("transformer",) * STEPS, bank, {})
+    return evaluated, bank, build_grid(evaluated, 500, 0)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    samples = planted()
+    return samples, *through(samples, tmp_path_factory.mktemp("fit"))
+
+
+@pytest.fixture(scope="module")
+def found(made):
+    return measure(*made)
+
+
+def of(found, behaviour):
+    return [finding for finding in found.findings if finding.behaviour == behaviour]
+
+
+def some(count=60, rows=4, seed=0) -> Answers:
+    """Answers without any pattern, of problems with two samples each."""
+    rng = np.random.default_rng(seed)
+    proba = rng.dirichlet(np.ones(REGIONS), (count, rows))
+    return Answers(
+        "one", "answer", tuple(Cell(s, 0, "cond", "all") for s in range(rows)), proba, tuple(range(rows - 1)),
+        rng.random((count, rows, REGIONS)) * 0.4, rng.integers(0, REGIONS, count), np.arange(count) // 2,
+        {"length": rng.integers(0, 4, count)},
+    )  # fmt: skip
+
+
+# planted
+
+
+def test_two_candidates_in_a_third_of_the_samples_are_counted(found):
+    drawn, blended, _ = of(found, EXPLORATION)
+    assert drawn.claim.verdict == HOLDS and drawn.claim.value == pytest.approx(1 / 3, abs=0.02)
+    assert drawn.claim.lower < drawn.claim.value < drawn.claim.upper and drawn.n == drawn.problems == SPLITS["test"]
+    assert blended.claim.verdict == UNCLEAR and blended.claim.value == pytest.approx(0, abs=0.02)
+    assert "step 0 0.3" in drawn.claim.measure and "finished video 0.00" in drawn.claim.measure
+
+
+def test_layers_are_ordered_as_planted(found):
+    over_layers, over_steps = of(found, PERCEPTION)
+    assert over_layers.claim.verdict == HOLDS and over_layers.claim.value == pytest.approx(DEPTH - 0.5, abs=0.3)
+    assert over_steps.claim.verdict == UNTESTED  # both are there at the first step
+    deeper, earlier = of(found, ROLES)
+    assert deeper.claim.verdict == HOLDS and deeper.claim.value == pytest.approx(3.5 - 2, abs=0.3)
+    assert earlier.claim.verdict == HOLDS and earlier.claim.value == pytest.approx(3.5 - 2, abs=0.3)
+
+
+def test_what_the_run_cannot_show_says_why(found):
+    assert [f.claim.verdict for f in (*of(found, MEMORY), *of(found, AXES))] == [UNTESTED, UNTESTED]
+    assert "task=hide" in of(found, MEMORY)[0].claim.measure and "probe=frames" in of(found, AXES)[0].claim.measure
+    assert tuple(found.sentences) == ORDER and all(len(said) == 2 for said in found.sentences.values())
+
+
+def test_the_scale_of_what_is_drawn_is_that_of_finished_videos(made):
+    samples, _, bank, grid = made
+    (one,) = answers(samples, bank, grid)
+    assert one.decoded == (0,)  # the last step is the finished video
+    assert one.drawn.shape == (SPLITS["test"], 2, REGIONS)
+    picked = one.drawn[np.arange(len(one)), -1, one.right]
+    assert np.median(picked) == pytest.approx(1, abs=0.05) and np.median(one.drawn[:, -1]) == pytest.approx(0, abs=0.05)
+    assert [cell.step for cell in one.cells] == list(range(STEPS)) == list(one.steps)
+
+
+def test_cells_are_chosen_on_validation(made):
+    _, _, bank, grid = made
+    for cell in best_cells(grid, "answer", bank.cells):
+        plane = grid.plane("answer").validation_accuracy.sel(step=cell.step)
+        assert float(plane.sel(layer=cell.layer)) == float(plane.max())
+        assert cell.layer == int(plane.layer[plane.values == plane.values.max()].min())  # the lowest of equals
+
+
+def test_test_samples_alone_are_measured(made, found):
+    """Other labels and scores of train change the probes, but not what a given bank and grid say."""
+    samples, evaluated, bank, grid = made
+    scores = {name: values.copy() for name, values in samples.scores.items()}
+    scores["x0_scores"][samples.split == "train"] = 5.0
+    again = measure(replace(samples, scores=scores), evaluated, bank, grid)
+    assert again.findings == found.findings
+
+
+def test_a_gain_along_frames_is_told_from_one_along_steps(tmp_path):
+    """The answer is in the second frame only, at every step."""
+    rng = np.random.default_rng(3)
+    samples = planted()
+    cells = tuple(Cell(step, 0, "cond", str(frame)) for step in range(STEPS) for frame in range(2))
+    x = rng.normal(size=(len(samples), len(cells), REGIONS, CHANNELS))
+    answer = samples.labels["answer"].numpy()
+    for i, cell in enumerate(cells):
+        x[np.arange(len(samples)), i, answer, 1] += 4.0 * (cell.position == "1")
+    samples = replace(samples, features=torch.from_numpy(x).float(), cells=cells)
+    (finding,) = of(measure(samples, *through(samples, tmp_path)), AXES)
+    assert finding.claim.verdict == FAILS and finding.claim.value == pytest.approx(-0.75, abs=0.1)
+    assert "steps explain 0.0" in finding.claim.measure and finding.n == SPLITS["test"]
+
+
+# nothing planted
+
+
+def test_nothing_is_found_in_noise(tmp_path):
+    samples = planted(strength=0.0)
+    rng = np.random.default_rng(1)
+    noise = rng.normal(size=samples.scores["x0_scores"].shape)
+    noise[:, 1] = np.nan
+    final = noise[:, -1]
+    samples = replace(samples, scores={"x0_scores": noise, "final": final})
+    claims = [f.claim for f in measure(samples, *through(samples, tmp_path)).findings]
+    assert [c.claim for c in claims if c.verdict == HOLDS] == []
+    assert sum(c.verdict == UNTESTED for c in claims) >= 4
+
+
+def test_random_answers_gain_nothing():
+    held = sum(f.claim.verdict in (HOLDS, FAILS) for seed in range(20) for f in corrections(some(seed=seed)))
+    assert held <= 4  # of 40, at a level of 0.05
+
+
+def test_random_flicker_is_no_exploration():
+    held = sum(f.claim.verdict == HOLDS for seed in range(20) for f in exploration(some(seed=seed)))
+    assert held <= 3  # of 40
+
+
+# numbers
+
+
+def test_an_answer_is_settled_where_it_never_changes_again(rng):
+    picks = rng.integers(0, 3, (50, 6))
+    for row, first in zip(picks, settled(picks), strict=True):
+        assert (row[first:] == row[-1]).all() and (first == 0 or row[first - 1] != row[-1])
+
+
+def test_settled_answers_are_counted_by_step():
+    one = some()
+    for finding in commitment(one):
+        if "fixed" in finding.claim.claim:
+            picks = one.drawn.argmax(-1) if "x0-hat" in finding.claim.claim else one.proba.argmax(-1)
+            assert finding.claim.value == pytest.approx((settled(picks) == 0).mean() - 0.5)
+            assert finding.claim.lower <= finding.claim.value <= finding.claim.upper
+
+
+def test_changes_are_those_of_a_plain_loop():
+    one = some(count=40)
+    drawn = one.drawn.copy()
+    drawn[::2, 0, :] = [0.9, 0.1, 0.1, 0.1]  # clearly one candidate; the other samples show none
+    one = replace(one, drawn=drawn)
+    x0, probe = corrections(one)
+    every = (x0, drawn.argmax(-1), np.arange(40) % 2 == 0), (probe, one.proba.argmax(-1), [True] * 40)
+    for finding, picks, clear in every:
+        gained = lost = other = 0
+        for row, right, sure in zip(picks, one.right, clear, strict=True):
+            if sure and row[0] != row[-1]:
+                gained += row[-1] == right
+                lost += row[0] == right
+                other += right not in (row[0], row[-1])
+        assert finding.claim.value == pytest.approx((gained - lost) / 40)
+        assert f"{gained} from wrong to right, {lost} from right to wrong, {other} from wrong" in finding.claim.measure
+
+
+def test_live_candidates_are_counted():
+    even, sure = np.full((1, 1, 4), 0.25), np.array([[[1.0, 0, 0, 0]]])
+    assert live_candidates(even) == pytest.approx(4) and live_candidates(sure) == pytest.approx(1)
+    assert live_candidates(np.array([[[0.5, 0.5, 0, 0]]])) == pytest.approx(2)
+
+
+def test_several_are_two_or_more():
+    drawn = np.array([[[0.6, 0.6, 0.0], [0.6, 0.4, 0.4], [0.6, 0.6, 0.6]]])
+    assert several_drawn(drawn, 0.5).tolist() == [[True, False, True]]
+
+
+def test_the_rank_correlation_is_that_of_scipy(rng):
+    one, other = rng.integers(0, 5, (2, 80))
+    r, lower, upper = rank_correlation(one, other, np.arange(80))
+    assert r == pytest.approx(stats.spearmanr(one, other).statistic) and lower < r < upper
+    assert math.isnan(rank_correlation(one, np.ones(80, int), np.arange(80))[0])
+    wide = rank_correlation(one, other, np.arange(80) // 4)  # 20 problems
+    assert wide[0] == r and wide[2] - wide[1] > 1.8 * (upper - lower)
+
+
+def test_shares_of_steps_and_frames_are_those_of_the_means(rng):
+    steps, frames = rng.normal(size=4), rng.normal(size=3)
+    assert explained(steps[:, None] + 0 * frames) == pytest.approx((1, 0), abs=1e-12)
+    total = steps.var() + frames.var()
+    assert explained(steps[:, None] + frames) == pytest.approx((steps.var() / total, frames.var() / total))
+
+
+def test_the_centre_is_that_of_the_exact_curve_and_luck_below_chance_does_not_move_it(rng):
+    layers, keys = range(6), np.arange(4000)
+    curve = np.array([0.25, 0.25, 0.25, 0.5, 0.8, 0.8])
+    right = (rng.random((2, 6, 4000)) < np.stack([curve, np.full(6, 0.7)])[:, :, None]).astype(float)
+    centres, lower, upper = centre_difference(right[0], right[1], (0.25, 0.25), layers, keys)
+    truth = (np.arange(6) * (curve - 0.25)).sum() / (curve - 0.25).sum()
+    assert centres == pytest.approx([truth, 2.5], abs=0.1) and lower < truth - 2.5 < upper < lower + 0.5
+    blind = np.zeros_like(right[0])
+    assert math.isnan(centre_difference(blind, right[1], (0.25, 0.25), layers, keys)[1])
+
+
+def test_effective_rank_leaves_the_largest_channel_out():
+    torch.manual_seed(0)
+    states = torch.randn(4000, 9, dtype=torch.float64)
+    states[:, 0] = 1000 * states[:, 0]
+    assert effective_rank(states) == pytest.approx(8, abs=0.1)
+    assert effective_rank(states[:, [0, 1]].clone()) == pytest.approx(1, abs=1e-6)
+
+
+def test_few_problems_get_no_verdict():
+    one = some(count=16)  # 8 problems
+    for finding in (*exploration(one), *corrections(one), *commitment(one)):
+        assert finding.claim.verdict == UNTESTED and finding.problems == 8
+
+
+def test_a_task_without_a_parser_keeps_what_probes_show():
+    bare = replace(some(), drawn=None, decoded=(), right=None)
+    assert [f.claim.verdict for f in exploration(bare)] == [UNTESTED]
+    assert [f.claim.verdict for f in corrections(bare)] == [UNTESTED]
+    assert {f.behaviour for f in commitment(bare)} == {COMMITMENT} and CORRECTION in ORDER
+
+
+# the report
+
+
+def test_page_numbers_and_figure_are_written(found, tmp_path):
+    written = write_behaviours(found, tmp_path)
+    assert written == tmp_path / "report" / "behaviour" / "behaviour.md"
+    numbers = (written.parent / "behaviour.json").read_text()
+    assert len(json.loads(numbers)["claims"]) == len(found.findings) and "NaN" not in numbers
+    text = written.read_text()
+    for finding in found.findings:
+        assert finding.claim.claim in text
+        if np.isfinite(finding.claim.value):
+            assert f"{finding.claim.value:+.2f} [" in text
+    with xr.open_dataset(written.parent / "behaviour.nc") as curves:
+        assert float(curves.drawn_one.values[0]) == pytest.approx(1 / 3, abs=0.02)
+        assert curves.skill_answer.dims == ("skill_step", "skill_layer")
+        assert all(v.attrs["description"] for v in curves.values())
+    assert (written.parent / "behaviour.png").stat().st_size > 1000
+    assert any((tmp_path / "tensorboard" / "behaviour").iterdir())
+    assert "\n".join(page(found)) + "\n" == text
+
+
+def test_panels_that_the_run_has_not_say_so():
+    panels = figure(xr.Dataset({})).axes
+    assert [panel.texts[0].get_text() for panel in panels] == ["not in this run"] * 4
