@@ -49,6 +49,8 @@ docs: $(INSTALLED)
 	$(BIN)/python -m cosprobe.reporting.claims_page docs/behaviour.md behaviour/behaviour.json maze=runs/maze-layers hide=runs/hide-layers \
 		select=runs/select-layers line=runs/line-layers
 	cp runs/maze-layers/logistic/report/behaviour/behaviour.png docs/figures/
+	$(BIN)/python probe.py use=film run=runs/maze-layers use.kind=choice
+	cp runs/maze-layers/logistic/report/film/choice_*.gif docs/figures/film-choice.gif
 	cp runs/maze-layers/logistic/report/causal-noise/noise.png docs/figures/
 	cd runs/maze-layers/logistic/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../../docs/figures/
 	cd runs/maze-layers/logistic/report && cp early/frontier.png ../../../../docs/figures/early.png && cp ensemble/ensemble.png ../../../../docs/figures/

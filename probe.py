@@ -1,6 +1,6 @@
 """Uses trained probes to read the answer of a video model from its hidden states, before the video is finished.
 
-  python probe.py use=predict|early|ensemble|intervene|behaviour run=FOLDER [name=value ...]
+  python probe.py use=predict|early|ensemble|intervene|behaviour|film run=FOLDER [name=value ...]
 
 Examples:
   python probe.py use=predict run=runs/maze-layers use.step=2  predict the answers that finished videos show
@@ -8,6 +8,7 @@ Examples:
   python probe.py use=ensemble run=runs/maze-layers            several noise seeds against one, at equal compute
   python probe.py use=intervene run=runs/maze-layers use.edit=swap  change hidden states: do answers follow?
   python probe.py use=behaviour run=runs/maze-layers           exploration, commitment, corrections, roles of layers
+  python probe.py use=film run=runs/maze-layers use.kind=choice  x0-hat at every step as a video
   python probe.py use=runs                                     list run folders; use.delete=NAME deletes one
 
 FOLDER is the run folder of a finished train.py run. With several results, it is the folder of one of them, such as
@@ -25,6 +26,7 @@ from cosprobe.config import (
     BehaviourConfig,
     EarlyConfig,
     EnsembleConfig,
+    FilmConfig,
     InterveneConfig,
     PredictConfig,
     RunsConfig,
@@ -51,7 +53,7 @@ def use(run: UseRun) -> None:
     from lightning import seed_everything
 
     from cosprobe.activations import Sampler
-    from cosprobe.behaviour import show_behaviours
+    from cosprobe.behaviour import film, show_behaviours
     from cosprobe.causal import intervene
     from cosprobe.early_exit import answer_early, predict
     from cosprobe.ensembles import ensembles
@@ -65,6 +67,7 @@ def use(run: UseRun) -> None:
         EarlyConfig: answer_early,
         EnsembleConfig: ensembles,
         InterveneConfig: intervene,
+        FilmConfig: film,
     }
     folder = find_result(run.run)
     bank = load_probes(folder)

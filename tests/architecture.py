@@ -22,6 +22,7 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
         "wrapping",
         "processes",
         "checked",
+        "video_files",
         "tasks",
         "config",
         "runs",

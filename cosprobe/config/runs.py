@@ -14,6 +14,7 @@ from cosprobe.config.uses import (
     BehaviourConfig,
     EarlyConfig,
     EnsembleConfig,
+    FilmConfig,
     InterveneConfig,
     PredictConfig,
     RunsConfig,
@@ -39,6 +40,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "ensemble": EnsembleConfig,
         "intervene": InterveneConfig,
         "behaviour": BehaviourConfig,
+        "film": FilmConfig,
         "runs": RunsConfig,
     },
 }

@@ -115,6 +115,29 @@ class InterveneConfig:
 
 
 @dataclass
+class FilmConfig:
+    """Write x0-hat at every step as a video, with what the probe reads beside it."""
+
+    report: ClassVar[str] = "film"
+    problems: int = 1
+    "Number of new problems."
+    kind: str = ""
+    "Kind of the problems; empty: the first kind of the task."
+    steps: str = "all"
+    "Steps at which x0-hat is decoded, a selection such as `0:20:5`."
+    image: str = ""
+    "An image file to start from instead of problems; it needs `use.prompt`."
+    prompt: str = ""
+    "The prompt for `use.image`."
+
+    def __post_init__(self) -> None:
+        check_bounds("use.", self, problems=(1, 1000))
+        if bool(self.image) != bool(self.prompt):
+            given, missing = ("image", "prompt") if self.image else ("prompt", "image")
+            raise InputError(f"use.{given}={getattr(self, given)!r}: needs use.{missing} too")
+
+
+@dataclass
 class BehaviourConfig:
     """Measure behaviours along the denoising steps again, from stored activations, without sampling."""
 

@@ -25,11 +25,10 @@ from PIL import Image
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
 from cosprobe.tasks.task import Problem, Task
+from cosprobe.video_files import read_video, write_video
 
 FIRST, FINAL, VIDEO, PROMPT = "first_frame.png", "final_frame.png", "ground_truth.mp4", "prompt.txt"
 METADATA = ("metadata.json", "question_metadata.json")
-RATE = 16  # frames per second
-QUALITY = 1  # quantiser of MPEG-4, 1 (best) to 31
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def write_problem(task: Task, problem: Problem, folder: str | Path) -> Path:
     }
     _write(path / FIRST, lambda part: Image.fromarray(task.image(problem)).save(part, format="png"))
     _write(path / FINAL, lambda part: Image.fromarray(video[-1]).save(part, format="png"))
-    _write(path / VIDEO, lambda part: _encode(part, video))
+    _write(path / VIDEO, lambda part: write_video(part, video))
     _write(path / PROMPT, lambda part: part.write_text(problem.prompt, encoding="utf-8"))
     _write(path / METADATA[0], lambda part: part.write_text(json.dumps(metadata, indent=2), encoding="utf-8"))
     return path
@@ -107,7 +106,7 @@ def read_problem(folder: str | Path) -> VbvrProblem:
     if answer is not None and type(answer) is not int:
         raise InputError(f"{str(path / note)!r}: parameters.answer={answer!r}: expected a whole number or null")
     first, final = (_read(path, name, _picture) for name in (FIRST, FINAL))
-    video = _read(path, VIDEO, _decode) if (path / VIDEO).is_symlink() or (path / VIDEO).exists() else None
+    video = _read(path, VIDEO, read_video) if (path / VIDEO).is_symlink() or (path / VIDEO).exists() else None
     if final.shape != first.shape or (video is not None and video.shape[1:] != first.shape):
         raise InputError(f"{str(path)!r}: images and video differ in size; export the problem again")
     prompt = _read(path, PROMPT, lambda file: file.read_text(encoding="utf-8")).strip()
@@ -141,22 +140,3 @@ def _read(path: Path, name: str, load: Callable[[Path], Any]) -> Any:
 def _picture(file: Path) -> np.ndarray:
     with Image.open(file) as picture:
         return np.asarray(picture.convert("RGB"))
-
-
-def _encode(path: Path, video: np.ndarray) -> None:
-    with av.open(str(path), "w", format="mp4") as film:
-        stream = film.add_stream("mpeg4", rate=RATE, options={"qmin": str(QUALITY), "qmax": str(QUALITY)})
-        stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
-        for frame in video:
-            film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        film.mux(stream.encode())
-
-
-def _decode(file: Path) -> np.ndarray:
-    with av.open(str(file)) as film:
-        if not film.streams.video:
-            raise InputError("it has no video stream")
-        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
-    if not frames:
-        raise InputError("it has no frames")
-    return np.stack(frames)

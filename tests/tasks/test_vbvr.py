@@ -87,7 +87,7 @@ def test_metadata_comes_last_so_a_folder_with_metadata_is_complete(tmp_path, mon
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cosprobe.tasks.vbvr._encode", interrupted)
+    monkeypatch.setattr("cosprobe.tasks.vbvr.write_video", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_problem(task, problem, tmp_path)
     (folder,) = (tmp_path / "hide").iterdir()
