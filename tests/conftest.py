@@ -8,11 +8,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 # read when torch and the libraries of linear algebra are loaded, also in every process that a test starts: threads of
 # several processes that wait for each other on the same cores cost several times what a test itself does
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MATPLOTLIBRC"] = str(Path(__file__).resolve().parent / "matplotlibrc")  # read when matplotlib is loaded
 
 import jaxtyping
 import numpy as np

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 from matplotlib.collections import QuadMesh
 from PIL import Image
 
@@ -50,7 +51,8 @@ def test_maps_of_one_grid_have_no_name_before_them(runs):
 
 @pytest.mark.slow
 def test_command_draws_the_picture_or_names_what_is_missing(runs, tmp_path, capsys):
-    main([str(tmp_path / "maps.png"), str(runs / "base"), str(runs / "adapted")])
+    with rc_context({"savefig.dpi": "figure"}):  # not that of tests/matplotlibrc
+        main([str(tmp_path / "maps.png"), str(runs / "base"), str(runs / "adapted")])
     assert Image.open(tmp_path / "maps.png").width >= 800
     for run, words in (
         (f"{runs / 'base'}:tea", ("'tea'", "answer, model_answer, control")),

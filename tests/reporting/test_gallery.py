@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 from PIL import Image
 
 from cosprobe.reporting.gallery import FRAMES, gallery, main
@@ -45,6 +46,7 @@ def test_videos_of_two_lengths_are_refused(shown):
 
 @pytest.mark.slow
 def test_it_is_drawn_from_the_command_line(tmp_path):
-    main([str(tmp_path / "families.png")])
+    with rc_context({"savefig.dpi": "figure"}):  # not that of tests/matplotlibrc
+        main([str(tmp_path / "families.png")])
     with Image.open(tmp_path / "families.png") as picture:
         assert picture.size[0] == 1600
