@@ -20,7 +20,7 @@ import xarray as xr
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from cosprobe.activations.collection import StoredSamples
+from cosprobe.activations.collection import NOT_DECODED, StoredSamples
 from cosprobe.activations.store import ActivationStore
 from cosprobe.cells import DIFFICULTY, SPLIT_ORDER, Cell
 from cosprobe.errors import InputError
@@ -46,8 +46,9 @@ class ProbeSamples:
     features: fp32 or bf16. labels: for each target [sample], for targets of form `region` [sample, region]; -1 where
     the sample does not have the label. split: `train`, `validation` or `test`. keys: canonical problem of each sample;
     splits and confidence intervals treat the samples of a problem as one unit. kinds: kind of each problem.
-    scores: further arrays, `x0_scores` [sample, step, candidate] (NaN at steps that were not decoded), `final`
-    [sample, candidate] and `solved` [sample]. model_answer: what the finished video shows, -1 for none.
+    scores: further arrays, `x0_scores` [sample, step, candidate] (NaN at steps that were not decoded), `x0_answer`
+    [sample, step] (what x0-hat shows, -1 for no answer, -2 at steps that were not decoded), `final` [sample, candidate]
+    and `solved` [sample]. model_answer: what the finished video shows, -1 for none.
     Without a parser, there are no scores, and model_answer is None.
     replica: index of the noise seed among those of the problem, from 0.
     difficulty: named whole numbers per sample; they are the confounds that are partialled out.
@@ -298,7 +299,7 @@ def load_samples(
         kinds=kinds,
         model_answer=tensors["model_answer"].numpy() if parser else None,
         replica=columns["replica"].numpy(),
-        scores={name: tensors[name].numpy() for name in ("x0_scores", "final", "solved") if parser},
+        scores={name: tensors[name].numpy() for name in ("x0_scores", "x0_answer", "final", "solved") if parser},
         difficulty={name: value.numpy() for name, value in _under("difficulty.", columns).items()},
         left_out=tuple(reason for reason in reasons.values() if reason),
     )
@@ -318,6 +319,9 @@ def _selected(stored: StoredSamples, name: str, values: Tensor) -> Tensor:
         decoded = stored.probe.steps_decoded(values.shape[1])
         left = [step for step in range(values.shape[1]) if step not in decoded]
         values[:, left] = float("nan")
+    elif name == "x0_answer":
+        decoded = stored.probe.steps_decoded(values.shape[1])
+        values[:, [step for step in range(values.shape[1]) if step not in decoded]] = NOT_DECODED
     elif name == "features":
         values = _along(_along(values, 1, stored.steps, whole.steps), 2, stored.layers, whole.layers)
     elif name.startswith("input.") and values.shape[1] > 1:  # other inputs are the same at every step

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
+from scipy.special import ndtri
 
-from cosprobe.behaviour.answers import Answers, settled, several_drawn
-from cosprobe.behaviour.findings import COMMITMENT, CORRECTION, EXPLORATION, Finding, finding, untested
+from cosprobe.behaviour.answers import DRAWN, NONE, Answers, settled, several_drawn
+from cosprobe.behaviour.findings import (
+    COMMITMENT,
+    CORRECTION,
+    DESCRIBED,
+    EXPLORATION,
+    Finding,
+    finding,
+    without_numbers,
+)
 from cosprobe.evaluation import (
     ALPHA,
     HOLDS,
@@ -18,110 +27,106 @@ from cosprobe.evaluation import (
     difference_interval,
     effective_problems,
     max_t_bootstrap,
-    share_interval,
     verdict,
 )
 
-DRAWN = 0.5  # a candidate is drawn from half of the way between absent and drawn on
-TRACE = 0.2  # and there is a trace of it from a fifth on
-BETTER = "change from wrong to right more often than from right to wrong"
+TRACES = (0.1, 0.2, 0.3)  # there is a trace of a candidate from here on; a claim on blends has to hold for all of them
+LEAST_CHANGES = 6  # with fewer changes, all in one direction, a sign test has a p above 0.05
 
 
 def exploration(one: Answers) -> list[Finding]:
     """Whether x0-hat shows several candidates before the video shows one.
 
-    Counted apart: x0-hat draws several (each at least DRAWN), or blends several (each at least TRACE, at most one of
-    them drawn). The null is the finished video, in which the same counts are errors of the parser or of the model.
-    Of several decoded steps the clearest counts; its bounds and p hold for all of them together.
+    Counted apart: x0-hat draws several (each at least DRAWN), or blends several (at least two leave a trace, at most
+    one of them is drawn). The null is the finished video, in which the same counts are errors of the parser or of the
+    model. Of several decoded steps the clearest counts; p and the lower bound hold for all of them together.
     """
+    claims = "x0-hat draws several candidates, the finished video does not", "x0-hat blends several candidates"
     if one.drawn is None:
-        why = "no x0-hat was decoded, or the task has no parser"
-        return [untested(EXPLORATION, one, "x0-hat draws several candidates, the finished video one", why)]
+        why = "x0-hat was not decoded, or its scores do not tell candidates that are drawn from others"
+        return [without_numbers(EXPLORATION, one.kind, claims[0], why, one.keys)]
     drawn = several_drawn(one.drawn, DRAWN)
-    blended = several_drawn(one.drawn, TRACE) & ~drawn
-    found = []
-    for stated, values in (
-        ("x0-hat draws several candidates, the finished video one", drawn),
-        ("x0-hat blends several candidates, the finished video does not", blended),
-    ):
-        found.append(_against_end(EXPLORATION, one, stated, values.astype(float)))
+    found = [_against_end(one, claims[0], drawn)]
+    blends = [
+        _against_end(one, f"{claims[1]}, the finished video does not", several_drawn(one.drawn, trace) & ~drawn, trace)
+        for trace in TRACES
+    ]
+    found.append(max(blends, key=lambda each: (each.claim.verdict != HOLDS, -each.claim.lower)))
     live = live_candidates(one.proba)
     first, last, many = live[:, 0].mean(), live[:, -1].mean(), (live[:, 0] >= 1.5).mean()
     measure = (
-        f"effective number of candidates of the probe: {first:.2f} at step {one.steps[0]}, {last:.2f} at step "
-        f"{one.steps[-1]}; at first above 1.5 in {many:.2f} of the samples. Described only: probes of two steps are "
-        "unequally sure by chance"
+        f"effective number of candidates: {first:.2f} at step {one.steps[0]} ({many:.2f} of the samples above 1.5), "
+        f"{last:.2f} at step {one.steps[-1]}; probes of two steps are unequally sure by chance"
     )
-    found.append(untested(EXPLORATION, one, "The probe is sure of one candidate later than at the first step", measure))
+    found.append(without_numbers(EXPLORATION, one.kind, "How sure the probe is", measure, one.keys, DESCRIBED))
     return found
 
 
 def commitment(one: Answers) -> list[Finding]:
-    """The step from which the answer never changes: of x0-hat (the candidate that is drawn most) and of the probe.
+    """The step from which the answer is that of the end: of what x0-hat shows (the parsed answer, or none), and of the
+    probe. And whether it comes later on problems of greater difficulty.
 
-    A probe that errs at a late step makes its own commitment late. What x0-hat shows is known at decoded steps only,
-    so its commitment is at that step or at any after the decoded step before. The relation to each difficulty is
-    Spearman's correlation, with the interval of Bonett and Wright (2000), "Sample size requirements for estimating
-    Pearson, Kendall and Spearman correlations".
+    A probe that errs at a late step makes its own commitment late, and each step has a probe of its own. What x0-hat
+    shows is known at decoded steps only. The relation to each difficulty is Spearman's correlation, at a level that
+    holds for all correlations of the kind together (Bonferroni).
+    Source of its interval: Bonett and Wright (2000), "Sample size requirements for estimating Pearson, Kendall and
+    Spearman correlations".
     """
     found = []
-    for name, picks, steps in _picks(one):
-        if picks.shape[1] < 2:
-            continue
+    picked = [(name, picks, steps) for name, picks, steps in _picks(one) if picks.shape[1] > 1]
+    for name, picks, steps in picked:
         first = settled(picks)
-        begun = (first == 0).astype(float)
-        lower, upper = (float(end[0]) for end in share_interval(begun[None], one.keys))
-        late = ", ".join(f"{(first <= row).mean():.2f} from step {step}" for row, step in enumerate(steps[:4]))
-        measure = f"share of samples whose answer in {name} never changes: {late}"
-        claim = Claim(
-            f"The answer of {name} is fixed from the first step on in more than half of the samples",
-            measure, "half", float(begun.mean()) - 0.5, lower - 0.5, upper - 0.5, verdict(lower - 0.5, upper - 0.5),
-        )  # fmt: skip
-        found.append(finding(COMMITMENT, one, claim))
+        shares = ", ".join(f"{(first <= row).mean():.2f} from step {step}" for row, step in enumerate(steps[:6]))
+        nothing = ""
+        if (picks == NONE).any():
+            each = ", ".join(f"{share:.2f}" for share in (picks == NONE).mean(axis=0)[: len(steps)])
+            nothing = f"; no answer is shown in {each} of the samples at these steps"
+        measure = f"share of samples with the answer of the end: {shares}{nothing}"
+        found.append(without_numbers(COMMITMENT, one.kind, f"When {name} commits", measure, one.keys, DESCRIBED))
         for cause, values in one.difficulty.items():
-            r, low, high = rank_correlation(values, first, one.keys)
+            r, lower, upper = rank_correlation(values, first, one.keys, len(picked) * len(one.difficulty))
             if np.isfinite(r):
-                measure = f"Spearman's correlation of the step of commitment and {cause}"
                 claim = Claim(
-                    f"{name}: greater {cause}, later commitment", measure, "0", r, low, high, verdict(low, high)
-                )
-                found.append(finding(COMMITMENT, one, claim))
+                    f"{name}: later commitment on problems of greater {cause}",
+                    "Spearman's correlation", "0", r, lower, upper, verdict(lower, upper),
+                )  # fmt: skip
+                found.append(finding(COMMITMENT, one.kind, claim, one.keys))
     return found
 
 
 def corrections(one: Answers) -> list[Finding]:
     """How often an answer changes from wrong to right, minus how often from right to wrong.
 
-    A correction of x0-hat counts only if it had drawn one candidate, the wrong one. Without a sampled null, changes in
-    both directions are the comparison: a model that changes its answers at random gains nothing.
+    Changes from or to no answer are counted apart. Without a sampled null, changes in the other direction are the
+    comparison: a model that changes its answers at random gains nothing.
     """
+    stated = "answers change from wrong to right more often than from right to wrong"
     if one.right is None:
-        why = "several answers are right, so a change is neither right nor wrong"
-        return [
-            untested(CORRECTION, one, "Answers change from wrong to right more often than from right to wrong", why)
-        ]
+        why = "the right answers of problems with several are not stored"
+        return [without_numbers(CORRECTION, one.kind, f"x0-hat: {stated}", why, one.keys)]
     found = []
     for name, picks, steps in _picks(one):
         if picks.shape[1] < 2:
             continue
-        start, end = picks[:, 0] == one.right, picks[:, -1] == one.right
-        if name == "x0-hat" and one.drawn is not None:  # only what was clearly drawn
-            clear = (one.drawn[:, 0] >= DRAWN).sum(axis=-1) == 1
-        else:
-            clear = np.ones(len(one), bool)
-        gained, lost = clear & ~start & end, clear & start & ~end
-        other = clear & ~start & ~end & (picks[:, 0] != picks[:, -1])
+        start, end = picks[:, 0], picks[:, -1]
+        right, wrong = (start == one.right, end == one.right), (start != one.right, end != one.right)
+        none = start == NONE, end == NONE
+        gained, lost = wrong[0] & ~none[0] & right[1], right[0] & wrong[1] & ~none[1]
+        other = wrong[0] & wrong[1] & ~none[0] & ~none[1] & (start != end)
+        changes = {"wrong to right": gained, "right to wrong": lost, "wrong to wrong": other}
+        if none[0].any() or none[1].any():
+            changes |= {"right to none": right[0] & none[1], "none to right": none[0] & right[1]}
+        counts = ", ".join(f"{int(change.sum())} from {which}" for which, change in changes.items())
+        last = "the finished video" if name == "x0-hat" else f"step {steps[-1]}"
         difference = gained.astype(float) - lost
         lower, upper = (float(bound[0]) for bound in difference_interval(difference[None], one.keys))
-        measure = (
-            f"{name}, step {steps[0]} to {_place(steps, -1, name)}: {gained.sum()} from wrong to right, {lost.sum()} "
-            f"from right to wrong, {other.sum()} from wrong to another wrong one, of {len(one)}"
-        )
+        few = gained.sum() + lost.sum() < LEAST_CHANGES
         claim = Claim(
-            f"{name}: answers {BETTER}",
-            measure, "right to wrong", float(difference.mean()), lower, upper, verdict(lower, upper),
+            f"{name}: {stated}",
+            f"step {steps[0]} to {last}, {len(one)} samples: {counts}{'; too few to tell' if few else ''}",
+            "right to wrong", float(difference.mean()), lower, upper, UNTESTED if few else verdict(lower, upper),
         )  # fmt: skip
-        found.append(finding(CORRECTION, one, claim))
+        found.append(finding(CORRECTION, one.kind, claim, one.keys))
     return found
 
 
@@ -135,16 +140,19 @@ def live_candidates(proba: Float[np.ndarray, "sample step candidate"]) -> Float[
 
 
 def rank_correlation(
-    one: Int[np.ndarray, " sample"], other: Int[np.ndarray, " sample"], keys: Shaped[np.ndarray, " sample"]
+    one: Int[np.ndarray, " sample"],
+    other: Int[np.ndarray, " sample"],
+    keys: Shaped[np.ndarray, " sample"],
+    count: int = 1,
 ) -> tuple[float, float, float]:
     """Spearman's correlation with its 95 % interval (Bonett and Wright 2000), at the effective number of problems.
-    NaN where one side does not vary, or with few problems."""
-    count = effective_problems(keys)
+    NaN where one side does not vary, or with few problems. count: number of correlations that it holds for together."""
+    problems = effective_problems(keys)
     if len(np.unique(keys)) < LEAST_PROBLEMS or np.ptp(one) == 0 or np.ptp(other) == 0:
         return (np.nan,) * 3
     a, b = (_ranks(values) - (len(values) + 1) / 2 for values in (one, other))
     r = float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
-    spread = 1.96 * np.sqrt((1 + r**2 / 2) / max(count - 3, 1.0))
+    spread = float(ndtri(1 - 0.025 / count)) * np.sqrt((1 + r**2 / 2) / max(problems - 3, 1.0))
     middle = np.arctanh(np.clip(r, -0.999999, 0.999999))
     return r, float(np.tanh(middle - spread)), float(np.tanh(middle + spread))
 
@@ -157,31 +165,31 @@ def _ranks(values: Int[np.ndarray, " sample"]) -> Float[np.ndarray, " sample"]:
 
 
 def _picks(one: Answers) -> list[tuple[str, Int[np.ndarray, "sample row"], tuple[int, ...]]]:
-    """Picked candidate along the rows, of x0-hat (the last row is the finished video) and of the probe."""
-    found = []
-    if one.drawn is not None:
-        found.append(("x0-hat", one.drawn.argmax(axis=-1), one.decoded))
+    """Answers along the rows: what x0-hat shows (the last row is the finished video), and what the probe reads."""
+    found = [] if one.shown is None else [("x0-hat", one.shown, one.decoded)]
     return [*found, ("the probe", one.proba.argmax(axis=-1), one.steps)]
 
 
-def _place(steps: tuple[int, ...], row: int, name: str) -> str:
-    return "the finished video" if name == "x0-hat" else f"step {steps[row]}"
-
-
-def _against_end(behaviour: str, one: Answers, claim: str, values: Float[np.ndarray, "sample row"]) -> Finding:
-    """The clearest decoded step against the finished video."""
+def _against_end(
+    one: Answers, claim: str, shown: Bool[np.ndarray, "sample row"], trace: float | None = None
+) -> Finding:
+    """The clearest decoded step against the finished video. trace: the threshold that was used, for the text."""
+    values = shown.astype(float)
     difference = (values[:, :-1] - values[:, -1:]).T
     above = max_t_bootstrap(difference, one.keys)
     at = int(np.lexsort([-difference.mean(axis=1), above.p])[0])
     low, high = (float(end[at]) for end in difference_interval(difference, one.keys))
     low = min(low, float(max(above.lower[at], -1.0)))
     mean, p = float(difference[at].mean()), float(above.p[at])
-    shares = ", ".join(f"step {step} {values[:, row].mean():.2f}" for row, step in enumerate(one.decoded[:5]))
+    each = zip(values.mean(axis=0), one.decoded, strict=False)  # the last row is the finished video
+    shares = ", ".join(f"{share:.2f} at step {step}" for share, step in each)
     several = f", clearest of {len(one.decoded)} steps" if len(one.decoded) > 1 else ""
-    chosen = f"step {one.decoded[at]}{several}, p {p:.3f}"
-    measure = f"share of samples: {shares}, finished video {values[:, -1].mean():.2f}; {chosen}"
-    outcome = UNTESTED if np.isnan(p) else HOLDS if p <= ALPHA and low > 0 else UNCLEAR
-    return finding(behaviour, one, Claim(claim, measure, "finished video", mean, low, high, outcome))
+    tried = ", ".join(f"{threshold:g}" for threshold in TRACES)
+    traced = "" if trace is None else f", traces from {trace:g} on, the weakest of {tried}"
+    chosen = f"step {one.decoded[at]}{several}{traced}, p {p:.3f}"
+    measure = f"share of samples: {shares}, {values[:, -1].mean():.2f} in the finished video; {chosen}"
+    outcome = HOLDS if p <= ALPHA and low > 0 else UNCLEAR
+    return finding(EXPLORATION, one.kind, Claim(claim, measure, "finished video", mean, low, high, outcome), one.keys)
 
 
 # curves
@@ -195,15 +203,15 @@ def answer_curves(one: Answers) -> dict[str, xr.DataArray]:
     found[f"live_{one.kind}"] = xr.DataArray(live, {f"step_{one.kind}": list(one.steps)}, attrs=about)
     for name, picks, steps in _picks(one):
         first = settled(picks)
-        rows = [*steps, max(one.steps) + 1] if name == "x0-hat" else list(steps)
+        rows = [*steps, one.total] if name == "x0-hat" else list(steps)
         found[f"settled_{name}_{one.kind}"] = xr.DataArray(
             [(first <= row).mean() for row in range(picks.shape[1])], {f"settled_{name}_step_{one.kind}": rows},
-            attrs={"description": f"share of samples whose answer in {name} does not change from this step on"},
+            attrs={"description": f"share of samples whose answer in {name} is that of the end from this step on"},
         )  # fmt: skip
     if one.drawn is not None:
-        axis = {f"decoded_{one.kind}": [*one.decoded, max(one.steps) + 1]}
+        axis = {f"decoded_{one.kind}": [*one.decoded, one.total]}
         drawn = several_drawn(one.drawn, DRAWN)
-        for name, values in (("drawn", drawn), ("blended", several_drawn(one.drawn, TRACE) & ~drawn)):
+        for name, values in (("drawn", drawn), ("blended", several_drawn(one.drawn, TRACES[1]) & ~drawn)):
             found[f"{name}_{one.kind}"] = xr.DataArray(
                 values.mean(axis=0), axis, attrs={"description": f"share of samples with several candidates {name}"}
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,9 @@ from cosprobe.probes import ProbeBank
 from cosprobe.tasks import ANSWER_ROLES, Role
 
 BRANCH = "cond"
+NONE = -1  # no answer
+DRAWN = 0.5  # a candidate is drawn from half of the way between absent and drawn on
+MOST_SEVERAL = 0.1  # share of finished videos in which several candidates may count as drawn
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +28,10 @@ class Answers:
     accuracy. proba: probabilities of the probes. decoded: step indices at which x0-hat was decoded.
     drawn: how much of each candidate x0-hat shows: 0 as much as finished videos show of a candidate that is not their
     answer, 1 as much as they show of their answer (medians over validation). The last row is the finished video. None
-    without a parser, or if no x0-hat was decoded.
-    right: the right answers; None where several may be right. keys: the problem of each sample. difficulty: named
-    whole numbers of each sample.
+    without a parser, if no x0-hat was decoded, or where the scores of the parser do not tell the two apart.
+    shown: the answer that the parser reads at the same rows, NONE for none or several; None without a parser.
+    total: number of steps of a run. right: the right answers; None where several may be right. keys: the problem of
+    each sample. difficulty: named whole numbers of each sample.
     """
 
     kind: str
@@ -35,6 +40,8 @@ class Answers:
     proba: Float[np.ndarray, "sample step candidate"]
     decoded: tuple[int, ...]
     drawn: Float[np.ndarray, "sample row candidate"] | None
+    shown: Int[np.ndarray, "sample row"] | None
+    total: int
     right: Int[np.ndarray, " sample"] | None
     keys: Shaped[np.ndarray, " sample"]
     difficulty: dict[str, Int[np.ndarray, " sample"]]
@@ -55,8 +62,9 @@ def answers(samples: ProbeSamples, bank: ProbeBank, grid: Grid) -> list[Answers]
     """
     found = []
     for kind in dict.fromkeys(samples.kinds.tolist()):
-        of_kind = [t for role in ANSWER_ROLES for t in bank.targets if t.role is role and kind in t.kinds]
-        if not of_kind or of_kind[0].name not in grid.targets:
+        known = [target for target in bank.targets if kind in target.kinds and target.name in grid.targets]
+        of_kind = [target for role in ANSWER_ROLES for target in known if target.role is role]
+        if not of_kind:
             continue
         target = of_kind[0]
         test = samples.rows(np.flatnonzero((samples.split == "test") & (samples.kinds == kind)))
@@ -65,7 +73,7 @@ def answers(samples: ProbeSamples, bank: ProbeBank, grid: Grid) -> list[Answers]
         cells = best_cells(grid, target.name, bank.cells)
         at = [bank.cells.index(cell) for cell in cells]
         proba = bank.probabilities(test.features[:, at], target.name, cells).transpose(0, 1).numpy()
-        decoded, drawn = _drawn(samples, test, kind)
+        decoded = _decoded(test)
         label = test.labels[target.name].numpy()
         found.append(
             Answers(
@@ -74,7 +82,9 @@ def answers(samples: ProbeSamples, bank: ProbeBank, grid: Grid) -> list[Answers]
                 cells,
                 proba,
                 decoded,
-                drawn,
+                _drawn(samples, test, kind, decoded) if decoded else None,
+                _shown(test, decoded) if decoded else None,
+                test.scores["x0_scores"].shape[1] if "x0_scores" in test.scores else cells[-1].step + 1,
                 label if target.role is Role.ANSWER and (label >= 0).all() else None,
                 test.keys,
                 {name: values for name, values in test.difficulty.items() if len(np.unique(values)) > 1},
@@ -95,24 +105,37 @@ def best_cells(grid: Grid, target: str, cells: tuple[Cell, ...]) -> tuple[Cell, 
     )
 
 
-def _drawn(
-    samples: ProbeSamples, test: ProbeSamples, kind: str
-) -> tuple[tuple[int, ...], Float[np.ndarray, "sample row candidate"] | None]:
-    """Step indices of decoded x0-hats, and `Answers.drawn`."""
+def _decoded(test: ProbeSamples) -> tuple[int, ...]:
+    """Step indices of decoded x0-hats but the last, which is the finished video; none without a parser."""
     if "x0_scores" not in test.scores or not test.scores["final"].shape[1]:
-        return (), None
-    scores = test.scores["x0_scores"]
-    last = scores.shape[1] - 1  # x0-hat of the last step is the finished video
-    decoded = tuple(int(s) for s in np.flatnonzero(~np.isnan(scores).any(axis=(0, 2))) if s != last)
+        return ()
+    missing = np.isnan(test.scores["x0_scores"]).any(axis=(0, 2))
+    return tuple(int(step) for step in np.flatnonzero(~missing[:-1]))
+
+
+def _drawn(
+    samples: ProbeSamples, test: ProbeSamples, kind: str, decoded: Sequence[int]
+) -> Float[np.ndarray, "sample row candidate"] | None:
+    """`Answers.drawn`. None, too, where the scores of finished validation videos do not tell their answer from other
+    candidates: where several count as drawn in more than MOST_SEVERAL of them."""
     known = samples.scores["final"][(samples.split == "validation") & (samples.kinds == kind)]
-    if not decoded or not len(known):
-        return (), None
+    if not len(known):
+        return None
     ordered = np.sort(known, axis=1)
     absent, present = np.median(ordered[:, :-1]), np.median(ordered[:, -1])
     if present - absent <= 1e-6:
-        return (), None
-    rows = np.concatenate([scores[:, list(decoded)], test.scores["final"][:, None]], axis=1)
-    return decoded, (rows - absent) / (present - absent)
+        return None
+    if several_drawn(((known - absent) / (present - absent))[:, None], DRAWN).mean() > MOST_SEVERAL:
+        return None
+    rows = np.concatenate([test.scores["x0_scores"][:, list(decoded)], test.scores["final"][:, None]], axis=1)
+    return (rows - absent) / (present - absent)
+
+
+def _shown(test: ProbeSamples, decoded: Sequence[int]) -> Int[np.ndarray, "sample row"]:
+    """`Answers.shown`."""
+    assert test.model_answer is not None  # samples with scores have one
+    rows = test.scores["x0_answer"][:, list(decoded)]
+    return np.concatenate([rows, test.model_answer[:, None]], axis=1)
 
 
 def settled(picks: Int[np.ndarray, "sample row"]) -> Int[np.ndarray, " sample"]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Shaped
 
-from cosprobe.behaviour.answers import Answers
 from cosprobe.evaluation import LEAST_PROBLEMS, UNTESTED, Claim
 
 EXPLORATION, COMMITMENT, CORRECTION = "exploration", "commitment", "self-correction"
 MEMORY, PERCEPTION, ROLES, AXES = "working memory", "perception before action", "layer roles", "steps and frames"
+DESCRIBED = "described only"  # the verdict of what has no null
 ORDER = (EXPLORATION, COMMITMENT, CORRECTION, MEMORY, PERCEPTION, ROLES, AXES)
 
 
@@ -39,15 +40,19 @@ class Behaviours:
     curves: xr.Dataset
 
 
-def finding(behaviour: str, one: Answers, claim: Claim) -> Finding:
-    problems = len(np.unique(one.keys))
-    if problems < LEAST_PROBLEMS:
+def finding(behaviour: str, about: str, claim: Claim, keys: Shaped[np.ndarray, " sample"]) -> Finding:
+    """A finding on samples of these problems. With fewer than LEAST_PROBLEMS problems it has no verdict."""
+    problems = len(np.unique(keys))
+    if problems < LEAST_PROBLEMS and claim.verdict != DESCRIBED:
         claim = replace(claim, verdict=UNTESTED)
-    return Finding(behaviour, one.kind, claim, len(one), problems)
+    return Finding(behaviour, about, claim, len(keys), problems)
 
 
-def untested(behaviour: str, one: Answers, claim: str, why: str) -> Finding:
-    return finding(behaviour, one, Claim(claim, why, "", np.nan, np.nan, np.nan, UNTESTED))
+def without_numbers(
+    behaviour: str, about: str, claim: str, why: str, keys: Shaped[np.ndarray, " sample"], verdict: str = UNTESTED
+) -> Finding:
+    """A finding without an estimate. why: what was measured, or why nothing was."""
+    return finding(behaviour, about, Claim(claim, why, "", np.nan, np.nan, np.nan, verdict), keys)
 
 
 def nothing(behaviour: str, claim: str, why: str) -> Finding:

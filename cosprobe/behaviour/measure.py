@@ -14,6 +14,7 @@ from cosprobe.behaviour.findings import (
     AXES,
     COMMITMENT,
     CORRECTION,
+    DESCRIBED,
     EXPLORATION,
     MEMORY,
     ORDER,
@@ -30,12 +31,14 @@ from cosprobe.tasks import Role
 
 MOST = 4  # estimates in a sentence
 CAVEAT = {
-    EXPLORATION: "An unsure probe does not show that the model explores. A mean of several outcomes looks blended.",
-    COMMITMENT: "Errors of a probe at late steps make its commitment late, and x0-hat is known at decoded steps only.",
-    CORRECTION: "Without new sampling the null is the opposite change; fresh noise may correct as many answers.",
+    EXPLORATION: "x0-hat early in a run is the mean of possible videos, so two drawn candidates may be that mean.",
+    COMMITMENT: "Each step has a probe of its own, and x0-hat is known at decoded steps only.",
+    CORRECTION: "The comparison is the opposite change; fresh noise may correct as many answers.",
     MEMORY: "A fact may also reach the frame through other frames, which attention sees at every layer.",
-    PERCEPTION: "Onsets are where accuracy reaches half of its maximum, so an easy target is not early by its height.",
-    ROLES: "Accuracy above chance says where information can be read, not where it is computed.",
+    PERCEPTION: "The image enters at layer 0, so an untrained model may show the same order. An onset is relative to "
+    "the maximum of its own target.",
+    ROLES: "A target that all layers show equally has its centre in the middle. Where accuracy lies is not where "
+    "anything is computed.",
     AXES: "Frames of one latent are denoised together, so a gain along frames is no sequence in time.",
 }
 
@@ -88,13 +91,15 @@ def memory(grid: Grid) -> list[Finding]:
 
 def sentences(behaviour: str, found: Sequence[Finding]) -> tuple[str, str]:
     """What was found for the main claim, and the strongest caveat."""
-    tested = [f for f in found if f.claim.verdict != UNTESTED]
+    tested = [f for f in found if f.claim.verdict not in (UNTESTED, DESCRIBED)]
     if not tested:
-        why = found[0].claim.measure if found else "nothing was measured"
-        return f"This run cannot show {behaviour}: {why}.", CAVEAT[behaviour]
+        first = next((f for f in found if f.claim.verdict == DESCRIBED), found[0])
+        return f"Nothing could be tested: {first.claim.measure}.", CAVEAT[behaviour]
     main = [f for f in tested if f.claim.claim == tested[0].claim.claim]
     parts = [f"{f.claim.verdict} for {f.about} ({f.claim.estimate}, n = {f.n})" for f in main[:MOST]]
     parts += [f"{len(main) - MOST} more in the table"] if len(main) > MOST else []
     count = sum(f.claim.verdict == HOLDS for f in tested)
-    others = f" Of all {len(tested)} claims, {count} hold." if len(tested) > len(main) else ""
-    return f"{main[0].claim.claim}: {'; '.join(parts)}.{others}", CAVEAT[behaviour]
+    others = f" Of {len(tested)} tested claims, {count} hold." if len(tested) > len(main) else ""
+    lead = [f for f in found if f.claim.verdict == DESCRIBED and f.claim.claim == found[0].claim.claim]
+    described = "".join(f"{f.claim.claim}, {f.about}: {f.claim.measure}. " for f in lead)
+    return f"{described}{main[0].claim.claim}: {'; '.join(parts)}.{others}", CAVEAT[behaviour]

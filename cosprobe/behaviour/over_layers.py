@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cosprobe.activations import ProbeSamples
 from cosprobe.behaviour.answers import BRANCH
-from cosprobe.behaviour.findings import AXES, PERCEPTION, ROLES, Finding, nothing
+from cosprobe.behaviour.findings import AXES, PERCEPTION, ROLES, Finding, finding, nothing
 from cosprobe.evaluation import (
     UNTESTED,
     Claim,
@@ -29,6 +29,7 @@ from cosprobe.evaluation import (
 from cosprobe.tasks import ANSWER_ROLES, Role
 
 DRAWS = 1000
+DEEPER = "Accuracy for the answer lies in deeper layers than accuracy for what is visible"
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,17 +105,19 @@ def perception(lines: Sequence[LayerLine]) -> list[Finding]:
             late = lag(onset, [0], [1])
             value, lower, upper = (float(getattr(late, name)[0]) for name in ("value", "lower", "upper"))
             neither = bool(late.at_most[0] and late.at_least[0])
-            where = f"over {axis}" + (f" at step {answer.steps[0]}" if axis == "layers" else " at the best layers")
-            one, other = (f"{line.target} ({_onset(onset, i)})" for i, line in enumerate((answer, visible)))
+            order = "a shallower layer" if axis == "layers" else "an earlier step"
+            where = f"step {answer.steps[0]}" if axis == "layers" else "the best layers"
+            one, other = (f"{line.target} {_onset(onset, i)}" for i, line in enumerate((answer, visible)))
+            unknown = "; both from the first one on: their order is not known" if neither else ""
+            measure, outcome = f"onset at {where}: {one}, {other}{unknown}", verdict(lower, upper)
             stated = Claim(
-                f"What is visible is decodable before the answer, {where}",
-                f"onset of {one} minus that of {other}", visible.target, value, lower, upper,
-                UNTESTED if neither else verdict(lower, upper),
+                f"What is visible is decodable at {order} than the answer", measure, visible.target, value, lower,
+                upper, UNTESTED if neither else outcome,
             )  # fmt: skip
             about = f"{answer.target}, {visible.target}"
-            found.append(Finding(PERCEPTION, about, stated, len(rows), len(np.unique(keys))))
+            found.append(finding(PERCEPTION, about, stated, keys))
     why = "no answer and visible target with evidence share samples"
-    return found or [nothing(PERCEPTION, "What is visible is decodable before the answer", why)]
+    return found or [nothing(PERCEPTION, "What is visible is decodable at a shallower layer than the answer", why)]
 
 
 def roles(lines: Sequence[LayerLine]) -> list[Finding]:
@@ -128,7 +131,7 @@ def roles(lines: Sequence[LayerLine]) -> list[Finding]:
         centres = centre_difference(*pair, (answer.chance, visible.chance), answer.layers, keys)
         measure = f"centre at step {answer.steps[0]}: layer {centres[0][0]:.1f} and layer {centres[0][1]:.1f}"
         claim, about = (
-            "The answer is decodable in deeper layers than what is visible",
+            DEEPER,
             f"{answer.target}, {visible.target}",
         )
         found.append(_of_centres(claim, measure, visible.target, centres, about, keys))
@@ -139,10 +142,10 @@ def roles(lines: Sequence[LayerLine]) -> list[Finding]:
         centres = centre_difference(first, last, (answer.chance,) * 2, answer.layers, answer.keys)
         start, end = answer.steps[0], answer.steps[-1]
         measure = f"centre at step {start}: layer {centres[0][0]:.1f}, at step {end}: layer {centres[0][1]:.1f}"
-        claim = "At the last step the answer is decodable in earlier layers than at the first"
+        claim = "Accuracy for the answer lies in shallower layers at the last step than at the first"
         found.append(_of_centres(claim, measure, "last step", centres, answer.target, answer.keys))
     why = "no answer has evidence at the first step, or probes are at one layer only"
-    return found or [nothing(ROLES, "The answer is decodable in deeper layers than what is visible", why)]
+    return found or [nothing(ROLES, DEEPER, why)]
 
 
 def axes(evaluated: Evaluated, grid: Grid) -> list[Finding]:
@@ -167,6 +170,8 @@ def axes(evaluated: Evaluated, grid: Grid) -> list[Finding]:
         rows = np.flatnonzero(labels >= 0)
         layer = evaluated.layers.index(grid.best(target.name).cell.layer)
         at = index[:, layer, evaluated.branches.index(BRANCH)][:, frames]
+        if (at < 0).any():  # cells were not trained at every frame of every step
+            continue
         keys = np.asarray(test.keys)[rows]
         correct = correctness(np.asarray(test.predicted)[at.ravel()][:, rows], labels[rows]).reshape(*at.shape, -1)
         along = (correct[-1] - correct[0]).mean(axis=0), (correct[:, -1] - correct[:, 0]).mean(axis=0)
@@ -177,7 +182,7 @@ def axes(evaluated: Evaluated, grid: Grid) -> list[Finding]:
         shares = f"steps explain {step:.2f} of the variance, frames {frame:.2f}"
         measure = f"layer {evaluated.layers[layer]}: {gains}; {shares}"
         claim = Claim(stated, measure, "frames", float(difference.mean()), lower, upper, verdict(lower, upper))
-        found.append(Finding(AXES, target.name, claim, len(rows), len(np.unique(keys))))
+        found.append(finding(AXES, target.name, claim, keys))
     return found or [nothing(AXES, stated, "probes read all frames together; train with probe=frames")]
 
 
@@ -245,7 +250,7 @@ def _of_centres(
 ) -> Finding:
     (one, other), lower, upper = found
     stated = Claim(claim, measure, control, float(one - other), lower, upper, verdict(lower, upper))
-    return Finding(ROLES, about, stated, len(keys), len(np.unique(keys)))
+    return finding(ROLES, about, stated, keys)
 
 
 def explained(accuracy: Float[np.ndarray, "step frame"]) -> tuple[float, float]:

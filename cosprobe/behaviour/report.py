@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from cosprobe.runs import REPORT
 
 BEHAVIOUR = "behaviour"
 NUMBERS, CURVES, PAGE, PICTURE = "behaviour.json", "behaviour.nc", "behaviour.md", "behaviour.png"
-HEAD = ("behaviour", "of", "claim", "measured", "difference [95 %]", "n", "verdict")
+HEAD = ("behaviour", "kind or targets", "claim", "measured", "compared with", "difference [95 %]", "n", "verdict")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 STEP = "denoising step (0 = noisiest)"
 
@@ -70,8 +71,9 @@ def page(found: Behaviours) -> list[str]:
         lines += [f"* **{name}**: {first} {caveat}"]
     lines += [
         "",
-        "`holds`: p is at most 0.05 or the 95 % interval is above zero. `does not hold`: it is below. Claims are not "
-        "corrected for each other; where a claim is about the clearest of several steps, its bounds hold for all.",
+        "`holds`: the 95 % interval is above zero; exploration and memory need a corrected p of at most 0.05 too. "
+        "`does not hold`: the interval is below zero. `described only`: there is nothing to compare with. Correlations "
+        "of a kind are corrected for each other, and steps of which the clearest counts; other claims are not.",
         "",
         *markdown_table(HEAD, *(row(finding) for finding in found.findings)),
         "",
@@ -86,20 +88,21 @@ def row(finding: Finding) -> list[str]:
     """Cells of the table of claims."""
     claim = finding.claim
     n = str(finding.n) if finding.n else ""
-    return [finding.behaviour, finding.about, claim.claim, claim.measure, claim.estimate, n, claim.verdict]
+    texts = (claim.claim, claim.measure, claim.control, claim.estimate)
+    return [finding.behaviour, finding.about, *texts, n, claim.verdict]
 
 
 def print_behaviours(found: Behaviours, written: Path, console: Console | None = None) -> None:
     """Prints the claims and two sentences for each behaviour."""
     console = console or Console()
     if not console.is_terminal:
-        console = Console(file=console.file, width=max(140, console.width))
+        console = Console(file=console.file, width=max(160, console.width))
     table = open_table()
-    for name in (*HEAD[:3], *HEAD[4:]):
-        table.add_column(name)
+    shown = [i for i, name in enumerate(HEAD) if name != "n"]
+    for i in shown:
+        table.add_column(HEAD[i])
     for finding in found.findings:
-        cells = row(finding)
-        table.add_row(*cells[:3], *cells[4:])
+        table.add_row(*(row(finding)[i] for i in shown))
     console.print(table)
     for name, (first, caveat) in found.sentences.items():
         console.print(f"{name}: {first} {caveat}", highlight=False, soft_wrap=True)
@@ -128,7 +131,7 @@ def figure(curves: xr.Dataset) -> Figure:
 
 
 def _drawn(axes: Axes, curves: xr.Dataset, kinds: Sequence[str]) -> None:
-    for kind, colour in zip(kinds, COLOURS, strict=False):
+    for kind, colour in zip(kinds, cycle(COLOURS)):
         for name, line in (("drawn", "-"), ("blended", ":")):
             if f"{name}_{kind}" in curves:
                 one = curves[f"{name}_{kind}"]
@@ -141,7 +144,7 @@ def _drawn(axes: Axes, curves: xr.Dataset, kinds: Sequence[str]) -> None:
 
 
 def _live(axes: Axes, curves: xr.Dataset, kinds: Sequence[str]) -> None:
-    for kind, colour in zip(kinds, COLOURS, strict=False):
+    for kind, colour in zip(kinds, cycle(COLOURS)):
         one = curves[f"live_{kind}"]
         axes.plot(one[one.dims[0]], one, color=colour, marker="o", markersize=3, label=kind)
     axes.set(xlabel=STEP, ylabel="exp(entropy)", ylim=(0.95, None))
@@ -149,24 +152,24 @@ def _live(axes: Axes, curves: xr.Dataset, kinds: Sequence[str]) -> None:
 
 
 def _settled(axes: Axes, curves: xr.Dataset, kinds: Sequence[str]) -> None:
-    for kind, colour in zip(kinds, COLOURS, strict=False):
+    for kind, colour in zip(kinds, cycle(COLOURS)):
         for name, line in (("x0-hat", "-"), ("the probe", ":")):
             if f"settled_{name}_{kind}" in curves:
                 one = curves[f"settled_{name}_{kind}"]
                 axes.plot(one[one.dims[0]], one, line, color=colour, marker="o", markersize=3, label=f"{kind}, {name}")
     axes.set(xlabel=f"{STEP}; last: finished video", ylabel="share of samples", ylim=(-0.03, 1.03))
-    axes.set_title("answer does not change any more", loc="left")
+    axes.set_title("answer is that of the end from here on", loc="left")
 
 
 def _layers(axes: Axes, curves: xr.Dataset) -> None:
     lines = [str(name) for name in curves.data_vars if str(name).startswith("skill_")]
-    for name, colour in zip(lines, COLOURS, strict=False):
+    for name, colour in zip(lines, cycle(COLOURS)):
         one = curves[name].isel(skill_step=0)
         style = "-" if "answer" in str(one.attrs["role"]) else "--"
         axes.plot(
             curves.skill_layer, one, style, color=colour, marker="o", markersize=3, label=name.removeprefix("skill_")
         )
     axes.axhline(0, color="#888888", linewidth=0.8)
-    axes.set(xlabel="layer (block output)", ylabel="accuracy above chance", ylim=(None, 1.03))
+    axes.set(xlabel="layer (block output)", ylabel="skill: (accuracy - chance) / (1 - chance)", ylim=(None, 1.03))
     if lines and np.size(curves.skill_step):
         axes.set_title(f"decodable at step {int(curves.skill_step[0])}", loc="left")

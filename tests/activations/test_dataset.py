@@ -207,7 +207,7 @@ def test_seeds_and_labels_come_along(samples):
     drawn = DRAWN
     assert samples.replica.tolist() == [s.replica for s in drawn]
     assert samples.difficulty["rooms"].tolist() == [s.problem.difficulty["rooms"] for s in drawn]
-    assert set(samples.scores) == {"x0_scores", "final", "solved"}
+    assert set(samples.scores) == {"x0_scores", "x0_answer", "final", "solved"}
     early, late = np.isnan(samples.scores["x0_scores"]).all(axis=2)[:, [0, 2]].T
     assert early.tolist() == (samples.split == "train").tolist()  # decoded for validation and test only
     assert late.all()  # step 2 is not among `probe.decode`

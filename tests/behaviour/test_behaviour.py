@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +15,15 @@ import xarray as xr
 from scipy import stats
 
 from cosprobe.activations import ProbeSamples
+from cosprobe.activations.collection import NOT_DECODED
 from cosprobe.behaviour import measure, write_behaviours
 from cosprobe.behaviour.along_steps import commitment, corrections, exploration, live_candidates, rank_correlation
-from cosprobe.behaviour.answers import Answers, answers, best_cells, settled, several_drawn
+from cosprobe.behaviour.answers import NONE, Answers, answers, best_cells, settled, several_drawn
 from cosprobe.behaviour.findings import (
     AXES,
     COMMITMENT,
     CORRECTION,
+    DESCRIBED,
     EXPLORATION,
     MEMORY,
     ORDER,
@@ -61,6 +64,8 @@ def planted(seed: int = 0, strength: float = 4.0) -> ProbeSamples:
     scores[:, 1] = np.nan  # not decoded
     both = rows[rows % 3 == 0]
     scores[both, 0, (answer[both] + 1) % REGIONS] += 1.8
+    shown = np.repeat(answer[:, None], STEPS, axis=1)
+    shown[both, 0], shown[:, 1] = NONE, NOT_DECODED
     return ProbeSamples(
         features=torch.from_numpy(x).float(),
         cells=CELLS,
@@ -69,7 +74,7 @@ def planted(seed: int = 0, strength: float = 4.0) -> ProbeSamples:
         split=np.repeat(list(SPLITS), list(SPLITS.values())),
         keys=np.array([f"problem {i}" for i in range(count)]),
         kinds=np.full(count, "one"),
-        scores={"x0_scores": scores, "final": final},
+        scores={"x0_scores": scores, "x0_answer": shown, "final": final},
         model_answer=answer,
         replica=np.zeros(count, int),
         difficulty={"length": rng.integers(0, 3, count)},
@@ -105,7 +110,8 @@ def some(count=60, rows=4, seed=0) -> Answers:
     proba = rng.dirichlet(np.ones(REGIONS), (count, rows))
     return Answers(
         "one", "answer", tuple(Cell(s, 0, "cond", "all") for s in range(rows)), proba, tuple(range(rows - 1)),
-        rng.random((count, rows, REGIONS)) * 0.4, rng.integers(0, REGIONS, count), np.arange(count) // 2,
+        rng.random((count, rows, REGIONS)) * 0.4, rng.integers(NONE, REGIONS, (count, rows)), rows - 1,
+        rng.integers(0, REGIONS, count), np.arange(count) // 2,
         {"length": rng.integers(0, 4, count)},
     )  # fmt: skip
 
@@ -114,11 +120,12 @@ def some(count=60, rows=4, seed=0) -> Answers:
 
 
 def test_two_candidates_in_a_third_of_the_samples_are_counted(found):
-    drawn, blended, _ = of(found, EXPLORATION)
+    drawn, blended, sure = of(found, EXPLORATION)
+    assert sure.claim.verdict == DESCRIBED and "effective number" in sure.claim.measure
     assert drawn.claim.verdict == HOLDS and drawn.claim.value == pytest.approx(1 / 3, abs=0.02)
     assert drawn.claim.lower < drawn.claim.value < drawn.claim.upper and drawn.n == drawn.problems == SPLITS["test"]
     assert blended.claim.verdict == UNCLEAR and blended.claim.value == pytest.approx(0, abs=0.02)
-    assert "step 0 0.3" in drawn.claim.measure and "finished video 0.00" in drawn.claim.measure
+    assert "0.3" in drawn.claim.measure and "0.00 in the finished video" in drawn.claim.measure
 
 
 def test_layers_are_ordered_as_planted(found):
@@ -144,6 +151,15 @@ def test_the_scale_of_what_is_drawn_is_that_of_finished_videos(made):
     picked = one.drawn[np.arange(len(one)), -1, one.right]
     assert np.median(picked) == pytest.approx(1, abs=0.05) and np.median(one.drawn[:, -1]) == pytest.approx(0, abs=0.05)
     assert [cell.step for cell in one.cells] == list(range(STEPS)) == list(one.steps)
+
+
+def test_scores_that_do_not_tell_drawn_candidates_apart_are_not_used(made):
+    samples, _, bank, grid = made
+    rng = np.random.default_rng(5)
+    scores = samples.scores | {"final": rng.uniform(0.4, 0.6, samples.scores["final"].shape)}
+    (one,) = answers(replace(samples, scores=scores), bank, grid)
+    assert one.drawn is None and one.shown.shape == (SPLITS["test"], 2)
+    assert [f.claim.verdict for f in exploration(one)] == [UNTESTED]
 
 
 def test_cells_are_chosen_on_validation(made):
@@ -187,7 +203,7 @@ def test_nothing_is_found_in_noise(tmp_path):
     noise = rng.normal(size=samples.scores["x0_scores"].shape)
     noise[:, 1] = np.nan
     final = noise[:, -1]
-    samples = replace(samples, scores={"x0_scores": noise, "final": final})
+    samples = replace(samples, scores=samples.scores | {"x0_scores": noise, "final": final})
     claims = [f.claim for f in measure(samples, *through(samples, tmp_path)).findings]
     assert [c.claim for c in claims if c.verdict == HOLDS] == []
     assert sum(c.verdict == UNTESTED for c in claims) >= 4
@@ -214,29 +230,47 @@ def test_an_answer_is_settled_where_it_never_changes_again(rng):
 
 def test_settled_answers_are_counted_by_step():
     one = some()
-    for finding in commitment(one):
-        if "fixed" in finding.claim.claim:
-            picks = one.drawn.argmax(-1) if "x0-hat" in finding.claim.claim else one.proba.argmax(-1)
-            assert finding.claim.value == pytest.approx((settled(picks) == 0).mean() - 0.5)
-            assert finding.claim.lower <= finding.claim.value <= finding.claim.upper
+    described = [f.claim for f in commitment(one) if f.claim.verdict == DESCRIBED]
+    for claim, picks in zip(described, (one.shown, one.proba.argmax(-1)), strict=True):
+        assert f"{(settled(picks) == 0).mean():.2f} from step 0" in claim.measure
+    assert f"no answer is shown in {(one.shown[:, 0] == NONE).mean():.2f}, " in described[0].measure
+    assert "no answer" not in described[1].measure
 
 
 def test_changes_are_those_of_a_plain_loop():
-    one = some(count=40)
-    drawn = one.drawn.copy()
-    drawn[::2, 0, :] = [0.9, 0.1, 0.1, 0.1]  # clearly one candidate; the other samples show none
-    one = replace(one, drawn=drawn)
-    x0, probe = corrections(one)
-    every = (x0, drawn.argmax(-1), np.arange(40) % 2 == 0), (probe, one.proba.argmax(-1), [True] * 40)
-    for finding, picks, clear in every:
-        gained = lost = other = 0
-        for row, right, sure in zip(picks, one.right, clear, strict=True):
-            if sure and row[0] != row[-1]:
-                gained += row[-1] == right
-                lost += row[0] == right
-                other += right not in (row[0], row[-1])
-        assert finding.claim.value == pytest.approx((gained - lost) / 40)
-        assert f"{gained} from wrong to right, {lost} from right to wrong, {other} from wrong" in finding.claim.measure
+    one = some(count=80)
+    for finding, picks in zip(corrections(one), (one.shown, one.proba.argmax(-1)), strict=True):
+        counts = Counter()
+        for row, right in zip(picks, one.right, strict=True):
+            names = ["none" if pick == NONE else "right" if pick == right else "wrong" for pick in (row[0], row[-1])]
+            if row[0] != row[-1]:
+                counts[" to ".join(names)] += 1
+        for name in ("wrong to right", "right to wrong", "wrong to wrong"):
+            assert f"{counts[name]} from {name}" in finding.claim.measure
+        if (picks == NONE).any():
+            assert f"{counts['right to none']} from right to none" in finding.claim.measure
+        expected = (counts["wrong to right"] - counts["right to wrong"]) / 80
+        assert finding.claim.value == pytest.approx(expected) and finding.n == 80
+
+
+def test_a_handful_of_changes_is_too_few():
+    one = some()
+    still = np.repeat(one.right[:, None], 4, axis=1)
+    still[:5, 0] = (one.right[:5] + 1) % REGIONS
+    five = corrections(replace(one, shown=still))[0].claim
+    still[:6, 0] = (one.right[:6] + 1) % REGIONS
+    six = corrections(replace(one, shown=still))[0].claim
+    assert five.verdict == UNTESTED and "too few" in five.measure and six.verdict != UNTESTED
+
+
+def test_a_blend_has_to_show_at_every_threshold():
+    one = some()
+    drawn = np.zeros_like(one.drawn)
+    drawn[:40, 0] = [0.9, 0.25, 0, 0]
+    blend = exploration(replace(one, drawn=drawn))[1].claim
+    assert blend.verdict == UNCLEAR and "from 0.3 on" in blend.measure
+    drawn[:40, 0] = [0.9, 0.4, 0, 0]
+    assert exploration(replace(one, drawn=drawn))[1].claim.verdict == HOLDS
 
 
 def test_live_candidates_are_counted():
@@ -255,6 +289,8 @@ def test_the_rank_correlation_is_that_of_scipy(rng):
     r, lower, upper = rank_correlation(one, other, np.arange(80))
     assert r == pytest.approx(stats.spearmanr(one, other).statistic) and lower < r < upper
     assert math.isnan(rank_correlation(one, np.ones(80, int), np.arange(80))[0])
+    together = rank_correlation(one, other, np.arange(80), count=10)
+    assert together[1] < lower < upper < together[2]
     wide = rank_correlation(one, other, np.arange(80) // 4)  # 20 problems
     assert wide[0] == r and wide[2] - wide[1] > 1.8 * (upper - lower)
 
@@ -288,11 +324,11 @@ def test_effective_rank_leaves_the_largest_channel_out():
 def test_few_problems_get_no_verdict():
     one = some(count=16)  # 8 problems
     for finding in (*exploration(one), *corrections(one), *commitment(one)):
-        assert finding.claim.verdict == UNTESTED and finding.problems == 8
+        assert finding.claim.verdict in (UNTESTED, DESCRIBED) and finding.problems == 8
 
 
 def test_a_task_without_a_parser_keeps_what_probes_show():
-    bare = replace(some(), drawn=None, decoded=(), right=None)
+    bare = replace(some(), drawn=None, shown=None, decoded=(), right=None)
     assert [f.claim.verdict for f in exploration(bare)] == [UNTESTED]
     assert [f.claim.verdict for f in corrections(bare)] == [UNTESTED]
     assert {f.behaviour for f in commitment(bare)} == {COMMITMENT} and CORRECTION in ORDER
