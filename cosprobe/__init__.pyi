@@ -19,6 +19,8 @@ from .early_exit import attach as attach
 from .ensembles import ensemble as ensemble
 from .errors import InputError as InputError
 from .evaluation import Grid as Grid
+from .hub import from_pretrained as from_pretrained
+from .hub import push_to_hub as push_to_hub
 from .models import load_pipeline as load_pipeline
 from .models import sample as sample
 from .probes import ProbeBank as ProbeBank
