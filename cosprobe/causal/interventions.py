@@ -41,7 +41,7 @@ FOLDER = "causal"
 PROBLEMS = {"quick": 24, "full": 72}  # with 72, a cell of 64 without a flip has a bound below 0.1
 PLANE = {"quick": (3, 3), "full": (8, 10)}  # most steps and layers of a plane
 VERSION = 1  # of what edits do; raised, outcomes of an earlier version are sampled again
-STEERED = 2  # cells, and then one layer at all steps
+STEERED = 1  # cell, and then one layer at all steps: with 20 directions each, more would take over 8 minutes
 ALL = "all"  # the position of probes that read all frames
 PAIRINGS: dict[str, tuple[Pairing, ...]] = {
     "noise": (
