@@ -52,6 +52,7 @@ docs: $(INSTALLED)
 	$(BIN)/python probe.py use=film run=runs/maze-layers use.kind=choice
 	cp runs/maze-layers/logistic/report/film/choice_*.gif docs/figures/film-choice.gif
 	cp runs/maze-layers/logistic/report/causal-noise/noise.png docs/figures/
+	cp runs/select-layers/logistic/report/causal-steer/steer.png docs/figures/
 	cd runs/maze-layers/logistic/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../../docs/figures/
 	cd runs/maze-layers/logistic/report && cp early/frontier.png ../../../../docs/figures/early.png && cp ensemble/ensemble.png ../../../../docs/figures/
 	cp runs/line-layers/logistic/report/ensemble/ensemble.png docs/figures/ensemble-line.png
