@@ -16,8 +16,7 @@ export PYTHONDONTWRITEBYTECODE =
 demo: $(INSTALLED)
 	$(BIN)/python train.py probe=layers
 
-# three processes on two cores: several tests wait for others that they have started
-PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: style
 	$(BIN)/mypy & types=$$!; $(PYTEST) -m "not docs and not gpu"; tests=$$?; wait $$types && exit $$tests
 
