@@ -66,10 +66,21 @@ LONGEST = (
 )
 
 
+# files whose tests are slow together: several seconds, on models at toy size
+SLOW = (
+    *("patching", "interventions", "prefix", "hub", "reports", "loading", "defaults", "fit_to", "untrained"),
+    "collection",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest files first, so that several processes end at about the same time."""
     place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:
