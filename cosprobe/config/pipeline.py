@@ -39,7 +39,7 @@ class PipelineConfig:
     revision: str = ""
     "Commit, branch or tag of a model on the Hub; empty: its newest commit."
     variant: str = ""
-    "Ending of the weight files, such as fp16 for *.fp16.safetensors; empty: none."
+    "Ending of the weight files, such as `fp16` for files named `NAME.fp16.safetensors`; empty: none."
     lora: str = ""
     "A file or folder of LoRA adapters; of two transformers (Wan2.2-A14B), those of the first, for high noise."
     lora_2: str = ""
