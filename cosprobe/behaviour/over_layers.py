@@ -130,11 +130,8 @@ def roles(lines: Sequence[LayerLine]) -> list[Finding]:
         pair = answer.at(rows)[0], visible.at(rows)[0]
         centres = centre_difference(*pair, (answer.chance, visible.chance), answer.layers, keys)
         measure = f"centre at step {answer.steps[0]}: layer {centres[0][0]:.1f} and layer {centres[0][1]:.1f}"
-        claim, about = (
-            DEEPER,
-            f"{answer.target}, {visible.target}",
-        )
-        found.append(_of_centres(claim, measure, visible.target, centres, about, keys))
+        about = f"{answer.target}, {visible.target}"
+        found.append(_of_centres(DEEPER, measure, visible.target, centres, about, keys))
     for answer in lines:
         if answer.role not in ANSWER_ROLES or "layers" not in answer.evident or min(answer.correct.shape[:2]) < 2:
             continue
@@ -160,11 +157,9 @@ def axes(evaluated: Evaluated, grid: Grid) -> list[Finding]:
     stated = "Accuracy gains more along steps than along frames"
     for result in evaluated.results:
         target, test = result.target, result.test
-        if (
-            target.role not in ANSWER_ROLES
-            or target.name not in grid.targets
-            or min(len(frames), len(evaluated.steps)) < 2
-        ):
+        if target.role not in ANSWER_ROLES or target.name not in grid.targets or BRANCH not in evaluated.branches:
+            continue
+        if min(len(frames), len(evaluated.steps)) < 2:
             continue
         labels = np.asarray(test.labels)
         rows = np.flatnonzero(labels >= 0)
