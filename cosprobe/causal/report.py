@@ -528,8 +528,11 @@ def _draw_steer(table: xr.Dataset) -> Figure:
         one = _where(of_probe, step=step, layer=layer).sortby("dose")
         mean = one.label.values
         ends = [mean - one.label_lower.values, one.label_upper.values - mean]
-        axes.errorbar(one.dose.values, mean, ends, color="#0072b2", marker="o", markersize=3.5, label="probe")
-        axes.plot(one.dose.values, one.unchanged.values, color="#0072b2", linestyle=":", label="probe, unchanged")
+        axes.errorbar(one.dose.values, mean, ends, color="#0072b2", marker="o", markersize=3.5,
+                      label="probe: answer steered towards")  # fmt: skip
+        axes.plot(
+            one.dose.values, one.unchanged.values, color="#0072b2", linestyle=":", label="probe: clean answer kept"
+        )
         drawn = _where(table, name="random direction", step=step, layer=layer)
         axes.plot(
             drawn.dose.values, drawn.label.values, "_", color=RANDOM_LINE, label="random directions", markersize=9
@@ -538,7 +541,7 @@ def _draw_steer(table: xr.Dataset) -> Figure:
         axes.plot(control.dose.values, control.label.values, "x", color="#d55e00", label="control target")
         axes.set(xlabel="dose (1 = a token's norm)", ylim=(-0.03, 1.03))
         axes.set_title(f"{'all steps' if step == NONE else f'step {step}'}, layer {layer}", loc="left")
-    grid[0].set_ylabel("videos with the label")
+    grid[0].set_ylabel(f"share of videos (n = {table.attrs['n']})")
     handles, labels = grid[0].get_legend_handles_labels()
     sheet.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return sheet
