@@ -74,7 +74,7 @@ def use(run: UseRun) -> None:
     bank.check_result(trained, Grid.load(folder).provenance["bank"], folder)
     if isinstance(run.use, BehaviourConfig):
         with held(folder, "run"):
-            show_behaviours(folder, bank, trained.seed)
+            show_behaviours(folder, bank)
             mark_finished(folder / REPORT / run.use.report, bank.fingerprint)
         return
     seed_everything(run.seed, workers=True, verbose=False)

@@ -24,6 +24,7 @@ from cosprobe.evaluation import (
     UNCLEAR,
     UNTESTED,
     Claim,
+    average_ranks,
     difference_interval,
     effective_problems,
     max_t_bootstrap,
@@ -150,18 +151,11 @@ def rank_correlation(
     problems = effective_problems(keys)
     if len(np.unique(keys)) < LEAST_PROBLEMS or np.ptp(one) == 0 or np.ptp(other) == 0:
         return (np.nan,) * 3
-    a, b = (_ranks(values) - (len(values) + 1) / 2 for values in (one, other))
+    a, b = (average_ranks(np.asarray(v, float)[:, None])[:, 0] - (len(v) + 1) / 2 for v in (one, other))
     r = float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
     spread = float(ndtri(1 - 0.025 / count)) * np.sqrt((1 + r**2 / 2) / max(problems - 3, 1.0))
     middle = np.arctanh(np.clip(r, -0.999999, 0.999999))
     return r, float(np.tanh(middle - spread)), float(np.tanh(middle + spread))
-
-
-def _ranks(values: Int[np.ndarray, " sample"]) -> Float[np.ndarray, " sample"]:
-    """Ranks from 1; equal values share the mean of their ranks. (scipy.stats is slow to import.)"""
-    _, at, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[at]
 
 
 def _picks(one: Answers) -> list[tuple[str, Int[np.ndarray, "sample row"], tuple[int, ...]]]:

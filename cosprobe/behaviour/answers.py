@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from cosprobe.activations import ProbeSamples
 from cosprobe.cells import Cell
+from cosprobe.ensembles import ProbeScorer
 from cosprobe.evaluation import Grid
 from cosprobe.probes import ProbeBank
 from cosprobe.tasks import ANSWER_ROLES, Role
 
-BRANCH = "cond"
 NONE = -1  # no answer
 DRAWN = 0.5  # a candidate is drawn from half of the way between absent and drawn on
 MOST_SEVERAL = 0.1  # share of finished videos in which several candidates may count as drawn
@@ -60,7 +60,9 @@ def answers(samples: ProbeSamples, bank: ProbeBank, grid: Grid) -> list[Answers]
 
     samples: of all splits; the test samples are read, validation gives the scale of `drawn`.
     """
-    found = []
+    if not any(target.role in ANSWER_ROLES and target.name in grid.targets for target in bank.targets):
+        return []
+    scorer, found = ProbeScorer.of(bank, grid, str(grid.provenance.get("task", ""))), []
     for kind in dict.fromkeys(samples.kinds.tolist()):
         known = [target for target in bank.targets if kind in target.kinds and target.name in grid.targets]
         of_kind = [target for role in ANSWER_ROLES for target in known if target.role is role]
@@ -70,7 +72,8 @@ def answers(samples: ProbeSamples, bank: ProbeBank, grid: Grid) -> list[Answers]
         test = samples.rows(np.flatnonzero((samples.split == "test") & (samples.kinds == kind)))
         if not len(test):
             continue
-        cells = best_cells(grid, target.name, bank.cells)
+        steps = sorted({cell.step for cell in scorer.accuracy[target.name]})
+        cells = tuple(scorer.cell(target.name, step) for step in steps)
         at = [bank.cells.index(cell) for cell in cells]
         proba = bank.probabilities(test.features[:, at], target.name, cells).transpose(0, 1).numpy()
         decoded = _decoded(test)
@@ -91,18 +94,6 @@ def answers(samples: ProbeSamples, bank: ProbeBank, grid: Grid) -> list[Answers]
             )
         )
     return found
-
-
-def best_cells(grid: Grid, target: str, cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
-    """The cell with the best validation accuracy at each step, in the branch of the prompt; on a tie the lowest
-    layer."""
-    here = [cell for cell in cells if cell.branch == BRANCH]
-    accuracy = {cell: float(grid.at(target, cell).validation_accuracy) for cell in here}
-    steps = sorted({cell.step for cell in here})
-    return tuple(
-        max((cell for cell in here if cell.step == step), key=lambda cell: (accuracy[cell], -cell.layer))
-        for step in steps
-    )
 
 
 def _decoded(test: ProbeSamples) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cosprobe.activations import ActivationCache, Pooling, Sampler, capture, images
-from cosprobe.cells import Cell, parse_selection
+from cosprobe.activations import Pooling, Sampler, capture, images
+from cosprobe.cells import X0, parse_selection
 from cosprobe.config import FilmConfig
 from cosprobe.ensembles import ProbeScorer
 from cosprobe.errors import InputError
@@ -30,7 +29,6 @@ from cosprobe.runtime import rank_and_world, say
 from cosprobe.tasks import ANSWER_ROLES, Problem, TaskConfig, fresh_problems, noise_seed, with_noise
 from cosprobe.video_files import write_video
 
-X0 = "x0_latent"
 RATE = 12  # frames per second of the MP4
 PAUSE = 300  # milliseconds per step of the GIF
 COLUMNS = 5  # of the contact sheet
@@ -102,18 +100,11 @@ def filmed(
         proba = np.full((len(shown), len(steps), sampler.task.candidates), np.nan)
         for i, step in enumerate(steps):
             if scorer is not None and step in cells:
-                proba[:, i] = scorer.read(cells[step], shown, partial(_features, cache, pooling, sampler)).numpy()
+                proba[:, i] = scorer.read(cells[step], shown, cache.at).numpy()
         for problem, clip, each in zip(shown, clips, proba, strict=True):
             read = each if scorer is not None else None
             name = f"{problem.kind}_{problem.index}"
             yield FilmedRun(name, problem.prompt, tuple(steps), _bytes(clip), read, sampler.task.solutions(problem))
-
-
-def _features(
-    cache: ActivationCache, pooling: Pooling, sampler: Sampler, cell: Cell
-) -> Float[torch.Tensor, "sample region channel"]:
-    positions = pooling.positions(sampler.token_frames)
-    return cache.parts[cell.step, str(cell.layer), cell.branch][:, positions.index(cell.position)]
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from cosprobe.activations import ProbeSamples
-from cosprobe.behaviour.answers import BRANCH
 from cosprobe.behaviour.findings import AXES, PERCEPTION, ROLES, Finding, finding, nothing
 from cosprobe.evaluation import (
     UNTESTED,
@@ -26,6 +25,7 @@ from cosprobe.evaluation import (
     mean_interval,
     verdict,
 )
+from cosprobe.models import COND
 from cosprobe.tasks import ANSWER_ROLES, Role
 
 DRAWS = 1000
@@ -63,7 +63,7 @@ def layer_lines(evaluated: Evaluated, grid: Grid) -> list[LayerLine]:
     shown = (*ANSWER_ROLES, Role.PERCEPTION, Role.MEMORY)
     for result in evaluated.results:
         target, test = result.target, result.test
-        if target.role not in shown or target.name not in grid.targets or BRANCH not in evaluated.branches:
+        if target.role not in shown or target.name not in grid.targets or COND not in evaluated.branches:
             continue
         labels = np.asarray(test.labels)
         known = (labels >= 0) if labels.ndim == 1 else (labels >= 0).all(axis=1)
@@ -71,11 +71,11 @@ def layer_lines(evaluated: Evaluated, grid: Grid) -> list[LayerLine]:
         if not len(rows):
             continue
         best = grid.best(target.name).cell
-        at = index[:, :, evaluated.branches.index(BRANCH), evaluated.positions.index(best.position)]
+        at = index[:, :, evaluated.branches.index(COND), evaluated.positions.index(best.position)]
         if (at < 0).any():  # cells were not trained at every layer of every step
             continue
         correct = correctness(np.asarray(test.predicted)[at.ravel()][:, rows], labels[rows])
-        one = grid.plane(target.name, best.position, BRANCH)
+        one = grid.plane(target.name, best.position, COND)
         evident = {"layers": bool(np.isfinite(one.depth.values[0])),
                    "steps": bool(np.isfinite(one.latency.sel(layer=best.layer)))}  # fmt: skip
         found.append(
@@ -157,14 +157,14 @@ def axes(evaluated: Evaluated, grid: Grid) -> list[Finding]:
     stated = "Accuracy gains more along steps than along frames"
     for result in evaluated.results:
         target, test = result.target, result.test
-        if target.role not in ANSWER_ROLES or target.name not in grid.targets or BRANCH not in evaluated.branches:
+        if target.role not in ANSWER_ROLES or target.name not in grid.targets or COND not in evaluated.branches:
             continue
         if min(len(frames), len(evaluated.steps)) < 2:
             continue
         labels = np.asarray(test.labels)
         rows = np.flatnonzero(labels >= 0)
         layer = evaluated.layers.index(grid.best(target.name).cell.layer)
-        at = index[:, layer, evaluated.branches.index(BRANCH)][:, frames]
+        at = index[:, layer, evaluated.branches.index(COND)][:, frames]
         if (at < 0).any():  # cells were not trained at every frame of every step
             continue
         keys = np.asarray(test.keys)[rows]
@@ -285,7 +285,7 @@ def layer_curves(lines: Sequence[LayerLine]) -> dict[str, xr.DataArray]:
 
 def energy(samples: ProbeSamples) -> dict[str, xr.DataArray]:
     """Size and spread of the pooled states of every layer and step, on test."""
-    here = [i for i, cell in enumerate(samples.cells) if cell.branch == BRANCH]
+    here = [i for i, cell in enumerate(samples.cells) if cell.branch == COND]
     positions = list(dict.fromkeys(samples.cells[i].position for i in here))
     here = [i for i in here if samples.cells[i].position == positions[0]]
     steps, layers = (sorted({getattr(samples.cells[i], name) for i in here}) for name in ("step", "layer"))

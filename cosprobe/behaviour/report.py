@@ -18,7 +18,7 @@ from rich.console import Console
 from cosprobe.activations import StoredSamples, load_samples
 from cosprobe.behaviour.findings import Behaviours, Finding
 from cosprobe.behaviour.measure import measure
-from cosprobe.evaluation import Grid, evaluate, read_inputs_once
+from cosprobe.evaluation import Grid, evaluate
 from cosprobe.files import make_folder, whole_file, write_json
 from cosprobe.probes import ProbeBank
 from cosprobe.reporting import STYLE, log_figure, markdown_table, new_figure, open_table
@@ -31,15 +31,13 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 STEP = "denoising step (0 = noisiest)"
 
 
-def show_behaviours(folder: Path, bank: ProbeBank, seed: int) -> None:
+def show_behaviours(folder: Path, bank: ProbeBank) -> None:
     """Measures the behaviours of a finished result from its stored activations, writes the report and prints it.
 
-    folder: of the result. seed: of the run.
+    folder: of the result.
     """
-    samples, inputs, experts = load_samples(StoredSamples.load(folder))
-    recipe = bank.provenance.probe
-    readings = read_inputs_once(folder.parent, samples, inputs, bank.store, recipe["kind"], recipe["penalties"], seed)
-    found = measure(samples, evaluate(samples, experts, bank, readings), bank, Grid.load(folder))
+    samples, _, experts = load_samples(StoredSamples.load(folder))
+    found = measure(samples, evaluate(samples, experts, bank), bank, Grid.load(folder))
     print_behaviours(found, write_behaviours(found, folder))
 
 
@@ -125,6 +123,7 @@ def figure(curves: xr.Dataset) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
+            axes.set_xlim(axes.dataLim.x0 - 0.4, axes.dataLim.x1 + 0.4)  # no tick after the last step
         else:
             axes.text(0.5, 0.5, "not in this run", ha="center", va="center", transform=axes.transAxes, color="#666666")
     return sheet
@@ -147,7 +146,7 @@ def _live(axes: Axes, curves: xr.Dataset, kinds: Sequence[str]) -> None:
     for kind, colour in zip(kinds, cycle(COLOURS)):
         one = curves[f"live_{kind}"]
         axes.plot(one[one.dims[0]], one, color=colour, marker="o", markersize=3, label=kind)
-    axes.set(xlabel=STEP, ylabel="exp(entropy)", ylim=(0.95, None))
+    axes.set(xlabel=STEP, ylabel="candidates: exp(entropy)", ylim=(0.95, None))
     axes.set_title("effective number of candidates of the probe", loc="left")
 
 
@@ -170,6 +169,6 @@ def _layers(axes: Axes, curves: xr.Dataset) -> None:
             curves.skill_layer, one, style, color=colour, marker="o", markersize=3, label=name.removeprefix("skill_")
         )
     axes.axhline(0, color="#888888", linewidth=0.8)
-    axes.set(xlabel="layer (block output)", ylabel="skill: (accuracy - chance) / (1 - chance)", ylim=(None, 1.03))
+    axes.set(xlabel="layer (block output)", ylabel="skill (0: chance, 1: always right)", ylim=(-0.35, 1.03))
     if lines and np.size(curves.skill_step):
         axes.set_title(f"decodable at step {int(curves.skill_step[0])}", loc="left")

@@ -18,6 +18,7 @@ from cosprobe.errors import InputError
 from cosprobe.evaluation import (
     ALPHA,
     Grid,
+    average_ranks,
     difference_interval,
     effective_problems,
     max_t_bootstrap,
@@ -257,17 +258,10 @@ def _true_effects(
 
 
 def _spearman(fixed: Float[np.ndarray, " cell"], others: Float[np.ndarray, "cell draw"]) -> Float[np.ndarray, " draw"]:
-    one, other = _ranks(fixed[:, None])[:, 0], _ranks(others)
+    one, other = average_ranks(fixed[:, None])[:, 0], average_ranks(others)
     one, other = one - one.mean(), other - other.mean(axis=0)
     size = np.sqrt((one**2).sum() * (other**2).sum(axis=0))
     return np.where(size > 0, one @ other / np.where(size > 0, size, 1.0), np.nan)
-
-
-def _ranks(values: Float[np.ndarray, "cell draw"]) -> Float[np.ndarray, "cell draw"]:
-    """Ranks along the first axis; equal values share the mean of their ranks. (scipy.stats is slow to import.)"""
-    below = np.stack([(values < row).sum(axis=0) for row in values])
-    equal = np.stack([(values == row).sum(axis=0) for row in values])
-    return below + (equal + 1) / 2
 
 
 def _with_intervals(

@@ -118,12 +118,7 @@ class Follower:
         """What probes answer at a step, NONE without probes."""
         if self.scorer is None or not (cells := self._cells(step)):
             return torch.full((len(run.samples),), NONE)
-        positions = self.scorer.pooling(run.problems).positions(self.sampler.token_frames)
-
-        def features(cell: Cell) -> Tensor:
-            return cache.parts[cell.step, str(cell.layer), cell.branch][:, positions.index(cell.position)]
-
-        return self.scorer.read(cells, run.problems, features).argmax(dim=-1)
+        return self.scorer.read(cells, run.problems, cache.at).argmax(dim=-1)
 
 
 def cka_distance(

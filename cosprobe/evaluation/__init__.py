@@ -16,6 +16,7 @@ from cosprobe.evaluation.intervals import (
 from cosprobe.evaluation.latency import Latency, lag
 from cosprobe.evaluation.latency import latency as half_maximum_latency  # evaluation.latency is the module
 from cosprobe.evaluation.predictions import Evaluated, InputReading, evaluate
+from cosprobe.evaluation.ranks import average_ranks
 from cosprobe.evaluation.scoring import build_grid
 from cosprobe.evaluation.significance import max_t_bootstrap
 from cosprobe.evaluation.variables import ALPHA, GUESSES, X0_PARSED
@@ -38,6 +39,7 @@ __all__ = [
     "Grid",
     "InputReading",
     "Latency",
+    "average_ranks",
     "build_grid",
     "correctness",
     "difference_interval",

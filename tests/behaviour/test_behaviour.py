@@ -18,7 +18,7 @@ from cosprobe.activations import ProbeSamples
 from cosprobe.activations.collection import NOT_DECODED
 from cosprobe.behaviour import measure, write_behaviours
 from cosprobe.behaviour.along_steps import commitment, corrections, exploration, live_candidates, rank_correlation
-from cosprobe.behaviour.answers import NONE, Answers, answers, best_cells, settled, several_drawn
+from cosprobe.behaviour.answers import NONE, Answers, answers, settled, several_drawn
 from cosprobe.behaviour.findings import (
     AXES,
     COMMITMENT,
@@ -163,8 +163,8 @@ def test_scores_that_do_not_tell_drawn_candidates_apart_are_not_used(made):
 
 
 def test_cells_are_chosen_on_validation(made):
-    _, _, bank, grid = made
-    for cell in best_cells(grid, "answer", bank.cells):
+    samples, _, bank, grid = made
+    for cell in answers(samples, bank, grid)[0].cells:
         plane = grid.plane("answer").validation_accuracy.sel(step=cell.step)
         assert float(plane.sel(layer=cell.layer)) == float(plane.max())
         assert cell.layer == int(plane.layer[plane.values == plane.values.max()].min())  # the lowest of equals
