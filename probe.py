@@ -9,6 +9,7 @@ Examples:
   python probe.py use=intervene run=runs/maze-layers use.edit=swap  change hidden states: do answers follow?
   python probe.py use=behaviour run=runs/maze-layers           exploration, commitment, corrections, roles of layers
   python probe.py use=film run=runs/maze-layers use.kind=choice  x0-hat at every step as a video
+  python probe.py use=compare runs=[runs/maze-layers,runs/few-steps]  two runs, cell by cell
   python probe.py use=runs                                     list run folders; use.delete=NAME deletes one
 
 FOLDER is the run folder of a finished train.py run. With several results, it is the folder of one of them, such as
@@ -24,6 +25,7 @@ from typing import Any
 from cosprobe.command import command, read_run
 from cosprobe.config import (
     BehaviourConfig,
+    CompareConfig,
     EarlyConfig,
     EnsembleConfig,
     FilmConfig,
@@ -43,6 +45,14 @@ def use(run: UseRun) -> None:
         if run.use.delete:
             print(f"{run.use.delete}: deleted, {delete_run(run.run, run.use.delete) / 1e6:.0f} MB are free again")
         print_runs(list_runs(run.run))
+        return
+
+    if isinstance(run.use, CompareConfig):
+        chosen = [(find_result(name), read_run(name)) for name in run.runs]
+        from cosprobe.comparison import compare_runs
+
+        with held(chosen[0][0], "runs"):
+            compare_runs(chosen, run.seed)
         return
 
     trained = read_run(run.run)

@@ -36,7 +36,18 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
         "evaluation",
         "evaluation.checks",
     ),
-    *("reporting", "hub", "early_exit", "ensembles", "causal", "behaviour", "minimodel", "api", "command"),
+    *(
+        "reporting",
+        "hub",
+        "early_exit",
+        "ensembles",
+        "causal",
+        "behaviour",
+        "comparison",
+        "minimodel",
+        "api",
+        "command",
+    ),
 )
 # the package itself and the commands import rooms, and no room imports them
 ENTRIES = ("cosprobe", "__main__", "train", "probe")

@@ -16,7 +16,7 @@ ONLY_IN = {  # library: the rooms that may import it
     "hydra": {"command"},
     "omegaconf": {"command"},
     "yaml": {"command", "causal"},
-    "matplotlib": {"reporting", "early_exit", "ensembles", "causal", "behaviour"},
+    "matplotlib": {"reporting", "early_exit", "ensembles", "causal", "behaviour", "comparison"},
     "concept_erasure": {"causal"},
     "lightning": {"runtime", "monitoring", "activations", "probes", "minimodel", "train", "probe"},
     "peft": {"models", "minimodel"},

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 import probe
 import train as training
@@ -292,6 +293,19 @@ def test_behaviours_are_in_the_report_and_measured_again_to_the_same_numbers(run
     }
     claims = json.loads(written["behaviour.json"])["claims"]
     assert {claim["about"].partition(": ")[2] for claim in claims} >= {"exploration", "commitment", "layer roles"}
+
+
+@pytest.mark.slow
+def test_a_run_is_compared_with_another(run, tmp_path):
+    shutil.copytree(run[0].parent, tmp_path / "same")
+    result = within("probe.py", "use=compare", f"runs=[{run[0]},{tmp_path / 'same'}]")
+    assert result.returncode == 0, result.stderr
+    assert "no evidence of a difference" in result.stdout and "Predicting" not in result.stdout
+    place = run[0] / "report" / "compare-same"
+    assert str(place / "compare.md") in result.stdout and "All settings agree" not in (place / "compare.md").read_text()
+    assert "run_dir" in (place / "compare.md").read_text()
+    cells = xr.load_dataset(place / "same.nc")
+    assert (cells.difference == 0).all() and cells.sizes["layer"] == Grid.load(run[0]).dataset.sizes["layer"]
 
 
 @pytest.mark.slow

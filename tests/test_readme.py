@@ -32,6 +32,7 @@ LESS = {
     "early": ["use.calibration=59", "use.problems=2"],
     "ensemble": [],
     "behaviour": [],
+    "compare": [],
     "film": ["use.steps=0,2"],
     "intervene": ["use.problems=6", "use.steps=0", "use.layers=3"],
 }
@@ -89,7 +90,7 @@ def test_every_command_is_understood(tmp_path, monkeypatch):
             root = {"train.py": TrainRun, "probe.py": UseRun}[script]
             assert command(root, runs.append, "", settings) == 0, settings
     made = {run.run_dir for run in runs if isinstance(run, TrainRun)}
-    assert made >= {run.run for run in runs if isinstance(run, UseRun)}
+    assert made >= {folder for run in runs if isinstance(run, UseRun) for folder in run.runs or [run.run]}
     assert list(tmp_path.iterdir()) == []
 
 

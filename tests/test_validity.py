@@ -10,6 +10,7 @@ import pytest
 
 from validity import (
     __main__,
+    between_runs,
     centres,
     differences,
     effects,
@@ -47,6 +48,13 @@ def test_centres_over_layers_and_rank_correlations_are_covered():
     rows = centres.simulate(200, 1, (90,))
     assert kept(rows) and len(rows) == len(centres.CURVES) + len(centres.CORRELATIONS)
     assert all(row.observed > 0.9 and row.width < 4 for row in rows)
+
+
+@pytest.mark.slow
+def test_differences_between_runs_are_covered_and_rarely_found_where_there_are_none():
+    rows = between_runs.simulate(500, 1, (30,))
+    assert kept(rows) and len(rows) == 2
+    assert rows[0].observed > 0.94 and 0.2 < rows[0].width < 0.6
 
 
 @pytest.mark.slow

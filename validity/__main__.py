@@ -9,13 +9,27 @@ from time import perf_counter
 
 from rich.console import Console
 
-from validity import centres, differences, effects, ensembles, guessing, inputs, lengths, maps, onsets, shares, stopping
+from validity import (
+    between_runs,
+    centres,
+    differences,
+    effects,
+    ensembles,
+    guessing,
+    inputs,
+    lengths,
+    maps,
+    onsets,
+    shares,
+    stopping,
+)
 from validity.rows import Row, page
 
 SEED = 20
 SIMULATIONS: dict[str, tuple[Callable[[int, int], list[Row]], int]] = {  # function and number of runs
     "shares": (shares.simulate, 5000),
     "differences": (differences.simulate, 5000),
+    "between runs": (between_runs.simulate, 2000),
     "guessing": (guessing.simulate, 2000),
     "inputs": (inputs.simulate, 1000),
     "onsets": (onsets.simulate, 1000),

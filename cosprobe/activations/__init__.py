@@ -20,6 +20,7 @@ from cosprobe.activations.predicting import FrozenSampling, Sampled, Shard, Shar
 from cosprobe.activations.random_weights import RANDOM_WEIGHTS
 from cosprobe.activations.sampler import NOT_SEEN, Sampler, images
 from cosprobe.activations.store import ActivationStore
+from cosprobe.activations.unsupported import refuse_step_caches
 
 __all__ = [
     "NOT_SEEN",
@@ -58,6 +59,7 @@ __all__ = [
     "images",
     "load_samples",
     "predict_shards",
+    "refuse_step_caches",
     "difficulty_columns",
     "seconds",
     "watch",

@@ -26,19 +26,10 @@ def refuse_unsupported(pipeline: Any, models: dict[str, nn.Module]) -> None:
     """Raises InputError for pipelines, schedulers and transformers whose activations cannot be labelled correctly."""
     architecture(pipeline)
     check_scheduler(pipeline.scheduler)
+    refuse_step_caches(models)
     for expert, model in models.items():
-        if getattr(model, "is_cache_enabled", False):
-            raise InputError(
-                f"a step cache is enabled in transformer {expert!r}: a skipped block returns its input, so features "
-                "would be wrong; call disable_cache() first"
-            )
         for name, module in model.named_modules():
-            where = f"{name} of transformer {expert!r}" if name else f"transformer {expert!r}"
-            if foreign := sorted(hooks_of(module).keys() - HARMLESS):
-                raise InputError(
-                    f"hook {foreign[0]!r} is on {where}: it may replace what a block computes, as step caches do; load "
-                    "the pipeline again without it"
-                )
+            where = _named(name, expert)
             whole = not name and hasattr(module.forward, "_torchdynamo_orig_callable")
             if whole or getattr(module, "_compiled_call_impl", None) is not None:
                 raise InputError(f"transformer {expert!r} is compiled: it may ignore hooks; capture before compilation")
@@ -63,6 +54,27 @@ def refuse_unsupported(pipeline: Any, models: dict[str, nn.Module]) -> None:
                 f"the weights of transformer {expert!r} are divided among devices (tensor parallelism): hooks see a "
                 "part of the values; load it without"
             )
+
+
+def refuse_step_caches(models: dict[str, nn.Module]) -> None:
+    """Raises InputError where diffusers may skip a block, or replace what it computes."""
+    for expert, model in models.items():
+        if getattr(model, "is_cache_enabled", False):
+            raise InputError(
+                f"a step cache is enabled in transformer {expert!r}: a skipped block returns its input, so its states "
+                "would be wrong; call disable_cache() first"
+            )
+        for name, module in model.named_modules():
+            if foreign := sorted(hooks_of(module).keys() - HARMLESS):
+                raise InputError(
+                    f"hook {foreign[0]!r} is on {_named(name, expert)}: it may replace what a block computes, as step "
+                    "caches do; load the pipeline again without it"
+                )
+
+
+def _named(module: str, expert: str) -> str:
+    """A part of a transformer as text. module: its name, empty for the whole."""
+    return f"{module} of transformer {expert!r}" if module else f"transformer {expert!r}"
 
 
 def hooks_of(module: nn.Module) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cosprobe.activations import RunningCall, box_masks, check_layers, watched_calls
+from cosprobe.activations import RunningCall, box_masks, check_layers, refuse_step_caches, watched_calls
 from cosprobe.causal.edits import Edit
 from cosprobe.errors import InputError
 from cosprobe.models import (
@@ -86,20 +86,22 @@ def patch(
     blocks as they were. It refuses a block whose update is removed (`ablate` with `zero`) where it reads the edited
     states of that block and of the one before.
 
-    Raises InputError for a layer, expert, frame, region or step that the run does not have, for sources that are
-    missing or have another shape, for a result that is not finite, and, at the end, for an edit that was not carried
-    out at one of its steps and layers, such as those that `replayed` takes from another run.
+    Raises InputError for a step cache, which would skip edited blocks, for a layer, expert, frame, region or step that
+    the run does not have, for sources that are missing or have another shape, for a result that is not finite, and, at
+    the end, for an edit that was not carried out at one of its steps and layers, such as those that `replayed` takes
+    from another run.
     """
     if isinstance(edits, Edit) or not all(isinstance(edit, Edit) for edit in edits):
         raise InputError(f"edits: {type(edits).__name__}, expected a list of Edit, such as [Edit('noise', steps=(0,))]")
     if not edits:
         yield
         return
-    edits, sources = tuple(edits), sources or {}
+    edits, sources, models = tuple(edits), sources or {}, experts(pipeline)
+    refuse_step_caches(models)
     with ExitStack() as undo:
         call = undo.enter_context(watched_calls(pipeline))
         patcher = _Patcher(pipeline, edits, sources, boxes, seeds, call)
-        for expert, model in experts(pipeline).items():
+        for expert, model in models.items():
             blocks = block_list(pipeline, model)
             for edit in edits:
                 if edit.expert in ("", expert):

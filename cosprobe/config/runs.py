@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from glob import glob
 from typing import Any, ClassVar
 
 from cosprobe.bounds import LARGEST_SEED, check_bounds
@@ -12,6 +13,7 @@ from cosprobe.config.probe import ProbeConfig
 from cosprobe.config.trainer import TrainerConfig
 from cosprobe.config.uses import (
     BehaviourConfig,
+    CompareConfig,
     EarlyConfig,
     EnsembleConfig,
     FilmConfig,
@@ -20,6 +22,7 @@ from cosprobe.config.uses import (
     RunsConfig,
 )
 from cosprobe.config.video_training import AdapterConfig, MiniConfig
+from cosprobe.errors import InputError
 from cosprobe.tasks import FAMILIES
 
 MISSING: Any = "???"  # how OmegaConf marks a setting without a value
@@ -41,6 +44,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "intervene": InterveneConfig,
         "behaviour": BehaviourConfig,
         "film": FilmConfig,
+        "compare": CompareConfig,
         "runs": RunsConfig,
     },
 }
@@ -79,9 +83,29 @@ class UseRun:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     run: str = MISSING
     "The folder of a finished `train.py` run, or of one of its results; with `use=runs`, a folder of run folders."
+    runs: list[str] = field(default_factory=list)
+    "Only for `use=compare`: two run folders or more; a name with `*` stands for all folders that it fits."
     seed: int = 0
     "Base of the noise seeds and of all other randomness, 0 or more."
 
     def __post_init__(self) -> None:
         check_bounds("", self, seed=(0, LARGEST_SEED))
         self.run = os.path.expanduser(self.run)
+        compares = isinstance(self.use, CompareConfig)
+        if self.runs and not compares:
+            raise InputError(f"runs={self.runs}: only for use=compare; expected run=FOLDER")
+        if compares:
+            self.runs = expanded(self.runs)
+            if len(self.runs) < 2 or len(set(self.runs)) < len(self.runs):
+                raise InputError(f"runs={self.runs}: expected two or more different folders, runs=[FIRST,SECOND]")
+
+
+def expanded(names: list[str]) -> list[str]:
+    """The folders that the names stand for, sorted for a name with `*`. Raises InputError for one that fits none."""
+    found = []
+    for name in map(os.path.expanduser, names):
+        fitting = sorted(path for path in glob(name) if os.path.isdir(path)) if "*" in name else [name]
+        if not fitting:
+            raise InputError(f"runs={name!r}: fits no folder; expected run folders, such as runs/maze-*")
+        found += fitting
+    return found

@@ -145,6 +145,11 @@ class BehaviourConfig:
 
 
 @dataclass
+class CompareConfig:
+    """Compare finished runs on one task, cell by cell: each of `runs` with the first one."""
+
+
+@dataclass
 class RunsConfig:
     """List the run folders in the folder `run`, with their sizes, or delete one of them."""
 

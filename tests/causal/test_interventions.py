@@ -175,6 +175,10 @@ def use(edit: str, **settings) -> InterveneConfig:
     return InterveneConfig(**{"edit": edit, "problems": 6, "steps": "1", "layers": layers} | settings)
 
 
+def table_of(run: Finished, settings: InterveneConfig) -> xr.Dataset:
+    return xr.load_dataset(run.folder / "report" / settings.report / "causal.nc")
+
+
 def start(run: Finished, settings: InterveneConfig, **changes) -> None:
     sampler = replace(run.sampler, **changes)
     intervene(sampler, run.task, run.bank, settings, 0, run.folder)
@@ -257,11 +261,11 @@ def test_probes_at_one_step_are_read_there(tmp_path):
     one = finished(tmp_path, capture=CaptureConfig(steps="1", layers="0,2", decode="last", random_weights=0))
     for edit in ("noise", "steer", "erase"):
         start(one, use(edit, steps="", layers=""))
-    table = xr.load_dataset(one.folder / "report" / "causal" / "noise" / "causal.nc")
+    table = table_of(one, use("noise"))
     assert np.isfinite(table.probe[table.steps == 0, 1]).all() and np.isnan(table.probe[:, [0, 2]]).all()
     assert np.isfinite(table.cka[table.steps == 0]).all() and np.isnan(table.cka[table.steps > 0]).all()
     for edit in ("steer", "erase"):
-        table = xr.load_dataset(one.folder / "report" / "causal" / edit / "causal.nc")
+        table = table_of(one, use(edit))
         assert set(table.step.values) <= {1, NONE} and set(table.layer.values) <= {0, 2, NONE}
     with pytest.raises(InputError, match=r"no probes were trained there.*steps \[1\].*layers \[0, 2\]"):
         start(one, use("erase", steps="0"))
@@ -279,7 +283,7 @@ def test_answers_may_be_objects_or_many_regions(task, settings, tmp_path):
     found = finished(tmp_path, task)
     for edit in ("noise", "swap", "steer", "erase", "ablate"):
         start(found, use(edit, **settings))
-        table = xr.load_dataset(found.folder / "report" / "causal" / edit / "causal.nc")
+        table = table_of(found, use(edit, **settings))
         assert table.attrs["n"] and np.isfinite(table.change).all()
         assert ("wrong regions" in table.name.values) == (edit == "swap" and isinstance(task, LineConfig))
 

@@ -608,6 +608,16 @@ def test_a_context_without_a_run_is_refused():
             pass
 
 
+def test_a_step_cache_that_could_skip_an_edited_block_is_refused():
+    from diffusers import FirstBlockCacheConfig
+
+    pipeline = wan()
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(InputError, match="step cache"), patch(pipeline, [Edit("ablate", layers=(0,))]):
+        pass
+    assert not traces(pipeline)
+
+
 def test_one_sample_has_no_next_one_to_resample_from():
     with pytest.raises(InputError, match="1 sample, expected at least 2"):
         edited(toy(), Edit("ablate", "resample", layers=(0,)), seeds=(1,))
