@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -29,6 +30,8 @@ NUMBERS, CURVES, PAGE, PICTURE = "behaviour.json", "behaviour.nc", "behaviour.md
 HEAD = ("behaviour", "kind or targets", "claim", "measured", "compared with", "difference [95 %]", "n", "verdict")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 STEP = "denoising step (0 = noisiest)"
+FILLED: dict[str, Any] = {"linestyle": "-", "marker": "o", "markersize": 4.5}
+OPEN: dict[str, Any] = {"linestyle": "--", "marker": "s", "markersize": 3.5, "markerfacecolor": "white"}
 
 
 def show_behaviours(folder: Path, bank: ProbeBank) -> None:
@@ -112,7 +115,7 @@ def print_behaviours(found: Behaviours, written: Path, console: Console | None =
 
 def figure(curves: xr.Dataset) -> Figure:
     """What x0-hat shows, how sure the probe is, when answers settle, and accuracy over layers."""
-    sheet = new_figure(8.0, 5.6)
+    sheet = new_figure(8.0, 6.6)
     grid = sheet.subplots(2, 2)
     kinds = [str(name).removeprefix("live_") for name in curves.data_vars if str(name).startswith("live_")]
     _drawn(grid[0, 0], curves, kinds)
@@ -122,7 +125,7 @@ def figure(curves: xr.Dataset) -> Figure:
     for axes in grid.ravel():
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
             axes.set_xlim(axes.dataLim.x0 - 0.4, axes.dataLim.x1 + 0.4)  # no tick after the last step
         else:
             axes.text(0.5, 0.5, "not in this run", ha="center", va="center", transform=axes.transAxes, color="#666666")
@@ -130,45 +133,49 @@ def figure(curves: xr.Dataset) -> Figure:
 
 
 def _drawn(axes: Axes, curves: xr.Dataset, kinds: Sequence[str]) -> None:
+    words = {"drawn": "draws several", "blended": "blends several"}
     for kind, colour in zip(kinds, cycle(COLOURS)):
-        for name, line in (("drawn", "-"), ("blended", ":")):
+        for name, style in (("drawn", FILLED), ("blended", OPEN)):
             if f"{name}_{kind}" in curves:
                 one = curves[f"{name}_{kind}"]
-                axes.plot(
-                    one[one.dims[0]], one, line, color=colour, marker="o", markersize=3.5, label=f"{kind}, {name}"
-                )
+                axes.plot(one[one.dims[0]], one, color=colour, label=f"{_plain(kind)}: {words[name]}", **style)
     axes.set(xlabel=f"{STEP}; last: finished video", ylabel="share of samples")
     axes.set_ylim(-0.01, max(0.25, axes.get_ylim()[1]))
-    axes.set_title("x0-hat shows several candidates", loc="left")
+    axes.set_title("x0-hat shows several candidates at once", loc="left")
 
 
 def _live(axes: Axes, curves: xr.Dataset, kinds: Sequence[str]) -> None:
     for kind, colour in zip(kinds, cycle(COLOURS)):
         one = curves[f"live_{kind}"]
-        axes.plot(one[one.dims[0]], one, color=colour, marker="o", markersize=3, label=kind)
-    axes.set(xlabel=STEP, ylabel="candidates: exp(entropy)", ylim=(0.95, None))
-    axes.set_title("effective number of candidates of the probe", loc="left")
+        axes.plot(one[one.dims[0]], one, color=colour, label=_plain(kind), **FILLED)
+    axes.set(xlabel=STEP, ylabel="number of candidates, exp(entropy)")
+    axes.set_ylim(0.9, max(2.1, axes.get_ylim()[1]))
+    axes.axhline(1, color="#888888", linewidth=0.8)
+    axes.set_title("candidates that the probe hesitates between", loc="left")
 
 
 def _settled(axes: Axes, curves: xr.Dataset, kinds: Sequence[str]) -> None:
     for kind, colour in zip(kinds, cycle(COLOURS)):
-        for name, line in (("x0-hat", "-"), ("the probe", ":")):
+        for name, style in (("x0-hat", FILLED), ("the probe", OPEN)):
             if f"settled_{name}_{kind}" in curves:
                 one = curves[f"settled_{name}_{kind}"]
-                axes.plot(one[one.dims[0]], one, line, color=colour, marker="o", markersize=3, label=f"{kind}, {name}")
+                axes.plot(one[one.dims[0]], one, color=colour, label=f"{_plain(kind)}: {name}", **style)
     axes.set(xlabel=f"{STEP}; last: finished video", ylabel="share of samples", ylim=(-0.03, 1.03))
-    axes.set_title("answer is that of the end from here on", loc="left")
+    axes.set_title("the answer no longer changes", loc="left")
 
 
 def _layers(axes: Axes, curves: xr.Dataset) -> None:
     lines = [str(name) for name in curves.data_vars if str(name).startswith("skill_")]
     for name, colour in zip(lines, cycle(COLOURS)):
         one = curves[name].isel(skill_step=0)
-        style = "-" if "answer" in str(one.attrs["role"]) else "--"
-        axes.plot(
-            curves.skill_layer, one, style, color=colour, marker="o", markersize=3, label=name.removeprefix("skill_")
-        )
+        style = FILLED if "answer" in str(one.attrs["role"]) else OPEN
+        axes.plot(curves.skill_layer, one, color=colour, label=name.removeprefix("skill_"), **style)
     axes.axhline(0, color="#888888", linewidth=0.8)
-    axes.set(xlabel="layer (block output)", ylabel="skill (0: chance, 1: always right)", ylim=(-0.35, 1.03))
+    axes.set(xlabel="layer (block output)", ylabel="skill (0: chance, 1: always right)")
+    axes.set_ylim(min(-0.05, axes.dataLim.y0 - 0.05), 1.05)
     if lines and np.size(curves.skill_step):
-        axes.set_title(f"decodable at step {int(curves.skill_step[0])}", loc="left")
+        axes.set_title(f"decodable at step {int(curves.skill_step[0])}, by layer", loc="left")
+
+
+def _plain(kind: str) -> str:
+    return kind.replace("_", "-")

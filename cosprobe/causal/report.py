@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -38,7 +38,34 @@ COUNTED = {"swap": "donor's answer", "steer": "answer steered towards"}
 LEAST_PAIRS = 20  # with fewer samples no claim gets a verdict
 LINES = {"fresh": "#d55e00", "equal damage": "#0072b2", "renoised": "#009e73"}
 OTHER_LINE, RANDOM_LINE = "#cc79a7", "#888888"
-STEP_LABEL = "denoising step that is changed (0 = noisiest)"
+MARKS = "osD^vP"
+NOISES = {  # what stands behind the name of a kind of noise in a legend
+    "fresh": "Gaussian noise instead of the latent",
+    "equal damage": "noise of the same norm at every place",
+    "renoised": "x0-hat with fresh noise of its level",
+}
+OTHER_NOISE = "as fresh, in runs of other lengths"
+SWAPS = {  # titles of panels: whose state is written where
+    "swap": "the donor",
+    "same answer": "donor, same answer",
+    "random state": "random, same norm",
+    "wrong step": "donor, another step",
+    "two regions": "donor, answer regions",
+    "wrong regions": "donor, other regions",
+    "last frame": "donor, last frame",
+}
+CHANGED = {"erase": "erased from the output of a layer", "ablate": "what a layer adds to its input is replaced"}
+REPLACED = {
+    "zero": "removed (zero)",
+    "mean": "mean over the batch",
+    "resample": "that of another sample",
+    "zero, last frame": "removed in the last frame",
+    "zero, region of the answer": "removed in the region of the answer",
+    "zero, another region": "removed in another region",
+    "erased": "the answer is erased",
+    "control erased": "random labels are erased",
+    "random directions erased": "random directions are erased",
+}
 ABOUT = {
     "noise": "The latent of a step, or one of its frames in every step, is replaced by Gaussian noise (`fresh`, as in "
     "arXiv 2603.16870). Controls: noise of the same squared norm for every hit (`equal damage`); x0-hat of the run "
@@ -403,8 +430,8 @@ def _where(table: xr.Dataset, **values: object) -> xr.Dataset:
 
 
 def _draw_noise(table: xr.Dataset) -> Figure:
-    sheet = new_figure(8.0, 5.8)
-    grid = sheet.subplots(2, 2, width_ratios=(1.4, 1))
+    sheet = new_figure(8.0, 6.2)
+    grid = sheet.subplots(2, 2, width_ratios=(1.25, 1), height_ratios=(1.15, 1))
     of_steps, of_frames = _where(table, frame=NONE), table.isel(condition=np.flatnonzero(table.frame.values != NONE))
     total = int(table.attrs["total_steps"])
     names = list(dict.fromkeys(table.name.values.tolist()))
@@ -421,33 +448,38 @@ def _draw_noise(table: xr.Dataset) -> Figure:
                 x = x + beside
             mean = one.label.values
             ends = [mean - one.label_lower.values, one.label_upper.values - mean]
-            axes.errorbar(x, mean, ends, label=name, color=LINES.get(name, OTHER_LINE), marker="o", markersize=3.5,
-                          elinewidth=0.8, linewidth=1.2)  # fmt: skip
-    grid[0, 0].set(xlabel="place of the hit in the run (0 = first step)", ylim=(-0.03, 1.03))
+            label, colour = f"{name}: {NOISES.get(name, OTHER_NOISE)}", LINES.get(name, OTHER_LINE)
+            style = {"marker": "o", "markersize": 3.5, "elinewidth": 0.8, "linewidth": 1.2}
+            axes.errorbar(x, mean, ends, label=label, color=colour, **style)
+    grid[0, 0].set(xlabel="share of the run before the noise", ylim=(-0.03, 1.03))
     grid[0, 0].set_ylabel(f"share of answers kept (n = {table.attrs['n']})")
     grid[0, 0].set_title("noise at one step", loc="left")
     grid[0, 1].set(
         xlabel="frame of the latent", ylim=(-0.03, 1.03), xticks=sorted(set(of_frames.frame.values.tolist()))
     )
-    grid[0, 1].set_title("noise in one frame, every step", loc="left")
+    grid[0, 1].set_title("noise in one frame, at every step", loc="left")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    sheet.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    for axes, name in ((grid[1, 0], "fresh"), (grid[1, 1], "renoised")):
-        one = _where(of_steps, name=name, steps=0)
+    sheet.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    below = [(axes, _where(of_steps, name=name, steps=0), name)
+             for axes, name in ((grid[1, 0], "fresh"), (grid[1, 1], "renoised"))]  # fmt: skip
+    most = max([0.1, *(float(np.nanmax(one.cka)) for _, one, _ in below if np.isfinite(one.cka).any())])
+    images = []
+    for axes, one, name in below:
         if not one.sizes["condition"]:
             axes.set_visible(False)
             continue
         shown = one.cka.values.copy()
         for i, step in enumerate(one.step.values):
             shown[i, : int(step)] = np.nan
-        image = axes.imshow(
-            shown, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="upper", interpolation="nearest"
-        )
+        images.append(axes.imshow(shown, aspect="auto", cmap="Blues", vmin=0, vmax=most, interpolation="nearest"))
+        axes.set_facecolor(UNDEFINED)
         axes.set_xticks(range(0, total, max(1, total // 5)))
         axes.set_yticks(range(one.sizes["condition"]), [str(s) for s in one.step.values])
-        axes.set(xlabel="step that is compared (0 = noisiest)", ylabel="step of the hit")
-        axes.set_title(f"{name}: difference of x0-hat", loc="left")
-        sheet.colorbar(image, ax=axes, label="1 - CKA (0 = as in the clean run)")
+        axes.set(xlabel="step that is compared (0 = noisiest)", ylabel="step of the noise")
+        axes.set_title(f"{name}: x0-hat differs (grey: before the noise)", loc="left")
+    if images:
+        bar = sheet.colorbar(images[0], ax=list(grid[1]), pad=0.015, fraction=0.05)
+        bar.set_label("1 - CKA (0: as in the clean run)", fontsize=8)
     return sheet
 
 
@@ -466,108 +498,122 @@ def _draw_swap(table: xr.Dataset) -> Figure:
     names = list(dict.fromkeys(table.name.values.tolist()))
     columns = 4
     rows = -(-len(names) // columns)
-    sheet = new_figure(8.0, 2.3 * rows + 0.4)
+    sheet = new_figure(8.0, 2.3 * rows + 0.6)
+    sheet.suptitle("the output of a layer is replaced by that of ...", x=0.01, ha="left", fontsize=9)
     grid = sheet.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes, name in zip(grid.ravel(), names, strict=False):
         shown, steps, layers = _plane(table, name)
-        image = axes.imshow(
-            shown, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="lower", interpolation="nearest"
-        )
+        image = axes.imshow(shown, aspect="auto", cmap="Blues", vmin=0, vmax=1, origin="lower", interpolation="nearest")
         every, each = -(-len(steps) // 6), -(-len(layers) // 8)
         axes.set_xticks(range(0, len(steps), every), ["all" if s == NONE else str(s) for s in steps[::every]])
         axes.set_yticks(range(0, len(layers), each), [str(n) for n in layers[::each]])
-        axes.set_title(name, loc="left")
+        axes.set_title(SWAPS.get(name, name), loc="left")
         axes.set_facecolor(UNDEFINED)
+        axes.spines[:].set_visible(True)
         if shown.size <= 24:
             for (y, x), value in np.ndenumerate(shown):
                 if np.isfinite(value):
-                    axes.text(
-                        x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value < 0.6 else "k"
-                    )
+                    ink = "w" if value > 0.6 else "k"
+                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
     for axes in grid.ravel()[len(names) :]:
         axes.set_visible(False)
     for axes in grid.ravel()[max(len(names) - columns, 0) : len(names)]:  # nothing is shown below these
-        axes.set_xlabel("step")
+        axes.set_xlabel("step that is changed")
         axes.tick_params(labelbottom=True)
     for axes in grid[:, 0]:
-        axes.set_ylabel("layer")
-    about = f"videos with the donor's answer (n = {table.attrs['n']}; grey: not made)"
-    sheet.colorbar(image, ax=grid.ravel().tolist(), label=about)
+        axes.set_ylabel("layer that is changed")
+    about = f"share of videos with the donor's answer\n(n = {table.attrs['n']}; grey: not tried)"
+    sheet.colorbar(image, ax=grid.ravel().tolist(), label=about, aspect=30, fraction=0.05, pad=0.015)
     return sheet
 
 
 def agreement_figure(found: Agreement) -> Figure:
-    """Effect of a swap against skill of the probe, one point per cell."""
+    """Effect of a swap against accuracy of the probe, one point per cell, named by its layer."""
     with rc_context(STYLE):
-        sheet = new_figure(5.2, 3.6)
+        sheet = new_figure(6.0, 3.8)
         axes = sheet.subplots()
-        colours = np.array([step for step, _ in found.cells])
-        ends = [found.effect - found.lower, found.upper - found.effect]
-        axes.errorbar(found.skill, found.effect, ends, fmt="none", ecolor="#bbbbbb", elinewidth=0.8)
-        points = axes.scatter(found.skill, found.effect, c=colours, cmap="viridis", s=26, zorder=3)
-        for (_, layer), x, y in zip(found.cells, found.skill, found.effect, strict=True):
-            if len(found.cells) <= 24:
-                axes.annotate(str(layer), (x, y), (4, 3), textcoords="offset points", fontsize=7.5)
+        steps = sorted({step for step, _ in found.cells})
+        ends = np.stack([found.effect - found.lower, found.upper - found.effect])
+        every = np.array([step for step, _ in found.cells])
+        for i, step in enumerate(steps):
+            at = every == step
+            colour = colormaps["viridis"](0.9 * i / max(1, len(steps) - 1))
+            style = {"color": colour, "marker": "os^Dv"[i % 5], "markersize": 5, "elinewidth": 0.8, "linestyle": ""}
+            axes.errorbar(found.skill[at], found.effect[at], ends[:, at], label=f"step {step}", **style)
+        if len(found.cells) <= 24:
+            names: dict[tuple[float, float], list[str]] = {}
+            for (_, layer), x, y in zip(found.cells, found.skill, found.effect, strict=True):
+                names.setdefault((round(float(x), 2), round(float(y), 2)), []).append(str(layer))
+            for rank, ((x, y), layers) in enumerate(sorted(names.items())):
+                axes.annotate(", ".join(layers), (x, y), (4, 4 if rank % 2 else -11), textcoords="offset points",
+                              fontsize=8)  # fmt: skip
         axes.axhline(0, color="#888888", linewidth=0.8)
-        axes.axhline(found.margin, color="#888888", linewidth=0.8, linestyle=":")
-        axes.annotate("margin", (1, found.margin), (0, 2), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", ha="right", color="#666666", fontsize=7.5)  # fmt: skip
-        axes.set(xlabel="accuracy of the probe above chance", ylabel="effect of a swap")
-        axes.set_title("decodable against used; numbers: layer", loc="left")
-        sheet.colorbar(points, ax=axes, label="step")
+        margin = {"color": "#888888", "linewidth": 1, "linestyle": ":"}
+        axes.axhline(found.margin, label=f"margin, {found.margin:g}", **margin)
+        axes.set(xlabel="accuracy of the probe minus chance", ylabel="effect of a swap (share of videos)")
+        axes.set_title("is what a probe reads also used? (numbers: layer)", loc="left")
+        sheet.legend(loc="outside right upper", frameon=False)
         return sheet
 
 
 def _draw_steer(table: xr.Dataset) -> Figure:
     of_probe = _where(table, name=PROBE)
-    cells = list(dict.fromkeys(zip(of_probe.step.values.tolist(), of_probe.layer.values.tolist(), strict=True)))
-    shown = cells[:: max(1, -(-len(cells) // 4))][:4]
-    sheet = new_figure(8.0, 3.0)
+    cells = sorted(
+        set(zip(of_probe.step.values.tolist(), of_probe.layer.values.tolist(), strict=True)),
+        key=lambda cell: (cell[0] == NONE, cell),  # all steps come last
+    )
+    shown = cells if len(cells) <= 4 else [cells[i] for i in np.linspace(0, len(cells) - 1, 4).round().astype(int)]
+    sheet = new_figure(8.0, 3.1)
     grid = sheet.subplots(1, len(shown), squeeze=False, sharey=True)[0]
     for axes, (step, layer) in zip(grid, shown, strict=True):
         one = _where(of_probe, step=step, layer=layer).sortby("dose")
         mean = one.label.values
         ends = [mean - one.label_lower.values, one.label_upper.values - mean]
+        kept = {"color": RANDOM_LINE, "linestyle": ":", "linewidth": 1.5}
+        axes.plot(one.dose.values, one.unchanged.values, label="probe: answer of the clean run kept", **kept)
         axes.errorbar(one.dose.values, mean, ends, color="#0072b2", marker="o", markersize=3.5,
                       label="probe: answer steered towards")  # fmt: skip
-        axes.plot(
-            one.dose.values, one.unchanged.values, color="#0072b2", linestyle=":", label="probe: clean answer kept"
+        marks = (
+            ("random direction", -0.07, "_", "#000000", "random directions: answer steered towards"),
+            (CONTROL, 0.07, "x", "#d55e00", "probe of random labels: answer steered towards"),
         )
-        drawn = _where(table, name="random direction", step=step, layer=layer)
-        axes.plot(
-            drawn.dose.values, drawn.label.values, "_", color=RANDOM_LINE, label="random directions", markersize=9
-        )
-        control = _where(table, name=CONTROL, step=step, layer=layer)
-        axes.plot(control.dose.values, control.label.values, "x", color="#d55e00", label="control target")
-        axes.set(xlabel="dose (1 = a token's norm)", ylim=(-0.03, 1.03))
+        for name, beside, mark, colour, label in marks:
+            control = _where(table, name=name, step=step, layer=layer)
+            axes.plot(control.dose.values + beside, control.label.values, mark, color=colour, label=label)
+        axes.set(xlabel="dose (1 = norm of a token)", ylim=(-0.03, 1.03))
         axes.set_title(f"{'all steps' if step == NONE else f'step {step}'}, layer {layer}", loc="left")
     grid[0].set_ylabel(f"share of videos (n = {table.attrs['n']})")
     handles, labels = grid[0].get_legend_handles_labels()
-    sheet.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    sheet.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return sheet
 
 
 def _draw_rows(table: xr.Dataset) -> Figure:
     """One row per cell, one mark per condition."""
-    cells = list(dict.fromkeys(zip(table.step.values.tolist(), table.layer.values.tolist(), strict=True)))
+    cells = sorted(
+        set(zip(table.step.values.tolist(), table.layer.values.tolist(), strict=True)),
+        key=lambda cell: (cell[0] == NONE, cell),  # all steps come last
+    )
     names = list(dict.fromkeys(table.name.values.tolist()))
-    sheet = new_figure(8.0, 1.2 + 0.3 * len(cells))
+    sheet = new_figure(8.0, 1.5 + 0.36 * len(cells))
     axes: Axes = sheet.subplots()
     palette = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
     for place, (step, layer) in enumerate(cells):
+        if place % 2:
+            axes.axhspan(place - 0.5, place + 0.5, color="#f2f2f2", linewidth=0)
         for number, name in enumerate(names):
             one = _where(table, name=name, step=step, layer=layer)
             if not one.sizes["condition"]:
                 continue
-            y, colour = place + 0.12 * (number - (len(names) - 1) / 2), palette[number % len(palette)]
+            y, colour = place + 0.13 * (number - (len(names) - 1) / 2), palette[number % len(palette)]
             low, high = float(one.unchanged_lower[0]), float(one.unchanged_upper[0])
-            axes.plot([low, high], [y, y], color=colour, linewidth=0.8)
-            axes.plot(float(one.unchanged[0]), y, "o", color=colour, markersize=3.5, label=name if not place else None)
-    axes.set_yticks(
-        range(len(cells)),
-        [_cell(int(s), int(n)) if s != NONE or n == NONE else f"layer {n}, all steps" for s, n in cells],
-    )
-    axes.set(xlabel="videos that keep the answer of the clean run", xlim=(-0.03, 1.03))
-    axes.invert_yaxis()
-    sheet.legend(loc="outside upper center", ncols=3, frameon=False)
+            axes.plot([low, high], [y, y], color=colour, linewidth=1)
+            axes.plot(float(one.unchanged[0]), y, MARKS[number % len(MARKS)], color=colour, markersize=4,
+                      label=REPLACED.get(name, name) if not place else None)  # fmt: skip
+    axes.set_yticks(range(len(cells)), [_cell(int(s), int(n)) for s, n in cells])
+    axes.set(xlabel=f"share of videos that keep the answer of the clean run (n = {table.attrs['n']})")
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_title(CHANGED[str(table.attrs["edit"])], loc="left")
+    axes.set_ylim(len(cells) - 0.5, -0.5)
+    sheet.legend(loc="outside lower center", ncols=3, frameon=False)
     return sheet

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from rich.console import Console
 from rich.table import Table
 
@@ -31,8 +34,8 @@ from cosprobe.tasks import TaskConfig
 
 FOLDER = "ensemble"
 REFERENCES = ("hidden", "single")  # what every strategy is compared with, at the same budget
-CLOSE = 0.03  # the axis of compute is linear up to 1 + CLOSE runs, then logarithmic
-TICKS = (1, 1.05, 1.1, 1.2, 1.5, 2, 3, 6)
+LEAST_EXTRA = 1.0  # per cent of a run: where the axis of compute begins
+TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 OURS, PAPERS, PLAIN, NONE = "#0072b2", "#d55e00", "#666666", "#b0b0b0"
 MARKS = {
     "vote": "s",
@@ -43,6 +46,21 @@ MARKS = {
     "probe_vote": "v",
     "probe_retry": "X",
 }
+NAMES = {  # what a figure calls a strategy
+    "single": "one run with more steps",
+    "hidden": "average of hidden states",
+    "x0": "average of x0-hats",
+    "latent": "average of noisy latents",
+    "vote": "most frequent answer of all videos",
+    "best_of": "clearest of all videos",
+    "retry": "retry until a video has an answer",
+    "probe_best": "go on with the run the probe is surest of",
+    "probe_weighted": "average of hidden states, weighted",
+    "prune": "drop half of the runs, again and again",
+    "probe_vote": "go on with the run that agrees most",
+    "probe_retry": "retry until the probe supports the video",
+}
+WHOSE = {"method of arXiv 2603.16870": PAPERS, "uses probes": OURS, "uses no probe": PLAIN}
 
 
 def ensembles(
@@ -147,6 +165,7 @@ def remarks(comparison: Comparison) -> list[str]:
 def lines(comparison: Comparison) -> list[str]:
     """The page in Markdown."""
     keys, steps = len(set(comparison.keys)), comparison.steps
+    shown = {*comparison.curves, *(name for row in comparison.chosen.values() for name in row)}
     out = [
         f"# Seed ensembles: {comparison.task}",
         "",
@@ -161,6 +180,8 @@ def lines(comparison: Comparison) -> list[str]:
         *(f"* {line}" for line in remarks(comparison)),
         "",
         "![accuracy against compute](ensemble.png)",
+        "",
+        "In the figure: " + "; ".join(f"`{name}`: {words}" for name, words in NAMES.items() if name in shown) + ".",
         "",
     ]
     for budget in comparison.chosen:
@@ -225,71 +246,79 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
 def figure(comparison: Comparison) -> Figure:
     """Accuracy against compute by seeds, the window of layers, and the comparison at both budgets."""
     with rc_context(STYLE):
-        sheet = new_figure(8.0, 7.2)
-        grid = sheet.subplots(2, 2, height_ratios=(1, 1.15))
-        _curves(grid[0, 0], comparison)
-        _forest(
-            grid[0, 1],
-            [(f"{name} ({c.params.layers[0]}-{c.params.layers[-1]})", comparison.estimate(comparison.test[c]), PAPERS)
-             for name, c in comparison.windows.items()],
-            comparison,
-            "the paper's average, by window of layers",
-        )  # fmt: skip
-        for axes, budget in zip(grid[1], comparison.chosen, strict=True):
-            entries = [
-                (m, comparison.estimate(comparison.test[c]), _colour(m)) for m, c in comparison.chosen[budget].items()
-            ]
+        sheet = new_figure(8.0, 8.4)
+        upper, lower = sheet.subfigures(2, height_ratios=(1.15, 1))
+        left, right = upper.subplots(1, 2, width_ratios=(1.6, 1))
+        _curves(left, comparison)
+        upper.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        windows = {
+            f"{name} ({c.params.layers[0]} to {c.params.layers[-1]})": (c, PAPERS)
+            for name, c in comparison.windows.items()
+        }
+        _forest(right, windows, comparison, "which layers are averaged")
+        panels = lower.subplots(1, len(comparison.chosen), sharey=True, sharex=True)
+        names = [name for name in NAMES if any(name in row for row in comparison.chosen.values())]
+        for axes, budget in zip(panels, comparison.chosen, strict=True):
+            row = comparison.chosen[budget]
+            entries = {NAMES[name]: (row.get(name), _colour(name)) for name in names}
             worth = comparison.budgets[budget] / comparison.plain_cost
-            _forest(axes, entries, comparison, f"at {budget} compute ({worth:.2f} x one run)")
+            _forest(axes, entries, comparison, f"at {budget} compute ({worth:.2f} runs)")
+        handles: list[Artist] = [Line2D([], [], color=c, marker="o", label=name) for name, c in WHOSE.items()]
+        band = Patch(color=NONE, alpha=0.25, linewidth=0, label="one run, no ensemble (95 % interval)")
+        sheet.legend(handles=[*handles, band], loc="outside lower center", ncols=4, frameon=False)
         return sheet
 
 
 def _curves(axes: Axes, comparison: Comparison) -> None:
     """Accuracy against compute of strategies that choose among runs, with default hyperparameters and 2, 3, ...
     seeds."""
+    plain = comparison.estimate(comparison.plain)
+    axes.axhspan(plain.lower, plain.upper, color=NONE, alpha=0.25, linewidth=0)
+    axes.axhline(plain.mean, color=PLAIN, linewidth=0.8)
     for name, row in comparison.curves.items():
         found = [comparison.estimate(comparison.test[c]) for c in row]
         # without intervals, which would overlap
         style = {"color": _colour(name), "marker": MARKS[name], "markersize": 4, "linewidth": 1.2, "alpha": 0.8}
-        axes.plot([_beyond(comparison, c) for c in row], [e.mean for e in found], label=name, **style)
+        axes.plot([_extra(comparison, c) for c in row], [e.mean for e in found], label=NAMES[name], **style)
     longer = [c for row in comparison.chosen.values() for m, c in row.items() if m == "single"]
-    plain = comparison.estimate(comparison.plain)
-    points = [(0.0, plain), *((_beyond(comparison, c), _of(comparison, c)) for c in longer)]
-    axes.plot([x for x, _ in points], [e.mean for _, e in points], color=NONE, marker=".", label="single, more steps")
+    points = [(_extra(comparison, c), _of(comparison, c).mean) for c in longer]
+    axes.plot(*zip(*points, strict=True), color=PLAIN, marker=".", linestyle=":", label=NAMES["single"])
     paper = comparison.windows.get("middle")
     if paper is not None:
         e = _of(comparison, paper)
         axes.errorbar(
-            [_beyond(comparison, paper)], [e.mean], ([e.mean - e.lower], [e.upper - e.mean]),
-            color=PAPERS, marker="*", markersize=9, elinewidth=0.8, label="hidden, 3 seeds, middle",
+            [_extra(comparison, paper)], [e.mean], ([e.mean - e.lower], [e.upper - e.mean]),
+            color=PAPERS, marker="*", markersize=9, elinewidth=0.8, label=NAMES["hidden"],
         )  # fmt: skip
-    count = comparison.right.shape[1]
-    axes.axhline(oracle(comparison.right, count).mean(), color=NONE, linestyle=":", linewidth=1)
-    axes.annotate(f"any of {count} seeds right", (0.98, oracle(comparison.right, count).mean()), (0, 3),
-                  xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=PLAIN)  # fmt: skip
-    axes.set_xscale("asinh", linear_width=CLOSE)
-    axes.set_xticks([t - 1 for t in TICKS], [f"{t:g}" for t in TICKS])
+    ends = [x for line in axes.lines if len(x := np.atleast_1d(line.get_xdata())) and line.get_label()[0] != "_"]
+    low, high = min(map(np.min, ends)), max(map(np.max, ends))
+    axes.set_xscale("log")
+    axes.set_xlim(low / 1.3, high * 1.3)
+    axes.set_xticks([t for t in TICKS if low / 1.3 <= t <= high * 1.3])
+    axes.xaxis.set_major_formatter(lambda t, _: f"≤ {t:g}" if t == LEAST_EXTRA else f"{t:g}")
     axes.minorticks_off()
-    ends = [_beyond(comparison, c) for row in comparison.curves.values() for c in row]
-    axes.set_xlim(-CLOSE / 3, 1.25 * max(ends, default=1.0))
-    axes.set(xlabel="compute (one run = 1)", ylabel="right answers, test")
-    axes.set_title("default hyperparameters, 2 seeds and more", loc="left")
-    low, high = axes.get_ylim()
-    axes.set_ylim(low - 0.5 * (high - low), high)  # room for the legend
-    axes.legend(frameon=False, fontsize=7.5, loc="lower left", ncols=2, columnspacing=1.0)
+    axes.set(xlabel="compute beyond one run (% of a run)", ylabel="share of right answers")
+    axes.set_title(f"2 to {comparison.right.shape[1]} seeds; grey: one run", loc="left")
 
 
-def _forest(axes: Axes, entries: Sequence[tuple[str, Estimate, str]], comparison: Comparison, title: str) -> None:
-    """One row per entry: mean and interval; the grey band is one run without an ensemble."""
+def _forest(
+    axes: Axes, entries: Mapping[str, tuple[Candidate | None, str]], comparison: Comparison, title: str
+) -> None:
+    """One row per entry: mean and interval, if it has a candidate. The grey band is one run without an ensemble."""
     plain = comparison.estimate(comparison.plain)
     axes.axvspan(plain.lower, plain.upper, color=NONE, alpha=0.25, linewidth=0)
     axes.axvline(plain.mean, color=PLAIN, linewidth=0.8)
-    for position, (_, e, colour) in enumerate(entries):
+    for position, (candidate, colour) in enumerate(entries.values()):
+        if candidate is None:
+            axes.annotate("costs more", (0.02, position), xycoords=("axes fraction", "data"), va="center", fontsize=8,
+                          color=PLAIN)  # fmt: skip
+            continue
+        e = _of(comparison, candidate)
         axes.plot([e.lower, e.upper], [position, position], color=colour, linewidth=1.5)
         axes.plot(e.mean, position, color=colour, marker="o", markersize=5)
-    axes.set_yticks(range(len(entries)), [name for name, *_ in entries])
+    axes.set_yticks(range(len(entries)), list(entries))
     axes.set_ylim(len(entries) - 0.5, -0.5)
-    axes.set_xlabel("right answers, test (grey: one run)")
+    axes.set_xlabel("share of right answers")
     axes.set_title(title, loc="left")
 
 
@@ -312,9 +341,9 @@ def _window_gains(comparison: Comparison) -> list[str]:
     return [*gains, f"middle minus one run {_signed(comparison.gain(middle))}"]
 
 
-def _beyond(comparison: Comparison, candidate: Candidate) -> float:
-    """Compute minus that of one run, in units of one run."""
-    return comparison.spent[candidate] / comparison.plain_cost - 1
+def _extra(comparison: Comparison, candidate: Candidate) -> float:
+    """Compute beyond that of one run, in per cent of a run, and at least LEAST_EXTRA."""
+    return max(100 * (comparison.spent[candidate] / comparison.plain_cost - 1), LEAST_EXTRA)
 
 
 def _of(comparison: Comparison, candidate: Candidate) -> Estimate:

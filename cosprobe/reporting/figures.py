@@ -1,7 +1,8 @@
 """Figures of a grid: maps of skill over layers and steps, and curves over steps.
 
-The colour of a cell is its skill: white for a cell as accurate as the best input, dark blue for one that is always
-right. Figures are 8 inches wide, so their smallest text is 10 px high at 100 px per inch (as in a README).
+Cells with evidence have the colour of their skill, from light for a cell as accurate as the best input to dark blue for
+one that is always right. Cells without evidence are blank. Figures are 8 inches wide, so their smallest text is 10 px
+high at 100 px per inch (as in a README).
 """
 
 from __future__ import annotations
@@ -12,30 +13,29 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.collections import LineCollection
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from cosprobe.cells import EMBED, X0, X_T
+from cosprobe.cells import X0
 from cosprobe.errors import InputError
-from cosprobe.evaluation import ALPHA, MUST_BEAT, X0_PARSED, Grid
+from cosprobe.evaluation import ALPHA, CEILING, GUESSES, MUST_BEAT, X0_PARSED, Grid
 from cosprobe.tasks import ANSWER_ROLES, OWN_IMAGES, Role
 
-WORST = -0.5  # lower end of the colour scale
 STYLE = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "legend.fontsize": 8, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6,
+    "legend.fontsize": 8, "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
 STEP_LABEL = "denoising step (0 = noisiest)"
 LAYER_LABEL = "layer (block output)"
-UNDEFINED, HATCH, OUTLINE = "#c9c9c9", "#8a8a8a", "#e6550d"
+UNDEFINED, FRAME = "#c9c9c9", "#8a8a8a"
+PROBE, SHOWN, INPUT, GUESS = "#0072b2", "#d55e00", "#333333", "#9a9a9a"  # the probe, x0-hat, the best input, chance
+LABELLED = 0.25  # blank columns are labelled from this share of a map on
 
 QUESTIONS = {
     Role.ANSWER: "which candidate is right?",
@@ -46,11 +46,10 @@ QUESTIONS = {
     Role.CONTROL: "random labels",
 }
 BASELINE_STYLE = {
-    X_T: ("probe on x_t, the noisy latent", {"color": "#444444", "linestyle": ":"}),
-    EMBED: ("probe on embed, input of block 0", {"color": "#444444", "linestyle": "--"}),
-    X0: ("probe on the latent of x0-hat", {"color": OUTLINE, "linestyle": "--"}),
-    X0_PARSED: ("answer parsed from decoded x0-hat", {"color": OUTLINE, "linestyle": "-", "marker": "o"}),
-}
+    X0: ("x0-hat: probe of its latent", {"color": SHOWN, "linestyle": "--"}),
+    X0_PARSED: ("x0-hat: answer parsed from its video",
+                {"color": SHOWN, "linestyle": "", "marker": "o", "markerfacecolor": "white"}),
+}  # fmt: skip
 
 
 class MapFigure(Figure):
@@ -63,22 +62,18 @@ class MapFigure(Figure):
 
 
 def skill_colours() -> LinearSegmentedColormap:
-    """Colour map of skill: brown below zero, white at zero, light to dark blue above.
+    """Colour map of skill, from 0 (light, but not white) to 1 (dark blue).
 
-    Lightness decreases on both sides of zero, so maps are readable in grey and with common colour blindness.
+    Lightness decreases, so maps are readable in grey and with common colour blindness.
     """
-    blues = colormaps["YlGnBu"](np.linspace(0.18, 1.0, 24))
-    zero = -WORST / (1 - WORST)
-    stops: list[tuple[float, Any]] = [(0.0, "#a6761d"), (zero, "#ffffff")]
-    stops += [(zero + (1 - zero) * (i + 1) / 24, tuple(colour)) for i, colour in enumerate(blues)]
-    return LinearSegmentedColormap.from_list("skill", stops, N=300).with_extremes(bad=UNDEFINED)
+    return LinearSegmentedColormap.from_list("skill", colormaps["YlGnBu"](np.linspace(0.18, 1.0, 24)), N=300)
 
 
 def maps(grid: Grid, targets: Sequence[str], position: str | None = None, branch: str | None = None) -> MapFigure:
     """One map of layers and steps per target, two per row.
 
-    A map shows skill, cells without evidence, cells above x0-hat, and the best cell. Default position and branch: those
-    of the best cell of each target.
+    A map shows the skill of cells with evidence, cells above x0-hat, and the best cell. Default position and branch:
+    those of the best cell of each target.
     """
     return side_by_side([("", grid, target) for target in targets], position, branch)
 
@@ -99,12 +94,12 @@ def side_by_side(
             if inside and best.p <= ALPHA:
                 notes |= _mark(axes, _rank(plane, "step", best.cell.step), _rank(plane, "layer", best.cell.layer))
             _experts(axes, plane)
+            _say_why(axes, plane)
             axes.set_title((f"{name}: " if name else "") + _title(grid, target, plane), loc="left", linespacing=1.35)
             axes.set(xlabel=STEP_LABEL, ylabel=LAYER_LABEL)
-        for axes in panels[len(shown) :]:
-            axes.set_visible(False)
         _colorbar(figure, panels, [(grid, target) for _, grid, target in shown])
-        _map_legend(figure, notes, columns, [(grid, target) for _, grid, target in shown])
+        free = panels[len(shown)] if len(shown) < len(panels) else None
+        _map_legend(figure, notes, columns, [(grid, target) for _, grid, target in shown], free)
     return figure
 
 
@@ -141,55 +136,69 @@ def frame_maps(grid: Grid, target: str) -> Figure:
         panels[0].set_title(f"$\\bf{{{bold(target)}}}$, at step {best.cell.step}", loc="left")
         panels[1].set_title(f"$\\bf{{{bold(target)}}}$, at layer {best.cell.layer}", loc="left")
         _colorbar(figure, panels, [(grid, target)])
-        _map_legend(figure, notes, 2, [(grid, target)])
+        _map_legend(figure, notes, 2, [(grid, target)], None)
     return figure
 
 
 def curves(grid: Grid, targets: Sequence[str], layers: Sequence[int] | None = None) -> Figure:
-    """Accuracy over steps of some layers with 95 % intervals, and of every baseline.
+    """Accuracy over steps with 95 % intervals, beside the baselines: one row per target, one panel per layer.
 
-    Default layers: the best layer of each target, and up to four layers spread over the depth.
+    Default layers: four that are spread over the depth, the best layer of each target among them.
     """
     layers = default_layers(grid, targets) if layers is None else sorted(layers)
-    depth = max(1, int(grid.dataset.layer.values.max()))
     with rc_context(STYLE):
-        figure = new_figure(4.8 if len(targets) == 1 else 8.0, 4.3)
-        panels = figure.subplots(1, len(targets), sharey=True, squeeze=False).ravel()
-        for axes, target in zip(panels, targets, strict=True):
+        figure = new_figure(8.0, 0.75 + 2.2 * len(targets))
+        found: dict[str, Any] = {}
+        for part, target in zip(figure.subfigures(len(targets), squeeze=False).ravel(), targets, strict=True):
             plane = grid.plane(target).transpose("step", ...)
-            for layer in layers:
-                line = plane.sel(layer=layer)
-                colour = colormaps["viridis_r"](0.12 + 0.88 * layer / depth)
-                axes.plot(plane.step, line.accuracy, color=colour, linewidth=1.6, label=f"probe on layer {layer}")
-                axes.fill_between(plane.step, line.lower, line.upper, color=colour, alpha=0.15, linewidth=0)
-            for name, (label, style) in BASELINE_STYLE.items():
-                values = plane.baseline_accuracy.sel(baseline=name)
-                known = np.isfinite(values.values)  # x0-hat is decoded at few steps, which are joined
-                if known.any():
-                    axes.plot(plane.step[known], values[known], linewidth=1.3, markersize=3.5, label=label, **style)
-            best_input = {"color": "#e6ab02", "linewidth": 1.3, "label": "best input by cross-validation (skill 0)"}
-            axes.plot(plane.step, plane.reference, **best_input)
-            axes.axhline(float(plane.chance), color="#9a9a9a", linewidth=1.3, label="chance")
-            model = grid.dataset.attrs["model_accuracy"]
-            if target in grid.with_role(Role.ANSWER) and np.isfinite(model):
-                axes.axhline(model, color="#cc79a7", linewidth=1.3, linestyle="-.", label="finished video")
-            axes.set_title(_title(grid, target, plane), loc="left", linespacing=1.35)
-            axes.set(xlabel=STEP_LABEL, ylim=(0, 1.02))
-            axes.set_xticks(ticks(plane.step.values))
-            axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
-            axes.set_axisbelow(True)
-        panels[0].set_ylabel("test accuracy (band: 95 % interval)")
-        entries = [entry for axes in panels for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
-        found = {label: handle for handle, label in entries}
-        _legend(figure, list(found.values()), list(found), 1 if len(targets) == 1 else 3)
+            part.suptitle(_title(grid, target, plane), x=0.01, ha="left", fontsize=9, linespacing=1.35)
+            panels = part.subplots(1, len(layers), sharey=True, squeeze=False).ravel()
+            for axes, layer in zip(panels, layers, strict=True):
+                _curve(axes, grid, target, layer)
+                found |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+                best = grid.best(target)
+                here = " (best cell)" if layer == best.cell.layer and best.p <= ALPHA else ""
+                axes.set_title(f"layer {layer}{here}", loc="left")
+                axes.set(ylim=(0, 1.03), xlabel="step (0 = noisiest)")
+                axes.set_xticks(ticks(plane.step.values, 5))
+                axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+                axes.set_axisbelow(True)
+            panels[0].set_ylabel("accuracy\n(share of test samples)")
+        _legend(figure, list(found.values()), list(found), 3)
     return figure
 
 
+def _curve(axes: Axes, grid: Grid, target: str, layer: int) -> None:
+    """Accuracy over steps of a layer, of the baselines and of the finished video."""
+    plane = grid.plane(target).transpose("step", ...)
+    line = plane.sel(layer=layer)
+    axes.axhline(float(plane.chance), color=GUESS, linewidth=1.2, linestyle=":", label="chance")
+    model = grid.dataset.attrs["model_accuracy"]
+    if target in grid.with_role(Role.ANSWER) and np.isfinite(model):
+        axes.axhline(model, color="#cc79a7", linewidth=1.2, linestyle="-.", label="finished video")
+    input_style = {"color": INPUT, "linewidth": 1.2, "linestyle": (0, (4, 1.5))}
+    axes.plot(plane.step, plane.reference, label="best input (skill 0)", **input_style)
+    axes.fill_between(plane.step, line.lower, line.upper, color=PROBE, alpha=0.2, linewidth=0)
+    axes.plot(plane.step, line.accuracy, color=PROBE, linewidth=1.8, label="probe of the layer (band: 95 % interval)")
+    for name, (label, style) in BASELINE_STYLE.items():
+        values = plane.baseline_accuracy.sel(baseline=name)
+        known = np.isfinite(values.values)  # x0-hat is decoded at few steps
+        if known.any():
+            axes.plot(plane.step[known], values[known], linewidth=1.2, markersize=4, label=label, **style)
+
+
 def default_layers(grid: Grid, targets: Sequence[str], most: int = 4) -> list[int]:
-    """Up to `most` layers spread over the depth, and the best layer of each target."""
+    """At most `most` layers spread over the depth, but no fewer than the best layers of the targets, which take the
+    places of their neighbours."""
     every = grid.dataset.layer.values
-    spread = every[np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(int)]
-    return sorted({*map(int, spread), *(grid.best(target).cell.layer for target in targets)})
+    best = sorted({grid.best(target).cell.layer for target in targets})
+    chosen = set(every[np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(int)].tolist())
+    for layer in best:
+        if layer not in chosen:
+            free = sorted(chosen - set(best))
+            chosen -= {min(free, key=lambda other: abs(other - layer))} if free else set()
+            chosen.add(layer)
+    return sorted(map(int, chosen))
 
 
 def new_figure(width: float, height: float) -> MapFigure:
@@ -228,33 +237,48 @@ def _title(grid: Grid, target: str, plane: xr.Dataset) -> str:
 
 
 def _map(axes: Axes, data: xr.Dataset, rows: str, columns: str) -> set[str]:
-    """Draws a map of skill with hatching and outlines. Returns the names of the marks that occur."""
+    """Draws a map of skill. Returns the names of the marks that occur."""
     skill, p, p_x0 = (data[name].values for name in ("skill", "p_evidence", "p_x0"))
-    axes.pcolormesh(np.ma.masked_invalid(skill), cmap=skill_colours(), vmin=WORST, vmax=1, edgecolors="none")
-    no_evidence, above_x0, no_room = ~(p <= ALPHA), (p_x0 <= ALPHA) & (p <= ALPHA), np.isnan(skill)
-    notes = {
-        name
-        for name, mask in (("no_evidence", no_evidence), ("above_x0", above_x0), ("no_room", no_room))
-        if mask.any()
-    }
-    if no_evidence.any():
-        hatched = axes.pcolor(np.ma.masked_where(~no_evidence, np.zeros(skill.shape)), hatch="/////", linewidth=0)
-        hatched.set(facecolor="none", edgecolor=HATCH)
-    axes.add_collection(LineCollection(_border(above_x0), colors=OUTLINE, linewidths=1.8, capstyle="round"))
+    evidence = p <= ALPHA
+    no_room = (data.reference > CEILING).broadcast_like(data.skill).transpose(rows, columns).values
+    blank, above_x0 = ~evidence & ~no_room, (p_x0 <= ALPHA) & evidence
+    axes.pcolormesh(np.ma.masked_where(~evidence, np.ma.masked_invalid(skill)), cmap=skill_colours(), vmin=0, vmax=1)
+    if no_room.any():
+        axes.pcolormesh(np.ma.masked_where(~no_room, np.zeros(skill.shape)), cmap=ListedColormap([UNDEFINED]))
+    if above_x0.any():
+        y, x = np.nonzero(above_x0)
+        size = 72 * 0.35 * min(2.9 / skill.shape[1], 1.9 / skill.shape[0])  # a third of a cell, roughly
+        dot = {"color": SHOWN, "markersize": min(max(size, 1.5), 4.0), "markeredgecolor": "white", "zorder": 4}
+        axes.plot(x + 0.5, y + 0.5, linestyle="", marker="o", markeredgewidth=0.4, **dot)
     for axis, name in ((axes.xaxis, columns), (axes.yaxis, rows)):
         names = data[name].values
         shown = range(len(names)) if names.dtype.kind in "UO" else [list(names).index(t) for t in ticks(names)]
         axis.set_ticks([i + 0.5 for i in shown], [str(names[i]) for i in shown])
+    axes.set(xlim=(0, skill.shape[1]), ylim=(0, skill.shape[0]))
     axes.tick_params(length=2)
-    return notes
+    axes.spines[:].set(visible=True, color=FRAME, linewidth=0.6)
+    masks = {"blank": blank, "above_x0": above_x0, "no_room": no_room}
+    return {name for name, mask in masks.items() if mask.any()}
 
 
-def _border(mask: Bool[np.ndarray, "row column"]) -> list[list[tuple[int, int]]]:
-    """Line segments along the border of a mask, whose cells are unit squares."""
-    inside = np.pad(mask, 1)
-    below, left = inside[1:, 1:-1] != inside[:-1, 1:-1], inside[1:-1, 1:] != inside[1:-1, :-1]
-    flat = [[(int(x), int(y)), (int(x) + 1, int(y))] for y, x in np.argwhere(below)]
-    return flat + [[(int(x), int(y)), (int(x), int(y) + 1)] for y, x in np.argwhere(left)]
+def _say_why(axes: Axes, plane: xr.Dataset) -> None:
+    """Writes into blank parts of a map of layers and steps: the number of cells with evidence if there is none, and how
+    often an input alone is right at the last steps if they are blank."""
+    evidence = (plane.p_evidence <= ALPHA).transpose("step", "layer").values
+    text = {"ha": "center", "va": "center", "fontsize": 8, "color": "#444444"}
+    if not evidence.any():
+        size = evidence.size
+        axes.text(0.5, 0.5, f"0 of {size} cells with evidence", transform=axes.transAxes, **text)
+        return
+    start, steps = int(np.flatnonzero(evidence.any(axis=1))[-1]) + 1, len(evidence)
+    grey = np.flatnonzero(plane.reference.values > CEILING)
+    if len(grey) >= LABELLED * steps and grey[0] >= start:
+        start = int(grey[0])  # the words stand in the grey part alone
+    if steps - start < LABELLED * steps or set(plane.reference_source.values[start:].tolist()) & {"", *GUESSES}:
+        return
+    low, high = (round(100 * float(end)) for end in (plane.reference[start:].min(), plane.reference[start:].max()))
+    share = f"{low} %" if low == high else f"{low} to {high} %"
+    axes.text((start + steps) / 2, evidence.shape[1] / 2, f"an input alone\nis right on\n{share}", **text)
 
 
 def _rank(data: xr.Dataset, axis: str, value: int | str) -> int:
@@ -263,8 +287,9 @@ def _rank(data: xr.Dataset, axis: str, value: int | str) -> int:
 
 
 def _mark(axes: Axes, column: int, row: int) -> set[str]:
-    """Marks the best cell with a star."""
-    axes.plot(column + 0.5, row + 0.5, "*", color="white", markersize=11, markeredgecolor="black", markeredgewidth=0.9)
+    """Marks the best cell with a star, below the dot of a cell above x0-hat."""
+    star = {"color": "white", "markersize": 12, "markeredgecolor": "black", "markeredgewidth": 0.9, "zorder": 3}
+    axes.plot(column + 0.5, row + 0.5, "*", clip_on=False, **star)
     return {"best"}
 
 
@@ -293,25 +318,33 @@ def _roles(shown: Sequence[tuple[Grid, str]]) -> set[Role]:
 def _colorbar(figure: Figure, panels: np.ndarray, shown: Sequence[tuple[Grid, str]]) -> None:
     """The scale of skill. shown: grids and targets; what 0 means depends on what their targets have to beat."""
     beaten = "the best input\nor chance" if _roles(shown) & set(MUST_BEAT) else "chance"
-    colours = ScalarMappable(Normalize(WORST, 1), skill_colours())
-    bar = figure.colorbar(colours, ax=list(panels), extend="min", aspect=28, pad=0.015, fraction=0.05)
-    bar.set_ticks([-0.5, 0, 0.25, 0.5, 0.75, 1], labels=["−0.5", "0", "0.25", "0.5", "0.75", "1"])
+    colours, rows = ScalarMappable(Normalize(0, 1), skill_colours()), -(-len(shown) // 2)
+    place = {"shrink": min(1.0, 2 / rows), "anchor": (0.0, 1.0), "aspect": 28, "pad": 0.015, "fraction": 0.05}
+    bar = figure.colorbar(colours, ax=list(panels), **place)
+    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "0.25", "0.5", "0.75", "1"])
     bar.set_label(f"skill: 0 = as accurate as {beaten}, 1 = always right", fontsize=8)
     bar.outline.set_linewidth(0.5)
 
 
-def _map_legend(figure: Figure, notes: set[str], columns: int, shown_targets: Sequence[tuple[Grid, str]]) -> None:
-    beaten = "chance and inputs" if _roles(shown_targets) & set(MUST_BEAT) else "chance"
+def _map_legend(
+    figure: Figure, notes: set[str], columns: int, shown_targets: Sequence[tuple[Grid, str]], free: Axes | None
+) -> None:
+    """What the marks of maps mean, in the panel that is free or below all panels."""
+    beaten = "chance and every input" if _roles(shown_targets) & set(MUST_BEAT) else "chance"
     handles = {
         "best": (Line2D([], [], marker="*", color="white", markeredgecolor="black", markersize=10, linestyle=""),
-                 "best cell (chosen on validation)"),
-        "above_x0": (Line2D([], [], color=OUTLINE, linewidth=1.8), "outlined: more accurate than x0-hat"),
-        "no_evidence": (Patch(facecolor="white", edgecolor=HATCH, hatch="/////"),
-                        f"hatched: no evidence above {beaten}"),
-        "no_room": (Patch(facecolor=UNDEFINED), "grey: an input alone is right on more than 95 %"),
+                 "star: best cell (chosen on validation)"),
+        "above_x0": (Line2D([], [], marker="o", color=SHOWN, markeredgecolor="white", markersize=6, linestyle=""),
+                     "dot: more accurate than x0-hat"),
+        "blank": (Patch(facecolor="white", edgecolor=FRAME, linewidth=0.6), f"blank: no evidence above {beaten}"),
+        "no_room": (Patch(facecolor=UNDEFINED), f"grey: an input alone is right on more than {100 * CEILING:.0f} %"),
     }  # fmt: skip
     shown = [handles[name] for name in handles if name in notes]
-    _legend(figure, [h for h, _ in shown], [label for _, label in shown], columns)
+    if free is None:
+        _legend(figure, [h for h, _ in shown], [label for _, label in shown], columns)
+    else:
+        free.axis("off")
+        free.legend(*zip(*shown, strict=True), loc="center left", frameon=False, handlelength=1.8)
 
 
 def _legend(figure: Figure, handles: list, labels: list[str], columns: int) -> None:

@@ -43,7 +43,7 @@ def write_report(
     if checks.best:
         figures["checks.png"] = partial(check_panels, grid, checks)
     if checks.matrices:
-        figures["generalisation.png"] = partial(generalisation, checks.matrices)
+        figures["generalisation.png"] = partial(generalisation, grid, checks.matrices)
     if others:
         figures["others.png"] = partial(maps, grid, others)
     if films is not None:

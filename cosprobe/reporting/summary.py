@@ -28,21 +28,21 @@ WIDTH = 110  # width of printed tables if the output is not a terminal
 CAPTIONS = {
     "headline.png": "Where the answer is decodable. One square per layer and denoising step. The colour is skill: "
     "(accuracy - reference) / (1 - reference). The reference is the accuracy of the best input at that step, and at "
-    "least chance. White: as accurate as that input. Brown: less accurate. (An input may be read in a richer form than "
-    "a layer: the whole frame, or all latent frames.) Hatched: no evidence that the probe is more accurate than chance "
-    "and than every input, after correction for all squares. Orange outline: more accurate than x0-hat at that step, "
-    "after the same correction. Star: the cell with the best validation accuracy.",
-    "curves.png": "Accuracy by denoising step with 95 % intervals by problem, compared with the best input, the noisy "
-    "latent, the input of block 0, chance, and x0-hat.",
+    "least chance. (An input may be read in a richer form than a layer: the whole frame, or all latent frames.) Blank: "
+    "no evidence that the probe is more accurate than chance and than every input, after correction for all squares. "
+    "Grey: an input alone is right on more than 95 %, and skill is not defined. Orange dot: more accurate than x0-hat "
+    "at that step, after the same correction. Star: the cell with the best validation accuracy.",
+    "curves.png": "Accuracy of some layers by denoising step, with 95 % intervals by problem, compared with the best "
+    "input, chance, and x0-hat.",
     "others.png": "The same maps for the other targets. Perception targets are visible in the first frame. Nuisance "
     "targets are possible confounds. For both, the reference is chance. For memory targets it is the best input, read "
-    "in the same frame and region. The labels of the control target are random: all of its squares must be hatched.",
+    "in the same frame and region. The labels of the control target are random: its map must be blank.",
     "generalisation.png": "Test accuracy of probes on cells that they were not trained on. Rows: trained on. Columns: "
-    "tested on. If a probe is accurate on the step it was trained on only, other steps represent the target "
-    "differently, or not at all.",
-    "checks.png": "For the best cell of each target: accuracy by number of training problems; accuracy by predicted "
-    "probability, with and without the temperature; accuracy with permuted and fresh transformer weights; latency of "
-    "every layer, and of x0-hat.",
+    "tested on. The numbers above a panel are its lowest and highest accuracy. If a probe is accurate on the step it "
+    "was trained on only, other steps represent the target differently, or not at all.",
+    "checks.png": "For the best cell of each target: accuracy with fewer training problems; accuracy by predicted "
+    "probability, with and without the temperature; accuracy with permuted and fresh transformer weights, by layer at "
+    "the first step; latency of every layer, and of x0-hat. Bars and bands: 95 % intervals.",
     "film.png": "The last frame of x0-hat, the model's estimate of the clean video, at the decoded steps. The "
     "coloured box marks the candidate with the highest parser score, the black box the right candidate.",
 }

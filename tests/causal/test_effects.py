@@ -26,7 +26,7 @@ from cosprobe.causal.effects import (
 )
 from cosprobe.causal.experiments import PROBE, Condition, Noise, Swap
 from cosprobe.causal.interventions import PAIRINGS, upper_without_wins
-from cosprobe.causal.report import agreement_lines, claims, condition_rows, figure
+from cosprobe.causal.report import SWAPS, agreement_lines, claims, condition_rows, figure
 from cosprobe.causal.run import Outcomes
 from cosprobe.errors import InputError
 from cosprobe.evaluation import (
@@ -350,9 +350,12 @@ def test_panels_of_a_swap_show_the_same_cells_and_leave_none_out():
     table.attrs["edit"] = "swap"
     panels = [axes for axes in figure(table).axes if axes.images]
     last = panels[-1].get_xticklabels()
-    assert [label.get_text() for label in last] == ["0", "2", "all"] and panels[-1].get_xlabel() == "step"
-    assert {axes.get_title(loc="left") for axes in panels} == set(table.name.values.tolist())
+    assert [label.get_text() for label in last] == ["0", "2", "all"] and panels[
+        -1
+    ].get_xlabel() == "step that is changed"
+    named = {SWAPS[name]: name for name in dict.fromkeys(table.name.values.tolist())}
+    assert [axes.get_title(loc="left") for axes in panels] == list(named)
     for axes in panels:
         assert axes.images[0].get_array().shape == (2, 3) and axes.get_xlim() == (-0.5, 2.5)
         written = [text.get_text() for text in axes.texts]
-        assert len(written) == int((table.name.values == axes.get_title(loc="left")).sum())
+        assert len(written) == int((table.name.values == named[axes.get_title(loc="left")]).sum())

@@ -25,12 +25,13 @@ from cosprobe.ensembles.comparison import (
     oracle,
     price,
 )
-from cosprobe.ensembles.report import figure, numbers, remarks, write_ensemble
+from cosprobe.ensembles.report import NAMES, figure, numbers, remarks, write_ensemble
 from cosprobe.ensembles.run import run
 from cosprobe.ensembles.strategies import STRATEGIES, Hyperparameters
 from cosprobe.ensembles.trajectories import Candidate, Trajectories
 from cosprobe.tasks.samples import fresh_problems
 from tests.examples.banks import TASK
+from tests.examples.figures import apart, check_words
 
 TINY = Size(3, 2, 4, ("middle", "early", "all"), ((0,),), (3,))
 COST = Cost(1.0, 5.0, (1.0, 2.0), 2.0, 4.0)
@@ -222,7 +223,41 @@ def test_remarks_name_what_is_clearly_better_and_nothing_else():
     assert "hidden" in first and "probe_best" not in first and "single" not in first
     assert any(re.search(r"orrelation of errors.* 1\.00\b", line) for line in others)
     assert any("0.75 at step 0" in line and "pairs" in line for line in others)
-    assert len(figure(planted(3)).axes) == 4
+
+
+def test_figure_names_strategies_in_words_and_says_what_is_left_out():
+    found = planted(3)
+    paper = dict(found.chosen["the paper's"])
+    del paper["probe_best"]
+    found.chosen["the paper's"] = paper
+    drawn = figure(found)
+    words = check_words(drawn)
+    _, windows, left, right = drawn.axes
+    names = [NAMES[name] for name in ("single", "hidden", "probe_best")]
+    assert [tick.get_text() for tick in left.get_yticklabels()] == names
+    assert [text.get_text() for text in left.texts] == ["costs more"] and len(right.texts) == 0
+    assert [tick.get_text() for tick in windows.get_yticklabels()] == ["middle (1 to 1)"]
+    dots = [line.get_xydata()[0].tolist() for line in right.lines if line.get_marker() == "o"]
+    expected = [found.test[c].mean() for c in found.chosen["three runs'"].values()]
+    order = [names.index(NAMES[c.name]) for c in found.chosen["three runs'"].values()]
+    assert sorted(dots, key=lambda xy: xy[1]) == [[expected[order.index(i)], i] for i in range(3)]
+    assert not any(axes.get_legend() for axes in drawn.axes)  # none over the data
+    titles = {axes.get_title("left") for axes in drawn.axes}
+    assert apart([box for text, box in words.items() if text.get_text() in titles])
+
+
+def test_every_strategy_has_a_name_and_the_axis_of_compute_holds_a_strategy_that_costs_nothing_more():
+    assert set(NAMES) == set(STRATEGIES)
+    found = planted(3)
+    retry = Candidate("retry", Hyperparameters(3))
+    found.curves["retry"] = [retry]
+    found.test[retry], found.spent[retry] = found.plain, found.plain_cost
+    axes = figure(found).axes[0]
+    (line,) = [line for line in axes.lines if line.get_label() == NAMES["retry"]]
+    assert line.get_xdata().tolist() == [1.0] and axes.get_xlim()[0] < 1
+    figure_of = axes.figure.canvas
+    figure_of.draw()
+    assert "≤ 1" in [tick.get_text() for tick in axes.get_xticklabels()]
 
 
 def test_a_size_that_is_not_known_is_refused():
