@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from matplotlib import rc_context
 from scipy import stats
 
 from cosprobe.activations import ProbeSamples
@@ -36,7 +37,9 @@ from cosprobe.cells import Cell
 from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.evaluation import FAILS, HOLDS, UNCLEAR, UNTESTED, build_grid, evaluate
 from cosprobe.probes import fit
+from cosprobe.reporting import STYLE
 from cosprobe.tasks import Target
+from tests.examples.figures import apart, check_words
 
 REGIONS, CHANNELS, STEPS, LAYERS = 4, 8, 3, 5
 ANSWER = Target("answer", REGIONS, "candidate", "answer", ("one",))
@@ -359,3 +362,19 @@ def test_page_numbers_and_figure_are_written(found, tmp_path):
 def test_panels_that_the_run_has_not_say_so():
     panels = figure(xr.Dataset({})).axes
     assert [panel.texts[0].get_text() for panel in panels] == ["not in this run"] * 4
+
+
+@pytest.mark.slow
+def test_the_figure_is_legible_and_no_legend_covers_data(found):
+    with rc_context(STYLE):
+        drawn = figure(found.curves)
+    words = check_words(drawn)
+    renderer = drawn.canvas.get_renderer()
+    for axes in drawn.axes:
+        assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title("left")
+        legend = axes.get_legend()
+        assert legend is None or legend.get_window_extent(renderer).y1 < axes.get_window_extent(renderer).y0
+    assert apart([box for text, box in words.items() if text.get_text() in {a.get_title("left") for a in drawn.axes}])
+    layers = drawn.axes[-1]
+    least = min(np.min(line.get_ydata()) for line in layers.lines)
+    assert layers.get_ylim()[0] == pytest.approx(min(-0.05, least - 0.05))  # no room that nothing is shown in

@@ -10,6 +10,7 @@ import pytest
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from scipy import stats
 
 from cosprobe.causal.clean import NONE
@@ -24,9 +25,9 @@ from cosprobe.causal.effects import (
     summarised,
     upper_bounds,
 )
-from cosprobe.causal.experiments import PROBE, Condition, Noise, Swap
+from cosprobe.causal.experiments import CONTROL, PROBE, Condition, Noise, Swap
 from cosprobe.causal.interventions import PAIRINGS, upper_without_wins
-from cosprobe.causal.report import SWAPS, agreement_lines, claims, condition_rows, figure
+from cosprobe.causal.report import SWAPS, agreement_figure, agreement_lines, claims, condition_rows, figure
 from cosprobe.causal.run import Outcomes
 from cosprobe.errors import InputError
 from cosprobe.evaluation import (
@@ -41,6 +42,7 @@ from cosprobe.evaluation import (
     share_interval,
     verdict,
 )
+from tests.examples.figures import apart, check_words
 
 STEPS, PROBLEMS = 4, 20
 EDIT = (Edit("noise", steps=(1,)),)
@@ -359,3 +361,49 @@ def test_panels_of_a_swap_show_the_same_cells_and_leave_none_out():
         assert axes.images[0].get_array().shape == (2, 3) and axes.get_xlim() == (-0.5, 2.5)
         written = [text.get_text() for text in axes.texts]
         assert len(written) == int((table.name.values == named[axes.get_title(loc="left")]).sum())
+
+
+def drawn(edit: str, conditions) -> Figure:
+    table = summarised(outcomes_of(conditions, follow=edit == "noise"), PAIRINGS[edit], [(0,)] * PROBLEMS)
+    table.attrs |= {"edit": edit, "total_steps": STEPS}
+    return figure(table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edit", ["noise", "swap", "steer", "erase", "ablate"])
+def test_figures_are_legible_and_all_steps_come_last(edit):
+    steps, layers = (0, 2), (1, 3)
+    cells = [(s, n) for n in layers for s in (*steps, NONE)]  # in another order than they are shown in
+    conditions = {
+        "noise": lambda: Noise(steps, STEPS, range(2), 1.0, 2, (4, 8)).conditions(),
+        "swap": lambda: Swap(steps, layers, 4, 2, True, whole=True).conditions(),
+        "steer": lambda: [
+            *(Condition(PROBE, EDIT, s, 1, dose=d) for s in (*steps, NONE) for d in (0.5, 1.0)),
+            *(Condition("random direction", EDIT, s, 1, dose=1.0, draw=i) for s in (*steps, NONE) for i in range(2)),
+            *(Condition(CONTROL, EDIT, s, 1, dose=1.0) for s in (*steps, NONE)),
+        ],
+        "erase": lambda: [Condition(name, EDIT, s, n) for s, n in cells for name in ("erased", "control erased")],
+        "ablate": lambda: [Condition(name, EDIT, s, n) for s, n in cells for name in ("zero", "mean", "resample")],
+    }[edit]()
+    shown = drawn(edit, conditions)
+    words = check_words(shown)
+    assert apart([box for text, box in words.items() if text.get_text() in {a.get_title("left") for a in shown.axes}])
+    assert not any(axes.get_legend() for axes in shown.axes)  # none over the data
+    if edit in ("erase", "ablate"):
+        assert [tick.get_text() for tick in shown.axes[0].get_yticklabels()] == [
+            *(f"step {s}, layer {n}" for s in steps for n in layers), "all steps, layer 1", "all steps, layer 3",
+        ]  # fmt: skip
+    if edit == "steer":
+        assert [axes.get_title("left").split(",")[0] for axes in shown.axes] == ["step 0", "step 2", "all steps"]
+
+
+def test_cells_with_the_same_values_share_one_number_in_the_figure_of_agreement():
+    cells = [(s, n) for s in (0, 1) for n in (1, 3)]
+    effect = np.array([0.1, 0.4, 0.2, 0.2])
+    skill, ends = np.array([0.0, 0.5, 0.6, 0.6]), (effect - 0.1, effect + 0.1)
+    found = Agreement(cells, skill, effect, *ends, (0.5, 0.1, 0.8), [], [], 0.1)
+    shown = agreement_figure(found)
+    check_words(shown)
+    assert sorted(text.get_text() for text in shown.axes[0].texts) == ["1", "1, 3", "3"]
+    (legend,) = shown.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["margin, 0.1", "step 0", "step 1"]
