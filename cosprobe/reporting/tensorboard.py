@@ -39,7 +39,7 @@ FIGURES = {  # of the report
 }
 WIDTH = 880  # of an image, in pixels
 BASELINES = (X0, X0_PARSED)  # the others are in the best input
-MOST_LAYERS = 26  # with 2 best layers and 12 other runs there are 40; of more, Custom Scalars selects none at first
+MOST_LAYERS = 28  # with 12 other runs there are 40; of more, Custom Scalars selects none at first
 VARIED = (  # the settings that runs usually differ in
     *("task", "task.problems", "task.seeds", "task.image_size", "task.frames"),
     *("pipeline.path", "pipeline.lora", "pipeline.steps", "pipeline.guidance"),
