@@ -51,6 +51,9 @@ docs: $(INSTALLED)
 	$(BIN)/python probe.py use=film run=runs/maze-layers use.kind=choice
 	cp runs/maze-layers/logistic/report/film/choice_*.gif docs/figures/film-choice.gif
 	cp runs/maze-layers/logistic/report/causal-noise/noise.png docs/figures/
+	$(BIN)/python train.py probe=layers pipeline.steps=5 run_dir=runs/few-steps
+	$(BIN)/python probe.py use=compare 'runs=[runs/maze-layers,runs/few-steps]'
+	cp runs/maze-layers/logistic/report/compare-few-steps/few-steps.png docs/figures/compare.png
 	cp runs/select-layers/logistic/report/causal-steer/steer.png docs/figures/
 	cd runs/maze-layers/logistic/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../../docs/figures/
 	cd runs/maze-layers/logistic/report && cp early/frontier.png ../../../../docs/figures/early.png && cp ensemble/ensemble.png ../../../../docs/figures/
