@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from types import NoneType
@@ -45,7 +46,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cosprobe.config import SCHEMAS, CaptureConfig, TrainRun, UseRun
-from cosprobe.differences import check_same
+from cosprobe.differences import check_same, flattened
 from cosprobe.errors import InputError, Terminated
 from cosprobe.files import FULL, disk_error, make_folder, whole_file
 from cosprobe.processes import LOST, end_others, tell
@@ -257,6 +258,33 @@ def _saved(path: Path) -> dict[str, Any]:
             "the result was made with; restore it, or delete it and run the same train.py command, which writes it"
         )
     return yaml.safe_load(text)
+
+
+def shell_command(run: TrainRun | UseRun) -> str:
+    """The command line that gives these settings, whatever was typed: every setting that differs from its default."""
+    groups = {name: value for name, value in _chosen(run).items() if name != "experiment" or value != "probes"}
+    words = [f"{group}={option}" for group, option in groups.items()]
+    plain = _composed(type(run), words).settings
+    for name, value in flattened(asdict(run)).items():
+        default = OmegaConf.select(plain, name, throw_on_missing=False)
+        if value != (OmegaConf.to_object(default) if OmegaConf.is_config(default) else default):
+            words.append(f"{name}={_typed(value)}")
+    # words with quotes of Hydra are easier to read in double quotes
+    return " ".join(
+        f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
+        for word in ("python", f"{run.entry}.py", *words)
+    )
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed on Hydra's command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_typed, value))}]"
+    if not isinstance(value, str):
+        return "null" if value is None else str(value).lower()
+    if re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
+        return value
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
 
 
 def check_results(run: TrainRun, run_dir: Path, model: Mapping[str, str] | None = None) -> None:
@@ -656,13 +684,17 @@ def _words(hint: Any, many: bool = False) -> str:
     return " or ".join(_words(part) for part in inner)
 
 
+def _chosen(run: TrainRun | UseRun) -> dict[str, str]:
+    """The chosen option of each group in SCHEMAS."""
+    return {
+        group: next(name for name, schema in options.items() if schema is type(getattr(run, group)))
+        for group, options in SCHEMAS.items()
+        if hasattr(run, group)
+    }
+
+
 def _text(run: TrainRun, model: Mapping[str, str]) -> str:
     """YAML of every setting. At the top, `groups` has the chosen option of each group in SCHEMAS, and `model` the
     fingerprint of the model."""
-    groups = {
-        group: next(name for name, schema in SCHEMAS[group].items() if schema is type(getattr(run, group)))
-        for group in SCHEMAS
-        if hasattr(run, group)
-    }
-    made_from = OmegaConf.create({"groups": groups, "model": dict(model)})
+    made_from = OmegaConf.create({"groups": _chosen(run), "model": dict(model)})
     return OmegaConf.to_yaml(made_from) + OmegaConf.to_yaml(OmegaConf.structured(run))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from dataclasses import fields
 from itertools import product
 
 import pytest
 import yaml
 
-from cosprobe.command import CONFIGS, MARK, describe, load, read_run, save_config
+from cosprobe.command import CONFIGS, MARK, describe, load, read_run, save_config, shell_command
 from cosprobe.config import SCHEMAS, MiniConfig, PredictConfig, ProbeExperiment, TrainRun, UseRun
 from cosprobe.errors import InputError
 from cosprobe.tasks import MazeConfig
@@ -196,6 +197,32 @@ def test_settings_are_read_back_as_they_were(tmp_path, experiment):
     assert read_run(path.parent) == run
     assert "${" not in path.read_text()
     assert save_config(run, path.parent).read_text() == path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("root", "overrides"),
+    [
+        (TrainRun, []),
+        (TrainRun, ["task=select", "task.problems=90", "probe=frames", "probe.penalties=[1,2.5]", "run_dir='my run'"]),
+        (TrainRun, ["pipeline=wan2_2_i2v_a14b", "pipeline.negative_prompt='it\\'s \"blurred\", 5 % = $1 `x` !\\\\'"]),
+        (TrainRun, ["run_dir='true'", "pipeline.path='1e3'", "trainer=cpu", "trainer.limit_predict_batches=2"]),
+        (TrainRun, ["experiment=mini_small", "seed=5", "run_dir='é/ü\\\\'"]),
+        (UseRun, ["use=intervene", "run=runs/x", "use.steps='0,5'", "use.doses=[0.1,1]"]),
+        (UseRun, ["use=film", "run=x", "use.image=a.png", "use.prompt='draw, a (line)'"]),
+        (UseRun, ["use=predict", "run=x", "use.layer=3"]),
+    ],
+)
+def test_the_command_of_settings_gives_them_again(root, overrides):
+    run = load(root, overrides)
+    program, script, *words = shlex.split(shell_command(run))
+    assert (program, script) == ("python", f"{root.entry}.py")
+    assert load(root, words) == run
+
+
+def test_the_command_names_what_differs_from_the_defaults():
+    words = shlex.split(shell_command(load(TrainRun, ["seed=3", "task=hide"])))
+    assert "task=hide" in words and "seed=3" in words and "run_dir=runs/hide-layers" in words
+    assert not any(word.startswith(("trainer.", "probe.", "store=")) for word in words)
 
 
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
