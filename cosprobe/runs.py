@@ -172,13 +172,14 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def mark_finished(report: Path, bank: str, printed: str = "") -> None:
+def mark_finished(report: Path, bank: str, printed: str = "", made_by: str = "") -> None:
     """Notes that a report is complete: that of a result, or one of `probe.py`.
 
-    bank: fingerprint of the probes. printed: what the command printed at its end.
+    bank: fingerprint of the probes. printed: what the command printed at its end. made_by: the command.
     """
     files = sorted(path.name for path in report.iterdir() if path.is_file() and path.name != FINISHED)
-    write_json(report / FINISHED, {"probes": bank, "code": code_fingerprint(), "files": files, "printed": printed})
+    about = {"probes": bank, "code": code_fingerprint(), "files": files, "printed": printed, "command": made_by}
+    write_json(report / FINISHED, about)
 
 
 def finished(report: Path, bank: str) -> str | None:

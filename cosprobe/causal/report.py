@@ -270,7 +270,9 @@ def write_page(
     about = {key: table.attrs[key] for key in ("edit", "task", "kind", "n", "problems", "clean_runs")}
     numbers = [{n: None if v != v else v for n, v in asdict(claim).items()} for claim in stated]  # NaN: not measured
     named = {"about": f"{table.attrs['kind']}: {name}", "trial": bool(table.attrs["n"] < LEAST_PAIRS)}
-    write_json(folder / CLAIMS, about | named | {"claims": numbers})
+    said = [ABOUT[name], _size(table), *(agreement_lines(found) if found is not None else []), *_notes(table)]
+    texts = {"remarks": said, "conditions": condition_rows(table)}
+    write_json(folder / CLAIMS, about | named | {"claims": numbers} | texts)
     drawn = figure(table)
     with whole_file(folder / f"{name}.png") as part:
         drawn.savefig(part, format="png")
@@ -301,7 +303,14 @@ def lines(table: xr.Dataset, stated: Sequence[Claim], found: Agreement | None) -
         "",
     ]
     if found is not None:
-        out += ["## Decodable and used", "", *agreement_lines(found), "", "![agreement](agreement.png)", ""]
+        out += [
+            "## Decodable and used",
+            "",
+            *(f"* {line}" for line in agreement_lines(found)),
+            "",
+            "![agreement](agreement.png)",
+            "",
+        ]
     return [*out, "## All conditions", "", *markdown_table(*condition_rows(table)), "", *_notes(table)]
 
 
@@ -381,9 +390,9 @@ def agreement_lines(found: Agreement) -> list[str]:
         "are equal, or there are too few cells."
     )
     return [
-        f"* {first}",
-        f"* Decodable, and an effect of {found.margin:g} or more is ruled out: {named(found.not_used)}.",
-        f"* Used, and no evidence that it is decodable: {named(found.not_decodable)}.",
+        first,
+        f"Decodable, and an effect of {found.margin:g} or more is ruled out: {named(found.not_used)}.",
+        f"Used, and no evidence that it is decodable: {named(found.not_decodable)}.",
     ]
 
 
@@ -402,7 +411,7 @@ def print_page(table: xr.Dataset, stated: Sequence[Claim], found: Agreement | No
         shown.add_row(claim.control, claim.estimate, claim.verdict)
     console.print(shown)
     for line in agreement_lines(found) if found is not None else []:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(f"* {line}", highlight=False, soft_wrap=True)
     console.print(f"\npage: {page}", highlight=False, soft_wrap=True)
 
 

@@ -310,6 +310,8 @@ def _described(tested: Sequence[KindReport], prices: Prices) -> dict[str, Any]:
         one.calibrated.policy.kind: {
             "policy": one.calibrated.policy.described(),
             "first_exit_errors_on_validation": one.calibrated.first_errors,
+            "tables": {"stopping rules": _rules_table(one, prices), "runs that the policy stopped": _live_table(one)},
+            "remarks": [HINDSIGHT, *remarks(one)],
             "result": asdict(one.result),
             "rules": {
                 rule.name: {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(rule).items()}

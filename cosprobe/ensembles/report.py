@@ -237,6 +237,8 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
         "oracle": {k: float(oracle(comparison.right, k).mean()) for k in range(1, count + 1)},
         "error_correlation": _finite(error_correlation(comparison.right)),
         "ranking": {step: _finite(value) for step, value in comparison.ranking.items()},
+        "tables": {_caption(comparison, budget): rows(comparison, budget) for budget in comparison.chosen},
+        "remarks": remarks(comparison),
         "validation": {
             str(c): {"gflop": comparison.cost[c], "right": float(v.mean())} for c, v in comparison.validation.items()
         },

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,14 @@ class Claim:
     lower: float
     upper: float
     verdict: str
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Claim:
+        """The claim of a report's JSON file, where a number that was not measured is null."""
+        found: dict[str, Any] = {
+            field.name: np.nan if saved[field.name] is None else saved[field.name] for field in fields(cls)
+        }
+        return cls(**found)
 
     @property
     def estimate(self) -> str:

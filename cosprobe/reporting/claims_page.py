@@ -6,12 +6,9 @@ The table stands between the comments `<!-- claims -->` and `<!-- /claims -->` o
 
 from __future__ import annotations
 
-import math
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from cosprobe.errors import InputError
 from cosprobe.evaluation import Claim
@@ -20,7 +17,6 @@ from cosprobe.reporting.summary import markdown_table
 from cosprobe.runs import REPORT, find_result
 
 BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
-CLAIM = tuple(field.name for field in fields(Claim))
 HEAD = ["experiment", "claim", "control", "measured", "difference [95 %]", "n", "verdict"]
 
 
@@ -36,8 +32,7 @@ def rows(name: str, result: Path, pattern: str) -> list[list[str]]:
     for file in files:
         content = read_json(file, "run the command that writes it again")
         for saved in [] if content.get("trial") else content["claims"]:
-            values: dict[str, Any] = {key: math.nan if saved[key] is None else saved[key] for key in CLAIM}
-            claim, about = Claim(**values), saved.get("about", content.get("about"))
+            claim, about = Claim.of(saved), saved.get("about", content.get("about"))
             texts = (claim.claim, claim.control, claim.measure, claim.estimate)
             n = saved.get("n", content.get("n")) or ""
             found.append([f"{name}, {about}", *texts, str(n), claim.verdict])

@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 
 from cosprobe.evaluation import FILE, Grid
 from cosprobe.evaluation.checks import Checks
-from cosprobe.files import make_folder, whole_file
+from cosprobe.files import make_folder, whole_file, write_json
 from cosprobe.reporting.check_figures import check_panels, generalisation
 from cosprobe.reporting.figures import curves, frame_maps, headline, maps
 from cosprobe.reporting.film import Film, film_strip
-from cosprobe.reporting.summary import shown_targets, summary_markdown
+from cosprobe.reporting.summary import SUMMARY, shown_targets, summary_data, summary_markdown
 from cosprobe.tasks import ANSWER_ROLES
 
 
@@ -25,7 +25,8 @@ def write_report(
     films: Film | None = None,
     behaviours: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
-    """Writes grid.nc, figures (PNG) and, last, summary.md to the folder run_dir/report. Returns that folder.
+    """Writes grid.nc, figures (PNG), summary.json (remarks and the table of checks) and, last, summary.md to the folder
+    run_dir/report. Returns that folder.
 
     behaviours: sentences about each behaviour.
     """
@@ -51,6 +52,7 @@ def write_report(
     for name, draw in figures.items():
         with whole_file(folder / name) as part:
             draw().savefig(part)
+    write_json(folder / SUMMARY, summary_data(grid, checks))
     text = summary_markdown(grid, checks, tuple(figures), behaviours)
     with whole_file(folder / "summary.md") as part:
         part.write_text(text, encoding="utf-8")

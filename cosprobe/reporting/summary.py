@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -22,6 +22,7 @@ from cosprobe.evaluation.checks import TRAINED, Checks
 from cosprobe.tasks import ANSWER_ROLES, RELABELLED, Role
 
 NONE = "-"
+SUMMARY = "summary.json"
 COLUMNS = ("target", "best cell", "accuracy [95 %]", "chance", "best input", "x0-hat shows", "evidence", "n")
 WIDTH = 110  # width of printed tables if the output is not a terminal
 
@@ -226,6 +227,13 @@ def summary_markdown(
     return "\n".join(out) + "\n"
 
 
+def summary_data(grid: Grid, checks: Checks) -> dict[str, Any]:
+    """What the summary says and the grid does not hold, for JSON: the remarks, and the rows of the table of checks,
+    heading first."""
+    head, rows = check_table(grid, checks) if checks.best else ([], [])
+    return {"remarks": remarks(grid, checks), "checks": [head, *rows] if checks.best else []}
+
+
 def markdown_table(head: Sequence[str], *rows: Sequence[str]) -> list[str]:
     """Lines of a Markdown table."""
     table = [head, ["-" * max(3, len(name)) for name in head], *rows]
@@ -256,8 +264,11 @@ def print_summary(grid: Grid, checks: Checks, run_dir: Path, console: Console | 
     for line in remarks(grid, checks):
         console.print(line, markup=False, highlight=False)
     run_dir = Path(run_dir)
-    for name, path in (("report", run_dir / "report" / "summary.md"), ("TensorBoard", run_dir / "tensorboard")):
-        text = f"{name}: {'tensorboard --logdir ' if name == 'TensorBoard' else ''}{path}"
+    for text in (
+        f"report: {run_dir / 'report' / 'report.html'}",
+        f"the same as text: {run_dir / 'report' / 'summary.md'}",
+        f"TensorBoard: tensorboard --logdir {run_dir / 'tensorboard'}",
+    ):
         console.print(text, markup=False, highlight=False, soft_wrap=True)  # paths are not broken
     return console.export_text()
 

@@ -62,7 +62,7 @@ def printed(grid: Grid, run: Path, checks: Checks = NOTHING) -> str:
 
 
 def test_report_holds_grid_summary_and_figures_and_nothing_half_written(grid, run):
-    assert {p.name for p in (run / "report").iterdir()} == {"grid.nc", "summary.md"} | FIGURES
+    assert {p.name for p in (run / "report").iterdir()} == {"grid.nc", "summary.json", "summary.md"} | FIGURES
     for name in FIGURES:
         assert (run / "report" / name).read_bytes().startswith(b"\x89PNG")
     assert Grid.load(run).best("answer") == grid.best("answer")
@@ -76,7 +76,7 @@ def test_a_grid_with_several_positions_gets_frame_maps(tmp_path):
     framed = build_grid(synthetic(2, 2, 60, positions=("all", "0", "1"), targets=(ANSWER,)), draws=30)
     folder = write_report(framed, NOTHING, tmp_path)
     assert {p.name for p in folder.iterdir()} == {
-        "grid.nc", "summary.md", "headline.png", "curves.png", "frames_answer.png",
+        "grid.nc", "summary.json", "summary.md", "headline.png", "curves.png", "frames_answer.png",
     }  # fmt: skip
     assert FRAMES_CAPTION.format("`answer`") in (folder / "summary.md").read_text()
     assert "position " in summarise(framed)[0].where
@@ -161,7 +161,7 @@ def test_printed_table_is_aligned_and_whole_where_there_is_no_terminal(grid, run
 def test_printed_paths_are_never_broken(grid, tmp_path):
     deep = tmp_path / ("a-very-long-name-" * 12)
     text = printed(grid, deep)
-    assert f"{deep}/report/summary.md\n" in text
+    assert f"{deep}/report/report.html\n" in text and f"{deep}/report/summary.md\n" in text
     assert f"tensorboard --logdir {deep}/tensorboard\n" in text
 
 
@@ -172,7 +172,7 @@ def test_a_run_with_checks_reports_them(tmp_path):
     made = small_run()
     folder = write_report(made.grid, made.checks, tmp_path)
     figures = {"headline.png", "curves.png", "others.png", "checks.png", "generalisation.png"}
-    assert {p.name for p in folder.iterdir()} == {"grid.nc", "summary.md"} | figures
+    assert {p.name for p in folder.iterdir()} == {"grid.nc", "summary.json", "summary.md"} | figures
     text = (folder / "summary.md").read_text()
     assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == figures
     head, rows = check_table(made.grid, made.checks)
@@ -304,6 +304,8 @@ def test_a_grid_without_an_answer_or_a_model_answer_has_no_checks_to_draw(tmp_pa
     made = examined(replace(samples, targets=plain), inputs, None)
     assert made.checks.best == {}
     folder = write_report(made.grid, made.checks, tmp_path)
-    assert {p.name for p in folder.iterdir()} == {"grid.nc", "summary.md", "headline.png", "curves.png"}
+    assert {p.name for p in folder.iterdir()} == {
+        "grid.nc", "summary.json", "summary.md", "headline.png", "curves.png",
+    }  # fmt: skip
     for text in ((folder / "summary.md").read_text(), printed(made.grid, tmp_path, made.checks)):
         assert "best cell" in text and "selectivity" not in text  # the table of best cells, and none of checks
