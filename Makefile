@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test test-fast style lint docs site bench gpu-check validity torture support clean
+.PHONY: demo test test-fast test-browser style lint docs site bench gpu-check validity torture support clean
 
 # bytecode is kept whatever the environment says: tests start many processes, and each would compile all modules again
 export PYTHONDONTWRITEBYTECODE =
@@ -18,12 +18,18 @@ demo: $(INSTALLED)
 
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: style
-	$(BIN)/mypy & types=$$!; $(PYTEST) -m "not docs and not gpu"; tests=$$?; wait $$types && exit $$tests
+	$(BIN)/mypy & types=$$!; $(PYTEST) -m "not docs and not gpu and not browser"; tests=$$?; wait $$types && exit $$tests
 
 # while writing code: no linter, and none of the tests that take more than a third of a second or start two processes, such as
 # whole runs, most fits and figures, simulations, thousands of problems, the model in the package and killed processes
 test-fast: $(INSTALLED)
-	$(PYTEST) -m "not slow and not ddp and not docs and not gpu"
+	$(PYTEST) -m "not slow and not ddp and not docs and not gpu and not browser"
+
+# the page of a run in headless Chromium, which has to be installed (Debian: apt-get install chromium); screenshots are in the
+# folders that it prints
+test-browser: $(INSTALLED)
+	$(PIP) -q -e '.[browser]'
+	$(BIN)/python -m pytest -q -s -m browser tests/webpage
 
 style: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from cosprobe.command import command, read_run
+from cosprobe.command import command, read_run, shell_command
 from cosprobe.config import (
     BehaviourConfig,
     CompareConfig,
@@ -32,11 +33,15 @@ from cosprobe.config import (
     InterveneConfig,
     PredictConfig,
     RunsConfig,
+    TrainRun,
     UseRun,
 )
 from cosprobe.locks import held
 from cosprobe.runs import REPORT, delete_run, find_result, list_runs, mark_finished, print_runs
 from cosprobe.tasks import with_margin
+
+if TYPE_CHECKING:
+    from cosprobe.probes import ProbeBank
 
 
 def use(run: UseRun) -> None:
@@ -85,7 +90,7 @@ def use(run: UseRun) -> None:
     if isinstance(run.use, BehaviourConfig):
         with held(folder, "run"):
             show_behaviours(folder, bank)
-            mark_finished(folder / REPORT / run.use.report, bank.fingerprint)
+            finish(run, trained, folder, bank)
         return
     seed_everything(run.seed, workers=True, verbose=False)
     with held(folder, "run"):
@@ -95,7 +100,19 @@ def use(run: UseRun) -> None:
         sampler = Sampler(pipeline, trained.pipeline, task, run.trainer)
         uses[type(run.use)](sampler, trained.task, bank, run.use, run.seed, folder)
         if fabric.is_global_zero and not isinstance(run.use, PredictConfig):  # which writes no report
-            mark_finished(folder / REPORT / run.use.report, bank.fingerprint)
+            finish(run, trained, folder, bank)
+
+
+def finish(run: UseRun, trained: TrainRun, folder: Path, bank: ProbeBank) -> None:
+    """Notes that the report is complete, and writes the page of the result again, with the report in it.
+
+    trained: settings of the run whose result is in `folder`.
+    """
+    from cosprobe.runtime import say
+    from cosprobe.webpage import write_run_page
+
+    mark_finished(folder / REPORT / run.use.report, bank.fingerprint, made_by=shell_command(run))
+    say(f"on the page of the run: {write_run_page(folder, shell_command(trained))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosprobe.command import check_results, command, save_config
+from cosprobe.command import check_results, command, save_config, shell_command
 from cosprobe.config import ProbeExperiment, TrainRun
 from cosprobe.locks import held
 from cosprobe.runs import REPORT, STORE, check_no_results, finished, mark_finished, outdated_reports, result_name
@@ -85,6 +85,7 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     from cosprobe.reporting import log_tensorboard, print_summary, record_once, write_report
     from cosprobe.runtime import launch, say
     from cosprobe.tasks import draw_samples
+    from cosprobe.webpage import write_run_page
 
     run_dir = folder.parent
     seed_everything(run.seed, workers=True, verbose=False)
@@ -120,12 +121,14 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     behaviours = measure(samples, evaluated, bank, grid)
     figures = write_report(grid, checks, folder, film, behaviours.sentences)
     write_behaviours(behaviours, folder)
-    mark_finished(folder / REPORT / BEHAVIOUR, bank.fingerprint)
+    made_by = shell_command(run)
+    mark_finished(folder / REPORT / BEHAVIOUR, bank.fingerprint, made_by=made_by)
     log_tensorboard(grid, figures, folder / "tensorboard", film, flattened(asdict(run)) | {"task": task.name})
     printed = print_summary(grid, checks, folder)
     for report in outdated_reports(folder, bank.fingerprint):
         say(f"{report}: was made with other probes than those in {folder / 'probes'}; run probe.py again for new ones")
-    mark_finished(folder / REPORT, bank.fingerprint, printed)
+    write_run_page(folder, made_by)
+    mark_finished(folder / REPORT, bank.fingerprint, printed, made_by)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,9 @@ from tests.architecture import ENTRIES, FILES, ROOMS, ROOT, arrows, drawing, imp
 ONLY_IN = {  # library: the rooms that may import it
     "hydra": {"command"},
     "omegaconf": {"command"},
-    "yaml": {"command", "causal"},
+    "yaml": {"command", "causal", "webpage"},
+    "jinja2": {"webpage"},
+    "plotly": {"webpage"},
     "matplotlib": {"reporting", "early_exit", "ensembles", "causal", "behaviour", "comparison"},
     "concept_erasure": {"causal"},
     "lightning": {"runtime", "monitoring", "activations", "probes", "minimodel", "train", "probe"},

@@ -89,17 +89,24 @@ def run(model, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_run_folder_is_complete(run):
+def test_the_run_folder_is_complete(run, model):
     folder, output = run
     for name in (
         "config.yaml", "activations.json", "../store/manifest.json", "probes/bank.safetensors", "probes/bank.json",
         "tensorboard", "report/finished.json",
     ):  # fmt: skip
         assert (folder / name).exists(), name
-    for name in ("grid.nc", "summary.md", "headline.png", "curves.png", "film.png", "others.png"):
+    for name in ("grid.nc", "summary.md", "headline.png", "curves.png", "film.png", "others.png", "report.html"):
         assert (folder / "report" / name).stat().st_size > 1000, name
+    page = (folder / "report" / "report.html").read_text(encoding="utf-8")
+    assert (
+        page.count("<li") > 20
+        and "Strongest caveat" in page
+        and f"python train.py task=maze pipeline.path={model}" in page
+    )
     for name in ("checks.png", "generalisation.png"):
         assert (folder / "report" / name).stat().st_size > 1000, name
+    assert str(folder / "report" / "report.html") in output
     assert str(folder / "report" / "summary.md") in output and str(folder / "tensorboard") in output
     assert "64 samples" in output
     grid, text = Grid.load(folder), (folder / "report" / "summary.md").read_text()

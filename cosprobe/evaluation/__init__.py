@@ -20,10 +20,11 @@ from cosprobe.evaluation.predictions import Evaluated, InputReading, evaluate
 from cosprobe.evaluation.ranks import average_ranks
 from cosprobe.evaluation.scoring import build_grid
 from cosprobe.evaluation.significance import max_t_bootstrap
-from cosprobe.evaluation.variables import ALPHA, CEILING, GUESSES, X0_PARSED
+from cosprobe.evaluation.variables import ALPHA, BASELINES, CEILING, GUESSES, X0_PARSED
 
 __all__ = [
     "ALPHA",
+    "BASELINES",
     "CEILING",
     "FAILS",
     "FILE",

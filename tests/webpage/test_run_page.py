@@ -1,0 +1,157 @@
+"""The page of a run holds what is in its folder, and says what is missing, damaged or outdated."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html import unescape
+
+import numpy as np
+import pytest
+
+from cosprobe.errors import InputError
+from cosprobe.evaluation import Grid
+from cosprobe.reporting import summarise
+from cosprobe.webpage import write_run_page
+from cosprobe.webpage.grid_charts import colourings, curves, frame_maps, layer_map
+from cosprobe.webpage.run_page import run_page
+from cosprobe.webpage.sentences import sentences
+from tests.examples.pages import COMMAND, SCRIPT, grid, result
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return result(tmp_path_factory.mktemp("run") / "example")
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    path = write_run_page(folder, COMMAND)
+    assert path == folder / "report" / "report.html" and path.stat().st_size < 10_000_000
+    return path.read_text(encoding="utf-8")
+
+
+def plain(text: str) -> str:
+    """What a reader sees of the HTML before the scripts."""
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", text.partition('<script type="application/json"')[0])).split())
+
+
+def test_the_sentences_come_first_and_the_caveat_is_set_apart(folder, text):
+    items = re.findall(r"<li( class=\"caveat\")?>(.*?)</li>", text.partition("<nav")[0])
+    told = sentences(Grid.load(folder), f"`{SCRIPT}`", "maze")
+    assert [plain(item) for _, item in items] == [plain(t.replace("<", "&lt;").replace("`", " ")) for t in told]
+    assert [bool(mark) for mark, _ in items] == [False] * 4 + [True] and "Strongest caveat" in items[4][1]
+
+
+def test_every_part_is_there_with_its_numbers(folder, text):
+    seen = plain(text)
+    for row in summarise(Grid.load(folder)):
+        assert all(cell in seen for cell in row.cells())
+    for part in (
+        "x0-hat draws two", "It is a mean.", "+0.30 [+0.10, +0.50]", "calibrated policy 0.125", "untested",
+        "The policy is safe.", "Vote is not better.", "Noise replaces it.", "All 1 conditions",  "draw <script>",
+        "candidate 0 at step 0 (probability 0.75) and candidate 1 at step 1 (probability 0.90)", COMMAND,
+        "python probe.py use=early", "run_dir:", "random labels", "diffusers", "0123", "seed of",
+    ):  # fmt: skip
+        assert part in seen, part
+    assert (folder / "config.yaml").read_text().splitlines()[3] in unescape(text)
+    assert text.count("data:image/gif") == 1 and SCRIPT not in text
+    assert "Not run" not in seen
+
+
+def test_what_was_not_run_is_named_with_its_command(folder, tmp_path):
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    for name in ("behaviour", "causal-noise", "early", "ensemble", "film"):
+        shutil.rmtree(bare / "report" / name)
+    seen = plain(write_run_page(bare, COMMAND).read_text(encoding="utf-8"))
+    for name in ("early", "ensemble", "intervene", "film"):
+        assert re.search(rf"Not run: .*?python probe\.py use={name} run=\S*bare", seen)
+    assert "Interventions" not in seen and "Early answers" not in seen
+
+
+def test_damaged_outdated_and_unfinished_reports_are_said_to_be_so(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "report" / "early" / "early.json").write_text("{}")
+    mark = other / "report" / "ensemble" / "finished.json"
+    mark.unlink()
+    (other / "report" / "summary.json").unlink()
+    shutil.copy(folder / "report" / "grid.nc", other / "report" / "grid.nc")
+    seen = plain(write_run_page(other, COMMAND).read_text(encoding="utf-8"))
+    assert "early.json' is damaged" in seen and "report/ensemble is not complete" in seen
+    assert "table of checks are missing" in seen
+    data = Grid.load(other).dataset
+    Grid(data.assign_attrs(provenance=json.dumps({"bank": "another"}))).save(other / "report" / "grid.nc")
+    seen = plain(write_run_page(other, COMMAND).read_text(encoding="utf-8"))
+    assert "report/film was made with other probes" in seen
+
+
+def test_a_folder_without_a_result_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"grid.*missing"):
+        run_page(tmp_path, COMMAND)
+
+
+# maps and curves
+
+
+def test_a_map_has_the_numbers_of_its_target():
+    of = grid()
+    plane = of.plane("answer").transpose("layer", "step", ...)
+    found = layer_map(of, "answer")
+    for name, variable in (("accuracy", "accuracy"), ("lower", "lower"), ("skill", "skill"), ("p", "p_evidence")):
+        np.testing.assert_array_equal(found.fields[name], plane[variable].values)
+    np.testing.assert_array_equal(found.fields["x0"], plane.x0_accuracy.values[None])
+    np.testing.assert_array_equal(found.fields["embed"], plane.baseline_accuracy.sel(baseline="embed").values[None])
+    np.testing.assert_array_equal(found.struck, ~(plane.p_evidence.values <= 0.05))
+    assert found.outlined.sum() == ((plane.p_x0 <= 0.05) & (plane.p_evidence <= 0.05)).sum() > 0
+    best = of.best("answer").cell
+    assert found.best == (best.layer, best.step) and f"layer {best.layer}, step {best.step}" in found.label
+    assert f"{int((plane.p_evidence <= 0.05).sum())} of 20 cells" in found.caption
+
+
+def test_no_star_and_no_comparison_where_there_is_none():
+    of = grid()
+    control, start = layer_map(of, "control"), layer_map(of, "start")
+    assert control.best is None and "no evidence" in control.caption
+    assert "not compared with x0-hat" in start.caption and not start.outlined.any()
+
+
+def test_frames_are_shown_by_step_and_by_layer():
+    of = grid()
+    by_step, by_layer = frame_maps(of, "answer")
+    best = of.best("answer").cell
+    data = of.dataset.sel(target="answer")
+    np.testing.assert_array_equal(
+        by_step.fields["accuracy"], data.accuracy.sel(layer=best.layer).transpose("position", "step").values
+    )
+    np.testing.assert_array_equal(
+        by_layer.fields["accuracy"], data.accuracy.sel(step=best.step).transpose("layer", "position").values
+    )
+    np.testing.assert_array_equal(by_step.fields["reference"], data.reference.transpose("position", "step").values)
+    assert by_step.rows == by_layer.columns == ["all", "0", "1"]
+    assert frame_maps(grid(positions=("all",)), "answer") == ()
+
+
+def test_colours_can_be_compared_with_every_baseline_there_is():
+    of = grid()
+    found = colourings(of, ["answer", "start"])
+    minus = {one.minus for one in found}
+    assert {"", "chance", "x0", "noise", "difficulty", "embed", "x_t", "x0_latent", "x0_parsed"} == minus
+    assert {one.minus for one in colourings(of, ["start"])} == {"", "chance", "x0"}
+
+
+def test_curves_hold_accuracy_with_intervals_and_baselines():
+    of = grid()
+    chart, plane = curves(of, "answer"), of.plane("answer")
+    traces = {trace.name: trace for trace in chart.figure.data if trace.name}
+    best = of.best("answer").cell
+    line = traces[f"layer {best.layer}"]
+    np.testing.assert_allclose(line.y, plane.accuracy.sel(layer=best.layer))
+    lower = float(plane.lower.sel(layer=best.layer, step=0))
+    assert f"[{lower:.2f}" in line.text[0]
+    parsed = plane.baseline_accuracy.sel(baseline="x0_parsed")
+    assert len(traces["answer parsed from decoded x0-hat"].x) == int(parsed.notnull().sum())
+    assert [name for name, *_ in chart.keys][-2:] == ["chance", "finished video"]
+    np.testing.assert_allclose(traces["best input (skill 0)"].y, plane.reference)
