@@ -282,7 +282,7 @@ def _typed(value: Any) -> str:
         return f"[{','.join(map(_typed, value))}]"
     if not isinstance(value, str):
         return "null" if value is None else str(value).lower()
-    if re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
+    if re.fullmatch(r"[A-Za-z_/][\w./-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
         return value
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
 

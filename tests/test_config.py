@@ -209,7 +209,7 @@ def test_settings_are_read_back_as_they_were(tmp_path, experiment):
         (TrainRun, ["experiment=mini_small", "seed=5", "run_dir='é/ü\\\\'"]),
         (UseRun, ["use=intervene", "run=runs/x", "use.steps='0,5'", "use.doses=[0.1,1]"]),
         (UseRun, ["use=film", "run=x", "use.image=a.png", "use.prompt='draw, a (line)'"]),
-        (UseRun, ["use=predict", "run=x", "use.layer=3"]),
+        (UseRun, ["use=predict", "run=/a/b-1.5", "use.layer=3"]),
     ],
 )
 def test_the_command_of_settings_gives_them_again(root, overrides):

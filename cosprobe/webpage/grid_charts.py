@@ -26,7 +26,7 @@ from cosprobe.tasks import Role
 from cosprobe.webpage.heat_map import FONT, Colouring, HeatMap
 from cosprobe.webpage.page import Chart
 
-POSITION_LABEL = "position (a number: latent frame)"
+POSITION_LABEL = "latent frame"
 IN_WORDS = {  # baselines, as a switch names them
     NOISE: "the initial noise", FIRST_FRAME: "the first frame", PROMPT: "the prompt",
     DIFFICULTY: "the difficulty of the problem", EMBED: "the input of block 0", X_T: "the noisy latent x_t",
@@ -160,7 +160,7 @@ def _map(grid: Grid, target: str, data: xr.Dataset, row: str, column: str, where
     at = (rows.index(getattr(best.cell, row)), columns.index(getattr(best.cell, column)))
     beaten = "chance and every input" if Role(str(data.role.values)) in MUST_BEAT else "chance"
     if not where and grid.dataset.sizes["position"] > 1:
-        where = f", at position {best.cell.position}"
+        where = {"all": ", mean over latent frames"}.get(best.cell.position, f", latent frame {best.cell.position}")
     if "branch" in grid.dataset.dims:
         where += f", branch {best.cell.branch}"
     cell = f"layer {best.cell.layer}, step {best.cell.step}"

@@ -30,7 +30,8 @@ from cosprobe.webpage.heat_map import SCALES, Colouring, HeatMap
 
 DASHES = {"solid": "none", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3"}  # of Plotly and of SVG
 FIGURE = 0.58  # scale of a PNG file
-MOST_BYTES = 9_500_000  # of a page; pictures that do not fit are left out, with a note
+LARGEST = 10_000_000  # bytes of a page
+MOST_BYTES = 9_500_000  # of its scripts, charts and pictures; pictures that do not fit are left out, with a note
 
 
 @dataclass(frozen=True)
@@ -195,14 +196,18 @@ class Page:
     sections: tuple[Section, ...]
 
 
+class PageTooLarge(InputError):
+    """A page that would be larger than 10 MB without its pictures."""
+
+
 def write_page(page: Page, path: Path) -> Path:
     """Writes a page as one HTML file, atomically, and returns the file.
 
-    Raises InputError when it cannot be written, or is larger than 10 MB without its pictures.
+    Raises InputError when it cannot be written, and PageTooLarge.
     """
     text = render(page).encode()
-    if len(text) >= 10_000_000:
-        raise InputError(f"{str(path)!r}: the page has {size_text(len(text))}, expected less than 10 MB; probe less")
+    if len(text) >= LARGEST:
+        raise PageTooLarge(f"{str(path)!r}: the page has {size_text(len(text))}, expected less than 10 MB; show less")
     make_folder(path.parent)
     with whole_file(path, len(text)) as part:
         part.write_bytes(text)

@@ -27,6 +27,7 @@ from cosprobe.webpage.page import (
     Heading,
     Maps,
     Page,
+    PageTooLarge,
     Picture,
     Section,
     Table,
@@ -51,15 +52,20 @@ def write_run_page(folder: Path, command: str) -> Path:
     """Writes report/report.html of a result from the files in its folder, and returns it.
 
     Parts that were not run are named with the command that adds them. A report that is damaged, or was made with other
-    probes, is said to be so. folder: of the result. command: the `train.py` command that makes it.
+    probes, is said to be so. If the maps of all targets are too large for a page, those of the answers are shown.
+    folder: of the result. command: the `train.py` command that makes it.
     Raises InputError when there is no grid or config.yaml, and when the page cannot be written.
     """
     folder = Path(folder)
-    return write_page(run_page(folder, command), folder / REPORT / PAGE)
+    try:
+        return write_page(run_page(folder, command), folder / REPORT / PAGE)
+    except PageTooLarge:
+        return write_page(run_page(folder, command, every_target=False), folder / REPORT / PAGE)
 
 
-def run_page(folder: Path, command: str) -> Page:
-    """The page of the result in a folder; see `write_run_page`."""
+def run_page(folder: Path, command: str, every_target: bool = True) -> Page:
+    """The page of the result in a folder; see `write_run_page`. every_target: show the maps of all targets, not of the
+    answers only."""
     grid, report = Grid.load(folder), folder / REPORT
     if not (folder / RUN_FILE).is_file():
         raise InputError(f"{str(folder)!r}: expected the folder of a train.py run, found no {RUN_FILE}")
@@ -68,7 +74,7 @@ def run_page(folder: Path, command: str) -> Page:
     marks = {path.name: mark for path in sorted(report.glob("*/")) if (mark := _mark(path))}
     bank = str(grid.provenance.get("bank", ""))
     sections = [
-        _section("Where it is decodable", lambda: _decodable(grid)),
+        _section("Where it is decodable", lambda: _decodable(grid, every_target)),
         _section("Along the denoising steps", lambda: _curves(grid)),
         _section("Checks", lambda: _checks(grid, report)),
         _section("What x0-hat shows", lambda: _films(report, marks, bank)),
@@ -124,13 +130,17 @@ def _state(name: str, marks: Mapping[str, Mapping[str, Any]], bank: str) -> list
 # the grid
 
 
-def _decodable(grid: Grid) -> list[Block]:
-    targets = sorted(shown_targets(grid), key=lambda name: name not in grid.with_role(*ANSWER_ROLES))
+def _decodable(grid: Grid, every_target: bool) -> list[Block]:
+    answers = grid.with_role(*ANSWER_ROLES) or grid.targets[:2]
+    targets = sorted(shown_targets(grid), key=lambda name: name not in answers)
+    if left_out := [] if every_target else [name for name in targets if name not in answers]:
+        targets = list(answers)
     heat_maps = [one for target in targets for one in (layer_map(grid, target), *frame_maps(grid, target))]
     seen = {
         "best": any(one.best is not None for one in heat_maps), "struck": any(one.struck.any() for one in heat_maps),
         "outlined": any(one.outlined.any() for one in heat_maps), "grey": True,
     }  # fmt: skip
+    note = f"Maps of these targets would make the page too large; they are in others.png: {', '.join(left_out)}."
     legend = [(mark, text if seen[mark] else f"{text} (none here)") for mark, text in LEGEND]
     return [
         Table(
@@ -148,6 +158,7 @@ def _decodable(grid: Grid) -> list[Block]:
             )
         ),
         Maps("Colour of the maps", colourings(grid, targets), tuple(heat_maps), tuple(legend)),
+        *([Text((note,), warning=True)] if left_out else []),
     ]
 
 

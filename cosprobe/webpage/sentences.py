@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from cosprobe.evaluation import ALPHA, GUESSES, LEAST_EFFECTIVE, LEAST_PROBLEMS, Best, Grid
+from cosprobe.evaluation import ALPHA, GUESSES, LEAST_EFFECTIVE, LEAST_PROBLEMS, MUST_BEAT, Best, Grid
 from cosprobe.reporting import counted
 from cosprobe.tasks import ANSWER_ROLES, Role
 
@@ -68,7 +68,8 @@ def _decodable(grid: Grid, target: str) -> str:
     none = "there is no evidence that it is decodable"
     if count:
         none += f" at the best cell (but there is in {count} of {counted(total, 'cell')})"
-    return f"`{target}`: {none}: {probe}, {compared}, corrected p = {best.p:.3f}."
+    others = _others(grid, target, grid.dataset.p_evidence <= ALPHA, "with evidence")
+    return f"`{target}`: {none}: {probe}, {compared}, corrected p = {best.p:.3f}{others}."
 
 
 def _reference(cell: xr.Dataset) -> str:
@@ -87,7 +88,8 @@ def _beside_x0(grid: Grid, target: str) -> str:
         return (
             f"`{target}` was not compared with {X0_HAT} so nothing here says that it is decodable before it is visible."
         )
-    above = (data.p_x0 <= ALPHA) & (data.p_evidence <= ALPHA)
+    every = (grid.dataset.p_x0 <= ALPHA) & (grid.dataset.p_evidence <= ALPHA)
+    above, others = every.sel(target=target), _others(grid, target, every, "above x0-hat")
     shows = (
         f"at {_where(grid, best)} the probe is right on {best.accuracy:.2f} and x0-hat ({cell.x0_source.values}) on "
         f"{float(cell.x0_accuracy):.2f}"
@@ -98,12 +100,23 @@ def _beside_x0(grid: Grid, target: str) -> str:
             f"{float(cell.above_x0_upper):+.2f}]"
         )
     if not above.any():
-        return f"There is no evidence that a probe reads more than {X0_HAT} already shows at the same step: {shows}."
+        none = (
+            f"There is no evidence that a probe of `{target}` reads more than {X0_HAT} already shows at the same step"
+        )
+        return f"{none}: {shows}{others}."
     first = int(data.step.values[above.any([axis for axis in above.dims if axis != "step"])].min())
     return (
-        f"In {counted(int(above.sum()), 'cell')}, the earliest at step {first}, a probe is more accurate than what "
-        f"{X0_HAT} already shows; {shows}."
+        f"In {counted(int(above.sum()), 'cell')}, the earliest at step {first}, a probe of `{target}` is more accurate "
+        f"than what {X0_HAT} already shows; {shows}{others}."
     )
+
+
+def _others(grid: Grid, target: str, true: xr.DataArray, what: str) -> str:
+    """Other targets that have to beat inputs, with the number of their cells for which something is true."""
+    named = [name for name in grid.with_role(*MUST_BEAT) if name != target]
+    counts = {name: int(true.sel(target=name).sum()) for name in named}
+    found = [f"`{name}` has {counted(count, 'cell')}" for name, count in counts.items() if count]
+    return f"; of other targets, {' and '.join(found)} {what}" if found else ""
 
 
 def _control(grid: Grid, target: str) -> str:
@@ -176,8 +189,10 @@ def caveat(grid: Grid, target: str) -> str:
         )
     if not (data.p_evidence <= ALPHA).any():
         least = float(data.smallest_detectable_skill)
-        small = f"; a skill above chance below {least:.2f} cannot be seen with them" if np.isfinite(least) else ""
-        return f"no evidence is not evidence of absence: {counted(problems, 'test problem')} were measured{small}."
+        so = "nothing was found"
+        if np.isfinite(least):
+            so = f"a skill above chance of less than {least:.2f} cannot count as evidence"
+        return f"no evidence is not evidence of absence: with {counted(problems, 'test problem')}, {so}."
     weights = _weights(grid, target)
     alike = [name for name, ends in weights.items() if name != "trained" and ends[2] >= weights["trained"][1]]
     if alike:

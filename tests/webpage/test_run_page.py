@@ -13,6 +13,7 @@ import pytest
 from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
 from cosprobe.reporting import summarise
+from cosprobe.webpage import page as pages
 from cosprobe.webpage import write_run_page
 from cosprobe.webpage.grid_charts import colourings, curves, frame_maps, layer_map
 from cosprobe.webpage.run_page import run_page
@@ -86,6 +87,15 @@ def test_damaged_outdated_and_unfinished_reports_are_said_to_be_so(folder, tmp_p
     Grid(data.assign_attrs(provenance=json.dumps({"bank": "another"}))).save(other / "report" / "grid.nc")
     seen = plain(write_run_page(other, COMMAND).read_text(encoding="utf-8"))
     assert "report/film was made with other probes" in seen
+
+
+def test_maps_of_answers_alone_are_shown_where_all_would_be_too_large(folder, tmp_path, monkeypatch):
+    other = shutil.copytree(folder, tmp_path / "other")
+    whole = write_run_page(other, COMMAND).stat().st_size
+    monkeypatch.setattr(pages, "LARGEST", whole - 1000)
+    text = write_run_page(other, COMMAND).read_text(encoding="utf-8")
+    assert "too large; they are in others.png: start, control." in plain(text)
+    assert text.count('<details class="numbers"') == 2 * 3  # two answers with three maps each
 
 
 def test_a_folder_without_a_result_is_refused(tmp_path):

@@ -75,6 +75,11 @@ def test_cells_above_x0_are_counted_and_otherwise_there_is_no_evidence():
     assert difference in text
     assert said(changed(p_x0=0.5))[2].startswith("There is no evidence")
     assert difference in said(changed(p_x0=0.5))[2]
+    other = changed(p_x0=0.5, p_x0__model_answer=1.0)
+    assert "of other targets" not in said(other)[2]
+    where = {"target": "model_answer", "step": [3, 4], "layer": 3}
+    other.dataset.p_x0.loc[where] = other.dataset.p_evidence.loc[where] = 0.01
+    assert "of other targets, `model_answer` has 2 cells above x0-hat" in said(other)[2]
     assert said(changed(p_evidence=0.5))[2].startswith("There is no evidence")  # above x0-hat, but not above an input
     assert "not compared" in said(changed(x0_accuracy=np.nan))[2]
 
