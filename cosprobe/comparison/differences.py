@@ -121,6 +121,11 @@ class Row:
     upper: float
     n: int
 
+    @property
+    def change(self) -> str:
+        """The difference with its interval."""
+        return f"{self.difference:+.2f} [{self.lower:+.2f}, {self.upper:+.2f}]"
+
 
 @dataclass(frozen=True, eq=False)
 class Compared:

@@ -19,7 +19,18 @@ from matplotlib.lines import Line2D
 from rich.console import Console
 
 from cosprobe.activations import StoredSamples, load_samples
-from cosprobe.comparison.differences import Compared, Row, RunResult, compare
+from cosprobe.comparison.differences import Compared, RunResult, compare
+from cosprobe.comparison.page import (
+    HEAD,
+    PAGE,
+    Settings,
+    caveat,
+    cells_of,
+    how,
+    plane,
+    said,
+    write_comparison_page,
+)
 from cosprobe.config import TrainRun
 from cosprobe.differences import differences
 from cosprobe.errors import InputError
@@ -31,11 +42,11 @@ from cosprobe.runs import REPORT, mark_finished
 from cosprobe.tasks import ANSWER_ROLES, Role
 
 COMPARE = "compare"
-NUMBERS, PAGE = "compare.json", "compare.md"
-HEAD = ("what", "base", "other", "difference [95 %]", "n")
+NUMBERS, SUMMARY = "compare.json", "compare.md"
 ROWS = 3  # targets in a figure
 LONGEST = 80  # letters of the name of the folder
 DIVERGING = "PuOr"
+PLACES = ("run_dir", "store")  # settings that say where a result is
 
 
 Finished = tuple[Path, TrainRun]  # the folder of a result, and its settings
@@ -57,8 +68,11 @@ def compare_runs(runs: Sequence[Finished], seed: int = 0) -> Path:
     named = names([folder for folder, _ in runs])
     base, *others = [_result(folder, settings, name) for (folder, settings), name in zip(runs, named, strict=True)]
     found = [compare(base, other, seed) for other in others]
-    changed = [differences(asdict(trained), asdict(settings)) for _, settings in runs[1:]]
-    place = write_comparison(found, changed, first)
+    changed = [
+        [each for each in differences(asdict(trained), asdict(settings)) if each[0] not in PLACES]
+        for _, settings in runs[1:]
+    ]
+    place = write_comparison(found, changed, [folder for folder, _ in runs])
     mark_finished(place, load_probes(first).fingerprint)
     print_comparison(found, place / PAGE)
     return place
@@ -90,13 +104,13 @@ def folder_name(others: Sequence[str]) -> str:
     return name if len(name) <= LONGEST else f"{COMPARE}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
-def write_comparison(
-    found: Sequence[Compared], changed: Sequence[Sequence[tuple[str, str, str]]], folder: Path
-) -> Path:
-    """Writes numbers, figures and page into a folder of the report of the base run, and returns that folder.
+def write_comparison(found: Sequence[Compared], changed: Sequence[Settings], runs: Sequence[Path]) -> Path:
+    """Writes numbers, figures, summary and page into a folder of the report of the base run, and returns that folder.
 
-    changed: for each of `found`, the settings that differ, with both values. folder: of the base run's result.
+    changed: for each of `found`, the settings that differ, with both values. runs: folders of the results, the base run
+    first.
     """
+    folder = runs[0]
     place = folder / REPORT / folder_name([one.other for one in found])
     make_folder(place)
     listed = []
@@ -112,51 +126,18 @@ def write_comparison(
             "rows": [asdict(row) for row in one.rows], "settings": [list(each) for each in settings],
         })  # fmt: skip
     write_json(place / NUMBERS, {"compared": listed})
-    with whole_file(place / PAGE) as part:
-        part.write_text("\n".join(page(found, changed)) + "\n")
+    with whole_file(place / SUMMARY) as part:
+        part.write_text("\n".join(summary(found, changed)) + "\n")
+    write_comparison_page(found, changed, runs, place)
     return place
 
 
-def said(one: Compared) -> list[str]:
-    """A sentence for finished videos, one for the cells of each target, and what was left out."""
-    lines = []
-    for row in one.rows:
-        if row.what == "finished video":
-            change = f"{row.difference:+.2f} [{row.lower:+.2f}, {row.upper:+.2f}]"
-            lines.append(
-                f"Finished videos of {one.other} are right on {row.other:.2f} of the problems, those of {one.base} on "
-                f"{row.base:.2f}: {change}, {_clear(row.lower, row.upper)}."
-            )
-    for target in one.cells.target.values.tolist():
-        better, worse, cells = one.count(target)
-        if np.isnan(one.cells.p.sel(target=target)).all():
-            lines.append(f"{target}: cells were not tested, because fewer than 12 test problems are shared.")
-        elif better or worse:
-            lines.append(
-                f"{target}: more accurate in {better} and less accurate in {worse} of {cells} cells of {one.other} "
-                f"(corrected p at most {ALPHA})."
-            )
-        else:
-            lines.append(f"{target}: no evidence of a difference in any of {cells} cells.")
-    return lines + [f"Not compared: {reason}." for reason in one.not_compared]
-
-
-def _clear(lower: float, upper: float) -> str:
-    return "more often" if lower > 0 else "less often" if upper < 0 else "no evidence of a difference"
-
-
-def page(found: Sequence[Compared], changed: Sequence[Sequence[tuple[str, str, str]]]) -> list[str]:
-    """Lines of the page."""
-    lines = [f"# Comparison with {found[0].base}", ""]
+def summary(found: Sequence[Compared], changed: Sequence[Settings]) -> list[str]:
+    """The comparison in Markdown, as lines."""
+    lines = [f"# Comparison with {found[0].base}", "", caveat(found[0]), ""]
     for one, settings in zip(found, changed, strict=True):
         name = one.other.replace(" ", "-")
-        n = ", ".join(f"{target} {int(one.cells.n.sel(target=target))}" for target in one.cells.target.values)
-        how = (
-            f"Both runs are measured on the test problems that they share ({n}). Intervals are paired by problem."
-            if one.paired
-            else f"The runs share fewer than 12 test problems. Each is measured on its own ones (at least {n})."
-        )
-        lines += [f"## {one.other}", "", *(f"* {line}" for line in said(one)), "", how, ""]
+        lines += [f"## {one.other}", "", *(f"* {line}" for line in said(one)), "", how(one), ""]
         lines += [*markdown_table(HEAD, *(cells_of(row) for row in one.rows)), ""]
         lines += ["Settings that differ:", ""] if settings else ["All settings agree.", ""]
         if settings:
@@ -169,12 +150,6 @@ def page(found: Sequence[Compared], changed: Sequence[Sequence[tuple[str, str, s
             "",
         ]
     return lines
-
-
-def cells_of(row: Row) -> list[str]:
-    """Texts of a row of the table."""
-    change = f"{row.difference:+.2f} [{row.lower:+.2f}, {row.upper:+.2f}]"
-    return [row.what, f"{row.base:.2f}", f"{row.other:.2f}", change, str(row.n)]
 
 
 def print_comparison(found: Sequence[Compared], written: Path, console: Console | None = None) -> None:
@@ -212,14 +187,14 @@ def figure(one: Compared) -> Figure:
     largest = max(0.1, float(np.nanmax(np.abs(one.cells.difference.sel(target=targets)))))
     apart = Normalize(-largest, largest)
     for row, target in zip(panels, targets, strict=True):
-        plane = _plane(one, target)
+        shown = plane(one, target)
         for axes, name, colours, scale in zip(
             row, ("base", "other", "difference"), ("Blues", "Blues", DIVERGING), (whole, whole, apart), strict=True
         ):
-            axes.pcolormesh(np.ma.masked_invalid(plane[name].values), cmap=colours, norm=scale)
-            _axis(axes, plane, "other_" if name == "other" else "", target == targets[-1])
+            axes.pcolormesh(np.ma.masked_invalid(shown[name].values), cmap=colours, norm=scale)
+            _axis(axes, shown, "other_" if name == "other" else "", target == targets[-1])
         row[0].set_ylabel(f"{target}: layer (block output)")
-        clear = np.argwhere(plane.p.values <= ALPHA)
+        clear = np.argwhere(shown.p.values <= ALPHA)
         row[2].plot(clear[:, 1] + 0.5, clear[:, 0] + 0.5, "o", color="black", markeredgecolor="white", markersize=4)
     panels[0, 0].set_title(f"accuracy of {one.base}", loc="left")
     panels[0, 1].set_title(f"accuracy of {one.other}", loc="left")
@@ -233,14 +208,6 @@ def figure(one: Compared) -> Figure:
     said = f"the runs differ (p ≤ {ALPHA} after correction for all cells)"
     sheet.legend([dot], [said], loc="outside lower right", frameon=False)
     return sheet
-
-
-def _plane(one: Compared, target: str) -> xr.Dataset:
-    """By layer and step, at the branch and position of the base run's best cell on validation."""
-    data = one.cells.sel(target=target)
-    at = np.unravel_index(np.nanargmax(data.base_validation.values), data.base_validation.shape)
-    places = dict(zip(data.base_validation.dims, at, strict=True))
-    return data.isel(branch=places["branch"], position=places["position"]).transpose("layer", "step")
 
 
 def _axis(axes: Axes, plane: xr.Dataset, of: str, steps: bool) -> None:

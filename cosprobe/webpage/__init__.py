@@ -3,6 +3,7 @@
 from cosprobe.webpage.grid_charts import IN_WORDS
 from cosprobe.webpage.heat_map import Colouring, HeatMap
 from cosprobe.webpage.page import (
+    Block,
     Bullets,
     Chart,
     Charts,
@@ -22,6 +23,7 @@ from cosprobe.webpage.run_page import run_page, write_run_page
 
 __all__ = [
     "IN_WORDS",
+    "Block",
     "Bullets",
     "Chart",
     "Charts",

@@ -10,7 +10,8 @@ import pytest
 from cosprobe.cells import Cell
 from cosprobe.comparison import RunResult, compare
 from cosprobe.comparison.differences import ProblemShares, TargetResult, matched
-from cosprobe.comparison.report import folder_name, names, said, write_comparison
+from cosprobe.comparison.page import said
+from cosprobe.comparison.report import folder_name, names, write_comparison
 from cosprobe.config import CompareConfig, PredictConfig, UseRun
 from cosprobe.errors import InputError
 from cosprobe.evaluation import difference_interval
@@ -135,13 +136,22 @@ def test_what_cannot_be_compared_is_named_or_refused(rng):
 def test_the_report_holds_the_numbers(tmp_path, rng):
     base, other = ((rng.random((12, 60)) < share).astype(float) for share in (0.4, 0.8))
     found = compare(run("a", base), run("b x", other))
-    place = write_comparison([found], [[("pipeline.steps", "20", "5")]], tmp_path)
+    place = write_comparison([found], [[("pipeline.steps", "20", "5")]], [tmp_path, tmp_path / "<b>"])
     assert place.name == "compare-b-x"
-    assert {path.name for path in place.iterdir()} == {"b-x.nc", "b-x.png", "compare.json", "compare.md"}
+    assert {path.name for path in place.iterdir()} == {
+        "b-x.nc",
+        "b-x.png",
+        "compare.json",
+        "compare.md",
+        "compare.html",
+    }
     text = (place / "compare.md").read_text()
     row = found.rows[0]
     assert f"{row.difference:+.2f} [{row.lower:+.2f}, {row.upper:+.2f}]" in text
     assert "| pipeline.steps | 20 | 5 |" in text
+    html = (place / "compare.html").read_text()
+    assert f"{row.difference:+.2f} [{row.lower:+.2f}, {row.upper:+.2f}]" in html and "/&lt;b&gt;" in html
+    assert all(sentence.replace("'", "&#39;") in html for sentence in said(found))
     written = json.loads((place / "compare.json").read_text())["compared"][0]
     assert written["rows"][0]["difference"] == pytest.approx(row.difference)
 

@@ -138,9 +138,11 @@ def test_marks_are_where_the_masks_say():
 
 
 def test_colours_of_scales_are_those_of_the_figures():
-    for name, place in (("share", 0), ("difference", 8)):
+    for name, place, zero in (("share", 0, 0.0), ("skill", 1, 1 / 3), ("difference", 1, 0.5)):
         at, colour = SCALES[name]["colours"][place]
-        assert at == place / 16 and min(map(int, re.findall(r"\d+", colour))) >= 252  # white, for no difference
+        assert (
+            at == pytest.approx(zero) and min(map(int, re.findall(r"\d+", colour))) >= 252
+        )  # white, for no difference
     for scale in SCALES.values():
         stops = [x for x, _ in scale["colours"]]
         assert stops == sorted(stops) and (stops[0], stops[-1]) == (0, 1)

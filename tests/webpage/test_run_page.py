@@ -162,6 +162,6 @@ def test_curves_hold_accuracy_with_intervals_and_baselines():
     lower = float(plane.lower.sel(layer=best.layer, step=0))
     assert f"[{lower:.2f}" in line.text[0]
     parsed = plane.baseline_accuracy.sel(baseline="x0_parsed")
-    assert len(traces["answer parsed from decoded x0-hat"].x) == int(parsed.notnull().sum())
+    assert len(traces["x0-hat: answer parsed from its video"].x) == int(parsed.notnull().sum())
     assert [name for name, *_ in chart.keys][-2:] == ["chance", "finished video"]
     np.testing.assert_allclose(traces["best input (skill 0)"].y, plane.reference)
