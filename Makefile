@@ -56,6 +56,11 @@ docs: $(INSTALLED)
 	cp runs/maze-layers/logistic/report/behaviour/behaviour.png docs/figures/
 	$(BIN)/python probe.py use=film run=runs/maze-layers use.kind=choice
 	cp runs/maze-layers/logistic/report/film/choice_*.gif docs/figures/film-choice.gif
+	$(BIN)/python train.py probe=tokens
+	$(BIN)/python probe.py use=tokens run=runs/maze-layers use.problems=24
+	cp runs/maze-tokens/ridge/report/path.png docs/figures/tokens-path.png
+	cd runs/maze-layers/logistic/report/tokens && cp one_exit_*[0-9]_energy.png ../../../../../docs/figures/tokens-energy.png && \
+		cp one_exit_*[0-9]_components.png ../../../../../docs/figures/tokens-components.png
 	cp runs/maze-layers/logistic/report/causal-noise/noise.png docs/figures/
 	$(BIN)/python train.py probe=layers pipeline.steps=5 run_dir=runs/few-steps
 	$(BIN)/python probe.py use=compare 'runs=[runs/maze-layers,runs/few-steps]'

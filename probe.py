@@ -1,6 +1,6 @@
 """Uses trained probes to read the answer of a video model from its hidden states, before the video is finished.
 
-  python probe.py use=predict|early|ensemble|intervene|behaviour|film run=FOLDER [name=value ...]
+  python probe.py use=predict|early|ensemble|intervene|behaviour|film|tokens run=FOLDER [name=value ...]
 
 Examples:
   python probe.py use=predict run=runs/maze-layers use.step=2  predict the answers that finished videos show
@@ -10,6 +10,7 @@ Examples:
   python probe.py use=behaviour run=runs/maze-layers           exploration, commitment, corrections, roles of layers
   python probe.py use=film run=runs/maze-layers use.kind=choice  x0-hat at every step as a video
   python probe.py use=compare runs=[runs/maze-layers,runs/few-steps]  two runs, cell by cell
+  python probe.py use=tokens run=runs/maze-layers              energy and components of every token, as pictures
   python probe.py use=runs                                     list run folders; use.delete=NAME deletes one
 
 FOLDER is the run folder of a finished train.py run. With several results, it is the folder of one of them, such as
@@ -33,6 +34,7 @@ from cosprobe.config import (
     InterveneConfig,
     PredictConfig,
     RunsConfig,
+    TokensConfig,
     TrainRun,
     UseRun,
 )
@@ -76,6 +78,7 @@ def use(run: UseRun) -> None:
     from cosprobe.models import load_pipeline
     from cosprobe.probes import load_probes
     from cosprobe.runtime import launch
+    from cosprobe.tokens import tokens
 
     uses: dict[type, Any] = {
         PredictConfig: predict,
@@ -83,6 +86,7 @@ def use(run: UseRun) -> None:
         EnsembleConfig: ensembles,
         InterveneConfig: intervene,
         FilmConfig: film,
+        TokensConfig: tokens,
     }
     folder = find_result(run.run)
     bank = load_probes(folder)

@@ -77,7 +77,7 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     from cosprobe.activations import NOT_SEEN, Sampler, collect, find_store, load_samples
     from cosprobe.behaviour import BEHAVIOUR, measure, write_behaviours
     from cosprobe.differences import flattened
-    from cosprobe.evaluation import evaluate, read_inputs_once
+    from cosprobe.evaluation import evaluate, read_inputs_once, read_path
     from cosprobe.evaluation.checks import examine, weights_table
     from cosprobe.models import load_pipeline
     from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger, remove_events
@@ -117,9 +117,12 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
 
     evaluated = evaluate(samples, experts, bank, readings)
     grid, checks = examine(evaluated, samples, inputs, bank, weights, run.seed)
+    path = None
+    if run.probe.pooling == "token":
+        path = read_path(samples, inputs, task, [one.problem for one in draw()], penalties, run.seed)
     film = record_once(run_dir, settings, sampler, draw, samples)
     behaviours = measure(samples, evaluated, bank, grid)
-    figures = write_report(grid, checks, folder, film, behaviours.sentences)
+    figures = write_report(grid, checks, folder, film, behaviours.sentences, path)
     write_behaviours(behaviours, folder)
     made_by = shell_command(run)
     mark_finished(folder / REPORT / BEHAVIOUR, bank.fingerprint, made_by=made_by)

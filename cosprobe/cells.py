@@ -6,8 +6,8 @@ Axes of tensors, in this order:
 `hook_point`: where features come from. A layer (`"0"`, `"1"`, ...: the output of that transformer block) or one of
 SOURCES.
 `branch`: `cond` or `uncond`, the two evaluations of classifier-free guidance.
-`position`: what features are averaged over. `all` latent frames, one latent frame (`"0"`, `"1"`, ...), or a coarse
-cell of the frame (`r0c1`: row 0, column 1).
+`position`: what features are averaged over. `all` latent frames, one latent frame (`"0"`, `"1"`, ...), a coarse cell of
+the frame (`r0c1`: row 0, column 1), or one token (`f2r0c1`: latent frame 2, row 0, column 1).
 `region`: one of the boxes of the image that the problem defines.
 `channel`: channel of the hidden states or of the latent.
 
@@ -16,6 +16,7 @@ Probes are fitted to layers and compared with INPUTS and X0.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,8 +41,7 @@ class Cell:
     """What one probe is trained on.
 
     step: index of the sampler step. layer: index of the transformer block. branch: `cond` or `uncond`, the two
-    evaluations of classifier-free guidance. position: what features are averaged over: `all` latent frames, one latent
-    frame (`0`, `1`, ...), or a coarse cell of the frame (`r0c1`: row 0, column 1).
+    evaluations of classifier-free guidance. position: what features are averaged over, see above.
     """
 
     step: int
@@ -51,6 +51,27 @@ class Cell:
 
     def __str__(self) -> str:
         return f"step {self.step}, layer {self.layer}, {self.branch}, {self.position}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a position is in the token grid: indices of latent frame, row and column, -1 for a mean over that axis."""
+
+    frame: int = -1
+    row: int = -1
+    column: int = -1
+
+    @classmethod
+    def of(cls, position: str) -> Place:
+        """The place that a position names."""
+        found = re.fullmatch(r"f?(?P<frame>\d+)?(r(?P<row>\d+)c(?P<column>\d+))?", position)
+        named = {} if found is None else found.groupdict()
+        return cls(**{axis: int(value) for axis, value in named.items() if value is not None})
+
+    @property
+    def is_token(self) -> bool:
+        """Whether this is a single token."""
+        return min(self.frame, self.row, self.column) >= 0
 
 
 def ranges(values: Sequence[int]) -> str:

@@ -43,6 +43,7 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
         "ensembles",
         "causal",
         "behaviour",
+        "tokens",
         "webpage",
         "comparison",
         "minimodel",

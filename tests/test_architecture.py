@@ -18,7 +18,7 @@ ONLY_IN = {  # library: the rooms that may import it
     "yaml": {"command", "causal", "webpage"},
     "jinja2": {"webpage"},
     "plotly": {"webpage"},
-    "matplotlib": {"reporting", "early_exit", "ensembles", "causal", "behaviour", "comparison"},
+    "matplotlib": {"reporting", "early_exit", "ensembles", "causal", "behaviour", "tokens", "comparison"},
     "concept_erasure": {"causal"},
     "lightning": {"runtime", "monitoring", "activations", "probes", "minimodel", "train", "probe"},
     "peft": {"models", "minimodel"},

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosprobe.cells import DIFFICULTY, INPUTS, PROMPT, SOURCES, X0, Cell, parse_selection
+from cosprobe.cells import DIFFICULTY, INPUTS, PROMPT, SOURCES, X0, Cell, Place, parse_selection
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,16 @@ def test_cells_sort_by_step_and_read_as_words():
 def test_sources_and_inputs_are_told_apart_by_name():
     assert set(SOURCES) - set(INPUTS) == {X0}  # the clean latent is made by the blocks: it is no input
     assert {PROMPT, DIFFICULTY} < set(INPUTS) - set(SOURCES)  # one vector per sample, without frames
+
+
+@pytest.mark.parametrize(
+    ("position", "place"),
+    [
+        ("all", Place()),
+        ("3", Place(frame=3)),
+        ("r0c12", Place(row=0, column=12)),
+        ("f2r10c1", Place(2, 10, 1)),
+    ],
+)
+def test_positions_name_their_place(position, place):
+    assert Place.of(position) == place and place.is_token == position.startswith("f")

@@ -70,7 +70,7 @@ MISTAKES = [
     ("seed.x=1", rf"[^?]*{TOP}"),
     ("experiment.clips=9", "[^?]*experiment"),
     # choices
-    ("probe=layerz", r"probe=layers\?.*frames, layers"),
+    ("probe=layerz", r"probe=layers\?.*frames, layers, tokens"),
     ("+probe=frames", r"\bprobe=frames\b"),
     ("probe=", r"[^?]*frames, layers"),
     ("task=maize", rf"task=maze\?.*{', '.join(TASKS)}"),
@@ -151,7 +151,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(argument, message, here
         (["run=x", "use=early", "use.against=truth"], "use.against=truth", "error_reference"),
         (["run=x", "use=early", "use.calibration=58"], "use.calibration=58", r"\b59\b.*\b0\.05\b.*\b0\.95\b"),
         (["run=x", "use=ensemble", "use.size=huge"], "use.size='huge'", "quick, full"),
-        (["run=x", "task.problems=3"], "task.problems=3", r"use\.problems\?.*run, seed, trainer, use"),
+        (["run=x", "task.problems=3"], "task.problems=3", r"use\.problems\?.*run, runs, seed, trainer, use"),
     ],
 )
 def test_mistakes_in_using_a_run(arguments, first, message, here, capsys):
@@ -250,14 +250,14 @@ def test_help_shows_purpose_groups_and_two_examples(here, capsys):
         for group in (
             f"task        {tasks}",
             f"pipeline    {', '.join(f'{one}*' if one == 'mini' else one for one in PIPELINES)}",
-            "probe       frames, layers*",
+            "probe       frames, layers*, tokens",
             "trainer     auto*, cpu, gpu",
         ):
             assert f"\n  {group}\n" in text
     assert probe.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert text.count("\n  python probe.py ") == 9  # usage and eight examples
-    assert "\n  use         behaviour, compare, early, ensemble, film, intervene, predict*, runs\n" in text
+    assert text.count("\n  python probe.py ") == 10  # usage and nine examples
+    assert "\n  use         behaviour, compare, early, ensemble, film, intervene, predict*, runs, tokens\n" in text
     assert list(here.iterdir()) == []
 
 
@@ -266,7 +266,7 @@ def test_examples_of_the_help_are_valid(capsys):
     for entry, root in ((train, TrainRun), (probe, UseRun)):
         shown = [line.split() for line in entry.__doc__.splitlines() if line.startswith("  python ")]
         examples = [words for words in shown if "[name=value" not in words]
-        assert len(examples) == (8 if root is UseRun else 2)
+        assert len(examples) == (9 if root is UseRun else 2)
         for words in examples:
             settings = [word for word in words[2:] if "=" in word and "use.delete" not in word]
             assert settings
@@ -285,7 +285,7 @@ def test_cfg_prints_every_setting(here, capsys):
 @pytest.mark.parametrize(
     ("arguments", "first", "message"),
     [
-        (["train.py", "probe=layerz"], "probe=layerz", r"probe=layers\?.*frames, layers"),
+        (["train.py", "probe=layerz"], "probe=layerz", r"probe=layers\?.*frames, layers, tokens"),
         (["probe.py", "use=predict", "run=nowhere"], "run='nowhere'", r"config\.yaml"),
     ],
 )

@@ -33,7 +33,7 @@ def test_top_level_names_are_frozen():
     assert [f.name for f in fields(TrainRun)] == [
         "task", "pipeline", "probe", "trainer", "experiment", "run_dir", "store", "seed",
     ]  # fmt: skip
-    assert [f.name for f in fields(UseRun)] == ["use", "trainer", "run", "seed"]
+    assert [f.name for f in fields(UseRun)] == ["use", "trainer", "run", "runs", "seed"]
     assert GROUPS == ["experiment", "pipeline", "probe", "task", "trainer", "use"]
     for name in ("layers", "steps", "pooling", "frames", "decode", "kind", "penalties", "random_weights"):
         assert hasattr(load(TrainRun, []).probe, name)
@@ -62,6 +62,7 @@ def wanted_globally(path) -> bool:
 def test_every_file_composes(path):
     root = UseRun if path.parent.name == "use" else TrainRun
     needed = ["run=somewhere"] if root is UseRun and not wanted_globally(path) else []
+    needed += ["runs=[one,two]"] if path.stem == "compare" else []
     run = load(root, [f"{path.parent.name}={path.stem}", *needed])
     schemas = SCHEMAS.get(path.parent.name)
     if schemas:
@@ -174,7 +175,7 @@ def test_run_folder_follows_from_the_command():
 def test_help_shows_purpose_groups_and_every_setting():
     text = describe(TrainRun, ["experiment=mini"], "What it is for.")
     assert text.startswith("What it is for.\n")
-    assert "  probe       frames, layers*\n" in text
+    assert "  probe       frames, layers*, tokens\n" in text
     assert "  experiment  lora, mini*, mini_small, probes\n" in text
     assert "\n  task.rooms=[4, 5]\n" in text
     assert "\n  probe.frames=false\n      With `region`" in text

@@ -131,6 +131,25 @@ def test_the_grid_has_the_promised_names(run):
 
 
 @pytest.mark.slow
+def test_every_token_has_a_probe(model, tmp_path):
+    """Tokens of the toy model: 2 latent frames of 8 x 8. A path is known for the half of the problems with one exit."""
+    tokens = ("probe=tokens", "probe.layers=1", "probe.steps=0", "task.problems=80")
+    output = train(model, tmp_path / "run", *tokens)
+    (report,) = (tmp_path / "run").glob("ridge*/report")
+    grid = Grid.load(report).dataset
+    assert grid.sizes["position"] == 2 * 8 * 8 and "corridors" not in grid.target.values
+    assert (int(grid.frame.max()), int(grid.row.max()), int(grid.column.max())) == (1, 7, 7)
+    assert np.isfinite(grid.accuracy).all()
+    with xr.open_dataset(report / "path.nc") as path:
+        assert path.attrs["n_test"] == 12 and path.accuracy.notnull().any() and path.p_evidence.notnull().any()
+        assert set(path.baseline.values) == {"guess", "noise", "first_frame", "embed", "x_t"}
+    text = (report / "summary.md").read_text()
+    for name in ("path.png", "tokens_answer.png"):
+        assert (report / name).stat().st_size > 1000 and f"]({name})" in text
+    assert "Which tokens know that they lie on the path" in text and str(report / "summary.md") in output
+
+
+@pytest.mark.slow
 def test_random_weights_decode_no_answer_beyond_what_goes_in(run):
     """The pipeline is random: whatever its probes read they read from the input."""
     grid = Grid.load(run[0])

@@ -15,7 +15,7 @@ from cosprobe.activations.cost import Cost, flops, seconds
 from cosprobe.activations.dataset import InputFeatures, LabelledRows, ProbeSamples, difficulty_columns, load_samples
 from cosprobe.activations.edits import BACK, average_blocks, average_clean, average_latents, check_finite, check_layers
 from cosprobe.activations.halt import halting
-from cosprobe.activations.pooling import Pooling, box_masks
+from cosprobe.activations.pooling import COLUMNS, Pooling, box_masks
 from cosprobe.activations.predicting import FrozenSampling, Sampled, Shard, ShardWriter, announce, predict_shards
 from cosprobe.activations.random_weights import RANDOM_WEIGHTS
 from cosprobe.activations.sampler import NOT_SEEN, Sampler, images
@@ -25,6 +25,7 @@ from cosprobe.activations.unsupported import refuse_step_caches
 __all__ = [
     "NOT_SEEN",
     "BACK",
+    "COLUMNS",
     "RANDOM_WEIGHTS",
     "UNTRAINED",
     "ActivationCache",

@@ -48,8 +48,8 @@ class ActivationCache:
     hook_points: layer numbers as text, then sources. steps: indices of the captured steps. branches: `cond`, `uncond`
     or both. positions: names of the positions. experts: the transformer that ran at each step.
     clean: x0-hat latents, at the steps selected by the argument `clean` of `capture`.
-    inputs: pooled inputs and x0-hat, by name, step index and part (`region` or `whole`); see `input_features`. Inputs
-    that are the same at every step are at step 0. Inputs that the transformer does not have are missing.
+    inputs: pooled inputs and x0-hat, by name, step index and part (`region`, `token` or `whole`); see `input_features`.
+    Inputs that are the same at every step are at step 0. Inputs that the transformer does not have are missing.
     recorded: branches and arguments of the transformer call with the `cond` branch, at the steps selected by the
     argument `record` of `capture`.
     parts: pooled features by step, hook point and branch. They are on the CPU; while the call runs, `wait` comes before
@@ -105,10 +105,11 @@ class ActivationCache:
         return self.parts[cell.step, str(cell.layer), cell.branch][:, self.positions.index(cell.position)]
 
     def input_features(self) -> dict[str, Float[Tensor, "sample step frame part channel"]]:
-        """Pooled inputs, with separate latent frames, as `NAME.region` and `NAME.whole`.
+        """Pooled inputs, with separate latent frames, as `NAME.region`, `NAME.token` and `NAME.whole`.
 
-        The axis part has the regions of the pooling (`region`, only with region pooling) or the coarse cells of
-        `whole_frame` (`whole`). The axis step has one entry for inputs that are the same at every step.
+        The axis part has the regions of the pooling (`region`, only with region pooling), all tokens of a frame
+        (`token`, only with token pooling) or the coarse cells of `whole_frame` (`whole`). The axis step has one entry
+        for inputs that are the same at every step.
         Raises InputError inside the `with` block of the capture.
         """
         self._check_ended("input_features()")
@@ -218,14 +219,15 @@ class _Watcher:
             self.cache.inputs[PROMPT] = {0: {"whole": mean[:, None, None].cpu()}}
 
     def _keep_input(self, name: str, tokens: Tensor) -> None:
-        """Pools one input over the whole frame and, with region pooling, over the regions, and keeps the means."""
+        """Pools one input over the whole frame and, with region or token pooling, over regions or tokens, and keeps the
+        means."""
         width = tokens.shape[-1]
         if width not in self.whole:
             # with grid pooling, inputs have the same cells as the probes they are compared with
             self.whole[width] = self.pooling if self.pooling.kind == "grid" else whole_frame(width)
         pooled = {"whole": self.whole[width].by_frame(tokens, self.call.grid)}
-        if self.pooling.kind == "region":
-            pooled["region"] = self.pooling.by_frame(tokens, self.call.grid)
+        if self.pooling.kind in ("region", "token"):
+            pooled[self.pooling.kind] = self.pooling.by_frame(tokens, self.call.grid)
         kind = self._dtype()
         kept = {part: self.cache.to_cpu(value.to(kind)) for part, value in pooled.items()}
         self.cache.inputs.setdefault(name, {})[self.call.step] = kept
@@ -293,6 +295,8 @@ class _Watcher:
             raise RuntimeError(
                 f"hook point {hook_point} ran twice at step {self.call.step}, branch {branch or 'any'}: expected once"
             )
+        if not self.cache.positions:
+            self.cache.positions = self.pooling.positions(self.call.grid)
         self.cache.parts[key] = self.cache.to_cpu(self.pooling(tokens, self.call.grid).to(kind))
 
     def audit(self) -> None:
@@ -314,7 +318,6 @@ class _Watcher:
             )
         cache.steps = tuple(s for s in self.keep if s <= last)
         cache.branches = tuple(b for b in (COND, UNCOND) if any(b in branches for branches in every))
-        cache.positions = self.pooling.positions(self.call.grid[0])
         for hook_point in cache.hook_points:
             for step in cache.steps:
                 for branch in cache.branches:

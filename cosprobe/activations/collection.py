@@ -32,6 +32,7 @@ from cosprobe.files import read_json, write_json
 from cosprobe.locks import held
 from cosprobe.models import (
     Fingerprint,
+    TokenGrid,
     architecture,
     check_guidance,
     check_prompts,
@@ -359,19 +360,21 @@ def store_bytes(sampler: Sampler, probe: CaptureConfig, samples: int, few: int =
     pooling = Pooling(probe.pooling, probe.frames, [[(0.0, 0.0, 1.0, 1.0)] * regions])
     cells = samples * len(steps) * len(layers) * (2 if pipeline.guided(architecture(sampler.model).guidance) else 1)
     cells += few * len(RANDOM_WEIGHTS) * len(few_steps(probe, pipeline.steps)) * len(layers)
-    features = cells * len(pooling.positions(sampler.token_frames)) * pooling.regions * width
+    grid = sampler.token_grid
+    features = cells * len(pooling.positions(grid)) * pooling.regions * width
     noise, condition = architecture(sampler.model).patch_columns(sampler.model, transformer)
     each_step = [width, noise, noise]  # embed, x_t, x0-hat
-    inputs = sum(n * input_parts(pooling, n) for n in each_step) * len(steps)
-    inputs += sum(n * input_parts(pooling, n) for n in (noise, condition))
+    inputs = sum(n * input_parts(pooling, n, grid) for n in each_step) * len(steps)
+    inputs += sum(n * input_parts(pooling, n, grid) for n in (noise, condition))
     size = next(transformer.parameters()).element_size()
-    return (features + samples * sampler.token_frames * inputs) * size
+    return (features + samples * grid.frames * inputs) * size
 
 
-def input_parts(pooling: Pooling, channels: int) -> int:
-    """Number of spatial parts kept of an input with `channels` channels: regions, and cells of the whole frame."""
+def input_parts(pooling: Pooling, channels: int, grid: TokenGrid) -> int:
+    """Number of spatial parts kept of an input with `channels` channels: regions or tokens, and cells of the whole
+    frame."""
     cells = pooling if pooling.kind == "grid" else whole_frame(channels)
-    return cells.across**2 + (pooling.regions if pooling.kind == "region" else 0)
+    return cells.across**2 + {"region": pooling.regions, "token": grid.rows * grid.columns}.get(pooling.kind, 0)
 
 
 @torch.no_grad()

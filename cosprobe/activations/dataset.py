@@ -242,11 +242,13 @@ class InputFeatures:
     """One input of every sample, with separate latent frames.
 
     whole: means over the coarse cells of the frame; a single cell for `prompt` and `difficulty`. region: means over the
-    regions; None without region pooling. The axis step has one entry for an input that is the same at every step.
+    regions; None without region pooling. token: every token of a frame by itself; None without token pooling. The axis
+    step has one entry for an input that is the same at every step.
     """
 
     whole: Float[Tensor, "sample step frame cell channel"]
     region: Float[Tensor, "sample step frame region channel"] | None = None
+    token: Float[Tensor, "sample step frame token channel"] | None = None
 
 
 @enough_memory("lower task.problems, or select fewer probe.layers or probe.steps")
@@ -305,7 +307,10 @@ def load_samples(
     )
     captured = _under("input.", tensors)
     names = dict.fromkeys(name.rpartition(".")[0] for name in captured)
-    inputs = {name: InputFeatures(captured[f"{name}.whole"], captured.get(f"{name}.region")) for name in names}
+    inputs = {
+        name: InputFeatures(captured[f"{name}.whole"], captured.get(f"{name}.region"), captured.get(f"{name}.token"))
+        for name in names
+    }
     if samples.difficulty:
         inputs[DIFFICULTY] = InputFeatures(difficulty_columns(samples)[:, None, None, None])
     experts = [notes["experts"][notes["steps"].index(step)] for step in stored.steps]

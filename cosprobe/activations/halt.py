@@ -52,25 +52,23 @@ def halting(
         for transformer in experts(pipeline).values():
             for layer, here in at.items():
                 block = block_list(pipeline, transformer)[layer]  # its hook runs after that of `capture`
-                undo.callback(block.register_forward_hook(_halting_hook(cache, here, pooling, enough)).remove)
+                undo.callback(block.register_forward_hook(_halting_hook(cache, here, enough)).remove)
         yield cache
 
 
 def _halting_hook(
-    cache: ActivationCache, cells: Sequence[Cell], pooling: Pooling, enough: Callable[[Cell, Tensor], bool]
+    cache: ActivationCache, cells: Sequence[Cell], enough: Callable[[Cell, Tensor], bool]
 ) -> Callable[..., None]:
     """A forward hook that calls `enough` once for each of the cells, as soon as its features exist."""
     left = list(cells)
 
     def hook(block: nn.Module, args: tuple, output: Any) -> None:
         for cell in list(left):
-            part = cache.parts.get((cell.step, str(cell.layer), cell.branch))
-            if part is None:
+            if (cell.step, str(cell.layer), cell.branch) not in cache.parts:
                 continue
             left.remove(cell)
             cache.wait()
-            positions = pooling.positions(part.shape[1])[: part.shape[1]]
-            if enough(cell, part[:, positions.index(cell.position)]):
+            if enough(cell, cache.at(cell)):
                 raise _Halted
 
     return hook

@@ -29,8 +29,9 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the im
 class Pooling:
     """Which tokens are averaged.
 
-    kind: `clip` (one mean), `frame` (a mean per latent frame), `grid` (a mean per coarse cell, over all frames) or
-    `region` (a mean per region, over all frames). frames: with `region`, also keep a mean per latent frame.
+    kind: `clip` (one mean), `frame` (a mean per latent frame), `grid` (a mean per coarse cell, over all frames),
+    `region` (a mean per region, over all frames) or `token` (no mean: every token is a position). frames: with
+    `region`, also keep a mean per latent frame.
     boxes: for `region`, the regions of each sample of the batch. across: for `grid`, coarse cells per side.
     Raises InputError for an unknown kind, and for samples with different numbers of regions.
     """
@@ -57,9 +58,12 @@ class Pooling:
         """Length of the axis `region`: the number of regions, 1 for other kinds of pooling."""
         return len(self.boxes[0]) if self.kind == "region" and self.boxes else 1
 
-    def positions(self, latent_frames: int) -> tuple[str, ...]:
-        """The names along the axis `position`."""
-        each = tuple(str(f) for f in range(latent_frames))
+    def positions(self, size: tuple[int, int, int]) -> tuple[str, ...]:
+        """The names along the axis `position`. size: latent frames, token rows, token columns."""
+        frames, rows, columns = size
+        each = tuple(str(f) for f in range(frames))
+        if self.kind == "token":
+            return tuple(f"f{f}r{r}c{c}" for f in each for r in range(rows) for c in range(columns))
         if self.kind == "frame":
             return each
         if self.kind == "grid":
@@ -84,7 +88,7 @@ class Pooling:
     def by_frame(
         self, tokens: Float[Tensor, "batch token channel"], size: tuple[int, int, int]
     ) -> Float[Tensor, "batch frame part channel"]:
-        """The mean for every latent frame and spatial part (region, coarse cell or whole frame).
+        """The mean for every latent frame and spatial part (region, coarse cell, single token or whole frame).
 
         tokens: in the order frame, row, column. size: latent frames, token rows, token columns.
         Raises InputError when the number of tokens is not the product of `size`.
@@ -92,6 +96,8 @@ class Pooling:
         frames, height, width = size
         if tokens.shape[1] != frames * height * width:
             raise InputError(f"a block gave {tokens.shape[1]} tokens, expected {frames} x {height} x {width}")
+        if self.kind == "token":
+            return rearrange(tokens, "b (f s) d -> b f s d", f=frames).float()
         position = (tokens.shape[0], height, width, tokens.device)
         if position not in self._weights:  # the weights are the same for all hook points and steps of a run
             masks = self.masks(*position[:3]).to(tokens.device)
@@ -105,6 +111,8 @@ class Pooling:
     ) -> Float[Tensor, "batch position region channel"]:
         """Pools tokens into the features of a probe. Arguments and errors: see `by_frame`."""
         parts = self.by_frame(tokens, size)
+        if self.kind == "token":
+            return rearrange(parts, "b f s d -> b (f s) 1 d")
         whole = parts.mean(dim=1, keepdim=True)
         if self.kind == "frame":
             return parts

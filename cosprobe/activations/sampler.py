@@ -12,7 +12,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cosprobe.config import PipelineConfig, TrainerConfig
-from cosprobe.models import architecture, block_list, decode, experts, first_transformer, sample, with_defaults
+from cosprobe.models import (
+    TokenGrid,
+    architecture,
+    block_list,
+    decode,
+    experts,
+    first_transformer,
+    sample,
+    with_defaults,
+)
 from cosprobe.tasks import Problem, Sample, Task
 
 NOT_SEEN = (
@@ -91,6 +100,14 @@ class Sampler:
         """Number of frames of the token grid of a video."""
         family = architecture(self.model)
         return family.token_frames(self.model, first_transformer(self.model), self.config.frames)
+
+    @property
+    def token_grid(self) -> TokenGrid:
+        """The token grid of a video."""
+        family, transformer = architecture(self.model), first_transformer(self.model)
+        height, width = self.task.image(self.task.problems("test", 1)[0]).shape[:2]
+        side, (_, rows, columns) = family.scale(self.model).side, family.patch(transformer)
+        return TokenGrid(self.token_frames, height // (side * rows), width // (side * columns))
 
 
 def images(task: Task, problems: Sequence[Problem]) -> Float[Tensor, "batch 3 height width"]:

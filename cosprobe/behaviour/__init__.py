@@ -1,6 +1,6 @@
 """Behaviours along denoising steps, as numbers: exploration, commitment, corrections, memory, roles of layers."""
 
-from cosprobe.behaviour.films import film
+from cosprobe.behaviour.films import film, read_image
 from cosprobe.behaviour.findings import Behaviours, Finding
 from cosprobe.behaviour.measure import measure
 from cosprobe.behaviour.report import BEHAVIOUR, print_behaviours, show_behaviours, write_behaviours
@@ -12,6 +12,7 @@ __all__ = [
     "film",
     "measure",
     "print_behaviours",
+    "read_image",
     "show_behaviours",
     "write_behaviours",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cosprobe.activations import ProbeSamples
 from cosprobe.behaviour.findings import AXES, PERCEPTION, ROLES, Finding, finding, nothing
+from cosprobe.cells import Place
 from cosprobe.evaluation import (
     UNTESTED,
     Claim,
@@ -284,9 +285,11 @@ def layer_curves(lines: Sequence[LayerLine]) -> dict[str, xr.DataArray]:
 
 
 def energy(samples: ProbeSamples) -> dict[str, xr.DataArray]:
-    """Size and spread of the pooled states of every layer and step, on test."""
+    """Size and spread of the pooled states of every layer and step, on test. Empty where single tokens are kept."""
     here = [i for i, cell in enumerate(samples.cells) if cell.branch == COND]
     positions = list(dict.fromkeys(samples.cells[i].position for i in here))
+    if Place.of(positions[0]).is_token:
+        return {}
     here = [i for i in here if samples.cells[i].position == positions[0]]
     steps, layers = (sorted({getattr(samples.cells[i], name) for i in here}) for name in ("step", "layer"))
     test = torch.from_numpy(np.flatnonzero(samples.split == "test"))

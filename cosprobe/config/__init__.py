@@ -20,6 +20,7 @@ from cosprobe.config.uses import (
     InterveneConfig,
     PredictConfig,
     RunsConfig,
+    TokensConfig,
     check_promise,
     least_without_errors,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "ProbeConfig",
     "ProbeExperiment",
     "RunsConfig",
+    "TokensConfig",
     "TrainRun",
     "TrainerConfig",
     "UseRun",

@@ -8,7 +8,7 @@ from cosprobe.bounds import MANY, check_bounds
 from cosprobe.cells import parse_selection
 from cosprobe.errors import InputError
 
-POOLINGS = ("clip", "frame", "grid", "region")
+POOLINGS = ("clip", "frame", "grid", "region", "token")
 KINDS = ("logistic", "newton", "ridge")
 
 
@@ -21,7 +21,7 @@ class CaptureConfig:
     steps: str = "all"
     "Step indices (0 = noisiest), written as `layers`."
     pooling: str = "region"
-    "What features are averaged over: clip, frame, grid or region."
+    "What features are averaged over: clip, frame, grid or region; token: nothing, every token is a position."
     frames: bool = False
     "With `region`, also keep every latent frame separately."
     decode: str = "auto"

@@ -20,6 +20,7 @@ from cosprobe.config.uses import (
     InterveneConfig,
     PredictConfig,
     RunsConfig,
+    TokensConfig,
 )
 from cosprobe.config.video_training import AdapterConfig, MiniConfig
 from cosprobe.errors import InputError
@@ -45,6 +46,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "behaviour": BehaviourConfig,
         "film": FilmConfig,
         "compare": CompareConfig,
+        "tokens": TokensConfig,
         "runs": RunsConfig,
     },
 }

@@ -23,7 +23,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cosprobe.activations import ActivationCache, Pooling, Sampler, capture
-from cosprobe.cells import Cell
 from cosprobe.config import PipelineConfig
 from cosprobe.ensembles.probe_scorer import ProbeScorer
 from cosprobe.ensembles.strategies import (
@@ -280,19 +279,13 @@ def _outcome(
 class _Reading:
     """Reads probes during a captured call; `keep` drops samples together with the batch of the call."""
 
-    def __init__(
-        self, scorer: ProbeScorer, cache: ActivationCache, pooling: Pooling, samples: Sequence[Problem], frames: int
-    ):
-        self.scorer, self.cache, self.pooling = scorer, cache, pooling
-        self.samples, self.positions = list(samples), pooling.positions(frames)
+    def __init__(self, scorer: ProbeScorer, cache: ActivationCache, pooling: Pooling, samples: Sequence[Problem]):
+        self.scorer, self.cache, self.pooling, self.samples = scorer, cache, pooling, list(samples)
 
     def __call__(self, step: int) -> Float[Tensor, "sample candidate"]:
         self.cache.wait()
         cells = {name: self.scorer.cell(name, step) for name in self.scorer.accuracy}
-        return self.scorer.read(cells, self.samples, self._features)
-
-    def _features(self, cell: Cell) -> Tensor:
-        return self.cache.parts[cell.step, str(cell.layer), cell.branch][:, self.positions.index(cell.position)]
+        return self.scorer.read(cells, self.samples, self.cache.at)
 
     def keep(self, at: list[int]) -> None:
         self.samples = [self.samples[i] for i in at]
@@ -309,7 +302,7 @@ def _reading(context: RunContext, steps: Sequence[int], samples: Sequence[Proble
     layers = sorted({scorer.cell(name, step).layer for name in names for step in steps})
     pooling = scorer.pooling(samples)
     with capture(context.sampler.model, list(map(str, layers)), pooling, ",".join(map(str, steps))) as cache:
-        yield _Reading(scorer, cache, pooling, samples, context.sampler.token_frames)
+        yield _Reading(scorer, cache, pooling, samples)
 
 
 def _weigh(context: RunContext, params: Hyperparameters, samples: Sequence[Problem]) -> Callable[..., Tensor]:
@@ -317,12 +310,12 @@ def _weigh(context: RunContext, params: Hyperparameters, samples: Sequence[Probl
     guess."""
     scorer = context.scorer
     assert scorer is not None
-    pooling, positions = scorer.pooling(samples), scorer.pooling(samples).positions(context.sampler.token_frames)
+    pooling = scorer.pooling(samples)
     names = sorted({scorer.target(p) for p in samples})
     table = {(s, n): {t: scorer.cell(t, s, n) for t in names} for s in params.steps or (0,) for n in params.layers}
 
     def weigh(step: int, layer: int, tokens: Tensor, size: tuple[int, int, int]) -> Float[Tensor, " batch"]:
-        pooled = pooling(tokens, size).cpu()
+        pooled, positions = pooling(tokens, size).cpu(), pooling.positions(size)
         proba = scorer.read(table[step, layer], samples, lambda cell: pooled[:, positions.index(cell.position)])
         return (proba.amax(dim=-1) - 1 / proba.shape[-1]).clamp_min(0)
 

@@ -20,6 +20,7 @@ from cosprobe.evaluation.predictions import Evaluated, InputReading, evaluate
 from cosprobe.evaluation.ranks import average_ranks
 from cosprobe.evaluation.scoring import build_grid
 from cosprobe.evaluation.significance import max_t_bootstrap
+from cosprobe.evaluation.token_labels import read_path, read_token_labels
 from cosprobe.evaluation.variables import ALPHA, BASELINES, CEILING, GUESSES, X0_PARSED
 
 __all__ = [
@@ -57,6 +58,8 @@ __all__ = [
     "problem_draws",
     "read_inputs",
     "read_inputs_once",
+    "read_path",
+    "read_token_labels",
     "share_interval",
     "verdict",
 ]

@@ -3,7 +3,8 @@
 A layer that decodes the answer is a finding only if the inputs do not decode it as well. Probes on inputs therefore get
 the same samples, penalties and solver as probes on layers. Each input is tried in several forms:
 
-* `region` or `whole`: the regions that probes on layers read, or all coarse cells of the frame (`pooling.whole_frame`)
+* `region`, `token` or `whole`: the regions that probes on layers read; with token pooling, all tokens of the frame
+  concatenated, where these are at most COLUMNS values; or all coarse cells of the frame (`pooling.whole_frame`)
   concatenated. With `whole`, every candidate has weights of its own for all coarse cells.
 * `mean` or `frames`: the mean over latent frames, or all latent frames concatenated.
 
@@ -26,9 +27,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cosprobe.activations import InputFeatures, ProbeSamples, StoreSettings
+from cosprobe.activations import COLUMNS, InputFeatures, ProbeSamples, StoreSettings
 from cosprobe.cache import Saved, cached
-from cosprobe.cells import EMBED, FIRST_FRAME, INPUTS, NOISE, X0, X_T, Cell
+from cosprobe.cells import EMBED, FIRST_FRAME, INPUTS, NOISE, X0, X_T, Cell, Place
 from cosprobe.evaluation.predictions import InputReading
 from cosprobe.probes import (
     affine,
@@ -82,6 +83,8 @@ def read_inputs(
 
     samples: the samples that the probes on layers are fitted to.
     inputs: features of the inputs, by name.
+    Memory targets are compared with inputs that are read where the probe reads. Where that is a single token, any part
+    of the input may be read instead, which is harder to beat.
     kind, penalties: solver and penalties of the probes. `logistic` and `newton` have the same optimum, so both use
     Newton's method here.
     seed: seed of the folds.
@@ -94,7 +97,7 @@ def read_inputs(
     found: dict[str, dict[str, InputReading]] = {}
     for target in readable_targets(samples.targets, samples.regions):
         names = [name for name in (*MUST_BEAT[target.role], X0) if name in inputs] if target.role in MUST_BEAT else []
-        local = target.role is Role.MEMORY
+        local = target.role is Role.MEMORY and not Place.of(positions[0]).is_token
         for name in names:
             read = [
                 _read(samples, target, list(forms(inputs[name], target, position if local else None)), recipe)
@@ -148,7 +151,9 @@ def forms(source: InputFeatures, target: Target, position: str | None) -> Iterat
     position: for a memory target, the position that the probe on a layer reads. The input is then read at that position
     only (the same latent frame, coarse cell or regions). None: any part of the input may be read.
     """
-    areas = {"region": source.region, "whole": source.whole}
+    areas = {"region": source.region, "token": source.token, "whole": source.whole}
+    if source.token is not None and source.token[0, 0, 0].numel() > COLUMNS:
+        areas.pop("token")
     if position is not None or target.form == "region":
         areas.pop("whole" if source.region is not None else "region")
     for area, values in areas.items():
@@ -164,14 +169,15 @@ def forms(source: InputFeatures, target: Target, position: str | None) -> Iterat
         for time, rows in times.items():
             if time == "frames" and values.shape[2] == 1:
                 continue
-            yield Form(f"{area}, {time}", rows.flatten(2)[:, :, None] if area == "whole" else rows)
+            yield Form(f"{area}, {time}", rows if area == "region" else rows.flatten(2)[:, :, None])
 
 
 def input_samples(samples: ProbeSamples, source: InputFeatures, target: str, cell: Cell, form: str) -> ProbeSamples:
     """Copies of the samples whose only features are one input, in one form, at the step of `cell`. For refits."""
     kind = next(t for t in readable_targets(samples.targets, samples.regions) if t.name == target)
     step = sorted({c.step for c in samples.cells}).index(cell.step)
-    position = cell.position if kind.role is Role.MEMORY else None
+    local = kind.role is Role.MEMORY and not Place.of(cell.position).is_token
+    position = cell.position if local else None
     rows = next(one.rows for one in forms(source, kind, position) if one.name == form)
     at = min(step, rows.shape[1] - 1)  # some inputs have one entry for all steps
     return replace(samples, features=rows[:, [at]], cells=(cell,))

@@ -47,8 +47,9 @@ class Grid:
     """Results of all cells and baselines.
 
     dataset: its dimensions are target, step, layer, position, and branch where there is more than one. The coordinate
-    `expert` (along step) names the transformer of a step. The coordinate `frame` (along position) is the latent frame
-    of a position, -1 where the position is not a frame. `variables.MEANING` describes each variable.
+    `expert` (along step) names the transformer of a step. The coordinates `frame`, `row` and `column` (along position)
+    are the latent frame, row and column of a position, -1 for a mean over them. `variables.MEANING` describes each
+    variable.
     """
 
     dataset: xr.Dataset

@@ -17,7 +17,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, Int, Shaped
 
-from cosprobe.cells import DIFFICULTY, INPUTS, X0
+from cosprobe.cells import DIFFICULTY, INPUTS, X0, Place
 from cosprobe.errors import InputError
 from cosprobe.evaluation.baselines import MUST_BEAT
 from cosprobe.evaluation.grid import Grid
@@ -47,6 +47,7 @@ from cosprobe.tasks import RELABELLED, Role, Target
 CELL = ("step", "layer", "branch", "position")
 STEP = ("step", "branch", "position")
 LAYER = ("layer", "branch", "position")
+PLACE = ("frame", "row", "column")  # coordinates along position
 BASELINE = ("baseline", *STEP)
 READ = (*INPUTS, X0)  # baselines that are probes (`baselines.read_inputs`)
 MODEL_ACCURACY = ("model_accuracy", "model_accuracy_lower", "model_accuracy_upper")
@@ -169,7 +170,7 @@ def build_grid(
         "position": positions,
         "baseline": list(BASELINES),
         "expert": ("step", list(evaluated.experts)),
-        "frame": ("position", [int(name) if name.isdigit() else -1 for name in positions]),
+        **{axis: ("position", [getattr(Place.of(name), axis) for name in positions]) for axis in PLACE},
         "role": ("target", [t.role for t in targets]),
         "form": ("target", [t.form for t in targets]),
         "kinds": ("target", [",".join(t.kinds) for t in targets]),

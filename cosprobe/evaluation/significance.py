@@ -133,15 +133,17 @@ def weakest_pair(
 
 def max_t_permutation(
     predictions: Int[np.ndarray, "cell *label"],
-    labels: Int[np.ndarray, "*label"],
+    labels: Int[np.ndarray, "..."],
     keys: Shaped[np.ndarray, "sample"],
     draws: int = 1000,
     seed: int = 0,
+    column: Int[np.ndarray, "cell"] | None = None,
 ) -> MaxT:
     """Tests whether each cell's predictions go along with the labels. p-values corrected for all cells.
 
     predictions, labels: of each sample (and region). keys: the problem of each sample. draws, seed: number and seed of
-    the permutations.
+    the permutations. column: for each cell, the column of labels [sample, column] that it predicts, where labels
+    differ between cells; predictions are then [cell, sample].
 
     Labels are permuted between problems with the same number of samples. All labels of a problem move together, and so
     do the region labels of a sample. Predictions stay. A cell's statistic is its accuracy, standardised by its mean and
@@ -154,20 +156,22 @@ def max_t_permutation(
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     check_any(keys)
-    rows = labels[permuted_blocks(keys, draws, seed)].reshape(draws + 1, -1)
-    flat = predictions.reshape(len(predictions), -1)
-    classes = np.intersect1d(flat, rows)
+    order, flat = permuted_blocks(keys, draws, seed), predictions.reshape(len(predictions), -1)
     observed = np.empty(len(flat))
     largest = np.full(draws + 1, -np.inf)
-    for start in range(0, len(flat), CHUNK):
-        block = flat[start : start + CHUNK]
-        hits = np.zeros((len(block), draws + 1), dtype=np.float32)  # fp32 counts are exact below 2**24
-        for k in classes:
-            hits += (block == k).astype(np.float32) @ (rows == k).astype(np.float32).T
-        mean, spread = hits.mean(1, dtype=np.float64), hits.std(1, dtype=np.float64)
-        score = (hits - mean[:, None]) / np.where(spread > TIE, spread, np.inf)[:, None]
-        observed[start : start + CHUNK] = score[:, 0]
-        largest = np.maximum(largest, score.max(axis=0))
+    alike = np.zeros(len(flat), dtype=int) if column is None else np.asarray(column)
+    for of in np.unique(alike):  # cells that predict the same labels
+        rows = (labels if column is None else labels[:, of])[order].reshape(draws + 1, -1)
+        cells = np.flatnonzero(alike == of)
+        for start in range(0, len(cells), CHUNK):
+            part = cells[start : start + CHUNK]
+            hits = np.zeros((len(part), draws + 1), dtype=np.float32)  # fp32 counts are exact below 2**24
+            for k in np.intersect1d(flat[part], rows):
+                hits += (flat[part] == k).astype(np.float32) @ (rows == k).astype(np.float32).T
+            mean, spread = hits.mean(1, dtype=np.float64), hits.std(1, dtype=np.float64)
+            score = (hits - mean[:, None]) / np.where(spread > TIE, spread, np.inf)[:, None]
+            observed[part] = score[:, 0]
+            largest = np.maximum(largest, score.max(axis=0))
     reached = np.sort(largest[1:])
     p = (1 + draws - np.searchsorted(reached, observed - TIE)) / (1 + draws)
     rank = int((1 - COVERAGE) * (1 + draws) + TIE)

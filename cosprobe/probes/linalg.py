@@ -168,12 +168,16 @@ def curvature(form: str, regions: int) -> float:
 
 
 def row_sums(
-    values: Float[Tensor, "cell *rows penalty out"], labels: Int[Tensor, " *rows"]
+    values: Float[Tensor, "cell *rows penalty out"], labels: Int[Tensor, "..."]
 ) -> tuple[Float[Tensor, "cell penalty"], Float[Tensor, "cell penalty"], Int[Tensor, ""]]:
-    """Sum of the cross-entropy, number of right predictions, and number of rows, over the rows with a label."""
+    """Sum of the cross-entropy, number of right predictions, and number of rows, over the rows with a label.
+
+    labels: of the rows, or [cell, *rows] where they differ between cells.
+    """
     # rows last: softmax and maximum over few classes are faster if the rows are contiguous in memory
     by_row = values.float().flatten(1, -3).permute(0, 2, 3, 1)  # cell, penalty, out, row
-    label = labels.flatten().expand(*by_row.shape[:2], -1)
+    own = labels.ndim == values.ndim - 2  # labels of every cell
+    label = (labels.flatten(1)[:, None] if own else labels.flatten()).expand(*by_row.shape[:2], -1)
     loss = F.cross_entropy(by_row.flatten(0, 1), label.flatten(0, 1), ignore_index=-1, reduction="none")
     largest = by_row.detach().max(dim=2).indices  # the first maximum, like argmax, but faster
     return loss.sum(dim=-1).unflatten(0, label.shape[:2]), (largest == label).sum(dim=-1).float(), (labels >= 0).sum()
@@ -251,7 +255,7 @@ def classes_last(
 
 def validated(
     x: Float[Tensor, "cell sample region channel"],
-    labels: Int[Tensor, " sample *region"],
+    labels: Int[Tensor, " *label"],
     form: str,
     weight: Float[Tensor, "cell width penalty out"],
     bias: Float[Tensor, "cell penalty out"],
@@ -259,7 +263,8 @@ def validated(
 ) -> Chosen:
     """The fit of each cell with the highest validation accuracy. Ties: the one with the lower cross-entropy.
 
-    x, labels: standardised validation samples, label -1 for none. weight, bias: a fit for each of `penalties`.
+    x, labels: standardised validation samples, label -1 for none; labels [cell, sample] may differ between cells.
+    weight, bias: a fit for each of `penalties`.
     """
     loss, correct, _ = row_sums(classes_last(affine(design(x, form), weight, bias), form), labels.to(x.device))
     return Chosen.of(weight, bias, penalties, best_penalty(correct, loss))

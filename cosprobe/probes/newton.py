@@ -89,7 +89,7 @@ class Certificate:
 
 def fit_newton(
     x: Float[Tensor, "cell sample region channel"],
-    labels: Int[Tensor, " sample *region"],
+    labels: Int[Tensor, " *label"],
     target: Target,
     penalties: Sequence[float],
     tolerance: float = 1e-6,
@@ -99,7 +99,8 @@ def fit_newton(
 ) -> NewtonFit:
     """Minimises mean cross-entropy + `lambda / 2 * |w|^2` over the n rows (form `candidate`: samples) with a label.
 
-    The bias is not penalised. x: standardised. labels: -1 for none.
+    The bias is not penalised. x: standardised. labels: -1 for none; [sample], for form `region` [sample, region]. For
+    form `problem` they may differ between cells, [cell, sample]; then every sample needs one.
     Decision values by form of the target: `candidate`: w . x per region, softmax over regions, bias 0. `region`:
     W x + b per region. `problem`: W [x_1 .. x_R] + b per sample. Weights and biases have mean 0 over the classes: this
     is optimal for weights, and the softmax does not depend on the mean of the biases. A class without rows gets a bias
@@ -131,11 +132,12 @@ def fit_newton(
             cell = block.start + int((~rows.flatten(1).isfinite().all(dim=1)).nonzero()[0])
             raise InputError(f"features of cell {cell}: not all finite; expected numbers, capture this cell again")
         begin = None if start is None else (start[0][block], start[1][block])
+        wanted = _of_cells(onehot, block)
         if gap is None:
-            parts.append(_path(rows, onehot, target.form, penalties, _Goal(finest, False, iterations), begin))
+            parts.append(_path(rows, wanted, target.form, penalties, _Goal(finest, False, iterations), begin))
         else:
             goal = _Goal([gap] * len(penalties), True, iterations)
-            parts.append(_to_gap(rows, onehot, target.form, penalties, goal, begin))
+            parts.append(_to_gap(rows, wanted, target.form, penalties, goal, begin))
     weight, bias, gradient, reached = (torch.cat([getattr(part, name) for part in parts]) for name in _ENDED)
     converged = reached <= gap if gap is not None else gradient <= gradient.new_tensor(finest)
     weight, bias, gradient, reached = (value.to(x.dtype) for value in (weight, bias, gradient, reached))
@@ -167,9 +169,9 @@ def relative_gaps(
             if target.form != "candidate":
                 penalty[-1] = 0.0
                 parameters = torch.cat([parameters, bias[block, at, :, None]], dim=2)
-            problem = _Problem(rows, rows[:, :, 0], penalty, onehot)
+            problem = _Problem(rows, rows[:, :, 0], penalty, _of_cells(onehot, block))
             logs = problem.values(parameters).log_softmax(dim=1)
-            slope = problem.pull(logs.exp() - onehot, parameters)
+            slope = problem.pull(logs.exp() - problem.onehot, parameters)
             found.append(problem.gap(logs, parameters, slope) / problem.objective(logs, parameters))
         parts.append(torch.stack(found, dim=1))
     return torch.cat(parts)
@@ -250,7 +252,10 @@ def _check_labels(x: Tensor, labels: Tensor, target: Target) -> None:
     """Raises InputError for labels that do not fit x or the target."""
     shape = tuple(x.shape[1:3]) if target.form == "region" else (x.shape[1],)
     choices = x.shape[2] if target.form == "candidate" else target.classes
-    if tuple(labels.shape) != shape:
+    by_cell = _by_cell(labels, target) and tuple(labels.shape) == tuple(x.shape[:2])
+    if by_cell and (labels < 0).any():
+        raise InputError(f"target {target.name!r}: labels of every cell, some of them -1; expected 0 or more")
+    if tuple(labels.shape) != shape and not by_cell:
         raise InputError(
             f"target {target.name!r}: labels{list(labels.shape)}, expected {list(shape)}, one label per row of x"
         )
@@ -263,18 +268,33 @@ def _check_labels(x: Tensor, labels: Tensor, target: Target) -> None:
         raise InputError(f"target {target.name!r}: label {wrong}, expected -1 to {choices - 1} (-1: no label)")
 
 
-def _onehot(x: Tensor, labels: Tensor, target: Target) -> Float[Tensor, "choice group"]:
-    """One-hot labels of the groups with a label.
+def _by_cell(labels: Tensor, target: Target) -> bool:
+    """Whether labels may differ between cells."""
+    return target.form == "problem" and labels.ndim == 2
+
+
+def _onehot(x: Tensor, labels: Tensor, target: Target) -> Float[Tensor, "_cell choice group"]:
+    """One-hot labels of the groups with a label: of every cell, or once where all cells have the same.
 
     A group has one softmax: over the regions of a sample (form `candidate`), or over the outputs of a row.
     """
-    label = labels.flatten().to(x.device)
+    label = labels.to(x.device) if _by_cell(labels, target) else labels.flatten()[None].to(x.device)
     choices = x.shape[2] if target.form == "candidate" else target.classes
-    return F.one_hot(label[label >= 0], choices).to(x.dtype).T.contiguous()
+    kept = label if _by_cell(labels, target) else label[label >= 0][None]
+    return F.one_hot(kept, choices).to(x.dtype).mT.contiguous()
+
+
+def _of_cells(
+    onehot: Float[Tensor, "_cell choice group"], cells: slice | Tensor
+) -> Float[Tensor, "_part choice group"]:
+    """The labels of some cells."""
+    return onehot[cells] if len(onehot) > 1 else onehot
 
 
 def _rows(x: Tensor, labels: Tensor, target: Target) -> Float[Tensor, "cell row width"]:
     """The design rows of the groups with a label. Form `candidate`: all of the first region, then of the second, ..."""
+    if _by_cell(labels, target):
+        return design(x, target.form).flatten(1, 2)
     keep = labels.flatten().to(x.device) >= 0
     if target.form == "candidate":  # the mean over the regions of a sample has no effect on their softmax
         kept = x[:, keep]
@@ -284,9 +304,9 @@ def _rows(x: Tensor, labels: Tensor, target: Target) -> Float[Tensor, "cell row 
 
 def _numbers(x: Tensor, target: Target, onehot: Tensor) -> int:
     """Number of fp64 values that the fit of one cell needs in memory."""
-    count = onehot.shape[1] * (x.shape[2] if target.form == "candidate" else 1)
+    count = onehot.shape[2] * (x.shape[2] if target.form == "candidate" else 1)
     width = x[0, 0].numel() if target.form == "problem" else x.shape[3]
-    return (5 * count + width) * min(count, width) + 2 * count * width + 8 * onehot.numel()
+    return (5 * count + width) * min(count, width) + 2 * count * width + 8 * onehot[0].numel()
 
 
 @dataclass(frozen=True)
@@ -300,19 +320,19 @@ class _Problem:
     rows: Tensor  # cell axis row
     variance: Tensor  # cell axis
     penalty: Tensor  # axis; 0 for the intercept
-    onehot: Tensor  # choice group: one-hot labels
+    onehot: Tensor  # cell choice group: one-hot labels; a single cell where all cells have the same
 
     def take(self, keep: Tensor) -> _Problem:
         """The objectives of some of the cells."""
-        return _Problem(self.rows[keep], self.variance[keep], self.penalty, self.onehot)
+        return _Problem(self.rows[keep], self.variance[keep], self.penalty, _of_cells(self.onehot, keep))
 
     def values(self, parameters: Tensor) -> Tensor:
         """Decision values [cell, choice, group]."""
-        return (parameters @ self.rows).reshape(len(self.rows), *self.onehot.shape)
+        return (parameters @ self.rows).reshape(len(self.rows), *self.onehot.shape[1:])
 
     def objective(self, logs: Tensor, parameters: Tensor) -> Tensor:
         """The objective, from the logarithms of all probabilities."""
-        return self._penalised(parameters) - (logs * self.onehot).sum(dim=(1, 2)) / self.onehot.shape[1]
+        return self._penalised(parameters) - (logs * self.onehot).sum(dim=(1, 2)) / self.onehot.shape[2]
 
     def loss(self, values: Tensor, parameters: Tensor) -> Tensor:
         """The objective, from the decision values."""
@@ -325,7 +345,7 @@ class _Problem:
     def pull(self, per_choice: Tensor, parameters: Tensor) -> Tensor:
         """Derivatives with respect to parameters, penalty included, from those with respect to decision values."""
         flat = per_choice.reshape(len(self.rows), parameters.shape[1], -1)
-        return flat @ self.rows.mT / self.onehot.shape[1] + self.penalty * parameters
+        return flat @ self.rows.mT / self.onehot.shape[2] + self.penalty * parameters
 
     def gap(self, logs: Tensor, parameters: Tensor, slope: Tensor) -> Tensor:
         """The duality gap, see the docstring of the module."""
@@ -340,22 +360,22 @@ class _Problem:
     def scale(self, chances: Tensor) -> Tensor:
         """Approximate diagonal of the Hessian, exact if p (1 - p) is the same in all rows. The preconditioner."""
         unsure = (chances * (1 - chances)).mean(dim=2)
-        choices = len(self.onehot)
-        if self.rows.shape[2] != self.onehot.shape[1]:  # form `candidate`: one softmax over rows, centred per sample
+        choices = self.onehot.shape[1]
+        if self.rows.shape[2] != self.onehot.shape[2]:  # form `candidate`: one softmax over rows, centred per sample
             unsure = unsure.sum(dim=1, keepdim=True) * choices / (choices - 1)
         least = 1e-12 * unsure.amax(dim=1, keepdim=True) + torch.finfo(unsure.dtype).tiny
         return self.variance[:, None] * torch.maximum(unsure, least)[..., None] + self.penalty
 
 
 def _balanced(
-    chances: Float[Tensor, "cell choice group"], onehot: Float[Tensor, "choice group"]
+    chances: Float[Tensor, "cell choice group"], onehot: Float[Tensor, "_cell choice group"]
 ) -> Float[Tensor, "cell choice group"]:
     """Probabilities near `chances` whose mean over the groups equals the mean of the labels, for every choice.
 
     The probabilities of choices with too large a mean are scaled down. What each group loses is distributed over the
     choices with too small a mean, in proportion to what they lack. A choice without labels gets probability 0.
     """
-    wanted, given = onehot.mean(dim=1), chances.mean(dim=2)
+    wanted, given = onehot.mean(dim=2), chances.mean(dim=2)
     kept = torch.where(given > wanted, wanted / given, 1.0)
     lacking = wanted - kept * given
     share = lacking / lacking.sum(dim=1, keepdim=True).clamp(min=torch.finfo(chances.dtype).tiny)
@@ -392,7 +412,7 @@ _ENDED = ("weight", "bias", "gradient", "gap")
 
 def _to_gap(
     rows: Float[Tensor, "cell row width"],
-    onehot: Float[Tensor, "choice group"],
+    onehot: Float[Tensor, "_cell choice group"],
     form: str,
     penalties: Sequence[float],
     goal: _Goal,
@@ -406,7 +426,9 @@ def _to_gap(
     left = (~(ended.gap <= goal.values[0])).any(dim=1).nonzero()[:, 0]
     if len(left) and second > 0:
         begin = ended.weight[left], ended.bias[left]
-        more = _path(rows[left].double(), onehot, form, penalties, replace(goal, iterations=second), begin)
+        more = _path(
+            rows[left].double(), _of_cells(onehot, left), form, penalties, replace(goal, iterations=second), begin
+        )
         for name in _ENDED:
             getattr(ended, name)[left] = getattr(more, name).to(rows.dtype)
         ended.steps += more.steps
@@ -415,7 +437,7 @@ def _to_gap(
 
 def _path(
     rows: Float[Tensor, "cell row width"],
-    onehot: Float[Tensor, "choice group"],
+    onehot: Float[Tensor, "_cell choice group"],
     form: str,
     penalties: Sequence[float],
     goal: _Goal,
@@ -426,7 +448,7 @@ def _path(
     turn = turned(rows.double() if rows.shape[1] <= rows.shape[2] else rows)
     coordinates, variance = turn.coordinates.to(rows.dtype), turn.variance.to(rows.dtype)
     candidate, onehot = form == "candidate", onehot.to(rows.dtype)
-    size, out = coordinates.shape[1], 1 if candidate else len(onehot)
+    size, out = coordinates.shape[1], 1 if candidate else onehot.shape[1]
     penalised = rows.new_ones(size)
     if not candidate:  # a bias shared by all candidates has no effect
         coordinates = torch.cat([coordinates, torch.ones_like(coordinates[:, :1])], dim=1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Bool
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -279,6 +280,14 @@ def _say_why(axes: Axes, plane: xr.Dataset) -> None:
     low, high = (round(100 * float(end)) for end in (plane.reference[start:].min(), plane.reference[start:].max()))
     share = f"{low} %" if low == high else f"{low} to {high} %"
     axes.text((start + steps) / 2, evidence.shape[1] / 2, f"an input alone\nis right on\n{share}", **text)
+
+
+def border(mask: Bool[np.ndarray, "row column"]) -> list[list[tuple[int, int]]]:
+    """Line segments along the border of a mask, whose cells are unit squares."""
+    inside = np.pad(mask, 1)
+    below, left = inside[1:, 1:-1] != inside[:-1, 1:-1], inside[1:-1, 1:] != inside[1:-1, :-1]
+    flat = [[(int(x), int(y)), (int(x) + 1, int(y))] for y, x in np.argwhere(below)]
+    return flat + [[(int(x), int(y)), (int(x), int(y) + 1)] for y, x in np.argwhere(left)]
 
 
 def _rank(data: xr.Dataset, axis: str, value: int | str) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import xarray as xr
 from matplotlib.figure import Figure
 
 from cosprobe.evaluation import FILE, Grid
@@ -14,8 +15,11 @@ from cosprobe.files import make_folder, whole_file, write_json
 from cosprobe.reporting.check_figures import check_panels, generalisation
 from cosprobe.reporting.figures import curves, frame_maps, headline, maps
 from cosprobe.reporting.film import Film, film_strip
-from cosprobe.reporting.summary import SUMMARY, shown_targets, summary_data, summary_markdown
+from cosprobe.reporting.summary import PATH_PICTURE, SUMMARY, shown_targets, summary_data, summary_markdown
+from cosprobe.reporting.token_maps import path_tokens, target_tokens
 from cosprobe.tasks import ANSWER_ROLES
+
+PATH = "path.nc"
 
 
 def write_report(
@@ -24,11 +28,12 @@ def write_report(
     run_dir: Path,
     films: Film | None = None,
     behaviours: Mapping[str, Sequence[str]] | None = None,
+    path: xr.Dataset | None = None,
 ) -> Path:
     """Writes grid.nc, figures (PNG), summary.json (remarks and the table of checks) and, last, summary.md to the folder
     run_dir/report. Returns that folder.
 
-    behaviours: sentences about each behaviour.
+    behaviours: sentences about each behaviour. path: see `evaluation.read_path`; it is written to path.nc.
     """
     folder = Path(run_dir) / "report"
     make_folder(folder)
@@ -39,7 +44,14 @@ def write_report(
         "headline.png": partial(headline, grid),
         "curves.png": partial(curves, grid, shown),
     }
-    if grid.dataset.sizes["position"] > 1:
+    picture = films.rows[0].first_frame if films is not None else None
+    if int(grid.dataset.row.max()) >= 0 and int(grid.dataset.frame.max()) >= 0:
+        figures |= {f"tokens_{target}.png": partial(target_tokens, grid, target, picture) for target in shown}
+        if path is not None:
+            figures[PATH_PICTURE] = partial(path_tokens, path, picture)
+            with whole_file(folder / PATH) as part:
+                path.to_netcdf(part, engine="netcdf4")
+    elif grid.dataset.sizes["position"] > 1:
         figures |= {f"frames_{target}.png": partial(frame_maps, grid, target) for target in shown}
     if checks.best:
         figures["checks.png"] = partial(check_panels, grid, checks)
@@ -53,7 +65,7 @@ def write_report(
         with whole_file(folder / name) as part:
             draw().savefig(part)
     write_json(folder / SUMMARY, summary_data(grid, checks))
-    text = summary_markdown(grid, checks, tuple(figures), behaviours)
+    text = summary_markdown(grid, checks, tuple(figures), behaviours, path)
     with whole_file(folder / "summary.md") as part:
         part.write_text(text, encoding="utf-8")
     return folder

@@ -47,6 +47,17 @@ CAPTIONS = {
     "film.png": "The last frame of x0-hat, the model's estimate of the clean video, at the decoded steps. The "
     "coloured box marks the candidate with the highest parser score, the black box the right candidate.",
 }
+PATH_PICTURE = "path.png"
+TOKENS_CAPTION = (
+    "Skill of {} in every token by itself, drawn over the first frame of one test problem. Rows: layers. Columns: "
+    "latent frames. Hatched: no evidence after correction for all cells."
+)
+CAPTIONS[PATH_PICTURE] = (
+    "Does the solution pass through this token? A probe of each token by itself, drawn over the first frame of one "
+    "test problem. Skill 0 is the accuracy of the best input of the same token, or of its usual label. Hatched: no "
+    "evidence that the probe is more accurate than chance, the usual label and every input of the token, after "
+    "correction for all cells. No square: the label is the same in all problems."
+)
 FRAMES_CAPTION = "Skill of {} in every latent frame: by layer at the step of the best cell, by step at its layer."
 
 
@@ -197,8 +208,10 @@ def summary_markdown(
     checks: Checks,
     figures: tuple[str, ...] = (),
     behaviours: Mapping[str, Sequence[str]] | None = None,
+    path: xr.Dataset | None = None,
 ) -> str:
-    """The summary in Markdown: table of targets, remarks, checks, behaviours, figures with captions, and provenance."""
+    """The summary in Markdown: table of targets, remarks, checks, behaviours, tokens on the path, figures with
+    captions, and provenance."""
     out = [
         "# Where the answer becomes decodable",
         "",
@@ -218,9 +231,12 @@ def summary_markdown(
         out += ["", "## Behaviours along denoising steps", ""]
         out += [f"* {name}: {' '.join(said)}" for name, said in behaviours.items()]
         out += ["", "The claims with intervals: [behaviour.md](behaviour/behaviour.md)."]
+    if path is not None:
+        out += ["", "## Which tokens know that they lie on the path", "", *path_sentences(path)]
+        out += ["", "All numbers: `path.nc`."]
     for name in figures:
-        target = name.removeprefix("frames_").removesuffix(".png")
-        caption = CAPTIONS.get(name) or FRAMES_CAPTION.format(f"`{target}`")
+        kind, _, target = name.removesuffix(".png").partition("_")
+        caption = CAPTIONS.get(name) or (TOKENS_CAPTION if kind == "tokens" else FRAMES_CAPTION).format(f"`{target}`")
         out += ["", f"![{name}]({name})", "", caption]
     out += ["", "## Provenance", ""]
     out += [f"* `{key}`: {value}" for key, value in flattened(grid.provenance).items()] or ["none recorded"]
@@ -232,6 +248,41 @@ def summary_data(grid: Grid, checks: Checks) -> dict[str, Any]:
     heading first."""
     head, rows = check_table(grid, checks) if checks.best else ([], [])
     return {"remarks": remarks(grid, checks), "checks": [head, *rows] if checks.best else []}
+
+
+def path_sentences(path: xr.Dataset) -> list[str]:
+    """What `evaluation.read_path` found: one line per layer and step with evidence, and the best cell."""
+    tested, shown = path.accuracy.notnull(), path.p_evidence <= ALPHA
+    lines = [
+        f"{int(shown.sum())} of {int(tested.sum())} cells (token, layer, step) have evidence: their probe is more "
+        "accurate than chance, than the usual label of the token and than every input of the same token, after "
+        f"correction for all cells. n = {path.attrs['n_test']} test problems with one right answer."
+    ]
+    if path.p_evidence.isnull().all():
+        lines.append(f"With {path.attrs['n_test_problems']} test problems there are no p-values; raise task.problems.")
+        return lines
+    by, of = (values.sum("position").transpose("layer", "step").values for values in (shown, tested))
+    steps = path.step.values.tolist()
+    rows = [
+        (str(layer), *(f"{shown_here} of {tested_here} tokens" for shown_here, tested_here in zip(*both, strict=True)))
+        for layer, *both in zip(path.layer.values, by, of, strict=True)
+    ]
+    lines += ["", *markdown_table(("layer", *(f"step {s}" for s in steps)), *rows)]
+    by_frame = shown.sum(("step", "layer")).groupby("frame").sum()
+    counts = zip(by_frame.frame.values, by_frame.values, strict=True)
+    lines += ["", f"By latent frame: {', '.join(f'{int(count)} in frame {frame}' for frame, count in counts)}."]
+    if tested.any():
+        best = path.isel(path.validation_gain.fillna(-1.0).argmax(...))
+        verdict = f"p = {float(best.p_evidence):.3f}" if float(best.p_evidence) <= ALPHA else "no evidence"
+        lines += [
+            "",
+            "The cell with the largest gain over the usual label on validation is token "
+            f"{best.position.values} (latent "
+            f"frame {int(best.frame)}, row {int(best.row)}, column {int(best.column)}), layer {int(best.layer)}, step "
+            f"{int(best.step)}: accuracy {float(best.accuracy):.2f} [{float(best.lower):.2f}, "
+            f"{float(best.upper):.2f}], {best.reference_source.values} {float(best.reference):.2f}, {verdict}.",
+        ]
+    return lines
 
 
 def markdown_table(head: Sequence[str], *rows: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from cosprobe.tasks.line import Line, LineConfig
 from cosprobe.tasks.margin import SMALL, WithMargin, with_margin
 from cosprobe.tasks.maze import Maze, MazeConfig
 from cosprobe.tasks.own_images import OWN_IMAGES, OwnImages
+from cosprobe.tasks.patches import in_workspace, on_path
 from cosprobe.tasks.samples import Sample, draw_samples, fresh_problems, noise_seed, with_noise
 from cosprobe.tasks.select import Select, SelectConfig
 from cosprobe.tasks.splits import SPLITS, split_of
@@ -83,7 +84,9 @@ __all__ = [
     "encode_labels",
     "find_families",
     "fresh_problems",
+    "in_workspace",
     "noise_seed",
+    "on_path",
     "readable_targets",
     "SMALL",
     "WithMargin",

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Shaped
 from plotly.graph_objects import Figure, Heatmap, Scatter
 
-from cosprobe.reporting import SHOWN, UNDEFINED, skill_colours, ticks
+from cosprobe.reporting import SHOWN, UNDEFINED, border, skill_colours, ticks
 
 FONT = 'system-ui, -apple-system, "Segoe UI", "Noto Sans", Roboto, "Liberation Sans", Arial, sans-serif'
 CELL = 26  # pixels of a row
@@ -124,7 +124,7 @@ class HeatMap:
         marked = {"symbol": "line-ne-open", "color": STRUCK, "size": 8, "line": {"width": 1.4, "color": STRUCK}}
         figure.add_trace(_unread(Scatter(x=x.tolist(), y=y.tolist(), mode="markers", marker=marked, name="struck")))
         path = {  # None ends a line
-            axis: [x for line in _border(self.outlined) for x in (line[0][i] - 0.5, line[1][i] - 0.5, None)]
+            axis: [x for line in border(self.outlined) for x in (line[0][i] - 0.5, line[1][i] - 0.5, None)]
             for i, axis in enumerate("xy")
         }
         figure.add_trace(_unread(Scatter(**path, mode="lines", line={"color": SHOWN, "width": 3}, name="outlined")))
@@ -149,14 +149,6 @@ class HeatMap:
             yaxis={**axis, **_ticks(self.rows), "title": {"text": self.row_title}, "range": [-0.5, height - 0.5]},
         )  # fmt: skip
         return figure
-
-
-def _border(mask: Bool[np.ndarray, "row column"]) -> list[list[tuple[int, int]]]:
-    """Line segments along the border of a mask, whose cells are unit squares."""
-    inside = np.pad(mask, 1)
-    below, left = inside[1:, 1:-1] != inside[:-1, 1:-1], inside[1:-1, 1:] != inside[1:-1, :-1]
-    flat = [[(int(x), int(y)), (int(x) + 1, int(y))] for y, x in np.argwhere(below)]
-    return flat + [[(int(x), int(y)), (int(x), int(y) + 1)] for y, x in np.argwhere(left)]
 
 
 def _unread(trace: Scatter) -> Scatter:

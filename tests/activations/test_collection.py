@@ -30,6 +30,7 @@ from cosprobe.activations.sampler import Sampler
 from cosprobe.activations.store import ActivationStore
 from cosprobe.config import CaptureConfig, PipelineConfig, TrainerConfig, decode_steps
 from cosprobe.errors import InputError
+from cosprobe.models import TokenGrid
 from cosprobe.models.pipelines import sample
 from cosprobe.monitoring import ResourceMonitor, build_logger
 from cosprobe.tasks import HideConfig, Maze, MazeConfig, Target
@@ -131,7 +132,8 @@ def test_the_announced_size_is_the_size_on_disk(sampler, store):
 
 
 @pytest.mark.parametrize(
-    ("pooling", "frames", "guidance"), [("clip", False, 1.0), ("grid", False, 3.0), ("region", True, 3.0)]
+    ("pooling", "frames", "guidance"),
+    [("clip", False, 1.0), ("grid", False, 3.0), ("region", True, 3.0), ("token", False, 1.0)],
 )
 def test_the_announced_size_follows_pooling_and_guidance(sampler, tmp_path, pooling, frames, guidance):
     probe = replace(PROBE, pooling=pooling, frames=frames, steps="0,2", random_weights=0)
@@ -150,10 +152,11 @@ def test_the_announced_size_follows_pooling_and_guidance(sampler, tmp_path, pool
         (Pooling("frame"), 5120, 1),
         (Pooling("grid"), 5120, 16),  # the cells of the probe, however many columns they make
         (Pooling("region", boxes=[[(0.0, 0.0, 1.0, 1.0)] * 36]), 65, 9 + 36),
+        (Pooling("token"), 64, 16 + 12),
     ],
 )
 def test_an_input_is_kept_in_regions_and_cells(pooling, channels, parts):
-    assert input_parts(pooling, channels) == parts
+    assert input_parts(pooling, channels, TokenGrid(2, 3, 4)) == parts
 
 
 def test_what_is_stored_is_what_capture_gives(sampler, store, stored):

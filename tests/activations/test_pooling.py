@@ -49,7 +49,7 @@ def test_frames_apart_against_plain_indexing():
     torch.testing.assert_close(region[:, :, 1], x[:, :, 2:, 4:].mean((2, 3)))
     coarse = Pooling("grid", across=2)
     torch.testing.assert_close(coarse.by_frame(tokens(), SIZE)[:, :, 1], x[:, :, :2, 4:].mean((2, 3)))
-    assert coarse.positions(3) == ("r0c0", "r0c1", "r1c0", "r1c1")
+    assert coarse.positions(SIZE) == ("r0c0", "r0c1", "r1c0", "r1c1")
 
 
 @pytest.mark.parametrize("pooling", poolings())
@@ -73,7 +73,7 @@ def test_the_whole_frame_is_as_fine_as_its_columns_allow(channels, across):
 
 @pytest.mark.parametrize("pooling", poolings())
 def test_shapes_and_positions_agree(pooling):
-    assert pooling(tokens(), SIZE).shape == (2, len(pooling.positions(3)), pooling.regions, 5)
+    assert pooling(tokens(), SIZE).shape == (2, len(pooling.positions(SIZE)), pooling.regions, 5)
 
 
 @pytest.mark.slow
@@ -114,3 +114,12 @@ def test_errors():
         Pooling("region", boxes=BOXES[:1])(tokens(), SIZE)
     with pytest.raises(ValueError, match=r"probe\.pooling='region'.*regions"):
         Pooling("region", boxes=[BOXES[0], BOXES[0][:1]])
+
+
+def test_tokens_are_kept_as_they_are():
+    pooling, x = Pooling("token"), tokens()
+    assert torch.equal(pooling(x, SIZE)[:, :, 0], x)
+    names = pooling.positions(SIZE)
+    assert len(names) == 96 and names[:2] == ("f0r0c0", "f0r0c1") and names[-1] == "f2r3c7"
+    assert torch.equal(pooling(x, SIZE)[:, names.index("f1r2c5"), 0], x.unflatten(1, SIZE)[:, 1, 2, 5])
+    assert torch.equal(pooling.by_frame(x, SIZE), x.unflatten(1, (3, 32)))

@@ -11,6 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from threadpoolctl import threadpool_limits
 
+from cosprobe.activations import COLUMNS
 from cosprobe.activations.collection import StoreSettings
 from cosprobe.activations.dataset import InputFeatures, ProbeSamples
 from cosprobe.cells import INPUTS, X0, Cell
@@ -235,6 +236,18 @@ def test_the_forms_of_an_input():
     cell = list(forms(grid, ORIGIN, "r1c0"))
     assert [form.name for form in cell] == ["whole, mean", "whole, frames"]
     assert torch.equal(cell[0].rows[:, :, 0], source.whole[:, :, :, 2].mean(2))
+
+
+def test_tokens_of_an_input_are_read_where_they_are_few_numbers():
+    """In a run with token pooling: answers are compared with all tokens of narrow inputs, concatenated."""
+    token = torch.randn(10, STEPS, FRAMES, 9, CHANNELS)
+    source = InputFeatures(token.mean(3, keepdim=True), token=token)
+    found = {form.name: form.rows for form in forms(source, ANSWER, None)}
+    assert list(found) == ["token, mean", "token, frames", "whole, mean", "whole, frames"]
+    assert torch.equal(found["token, frames"][:, :, 0], token.permute(0, 1, 3, 2, 4).flatten(2))
+    count = COLUMNS // CHANNELS + 1
+    wide = InputFeatures(source.whole, token=torch.randn(10, STEPS, FRAMES, count, CHANNELS))
+    assert [form.name for form in forms(wide, ANSWER, None)] == ["whole, mean", "whole, frames"]
 
 
 # which targets are compared with what

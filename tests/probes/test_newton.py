@@ -11,7 +11,8 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
 from cosprobe.cells import Cell
-from cosprobe.probes.linalg import design
+from cosprobe.errors import InputError
+from cosprobe.probes.linalg import affine, classes_last, design, row_sums
 from cosprobe.probes.newton import Certificate, NewtonFit, fit_newton, newton_targets, relative_gaps, shortfall
 from cosprobe.tasks import Target
 
@@ -323,3 +324,22 @@ def test_impossible_fits_are_refused(change, message):
     good = {"x": cells(0), "labels": draw_labels(0, "problem"), "target": target("problem"), "penalties": [0.1]}
     with pytest.raises(ValueError, match=message):
         fit_newton(**good | change)
+
+
+@pytest.mark.parametrize("gap", [None, 1e-6])
+def test_labels_may_differ_between_cells(gap):
+    x = cells(7, regions=1)
+    labels = torch.randint(0, 2, (3, 60), generator=generator(8))
+    found = fit_newton(x, labels, target("problem", 2), PENALTIES, gap=gap)
+    assert found.converged.all()
+    for cell in range(3):
+        alone = fit_newton(x[[cell]], labels[cell], target("problem", 2), PENALTIES, gap=gap)
+        torch.testing.assert_close(found.weight[[cell]], alone.weight, atol=1e-4 if gap else 1e-9, rtol=0)
+        torch.testing.assert_close(found.bias[[cell]], alone.bias, atol=1e-4 if gap else 1e-9, rtol=0)
+    values = classes_last(affine(design(x, "problem"), found.weight, found.bias), "problem")
+    loss, right, _ = row_sums(values, labels)
+    for cell in range(3):
+        one = row_sums(values[[cell]], labels[cell])
+        torch.testing.assert_close((loss[[cell]], right[[cell]]), one[:2])
+    with pytest.raises(InputError, match=r"labels of every cell, some of them -1"):
+        fit_newton(x, labels.clone().fill_(-1), target("problem", 2), PENALTIES)

@@ -20,6 +20,7 @@ from cosprobe.reporting.figures import (
     SHOWN,
     STEP_LABEL,
     UNDEFINED,
+    border,
     curves,
     default_layers,
     frame_maps,
@@ -158,6 +159,12 @@ def test_dots_stand_in_the_cells_that_read_more_than_x0_hat_shows(grid):
     assert 0 < inside.sum() < inside.size
     (axes,) = panels(maps(grid, ["answer"]))
     assert squares(axes, "o") == set(map(tuple, np.argwhere(inside).tolist()))
+
+
+def test_border_of_one_cell_is_its_four_sides():
+    assert len(border(np.array([[False, False], [False, True]]))) == 4
+    assert len(border(np.array([[True, True], [True, True]]))) == 8
+    assert border(np.zeros((3, 3), dtype=bool)) == []
 
 
 def test_legend_explains_only_what_occurs(grid):
