@@ -53,6 +53,8 @@ docs: $(INSTALLED)
 	$(BIN)/python -m cosprobe.reporting.claims_page docs/causal.md 'causal-*/claims.json' maze=runs/maze-layers select=runs/select-layers
 	$(BIN)/python -m cosprobe.reporting.claims_page docs/behaviour.md behaviour/behaviour.json maze=runs/maze-layers hide=runs/hide-layers \
 		select=runs/select-layers line=runs/line-layers
+	$(BIN)/python -m cosprobe.webpage.gallery docs/gallery.md maze=runs/maze-layers hide=runs/hide-layers select=runs/select-layers \
+		line=runs/line-layers
 	cp runs/maze-layers/logistic/report/behaviour/behaviour.png docs/figures/
 	$(BIN)/python probe.py use=film run=runs/maze-layers use.kind=choice
 	cp runs/maze-layers/logistic/report/film/choice_*.gif docs/figures/film-choice.gif

@@ -22,6 +22,7 @@ CONTENTS = {  # title and file of every page, in the order in which people ask
         "Start": "README",
         "Your own labels": "docs/own-labels",
         "The map": "docs/claims",
+        "Gallery": "docs/gallery",
         "Your own problems": "docs/own-problems",
         "Your own model": "docs/own-model",
         "Supported models": "docs/support",
