@@ -15,7 +15,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.patches import Patch
 
 from cosprobe.evaluation import ALPHA, MUST_BEAT, Grid
-from cosprobe.reporting.figures import FRAME, STYLE, UNDEFINED, MapFigure, bold, new_figure, skill_colours
+from cosprobe.reporting.figures import STYLE, UNDEFINED, MapFigure, bold, new_figure, skill_colours
 from cosprobe.tasks import Role
 
 MOST_LAYERS, MOST_FRAMES, MOST_COLUMNS = 6, 4, 8
@@ -30,7 +30,7 @@ def token_maps(
     data: of one target, with the variables skill, accuracy and p_evidence, the axes step, layer and position, and the
     coordinates frame, row and column. title: the first line. reference: what skill 0 is, for the scale.
     picture: an example, drawn in grey below the tokens.
-    Tokens without evidence are hatched, tokens without skill are grey, and those without a probe show the picture. At
+    Tokens without evidence show the picture, as do those without a probe; tokens without skill are grey. At
     most MOST_LAYERS layers and MOST_FRAMES latent frames are shown, evenly spaced, and as many steps as fit into
     MOST_COLUMNS.
     """
@@ -55,13 +55,12 @@ def token_maps(
                 if k == 0:
                     axes.set_ylabel(f"layer {layer}")
         scale = ScalarMappable(Normalize(0, 1), skill_colours())
-        bar = figure.colorbar(scale, ax=panels, extend="min", aspect=30, pad=0.015, fraction=0.04)
+        bar = figure.colorbar(scale, ax=panels, aspect=30, pad=0.015, fraction=0.04)
         bar.set_ticks([0, 0.25, 0.5, 0.75, 1])
         bar.set_label(f"skill: 0 = as accurate as\n{reference},\n1 = always right", fontsize=8)
         marks = {
-            "no_evidence": (Patch(facecolor="white", edgecolor=FRAME, hatch="/////"), "hatched: no evidence"),
             "no_room": (Patch(facecolor=UNDEFINED), "grey square: an input alone is right on more than 95 %"),
-            "no_probe": (Patch(facecolor="none"), "no square: no probe, as all labels are the same"),
+            "no_evidence": (Patch(facecolor="none"), "no square: no evidence, or no probe as all labels are the same"),
         }
         shown = [mark for name, mark in marks.items() if name in notes]
         handles, texts = [handle for handle, _ in shown], [text for _, text in shown]
@@ -113,15 +112,12 @@ def _tokens(axes: Axes, at: xr.Dataset, rows: int, columns: int) -> set[str]:
     for name, plane in (("skill", skill), ("p_evidence", p), ("accuracy", accuracy)):
         plane[order] = at[name].values
     there = np.isfinite(accuracy)
-    hidden, no_room = ~(p <= ALPHA) & there, np.isnan(skill) & there
+    no_room = np.isnan(skill) & there
+    hidden = ~(p <= ALPHA) & there & ~no_room
     colours = np.where(there, np.nan_to_num(skill), np.nan)
-    axes.pcolormesh(
-        np.ma.masked_where(no_room, np.ma.masked_invalid(colours)), cmap=skill_colours().with_extremes(bad="none"),
-        vmin=0, vmax=1, alpha=OPAQUE, edgecolors="none",
-    )  # fmt: skip
+    shown = np.ma.masked_where(no_room | hidden, np.ma.masked_invalid(colours))
+    clear = skill_colours().with_extremes(bad="none")
+    axes.pcolormesh(shown, cmap=clear, vmin=0, vmax=1, alpha=OPAQUE, edgecolors="none")
     axes.pcolormesh(np.ma.masked_where(~no_room, np.zeros(skill.shape)), cmap=ListedColormap([UNDEFINED]))
-    if hidden.any():
-        drawn = axes.pcolor(np.ma.masked_where(~hidden, np.zeros(skill.shape)), hatch="/////", linewidth=0)
-        drawn.set(facecolor="none", edgecolor=FRAME)
-    found = {"no_evidence": hidden, "no_room": no_room, "no_probe": ~there}
+    found = {"no_evidence": hidden | ~there, "no_room": no_room}
     return {name for name, mask in found.items() if mask.any()}
