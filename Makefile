@@ -51,11 +51,13 @@ docs: $(INSTALLED)
 	for task in maze select; do for edit in noise swap steer erase ablate; do \
 		$(BIN)/python probe.py use=intervene run=runs/$$task-layers use.edit=$$edit || exit 1; done; done
 	$(BIN)/python -m cosprobe.reporting.claims_page docs/causal.md 'causal-*/claims.json' maze=runs/maze-layers select=runs/select-layers
-	$(BIN)/python -m cosprobe.reporting.claims_page docs/behaviour.md behaviour/behaviour.json maze=runs/maze-layers hide=runs/hide-layers \
-		select=runs/select-layers line=runs/line-layers
+	for task in maze hide select line; do $(BIN)/python probe.py use=behaviour run=runs/$$task-layers use.problems=96 || exit 1; done
+	$(BIN)/python probe.py use=lengths run=runs/maze-layers
+	$(BIN)/python -m cosprobe.reporting.claims_page docs/behaviour.md behaviour-96problems/behaviour.json,lengths/lengths.json \
+		maze=runs/maze-layers hide=runs/hide-layers select=runs/select-layers line=runs/line-layers
 	$(BIN)/python -m cosprobe.webpage.gallery docs/gallery.md maze=runs/maze-layers hide=runs/hide-layers select=runs/select-layers \
 		line=runs/line-layers
-	cp runs/maze-layers/logistic/report/behaviour/behaviour.png docs/figures/
+	cp runs/maze-layers/logistic/report/behaviour/behaviour.png runs/maze-layers/logistic/report/lengths/lengths.png docs/figures/
 	$(BIN)/python probe.py use=film run=runs/maze-layers use.kind=choice
 	cp runs/maze-layers/logistic/report/film/choice_*.gif docs/figures/film-choice.gif
 	$(BIN)/python train.py probe=tokens

@@ -1,6 +1,6 @@
 """Uses trained probes to read the answer of a video model from its hidden states, before the video is finished.
 
-  python probe.py use=predict|early|ensemble|intervene|behaviour|film|tokens run=FOLDER [name=value ...]
+  python probe.py use=predict|early|ensemble|intervene|behaviour|lengths|film|tokens run=FOLDER [name=value ...]
 
 Examples:
   python probe.py use=predict run=runs/maze-layers use.step=2  predict the answers that finished videos show
@@ -8,6 +8,7 @@ Examples:
   python probe.py use=ensemble run=runs/maze-layers            several noise seeds against one, at equal compute
   python probe.py use=intervene run=runs/maze-layers use.edit=swap  change hidden states: do answers follow?
   python probe.py use=behaviour run=runs/maze-layers           exploration, commitment, corrections, roles of layers
+  python probe.py use=lengths run=runs/maze-layers             other numbers of frames and steps: answers and cost
   python probe.py use=film run=runs/maze-layers use.kind=choice  x0-hat at every step as a video
   python probe.py use=compare runs=[runs/maze-layers,runs/few-steps]  two runs, cell by cell
   python probe.py use=tokens run=runs/maze-layers              energy and components of every token, as pictures
@@ -32,6 +33,7 @@ from cosprobe.config import (
     EnsembleConfig,
     FilmConfig,
     InterveneConfig,
+    LengthsConfig,
     PredictConfig,
     RunsConfig,
     TokensConfig,
@@ -63,14 +65,15 @@ def use(run: UseRun) -> None:
         return
 
     trained = read_run(run.run)
-    if not isinstance(run.use, BehaviourConfig):  # which needs no model
+    stored = isinstance(run.use, BehaviourConfig) and not run.use.problems  # which needs no model
+    if not stored:
         trained.pipeline.check_folder()
 
     # imported here, so that --help and the checks above do not wait for torch and diffusers
     from lightning import seed_everything
 
     from cosprobe.activations import Sampler
-    from cosprobe.behaviour import film, show_behaviours
+    from cosprobe.behaviour import compare_lengths, film, sample_behaviours, show_behaviours
     from cosprobe.causal import intervene
     from cosprobe.early_exit import answer_early, predict
     from cosprobe.ensembles import ensembles
@@ -87,11 +90,13 @@ def use(run: UseRun) -> None:
         InterveneConfig: intervene,
         FilmConfig: film,
         TokensConfig: tokens,
+        LengthsConfig: compare_lengths,
+        BehaviourConfig: sample_behaviours,
     }
     folder = find_result(run.run)
     bank = load_probes(folder)
     bank.check_result(trained, Grid.load(folder).provenance["bank"], folder)
-    if isinstance(run.use, BehaviourConfig):
+    if stored:
         with held(folder, "run"):
             show_behaviours(folder, bank)
             finish(run, trained, folder, bank)

@@ -78,7 +78,7 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     from cosprobe.behaviour import BEHAVIOUR, measure, write_behaviours
     from cosprobe.differences import flattened
     from cosprobe.evaluation import evaluate, read_inputs_once, read_path
-    from cosprobe.evaluation.checks import examine, weights_table
+    from cosprobe.evaluation.checks import examine, weights_lines, weights_table
     from cosprobe.models import load_pipeline
     from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger, remove_events
     from cosprobe.probes import fit
@@ -121,7 +121,7 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     if run.probe.pooling == "token":
         path = read_path(samples, inputs, task, [one.problem for one in draw()], penalties, run.seed)
     film = record_once(run_dir, settings, sampler, draw, samples)
-    behaviours = measure(samples, evaluated, bank, grid)
+    behaviours = measure(samples, evaluated, bank, grid, weights_lines(stored, samples, bank))
     figures = write_report(grid, checks, folder, film, behaviours.sentences, path)
     write_behaviours(behaviours, folder)
     made_by = shell_command(run)

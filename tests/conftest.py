@@ -69,7 +69,7 @@ LONGEST = (
 # files whose tests are slow together: several seconds, on models at toy size
 SLOW = (
     *("patching", "interventions", "prefix", "hub", "reports", "loading", "defaults", "fit_to", "untrained"),
-    *("collection", "token_labels"),
+    *("collection", "token_labels", "lengths", "continuations"),
 )
 
 

@@ -141,7 +141,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(argument, message, here
         (
             ["run=x", "use=predikt"],
             "use=predikt",
-            r"use=predict\?.*behaviour, compare, early, ensemble, film, intervene,",
+            r"use=predict\?.*behaviour, compare, early, ensemble, film, intervene, lengths,",
         ),
         (["run=x", "use.stp=3"], "use.stp=3", r"use\.step\?.*layer, problems, step"),
         (["run=x", "use.layer=a"], "use.layer=a", r"a whole number or null\b.*\bnull"),
@@ -256,8 +256,11 @@ def test_help_shows_purpose_groups_and_two_examples(here, capsys):
             assert f"\n  {group}\n" in text
     assert probe.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert text.count("\n  python probe.py ") == 10  # usage and nine examples
-    assert "\n  use         behaviour, compare, early, ensemble, film, intervene, predict*, runs, tokens\n" in text
+    assert text.count("\n  python probe.py ") == 11  # usage and ten examples
+    assert (
+        "\n  use         behaviour, compare, early, ensemble, film, intervene, lengths, predict*, runs, tokens\n"
+        in text
+    )
     assert list(here.iterdir()) == []
 
 
@@ -266,7 +269,7 @@ def test_examples_of_the_help_are_valid(capsys):
     for entry, root in ((train, TrainRun), (probe, UseRun)):
         shown = [line.split() for line in entry.__doc__.splitlines() if line.startswith("  python ")]
         examples = [words for words in shown if "[name=value" not in words]
-        assert len(examples) == (9 if root is UseRun else 2)
+        assert len(examples) == (10 if root is UseRun else 2)
         for words in examples:
             settings = [word for word in words[2:] if "=" in word and "use.delete" not in word]
             assert settings

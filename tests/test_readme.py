@@ -35,6 +35,7 @@ LESS = {
     "compare": [],
     "film": ["use.steps='0,2'"],
     "tokens": ["use.layers=0"],
+    "lengths": ["use.problems=2", "use.frames=[9]", "use.steps=[2]"],
     "intervene": ["use.problems=6", "use.steps=0", "use.layers=3"],
 }
 SMALL = ["task.problems=24", "pipeline.steps=3", "probe.epochs=3", "pipeline.batch=8"]

@@ -8,10 +8,12 @@ import re
 import numpy as np
 import pytest
 
+from cosprobe.evaluation import Clearest
 from validity import (
     __main__,
     between_runs,
     centres,
+    claims,
     differences,
     effects,
     ensembles,
@@ -55,6 +57,29 @@ def test_differences_between_runs_are_covered_and_rarely_found_where_there_are_n
     rows = between_runs.simulate(500, 1, (30,))
     assert kept(rows) and len(rows) == 2
     assert rows[0].observed > 0.94 and 0.2 < rows[0].width < 0.6
+
+
+@pytest.mark.slow
+def test_claims_about_the_clearest_of_several_are_seldom_false(monkeypatch):
+    rows = claims.simulate(150, 1, (32,))
+    assert kept(rows) and len(rows) == 2 * len(claims.WORLDS) + 3
+    monkeypatch.setattr(claims, "clearest", largest)
+    shares = [row.observed for row in claims.simulate(150, 1, (32,)) if "bounds" in row.subject]
+    assert min(shares) < 0.93  # the rows can tell
+
+
+def largest(difference: np.ndarray, keys: np.ndarray) -> Clearest:
+    """The largest difference with the bound of a single one."""
+    at = int(difference.mean(axis=1).argmax())
+    mean, error = difference[at].mean(), difference[at].std() / math.sqrt(difference.shape[1])
+    return Clearest(at, mean, mean - 1.64 * error, mean + 1.64 * error, 0.0)
+
+
+@pytest.mark.slow
+def test_differences_of_lags_are_covered():
+    rows = onsets.simulate_differences(40, 1, (38,))
+    assert kept(rows) and len(rows) == len(onsets.DIFFERENCES) + 1
+    assert all(row.observed > 0.85 and 1 < row.width < 20 for row in rows if "differences" in row.subject)
 
 
 @pytest.mark.slow

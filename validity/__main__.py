@@ -12,6 +12,7 @@ from rich.console import Console
 from validity import (
     between_runs,
     centres,
+    claims,
     differences,
     effects,
     ensembles,
@@ -33,10 +34,12 @@ SIMULATIONS: dict[str, tuple[Callable[[int, int], list[Row]], int]] = {  # funct
     "guessing": (guessing.simulate, 2000),
     "inputs": (inputs.simulate, 1000),
     "onsets": (onsets.simulate, 1000),
+    "lags": (onsets.simulate_differences, 500),
     "stopping": (stopping.simulate, 2000),
     "ensembles": (ensembles.simulate, 2000),
     "effects": (effects.simulate, 1000),
     "centres": (centres.simulate, 1000),
+    "claims": (claims.simulate, 1000),
     "lengths": (lengths.simulate, 5000),
     "maps": (maps.simulate, 100),
 }

@@ -17,7 +17,7 @@ from cosprobe.activations.edits import BACK, average_blocks, average_clean, aver
 from cosprobe.activations.halt import halting
 from cosprobe.activations.pooling import COLUMNS, Pooling, box_masks
 from cosprobe.activations.predicting import FrozenSampling, Sampled, Shard, ShardWriter, announce, predict_shards
-from cosprobe.activations.random_weights import RANDOM_WEIGHTS
+from cosprobe.activations.random_weights import PERMUTED, RANDOM_WEIGHTS
 from cosprobe.activations.sampler import NOT_SEEN, Sampler, images
 from cosprobe.activations.store import ActivationStore
 from cosprobe.activations.unsupported import refuse_step_caches
@@ -26,6 +26,7 @@ __all__ = [
     "NOT_SEEN",
     "BACK",
     "COLUMNS",
+    "PERMUTED",
     "RANDOM_WEIGHTS",
     "UNTRAINED",
     "ActivationCache",

@@ -13,26 +13,28 @@ from cosprobe.behaviour.findings import (
     CORRECTION,
     DESCRIBED,
     EXPLORATION,
+    LEAST_CHANGES,
     Finding,
+    Group,
     finding,
     without_numbers,
 )
 from cosprobe.evaluation import (
-    ALPHA,
     HOLDS,
     LEAST_PROBLEMS,
     UNCLEAR,
     UNTESTED,
     Claim,
     average_ranks,
+    clearest,
     difference_interval,
     effective_problems,
-    max_t_bootstrap,
+    share_interval,
     verdict,
 )
 
+MOST_VALUES = 3  # of a difficulty, each of which is a group of its own
 TRACES = (0.1, 0.2, 0.3)  # there is a trace of a candidate from here on; a claim on blends has to hold for all of them
-LEAST_CHANGES = 6  # with fewer changes, all in one direction, a sign test has a p above 0.05
 
 
 def exploration(one: Answers) -> list[Finding]:
@@ -131,6 +133,50 @@ def corrections(one: Answers) -> list[Finding]:
     return found
 
 
+# by difficulty
+
+
+def by_difficulty(one: Answers) -> list[Group]:
+    """Exploration, commitment and corrections from the first decoded step, and the probe at its first step, by value of
+    each difficulty; with more than MOST_VALUES values: up to the median, and above."""
+    found = []
+    for name, values in one.difficulty.items():
+        for about, mask in _groups(values):
+            found.append(_group(one, f"{name} {about}", mask))
+    return found
+
+
+def _groups(values: Int[np.ndarray, " sample"]) -> list[tuple[str, Bool[np.ndarray, " sample"]]]:
+    """Names and masks of the groups of a difficulty."""
+    known = np.unique(values)
+    if len(known) <= MOST_VALUES:
+        return [(str(value), values == value) for value in known]
+    middle = int(np.median(values))
+    middle = middle if middle < known[-1] else int(known[-2])  # so that there is something above
+    return [(f"up to {middle}", values <= middle), (f"above {middle}", values > middle)]
+
+
+def _group(one: Answers, about: str, mask: Bool[np.ndarray, " sample"]) -> Group:
+    rows: dict[str, Bool[np.ndarray, " sample"]] = {}
+    if one.drawn is not None:
+        rows[f"x0-hat draws several, step {one.decoded[0]}"] = several_drawn(one.drawn, DRAWN)[:, 0]
+    for name, picks, steps in _picks(one):
+        if picks.shape[1] > 1:
+            rows[f"{name}: answer of the end from step {steps[0]}"] = settled(picks) == 0
+    shares = {}
+    if rows:
+        values = np.stack(list(rows.values()))[:, mask].astype(float)
+        ends = zip(values.mean(axis=1), *share_interval(values, one.keys[mask]), strict=True)
+        shares = {name: (float(m), float(a), float(b)) for name, (m, a, b) in zip(rows, ends, strict=True)}
+    changes = None
+    if one.right is not None and one.shown is not None and one.shown.shape[1] > 1:
+        start, end = one.shown[mask][:, 0], one.shown[mask][:, -1]
+        right = start == one.right[mask], end == one.right[mask]
+        wrong = ~right[0] & (start != NONE), ~right[1] & (end != NONE)
+        changes = int((wrong[0] & right[1]).sum()), int((right[0] & wrong[1]).sum())
+    return Group(one.kind, about, int(mask.sum()), shares, changes)
+
+
 # numbers
 
 
@@ -170,20 +216,17 @@ def _against_end(
     """The clearest decoded step against the finished video. trace: the threshold that was used, for the text."""
     values = shown.astype(float)
     difference = (values[:, :-1] - values[:, -1:]).T
-    above = max_t_bootstrap(difference, one.keys)
-    at = int(np.lexsort([-difference.mean(axis=1), above.p])[0])
-    low, high = (float(end[at]) for end in difference_interval(difference, one.keys))
-    low = min(low, float(max(above.lower[at], -1.0)))
-    mean, p = float(difference[at].mean()), float(above.p[at])
+    found = clearest(difference, one.keys)
     each = zip(values.mean(axis=0), one.decoded, strict=False)  # the last row is the finished video
     shares = ", ".join(f"{share:.2f} at step {step}" for share, step in each)
     several = f", clearest of {len(one.decoded)} steps" if len(one.decoded) > 1 else ""
     tried = ", ".join(f"{threshold:g}" for threshold in TRACES)
     traced = "" if trace is None else f", traces from {trace:g} on, the weakest of {tried}"
-    chosen = f"step {one.decoded[at]}{several}{traced}, p {p:.3f}"
+    chosen = f"step {one.decoded[found.at]}{several}{traced}, p {found.p:.3f}"
     measure = f"share of samples: {shares}, {values[:, -1].mean():.2f} in the finished video; {chosen}"
-    outcome = HOLDS if p <= ALPHA and low > 0 else UNCLEAR
-    return finding(EXPLORATION, one.kind, Claim(claim, measure, "finished video", mean, low, high, outcome), one.keys)
+    outcome = HOLDS if found.above else UNCLEAR
+    stated = Claim(claim, measure, "finished video", found.value, found.lower, found.upper, outcome)
+    return finding(EXPLORATION, one.kind, stated, one.keys)
 
 
 # curves

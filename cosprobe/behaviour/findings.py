@@ -9,9 +9,11 @@ import xarray as xr
 from jaxtyping import Shaped
 
 from cosprobe.evaluation import LEAST_PROBLEMS, UNTESTED, Claim
+from cosprobe.tasks import Problem
 
 EXPLORATION, COMMITMENT, CORRECTION = "exploration", "commitment", "self-correction"
 MEMORY, PERCEPTION, ROLES, AXES = "working memory", "perception before action", "layer roles", "steps and frames"
+LEAST_CHANGES = 6  # with fewer changes, all in one direction, a sign test has a p above 0.05
 DESCRIBED = "described only"  # the verdict of what has no null
 ORDER = (EXPLORATION, COMMITMENT, CORRECTION, MEMORY, PERCEPTION, ROLES, AXES)
 
@@ -28,16 +30,49 @@ class Finding:
     problems: int
 
 
+@dataclass(frozen=True)
+class Group:
+    """Samples of one kind and of similar difficulty. shares: by name, a share of the samples with its 95 % interval.
+    changes: numbers of answers that change from wrong to right, and from right to wrong, in what x0-hat shows; None
+    where right answers or x0-hat are not stored."""
+
+    kind: str
+    about: str
+    n: int
+    shares: dict[str, tuple[float, float, float]]
+    changes: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample whose x0-hat shows a wrong answer at a step, and whose finished video shows a right one.
+
+    shown: the answer in x0-hat. answer: that of the finished video. fresh: that of the video with fresh noise, -1 for
+    none. margin: the highest score of the parser among wrong candidates, minus that among right ones, in x0-hat.
+    """
+
+    problem: Problem
+    step: int
+    shown: int
+    answer: int
+    fresh: int
+    margin: float
+
+
 @dataclass(frozen=True, eq=False)
 class Behaviours:
     """All findings of a run.
 
     sentences: two sentences of plain language for each behaviour. curves: what figures show, each with a description.
+    groups: some numbers by kind and difficulty. examples: corrected answers, the most clearly wrong first; None where
+    none were looked for.
     """
 
     findings: tuple[Finding, ...]
     sentences: dict[str, tuple[str, str]]
     curves: xr.Dataset
+    groups: tuple[Group, ...] = ()
+    examples: tuple[Example, ...] | None = None
 
 
 def finding(behaviour: str, about: str, claim: Claim, keys: Shaped[np.ndarray, " sample"]) -> Finding:

@@ -8,8 +8,9 @@ import numpy as np
 import xarray as xr
 
 from cosprobe.activations import ProbeSamples
-from cosprobe.behaviour.along_steps import answer_curves, commitment, corrections, exploration
+from cosprobe.behaviour.along_steps import answer_curves, by_difficulty, commitment, corrections, exploration
 from cosprobe.behaviour.answers import answers
+from cosprobe.behaviour.continuations import Continuations, corrected, sampled_corrections
 from cosprobe.behaviour.findings import (
     AXES,
     COMMITMENT,
@@ -26,6 +27,7 @@ from cosprobe.behaviour.findings import (
 )
 from cosprobe.behaviour.over_layers import axes, energy, layer_curves, layer_lines, perception, roles
 from cosprobe.evaluation import ALPHA, HOLDS, UNCLEAR, UNTESTED, Claim, Evaluated, Grid
+from cosprobe.evaluation.checks import WeightsLine
 from cosprobe.probes import ProbeBank
 from cosprobe.tasks import Role
 
@@ -35,32 +37,49 @@ CAVEAT = {
     COMMITMENT: "Each step has a probe of its own, and x0-hat is known at decoded steps only.",
     CORRECTION: "The comparison is the opposite change; fresh noise may correct as many answers.",
     MEMORY: "A fact may also reach the frame through other frames, which attention sees at every layer.",
-    PERCEPTION: "The image enters at layer 0, so an untrained model may show the same order. An onset is relative to "
-    "the maximum of its own target.",
+    PERCEPTION: "The image enters at layer 0, so an untrained model may show the same order; where permuted weights "
+    "give both onsets, the claim has to exceed them. An onset is relative to the maximum of its own target.",
     ROLES: "A target that all layers show equally has its centre in the middle. Where accuracy lies is not where "
     "anything is computed.",
     AXES: "Frames of one latent are denoised together, so a gain along frames is no sequence in time.",
 }
+SAMPLED_CAVEAT = "Both go on from the same x0-hat, so what x0-hat has fixed already is corrected by neither."
 
 
-def measure(samples: ProbeSamples, evaluated: Evaluated, bank: ProbeBank, grid: Grid) -> Behaviours:
+def measure(
+    samples: ProbeSamples,
+    evaluated: Evaluated,
+    bank: ProbeBank,
+    grid: Grid,
+    untrained: Sequence[WeightsLine] = (),
+    continued: Sequence[Continuations] | None = None,
+) -> Behaviours:
     """Measures every behaviour on the test samples of a run. Choices of cells and scales are made on validation.
 
     samples: of all splits. evaluated, grid: what was made of them with the probes of `bank`. Nothing is sampled.
+    untrained: accuracy with other weights. continued: runs of new problems and their fresh continuations, if sampled.
     A behaviour that the run cannot show gets a finding without numbers that says why.
     """
     read = answers(samples, bank, grid)
     layers = layer_lines(evaluated, grid)
-    findings: list[Finding] = []
+    findings: list[Finding] = [each for one in continued or () for each in sampled_corrections(one)]
     curves: dict[str, xr.DataArray] = {}
     for one in read:
         findings += exploration(one) + commitment(one) + corrections(one)
         curves |= answer_curves(one)
-    findings += memory(grid) + perception(layers) + roles(layers) + axes(evaluated, grid)
+    findings += memory(grid) + perception(layers, untrained) + roles(layers) + axes(evaluated, grid)
     curves |= layer_curves(layers) | energy(samples)
     findings.sort(key=lambda finding: ORDER.index(finding.behaviour))
     said = {name: sentences(name, [f for f in findings if f.behaviour == name]) for name in ORDER}
-    return Behaviours(tuple(findings), said, xr.Dataset(curves, attrs={"task": grid.provenance.get("task", "")}))
+    if continued:
+        said[CORRECTION] = said[CORRECTION][0], SAMPLED_CAVEAT
+    return Behaviours(
+        tuple(findings),
+        said,
+        xr.Dataset(curves, attrs={"task": grid.provenance.get("task", "")}),
+        tuple(group for one in read for group in by_difficulty(one)),
+        None if continued is None else tuple(corrected(continued)),
+    )
 
 
 def memory(grid: Grid) -> list[Finding]:

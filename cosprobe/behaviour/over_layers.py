@@ -11,10 +11,12 @@ import xarray as xr
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from cosprobe.activations import ProbeSamples
+from cosprobe.activations import PERMUTED, ProbeSamples
 from cosprobe.behaviour.findings import AXES, PERCEPTION, ROLES, Finding, finding, nothing
 from cosprobe.cells import Place
 from cosprobe.evaluation import (
+    HOLDS,
+    UNCLEAR,
     UNTESTED,
     Claim,
     Evaluated,
@@ -23,9 +25,11 @@ from cosprobe.evaluation import (
     correctness,
     half_maximum_latency,
     lag,
+    lag_difference,
     mean_interval,
     verdict,
 )
+from cosprobe.evaluation.checks import TRAINED, WeightsLine
 from cosprobe.models import COND
 from cosprobe.tasks import ANSWER_ROLES, Role
 
@@ -37,13 +41,14 @@ DEEPER = "Accuracy for the answer lies in deeper layers than accuracy for what i
 class LayerLine:
     """Accuracy of the probes of one target at every step and layer, on test.
 
-    chance: accuracy of the best guess. best: layer of the best cell (on validation). evident: axes along which there is
-    evidence on validation: `layers` at the first step, `steps` at the best layer. rows: indices of the samples among
-    all test samples.
+    position, best: position and layer of the best cell (on validation). chance: accuracy of the best guess.
+    evident: axes along which there is evidence on validation: `layers` at the first step, `steps` at the best layer.
+    rows: indices of the samples among all test samples.
     """
 
     target: str
     role: Role
+    position: str
     steps: tuple[int, ...]
     layers: tuple[int, ...]
     correct: Float[np.ndarray, "step layer sample"]
@@ -81,7 +86,8 @@ def layer_lines(evaluated: Evaluated, grid: Grid) -> list[LayerLine]:
                    "steps": bool(np.isfinite(one.latency.sel(layer=best.layer)))}  # fmt: skip
         found.append(
             LayerLine(
-                target.name, target.role, evaluated.steps, evaluated.layers, correct.reshape(*at.shape, len(rows)),
+                target.name, target.role, best.position, evaluated.steps, evaluated.layers,
+                correct.reshape(*at.shape, len(rows)),
                 float(one.chance), best.layer, frozenset(name for name, yes in evident.items() if yes), rows,
                 np.asarray(test.keys)[rows],
             )
@@ -89,11 +95,13 @@ def layer_lines(evaluated: Evaluated, grid: Grid) -> list[LayerLine]:
     return found
 
 
-def perception(lines: Sequence[LayerLine]) -> list[Finding]:
+def perception(lines: Sequence[LayerLine], null: Sequence[WeightsLine] = ()) -> list[Finding]:
     """Difference of onset, over layers at the first step and over steps, between the answer and what is visible.
 
     The onset is where accuracy above chance first reaches half of its maximum (`evaluation.latency`). An onset at the
     first layer or step is only known to be there or before.
+    null: lines of other weights. Where both onsets exist with permuted weights, too, the claim on layers holds only if
+    the trained difference exceeds the permuted one as well, on the same samples.
     """
     found = []
     for answer, visible, rows, keys in _pairs(lines):
@@ -110,15 +118,45 @@ def perception(lines: Sequence[LayerLine]) -> list[Finding]:
             where = f"step {answer.steps[0]}" if axis == "layers" else "the best layers"
             one, other = (f"{line.target} {_onset(onset, i)}" for i, line in enumerate((answer, visible)))
             unknown = "; both from the first one on: their order is not known" if neither else ""
-            measure, outcome = f"onset at {where}: {one}, {other}{unknown}", verdict(lower, upper)
+            outcome, untrained = UNTESTED if neither else verdict(lower, upper), ""
+            if axis == "layers":
+                untrained, above = _untrained(answer, visible, null)
+                outcome = UNCLEAR if outcome == HOLDS and above is False else outcome
             stated = Claim(
-                f"What is visible is decodable at {order} than the answer", measure, visible.target, value, lower,
-                upper, UNTESTED if neither else outcome,
+                f"What is visible is decodable at {order} than the answer",
+                f"onset at {where}: {one}, {other}{unknown}{untrained}", visible.target, value, lower, upper, outcome,
             )  # fmt: skip
             about = f"{answer.target}, {visible.target}"
             found.append(finding(PERCEPTION, about, stated, keys))
     why = "no answer and visible target with evidence share samples"
     return found or [nothing(PERCEPTION, "What is visible is decodable at a shallower layer than the answer", why)]
+
+
+def _untrained(answer: LayerLine, visible: LayerLine, null: Sequence[WeightsLine]) -> tuple[str, bool | None]:
+    """What permuted weights show for the same two targets; whether the trained difference of onsets is clearly larger,
+    None where permuted weights do not give both onsets."""
+    by_name = {(line.target, line.position): line for line in null}
+    pair = [by_name.get((line.target, line.position)) for line in (answer, visible)]
+    if pair[0] is None or pair[1] is None:
+        return "; permuted weights were not run at this step: no null", None
+    one, other = pair[0], pair[1]
+    rows = np.intersect1d(one.rows, other.rows)
+    if len(rows) < 2:
+        return "; permuted weights: no samples with both labels, no null", None
+    lines = [(line, weights) for weights in (TRAINED, PERMUTED) for line in (one, other)]
+    points = np.stack([line.correct[weights][:, np.searchsorted(line.rows, rows)] for line, weights in lines])
+    found = np.array([line.evident[weights] for line, weights in lines])
+    keys = one.keys[np.searchsorted(one.rows, rows)]
+    chance = np.array([line.chance for line, _ in lines])
+    onset = half_maximum_latency(points, chance, one.layers, keys, found, DRAWS)
+    onsets = ", ".join(f"{line.target} {_onset(onset, i)}" for i, (line, _) in enumerate(lines[2:], start=2))
+    said = f"; permuted weights (n = {len(rows)}): {onsets}"
+    value, lower, upper = lag_difference(onset, (0, 1), (2, 3))
+    if onset.censored[2] and onset.censored[3]:
+        return f"{said}: their order is not known, no null", None
+    if not np.isfinite([value, lower, upper]).all():
+        return f"{said}: no null" if found[:2].all() else f"{said}: too few samples for a null", None
+    return f"{said}; trained minus permuted {value:+.2f} [{lower:+.2f}, {upper:+.2f}]", lower > 0
 
 
 def roles(lines: Sequence[LayerLine]) -> list[Finding]:
@@ -206,7 +244,7 @@ def _along(line: LayerLine, axis: str, rows: Int[np.ndarray, " row"]) -> Float[n
 
 def _onset(onset: Latency, line: int) -> str:
     value = float(onset.value[line])
-    return "none" if np.isnan(value) else f"{value:.1f}" + (" or before" if onset.censored[line] else "")
+    return "not decodable" if np.isnan(value) else f"{value:.1f}" + (" or before" if onset.censored[line] else "")
 
 
 def centre_difference(

@@ -16,17 +16,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
-from cosprobe.activations import StoredSamples, load_samples
-from cosprobe.behaviour.findings import Behaviours, Finding
+from cosprobe.activations import Sampler, StoredSamples, load_samples
+from cosprobe.behaviour.continuations import Continuations, film_examples, sample_continuations
+from cosprobe.behaviour.findings import Behaviours, Example, Finding, Group
 from cosprobe.behaviour.measure import measure
+from cosprobe.config import BehaviourConfig
 from cosprobe.evaluation import Grid, evaluate
+from cosprobe.evaluation.checks import weights_lines
 from cosprobe.files import make_folder, whole_file, write_json
+from cosprobe.models import pipeline_fingerprint
 from cosprobe.probes import ProbeBank
-from cosprobe.reporting import STYLE, log_figure, markdown_table, new_figure, open_table
+from cosprobe.reporting import STYLE, film_strip, log_figure, markdown_table, new_figure, open_table
 from cosprobe.runs import REPORT
+from cosprobe.runtime import rank_and_world
+from cosprobe.tasks import TaskConfig
 
 BEHAVIOUR = "behaviour"
 NUMBERS, CURVES, PAGE, PICTURE = "behaviour.json", "behaviour.nc", "behaviour.md", "behaviour.png"
+EXAMPLES = "examples.png"
 HEAD = ("behaviour", "kind or targets", "claim", "measured", "compared with", "difference [95 %]", "n", "verdict")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 STEP = "denoising step (0 = noisiest)"
@@ -34,27 +41,69 @@ FILLED: dict[str, Any] = {"linestyle": "-", "marker": "o", "markersize": 4.5}
 OPEN: dict[str, Any] = {"linestyle": "--", "marker": "s", "markersize": 3.5, "markerfacecolor": "white"}
 
 
-def show_behaviours(folder: Path, bank: ProbeBank) -> None:
+def show_behaviours(
+    folder: Path,
+    bank: ProbeBank,
+    report: str = BEHAVIOUR,
+    continued: Sequence[Continuations] | None = None,
+) -> Behaviours:
     """Measures the behaviours of a finished result from its stored activations, writes the report and prints it.
 
-    folder: of the result.
+    folder: of the result. report: name of the folder of the report. continued: see `measure`.
     """
-    samples, _, experts = load_samples(StoredSamples.load(folder))
-    found = measure(samples, evaluate(samples, experts, bank), bank, Grid.load(folder))
-    print_behaviours(found, write_behaviours(found, folder))
+    stored = StoredSamples.load(folder)
+    samples, _, experts = load_samples(stored)
+    evaluated, grid = evaluate(samples, experts, bank), Grid.load(folder)
+    found = measure(samples, evaluated, bank, grid, weights_lines(stored, samples, bank), continued)
+    print_behaviours(found, write_behaviours(found, folder, report))
+    return found
 
 
-def write_behaviours(found: Behaviours, folder: Path) -> Path:
-    """Writes numbers, curves, figure and page to `folder`/report/behaviour, and the figure to TensorBoard. Returns the
+def sample_behaviours(
+    sampler: Sampler,
+    task: TaskConfig,
+    bank: ProbeBank,
+    use: BehaviourConfig,
+    seed: int,
+    folder: Path,
+) -> None:
+    """Samples fresh continuations of new problems, and measures all behaviours. See `sample_continuations`.
+
+    sampler: the loaded pipeline and the task of the run. task: settings of that task. With several processes, all of
+    them sample, and the first one writes. Raises InputError when the bank was made for another model.
+    """
+    bank.check_model(pipeline_fingerprint(sampler.model), "the loaded pipeline")
+    continued = sample_continuations(sampler, task, bank, use, seed, folder)
+    if rank_and_world()[0]:
+        return
+    found = show_behaviours(folder, bank, use.report, continued)
+    film = film_examples(sampler, found.examples or (), continued[0].steps, seed)
+    if film is not None:
+        with whole_file(folder / REPORT / use.report / EXAMPLES) as part:
+            film_strip(film.rows, film.steps).savefig(part)
+
+
+def write_behaviours(found: Behaviours, folder: Path, report: str = BEHAVIOUR) -> Path:
+    """Writes numbers, curves, figure and page to `folder`/report/`report`, and the figure to TensorBoard. Returns the
     page. folder: of the result."""
-    place = folder / REPORT / BEHAVIOUR
+    place = folder / REPORT / report
     make_folder(place)
     listed = []
     for finding in found.findings:
         numbers = {name: None if value != value else value for name, value in asdict(finding.claim).items()}  # NaN
         about = f"{finding.about}: {finding.behaviour}"
         listed.append({"about": about, "n": finding.n, "problems": finding.problems} | numbers)
-    write_json(place / NUMBERS, {"claims": listed, "sentences": found.sentences})
+    content: dict[str, Any] = {
+        "claims": listed,
+        "sentences": found.sentences,
+        "groups": [asdict(group) for group in found.groups],
+    }
+    if found.examples is not None:
+        content["examples"] = [
+            {name: value for name, value in vars(e).items() if name != "problem"} | {"problem": e.problem.name}
+            for e in found.examples
+        ]
+    write_json(place / NUMBERS, content)
     with whole_file(place / CURVES) as part:
         found.curves.to_netcdf(part)
     with rc_context(STYLE), whole_file(place / PICTURE) as part:
@@ -80,9 +129,51 @@ def page(found: Behaviours) -> list[str]:
         "",
         f"![{PICTURE}]({PICTURE})",
         "",
-        f"`{CURVES}` has the curves, `{NUMBERS}` the table.",
+        *group_lines(found.groups),
+        *example_lines(found.examples),
+        f"`{CURVES}` has the curves, `{NUMBERS}` the tables.",
     ]
     return lines
+
+
+def group_lines(groups: Sequence[Group]) -> list[str]:
+    """The section with numbers by difficulty; empty without groups."""
+    if not groups:
+        return []
+    names = list(dict.fromkeys(name for group in groups for name in group.shares))
+    head = ("kind", "problems", "n", *names, "x0-hat: wrong to right, right to wrong")
+    rows = [
+        [group.kind, group.about, str(group.n)]
+        + [f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in (group.shares.get(n, (np.nan,) * 3) for n in names)]
+        + ["" if group.changes is None else f"{group.changes[0]}, {group.changes[1]}"]
+        for group in groups
+    ]
+    rows = [["" if cell.startswith("nan") else cell for cell in cells] for cells in rows]
+    return [
+        "## By difficulty",
+        "",
+        "Shares of the samples of a group, with 95 % intervals. Groups overlap: each difficulty divides all samples of "
+        "a kind. Intervals of groups are not corrected for each other.",
+        "",
+        *markdown_table(head, *rows),
+        "",
+    ]
+
+
+def example_lines(examples: Sequence[Example] | None) -> list[str]:
+    """The section with corrected answers; empty where none were looked for."""
+    if examples is None:
+        return []
+    title = ["## Corrected answers, the most clearly wrong first", ""]
+    if not examples:
+        return [*title, "No x0-hat shows a wrong answer where the finished video shows a right one.", ""]
+    head = ("problem", "step", "x0-hat shows", "finished video", "with fresh noise", "score wrong minus right")
+    rows = [
+        [e.problem.name, str(e.step), str(e.shown), str(e.answer), "none" if e.fresh < 0 else str(e.fresh),
+         f"{e.margin:+.2f}"]
+        for e in examples
+    ]  # fmt: skip
+    return [*title, *markdown_table(head, *rows), "", f"![{EXAMPLES}]({EXAMPLES})", ""]
 
 
 def row(finding: Finding) -> list[str]:

@@ -18,6 +18,7 @@ from cosprobe.config.uses import (
     EnsembleConfig,
     FilmConfig,
     InterveneConfig,
+    LengthsConfig,
     PredictConfig,
     RunsConfig,
     TokensConfig,
@@ -47,6 +48,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "film": FilmConfig,
         "compare": CompareConfig,
         "tokens": TokensConfig,
+        "lengths": LengthsConfig,
         "runs": RunsConfig,
     },
 }

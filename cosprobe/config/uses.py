@@ -158,9 +158,49 @@ class TokensConfig:
 
 @dataclass
 class BehaviourConfig:
-    """Measure behaviours along the denoising steps again, from stored activations, without sampling."""
+    """Measure behaviours along the denoising steps again, from stored activations; on request, sample a null."""
 
-    report: ClassVar[str] = "behaviour"
+    problems: int = 0
+    "Number of new problems that are sampled to the end, and again from x0-hat with fresh noise; 0: samples nothing."
+    steps: str = ""
+    "Steps whose x0-hat is continued with fresh noise, such as `0,2,5`; empty: the first three decoded ones."
+
+    def __post_init__(self) -> None:
+        check_bounds("use.", self, problems=(0, MANY))
+        if self.steps and not self.problems:
+            raise InputError(f"use.steps={self.steps!r}: nothing is sampled; expected use.problems too")
+
+    @property
+    def report(self) -> str:
+        """Name of the folder of the report: `behaviour`, or with new problems such as `behaviour-64problems`."""
+        return f"behaviour-{self.problems}problems" if self.problems else "behaviour"
+
+
+@dataclass
+class LengthsConfig:
+    """Sample the same problems with other numbers of frames and of steps: how many answers are right?"""
+
+    frames: list[int] = field(default_factory=lambda: [5, 9, 13, 17])
+    "Numbers of video frames, each sampled with the number of steps of the run; `[]`: no others."
+    steps: list[int] = field(default_factory=lambda: [5, 10, 20, 50])
+    "Numbers of steps, each sampled with the number of frames of the run; `[]`: no others."
+    problems: int = 96
+    "Number of new problems."
+    kind: str = ""
+    "Kind of the problems; empty: the first kind of the task."
+
+    def __post_init__(self) -> None:
+        check_bounds("use.", self, problems=(2, MANY))
+        for name in ("frames", "steps"):
+            if wrong := [value for value in getattr(self, name) if not 1 <= value <= 10_000]:
+                raise InputError(f"use.{name}={getattr(self, name)}: {wrong[0]} is not from 1 to 10000")
+
+    @property
+    def report(self) -> str:
+        """Name of the folder of the report: `lengths`, or with another kind or number of problems than the default
+        ones such as `lengths-choice-8problems`, so that a small sweep does not replace a larger one."""
+        few = f"{self.problems}problems" if self.problems != LengthsConfig().problems else ""
+        return "-".join(["lengths", *filter(None, [self.kind, few])])
 
 
 @dataclass

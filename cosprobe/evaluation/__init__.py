@@ -1,7 +1,17 @@
 """Evaluates the probes of a bank on test problems: accuracy, baselines, intervals, significance, latency."""
 
 from cosprobe.evaluation.baselines import MUST_BEAT, input_samples, read_inputs, read_inputs_once
-from cosprobe.evaluation.claims import FAILS, HOLDS, UNCLEAR, UNTESTED, Claim, verdict
+from cosprobe.evaluation.claims import (
+    FAILS,
+    HOLDS,
+    UNCLEAR,
+    UNTESTED,
+    Claim,
+    Clearest,
+    clearest,
+    clearest_either_way,
+    verdict,
+)
 from cosprobe.evaluation.grid import FILE, Best, Grid
 from cosprobe.evaluation.intervals import (
     LEAST_EFFECTIVE,
@@ -10,16 +20,17 @@ from cosprobe.evaluation.intervals import (
     difference_interval,
     effective_problems,
     independent_difference_interval,
+    majority,
     mean_interval,
     problem_draws,
     share_interval,
 )
-from cosprobe.evaluation.latency import Latency, lag
+from cosprobe.evaluation.latency import Latency, lag, lag_difference
 from cosprobe.evaluation.latency import latency as half_maximum_latency  # evaluation.latency is the module
 from cosprobe.evaluation.predictions import Evaluated, InputReading, evaluate
 from cosprobe.evaluation.ranks import average_ranks
 from cosprobe.evaluation.scoring import build_grid
-from cosprobe.evaluation.significance import max_t_bootstrap
+from cosprobe.evaluation.significance import max_t_bootstrap, max_t_permutation
 from cosprobe.evaluation.token_labels import read_path, read_token_labels
 from cosprobe.evaluation.variables import ALPHA, BASELINES, CEILING, GUESSES, X0_PARSED
 
@@ -39,12 +50,15 @@ __all__ = [
     "X0_PARSED",
     "Best",
     "Claim",
+    "Clearest",
     "Evaluated",
     "Grid",
     "InputReading",
     "Latency",
     "average_ranks",
     "build_grid",
+    "clearest",
+    "clearest_either_way",
     "correctness",
     "difference_interval",
     "effective_problems",
@@ -53,7 +67,10 @@ __all__ = [
     "independent_difference_interval",
     "input_samples",
     "lag",
+    "lag_difference",
+    "majority",
     "max_t_bootstrap",
+    "max_t_permutation",
     "mean_interval",
     "problem_draws",
     "read_inputs",

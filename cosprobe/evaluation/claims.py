@@ -7,6 +7,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Shaped
+
+from cosprobe.evaluation.intervals import LEAST_PROBLEMS, difference_interval
+from cosprobe.evaluation.significance import max_t_bootstrap
+from cosprobe.evaluation.variables import ALPHA
 
 HOLDS, FAILS, UNCLEAR, UNTESTED = "holds", "does not hold", "no evidence", "cannot be tested here"
 
@@ -48,3 +53,52 @@ def verdict(lower: float, upper: float) -> str:
     if not np.isfinite([lower, upper]).all():
         return UNTESTED
     return HOLDS if lower > 0 else FAILS if upper < 0 else UNCLEAR
+
+
+@dataclass(frozen=True)
+class Clearest:
+    """The difference that is most clearly above zero, of several. at: its row. value, lower, upper: its mean, with
+    bounds of which the lower one holds for all rows together, as p does."""
+
+    at: int
+    value: float
+    lower: float
+    upper: float
+    p: float
+
+    @property
+    def above(self) -> bool:
+        """Whether it is above zero, after correction for all rows."""
+        return self.p <= ALPHA and self.lower > 0
+
+
+def clearest(difference: Float[np.ndarray, "row sample"], keys: Shaped[np.ndarray, " sample"]) -> Clearest:
+    """The row of paired differences, each from -1 to 1, with the smallest p of `max_t_bootstrap`, and of these the
+    largest mean. It may be chosen by what it shows: p and the lower bound are corrected for all rows.
+
+    The lower bound is the lower one of `max_t_bootstrap` and `difference_interval`: that of the test has width zero
+    where all samples agree. keys: the problem of each sample.
+    """
+    found = max_t_bootstrap(difference, keys)
+    means = difference.mean(axis=1)
+    at = int(np.lexsort([-means, found.p])[0])
+    lower, upper = (float(end[at]) for end in difference_interval(difference, keys))
+    lower = min(lower, float(max(found.lower[at], -1.0)))
+    return Clearest(at, float(means[at]), lower, upper, float(found.p[at]))
+
+
+def clearest_either_way(
+    difference: Float[np.ndarray, "row sample"], keys: Shaped[np.ndarray, " sample"]
+) -> tuple[Clearest, str]:
+    """The clearest row and the verdict of the claim that some row is above zero.
+
+    It `holds` where `clearest` is above zero. Otherwise it `does not hold` where some row is below zero in the same
+    way; then that row is returned. With fewer problems than intervals need, it cannot be tested. See `clearest`.
+    """
+    above, below = clearest(difference, keys), clearest(-difference, keys)
+    if below.above and not above.above:
+        at = Clearest(below.at, -below.value, -below.upper, -below.lower, below.p)
+        found = at, FAILS
+    else:
+        found = above, HOLDS if above.above else UNCLEAR
+    return found if len(np.unique(keys)) >= LEAST_PROBLEMS else (found[0], UNTESTED)

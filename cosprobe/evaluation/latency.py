@@ -131,6 +131,18 @@ def lag(latencies: Latency, first: Sequence[int], second: Sequence[int]) -> Lag:
     return Lag(value, lower, upper, latencies.censored[a] & known, latencies.censored[b] & known)
 
 
+def lag_difference(latencies: Latency, first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float, float]:
+    """The lag of the lines `first` minus that of the lines `second`, with its 95 % interval. All four lines are paired.
+
+    NaN where one of the latencies is NaN. Draws in which some line has no latency are left out. See `lag`.
+    """
+    signs = np.array([1.0, -1.0, -1.0, 1.0])
+    lines = [*first, *second]
+    value, draws = (signs @ values[lines] for values in (latencies.value, latencies.bootstrap))
+    lower, upper = _interval(value[None], draws[None])
+    return float(value), float(lower[0]), float(upper[0])
+
+
 def _half_maximum(
     heights: Float[np.ndarray, "line point draw"],
     at: Float[np.ndarray, "point"],

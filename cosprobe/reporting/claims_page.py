@@ -1,6 +1,7 @@
 """Writes the claims of finished runs into a page: `python -m cosprobe.reporting.claims_page FILE REPORT NAME=RUN ...`
 
-REPORT is a pattern of files in the report of a result, such as `causal-*/claims.json` or `behaviour/behaviour.json`.
+REPORT is a pattern of files in the report of a result, such as `causal-*/claims.json`, or several with commas between
+them, such as `behaviour/behaviour.json,lengths/lengths.json`.
 The table stands between the comments `<!-- claims -->` and `<!-- /claims -->` of the page.
 """
 
@@ -25,7 +26,7 @@ def rows(name: str, result: Path, pattern: str) -> list[list[str]]:
 
     A report has `claims`, `about`, and `n` for all or each of them. Claims of trials (`trial` is true) are left out.
     """
-    files = sorted((result / REPORT).glob(pattern))
+    files = [file for part in pattern.split(",") for file in sorted((result / REPORT).glob(part))]
     if not files:
         raise InputError(f"{str(result / REPORT)!r}: no {pattern}; run the command that writes it first")
     found = []
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Reads the arguments and rewrites the page."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
-    parser.add_argument("report", help="pattern of files in the report of a result")
+    parser.add_argument("report", help="pattern of files in the report of a result; several with commas between them")
     parser.add_argument("runs", nargs="+", help="name and run folder, as NAME=RUN")
     given = parser.parse_args(argv)
     pairs = [(run.partition("=")[0], find_result(run.partition("=")[2])) for run in given.runs]

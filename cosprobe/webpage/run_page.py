@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ AGAIN = "run the command that writes it again"
 LIBRARIES = ("cosprobe", "torch", "diffusers", "transformers", "lightning", "numpy", "xarray", "plotly")
 USES = {  # what `probe.py` adds, by the beginning of the names of its reports
     "film": "x0-hat at every step", "early": "early answers", "ensemble": "seed ensembles",
-    "causal": "interventions",
+    "causal": "interventions", "lengths": "other numbers of frames and steps", "tokens": "maps of every token",
 }  # fmt: skip
 COMMANDS = {"causal": "intervene"}  # where the name of the use is another one
 BEHAVIOUR_HEAD = ("claim", "about", "compared with", "difference [95 %]", "n", "verdict", "measured")
@@ -78,7 +79,9 @@ def run_page(folder: Path, command: str, every_target: bool = True) -> Page:
         _section("Along the denoising steps", lambda: _curves(grid)),
         _section("Checks", lambda: _checks(grid, report)),
         _section("What x0-hat shows", lambda: _films(report, marks, bank)),
+        _section("Single tokens", lambda: _tokens(report, marks, bank)),
         _section("Behaviours", lambda: _behaviours(report, marks, bank)),
+        _section("Other numbers of frames and steps", lambda: _lengths(report, marks, bank)),
         _section("Early answers", lambda: _early(report, marks, bank)),
         _section("Seed ensembles", lambda: _ensembles(report, marks, bank)),
         _section("Interventions", lambda: _interventions(report, marks, bank)),
@@ -263,19 +266,20 @@ def _alt_of_film(said: Mapping[str, Any]) -> str:
 
 
 def _behaviours(report: Path, marks: Mapping[str, Mapping[str, Any]], bank: str) -> list[Block]:
-    if not (report / "behaviour" / "behaviour.json").is_file():
+    place = _largest(report, "behaviour*/behaviour.json")
+    if place is None:
         return []
-    said = read_json(report / "behaviour" / "behaviour.json", AGAIN)
+    said = read_json(place / "behaviour.json", AGAIN)
     told, rows = [[name, *texts] for name, texts in said["sentences"].items()], []
     for saved in said["claims"]:
         claim = Claim.of(saved)
         n = str(saved["n"] or "")
         rows.append([claim.claim, str(saved["about"]), claim.control, claim.estimate, n, claim.verdict, claim.measure])
     return [
-        *_state("behaviour", marks, bank),
+        *_state(place.name, marks, bank),
         Table("What was measured, and what it does not show", ["behaviour", "measured", "caveat"], told),
         *_figure(
-            report / "behaviour" / "behaviour.png",
+            place / "behaviour.png",
             f"Four panels along denoising steps and layers. {' '.join(f'{name}: {text}' for name, text, _ in told)}",
             "What x0-hat shows, how sure the probe is, when answers settle, and accuracy over layers.",
         ),
@@ -283,7 +287,74 @@ def _behaviours(report: Path, marks: Mapping[str, Mapping[str, Any]], bank: str)
             f"All {len(rows)} claims with intervals and verdicts",
             (Table("Claims about behaviours", BEHAVIOUR_HEAD, rows),),
         ),
+        *_by_difficulty(said.get("groups", [])),
     ]  # fmt: skip
+
+
+def _largest(report: Path, pattern: str) -> Path | None:
+    """Of several reports of one use, the folder of the one with most problems; None without one."""
+    found = [path.parent for path in report.glob(pattern)]
+    return max(found, key=lambda place: [int(n) for n in re.findall(r"(\d+)problems", place.name)], default=None)
+
+
+def _by_difficulty(groups: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """What samples of similar difficulty show; nothing without groups."""
+    names = list(dict.fromkeys(name for group in groups for name in group["shares"]))
+    if not names:
+        return []
+    rows = [
+        [f"{group['kind']}, {group['about']}", str(group["n"]), *(_share(group["shares"].get(name)) for name in names)]
+        for group in groups
+    ]
+    about = (
+        "Shares of the samples of a group, with 95 % intervals. Groups overlap, and are not corrected for each other."
+    )
+    return [Folded("By difficulty", (Table(about, ["problems", "n", *names], rows),))]
+
+
+def _share(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else "{:.2f} [{:.2f}, {:.2f}]".format(*ends)
+
+
+def _lengths(report: Path, marks: Mapping[str, Mapping[str, Any]], bank: str) -> list[Block]:
+    place = _largest(report, "lengths*/lengths.json")
+    if place is None:
+        return []
+    said = read_json(place / "lengths.json", AGAIN)
+    claims = [Claim.of(saved) for saved in said["claims"]]
+    rows = [[c.claim, c.control, c.estimate, c.verdict, c.measure] for c in claims]
+    about = f"{said['about']} (n = {said['n']} problems)"
+    told = "; ".join(f"{row['setting']}: right on {_share(row['right'])}" for row in said["settings"])
+    return [
+        *_state(place.name, marks, bank),
+        Table(about, CLAIMS_HEAD, rows),
+        *_figure(
+            place / "lengths.png",
+            f"Share of right answers by number of frames and by number of steps. {told}.",
+            "The same problems and noise seeds with other numbers of frames and of steps.",
+        ),
+    ]
+
+
+def _tokens(report: Path, marks: Mapping[str, Mapping[str, Any]], bank: str) -> list[Block]:
+    found: list[Block] = [
+        *_figure(
+            report / "path.png",
+            "Maps of the picture, one per layer, step and latent frame: the tokens whose probe tells whether the "
+            "solution passes through them.",
+            CAPTIONS["path.png"],
+        )
+    ]
+    pictures = sorted((report / "tokens").glob("*_energy.png")) + sorted((report / "tokens").glob("*_components.png"))
+    if pictures:
+        found += _state("tokens", marks, bank)
+    for path in pictures:
+        name, _, quantity = path.stem.rpartition("_")
+        found += _figure(
+            path, f"The {quantity} of every token of {name}, by layer and step, drawn over the picture.",
+            f"{name}: {quantity} of every token of the last latent frame, by layer (rows) and step (columns).",
+        )  # fmt: skip
+    return found
 
 
 def _early(report: Path, marks: Mapping[str, Mapping[str, Any]], bank: str) -> list[Block]:

@@ -18,7 +18,14 @@ from scipy import stats
 from cosprobe.activations import ProbeSamples
 from cosprobe.activations.collection import NOT_DECODED
 from cosprobe.behaviour import measure, write_behaviours
-from cosprobe.behaviour.along_steps import commitment, corrections, exploration, live_candidates, rank_correlation
+from cosprobe.behaviour.along_steps import (
+    by_difficulty,
+    commitment,
+    corrections,
+    exploration,
+    live_candidates,
+    rank_correlation,
+)
 from cosprobe.behaviour.answers import NONE, Answers, answers, settled, several_drawn
 from cosprobe.behaviour.findings import (
     AXES,
@@ -31,11 +38,12 @@ from cosprobe.behaviour.findings import (
     PERCEPTION,
     ROLES,
 )
-from cosprobe.behaviour.over_layers import centre_difference, effective_rank, explained
+from cosprobe.behaviour.over_layers import centre_difference, effective_rank, explained, layer_lines, perception
 from cosprobe.behaviour.report import figure, page
 from cosprobe.cells import Cell
 from cosprobe.config import ProbeConfig, TrainerConfig
-from cosprobe.evaluation import FAILS, HOLDS, UNCLEAR, UNTESTED, build_grid, evaluate
+from cosprobe.evaluation import FAILS, HOLDS, UNCLEAR, UNTESTED, build_grid, evaluate, share_interval
+from cosprobe.evaluation.checks import WeightsLine
 from cosprobe.probes import fit
 from cosprobe.reporting import STYLE
 from cosprobe.tasks import Target
@@ -195,6 +203,93 @@ def test_a_gain_along_frames_is_told_from_one_along_steps(tmp_path):
     (finding,) = of(measure(samples, *through(samples, tmp_path)), AXES)
     assert finding.claim.verdict == FAILS and finding.claim.value == pytest.approx(-0.75, abs=0.1)
     assert "steps explain 0.0" in finding.claim.measure and finding.n == SPLITS["test"]
+
+
+# by difficulty
+
+
+def test_groups_are_those_of_a_plain_loop():
+    rng = np.random.default_rng(4)
+    one = replace(some(count=90), keys=np.arange(90))
+    one = replace(one, difficulty={"rooms": rng.integers(4, 6, 90), "length": rng.integers(1, 9, 90)})
+    found = by_difficulty(one)
+    median = int(np.median(one.difficulty["length"]))
+    assert [group.about for group in found] == [
+        "rooms 4",
+        "rooms 5",
+        f"length up to {median}",
+        f"length above {median}",
+    ]
+    rooms, length = one.difficulty["rooms"], one.difficulty["length"]
+    tests = [
+        lambda i: rooms[i] == 4, lambda i: rooms[i] == 5, lambda i: length[i] <= median, lambda i: length[i] > median
+    ]  # fmt: skip
+    for group, belongs in zip(found, tests, strict=True):
+        rows = [i for i in range(90) if belongs(i)]
+        assert group.n == len(rows) and group.kind == "one"
+        several = [sum(one.drawn[i, 0] >= 0.5) >= 2 for i in rows]
+        same = [all(pick == one.shown[i, -1] for pick in one.shown[i]) for i in rows]
+        probe = [len(set(one.proba[i].argmax(-1).tolist())) == 1 for i in rows]
+        for (name, (mean, lower, upper)), values in zip(group.shares.items(), (several, same, probe), strict=True):
+            ends = share_interval(np.array([values], float), np.array(rows))
+            assert (mean, lower, upper) == pytest.approx((np.mean(values), ends[0][0], ends[1][0])), name
+        names = [
+            tuple("right" if a == one.right[i] else "none" if a == NONE else "wrong" for a in one.shown[i, [0, -1]])
+            for i in rows
+        ]
+        assert group.changes == (names.count(("wrong", "right")), names.count(("right", "wrong")))
+
+
+def test_the_largest_value_alone_is_a_group_above_the_others():
+    one = replace(some(count=60), keys=np.arange(60))
+    values = np.array([1] * 5 + [2] * 5 + [3] * 5 + [4] * 45)
+    assert [(g.about, g.n) for g in by_difficulty(replace(one, difficulty={"length": values}))] == [
+        ("length up to 3", 15),
+        ("length above 3", 45),
+    ]
+    bare = replace(one, drawn=None, shown=None, decoded=(), right=None, difficulty={"length": values})
+    assert [len(g.shares) for g in by_difficulty(bare)] == [1, 1] and by_difficulty(bare)[0].changes is None
+
+
+# random weights
+
+
+def null(rows: int, onset: dict[str, float], seed: int = 0, evident: bool = True) -> WeightsLine:
+    """A line of accuracy 0.95 from a layer on, by weights, and of a guess before."""
+    rng = np.random.default_rng(seed)
+    correct = {
+        weights: (rng.random((LAYERS, rows)) < np.where(np.arange(LAYERS) >= first, 0.95, 0.25)[:, None]).astype(float)
+        for weights, first in onset.items()
+    }
+    name = "answer" if seed == 0 else "colour"
+    return WeightsLine(
+        name, "all", tuple(range(LAYERS)), correct, 0.25, {"trained": True, "permuted": evident}, np.arange(rows),
+        np.arange(rows),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answer", "colour", "verdict", "said"),
+    [
+        ({"trained": DEPTH, "permuted": 0}, {"trained": 0, "permuted": 2}, HOLDS, "trained minus permuted +"),
+        ({"trained": DEPTH, "permuted": DEPTH}, {"trained": 0, "permuted": 0}, UNCLEAR, "trained minus permuted "),
+        ({"trained": DEPTH, "permuted": 0}, {"trained": 0, "permuted": 0}, HOLDS, "order is not known"),
+    ],
+)
+def test_what_permuted_weights_show_as_well_is_no_perception_before_action(made, answer, colour, verdict, said):
+    _, evaluated, _, grid = made
+    lines = layer_lines(evaluated, grid)
+    claim = perception(lines, [null(60, answer), null(60, colour, 1)])[0].claim
+    assert claim.verdict == verdict and said in claim.measure and "permuted weights (n = 60)" in claim.measure
+    assert perception(lines)[0].claim.verdict == HOLDS and "not run" in perception(lines)[0].claim.measure
+
+
+def test_without_an_onset_there_is_no_null(made):
+    _, evaluated, _, grid = made
+    flat = {"trained": DEPTH, "permuted": LAYERS}
+    lines = [null(60, flat, evident=False), null(60, {"trained": 0, "permuted": 0}, 1)]
+    claim = perception(layer_lines(evaluated, grid), lines)[0].claim
+    assert claim.verdict == HOLDS and "answer not decodable" in claim.measure and "no null" in claim.measure
 
 
 # nothing planted

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cosprobe.evaluation import latency as module
-from cosprobe.evaluation.latency import lag, latency
+from cosprobe.evaluation.latency import lag, lag_difference, latency
 
 STEPS = np.arange(20.0)
 
@@ -153,6 +153,22 @@ def test_lag_is_paired():
     assert apart.value[0] == pytest.approx(2)
     assert apart.upper[0] - apart.lower[0] < 1e-9
     np.testing.assert_allclose(lag(both, [0], [1]).value, -apart.value)
+
+
+def test_a_difference_of_lags_is_paired_and_interval_is_that_of_the_draws():
+    curves = [logistic(9, 0.9), logistic(4, 0.8), logistic(8, 0.7), logistic(5, 0.9)]
+    found = run(exact(curves))
+    assert lag_difference(found, (0, 1), (2, 3)) == pytest.approx((2, 2, 2), abs=0.1)
+    noise = run(noisy(curves, 120))
+    value, lower, upper = lag_difference(noise, (0, 1), (2, 3))
+    one, other = (lag(noise, [a], [b]) for a, b in ((0, 1), (2, 3)))
+    assert value == pytest.approx(one.value[0] - other.value[0]) and lower < value < upper
+    assert lower < 2 < upper
+    assert lag_difference(noise, (0, 1), (0, 1)) == (0, 0, 0)  # the same lines: nothing is left
+    back = lag_difference(noise, (2, 3), (0, 1))
+    assert back == pytest.approx((-value, -upper, -lower), abs=0.05)
+    known = np.array([True, True, True, False])
+    assert np.isnan(lag_difference(run(noisy(curves, 120), found=known), (0, 1), (2, 3))).all()
 
 
 def test_lag_says_which_way_censoring_leans():

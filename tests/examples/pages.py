@@ -20,6 +20,7 @@ from tests.examples.grids import ANSWER, CONTROL, MODEL_ANSWER, START, synthetic
 
 NOTHING = Checks({}, (), (), (), {}, None, ())
 SCRIPT = "<script>alert(1)</script>"
+USES = ("behaviour", "behaviour-64problems", "causal-noise", "early", "ensemble", "film", "lengths", "tokens")
 COMMAND = "python train.py run_dir=runs/example"
 HOLDS = {
     "claim": "Noise hurts `early`", "measure": f"share {SCRIPT}", "control": "fresh", "value": 0.3, "lower": 0.1,
@@ -50,12 +51,20 @@ def result(folder: Path, of: Grid | None = None) -> Path:
     save_config(run, folder, {"transformer": "0123"})
     write_report(of or grid(), NOTHING, folder, film())
     report = folder / "report"
-    for name in ("behaviour", "causal-noise", "early", "ensemble", "film"):
+    for name in USES:
         (report / name).mkdir()
     both = {"claims": [HOLDS, UNKNOWN]}
     listed = [one | {"about": "one_exit: exploration", "n": 90} for one in both["claims"]]
     sentences = {"exploration": [f"x0-hat draws two {SCRIPT}.", "It is a mean."]}
-    write_json(report / "behaviour" / "behaviour.json", {"claims": listed, "sentences": sentences})
+    groups = [{"kind": "one_exit", "about": "length at most 3", "n": 40, "shares": {"committed": [0.5, 0.25, 0.75]}}]
+    write_json(report / "behaviour" / "behaviour.json", {"claims": [], "sentences": {}})
+    content = {"claims": listed, "sentences": sentences, "groups": groups}
+    write_json(report / "behaviour-64problems" / "behaviour.json", content)
+    settings = [{"setting": "9 frames, 20 steps", "right": [0.6, 0.5, 0.7]}]
+    lengths = {"about": "one_exit: lengths", "n": 64, "settings": settings} | both
+    write_json(report / "lengths" / "lengths.json", lengths)
+    for picture in ("lengths/lengths.png", "tokens/maze_1_energy.png", "path.png"):
+        _picture(report / picture)
     texts = {
         "remarks": ["Noise replaces it.", "23 samples."],
         "conditions": [["condition", "kept"], ["a", "b"]],
@@ -79,7 +88,7 @@ def result(folder: Path, of: Grid | None = None) -> Path:
     frames[0].save(report / "film" / "maze.gif", save_all=True, append_images=frames[1:], duration=300, loop=0)
     told = {"prompt": f"draw {SCRIPT}", "steps": [0, 1], "probabilities": [[0.75, 0.25], [0.1, 0.9]], "right": [1]}
     write_json(report / "film" / "maze.json", told)
-    for name in ("behaviour", "causal-noise", "early", "ensemble", "film"):
+    for name in USES:
         mark_finished(report / name, "abc", made_by=f"python probe.py use={name}")
     return folder
 

@@ -42,7 +42,7 @@ def test_a_claim_may_have_its_own_number_of_samples_or_no_numbers(result):
     written(result / "two", "behaviour", claims=[own, CLAIM | {"verdict": "holds", "n": 7, "about": "x: y"}])
     page = result / "page.md"
     page.write_text(f"{BEGIN}{END}")
-    main([str(page), "behaviour/claims.json", "maze=two"])
+    main([str(page), "none/claims.json,behaviour/claims.json", "maze=two"])
     lines = page.read_text().splitlines()
     assert "| maze, all: memory | It moves | b | a minus b |  |  | untested |" in lines
     assert "| maze, x: y | It moves | b | a minus b | +0.50 [+0.25, +0.75] | 7 | holds |" in lines

@@ -18,7 +18,7 @@ from cosprobe.webpage import write_run_page
 from cosprobe.webpage.grid_charts import colourings, curves, frame_maps, layer_map
 from cosprobe.webpage.run_page import run_page
 from cosprobe.webpage.sentences import sentences
-from tests.examples.pages import COMMAND, SCRIPT, grid, result
+from tests.examples.pages import COMMAND, SCRIPT, USES, grid, result
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,8 @@ def test_every_part_is_there_with_its_numbers(folder, text):
     for row in summarise(Grid.load(folder)):
         assert all(cell in seen for cell in row.cells())
     for part in (
-        "x0-hat draws two", "It is a mean.", "+0.30 [+0.10, +0.50]", "calibrated policy 0.125", "untested",
+        "x0-hat draws two", "It is a mean.", "length at most 3", "0.50 [0.25, 0.75]",
+        "64 problems", "+0.30 [+0.10, +0.50]", "calibrated policy 0.125", "untested",
         "The policy is safe.", "Vote is not better.", "Noise replaces it.", "All 1 conditions",  "draw <script>",
         "candidate 0 at step 0 (probability 0.75) and candidate 1 at step 1 (probability 0.90)", COMMAND,
         "python probe.py use=early", "run_dir:", "random labels", "diffusers", "0123", "seed of",
@@ -65,10 +66,10 @@ def test_every_part_is_there_with_its_numbers(folder, text):
 
 def test_what_was_not_run_is_named_with_its_command(folder, tmp_path):
     bare = shutil.copytree(folder, tmp_path / "bare")
-    for name in ("behaviour", "causal-noise", "early", "ensemble", "film"):
+    for name in USES:
         shutil.rmtree(bare / "report" / name)
     seen = plain(write_run_page(bare, COMMAND).read_text(encoding="utf-8"))
-    for name in ("early", "ensemble", "intervene", "film"):
+    for name in ("early", "ensemble", "intervene", "film", "lengths", "tokens"):
         assert re.search(rf"Not run: .*?python probe\.py use={name} run=\S*bare", seen)
     assert "Interventions" not in seen and "Early answers" not in seen
 

@@ -2,13 +2,15 @@
 
 from cosprobe.evaluation.checks.generalisation import Matrix
 from cosprobe.evaluation.checks.suite import Checks, examine
-from cosprobe.evaluation.checks.untrained import TRAINED, WEIGHTS, weights_table
+from cosprobe.evaluation.checks.untrained import TRAINED, WEIGHTS, WeightsLine, weights_lines, weights_table
 
 __all__ = [
     "TRAINED",
     "WEIGHTS",
     "Checks",
     "Matrix",
+    "WeightsLine",
     "examine",
+    "weights_lines",
     "weights_table",
 ]

@@ -22,7 +22,7 @@ from cosprobe.activations.random_weights import RANDOM_WEIGHTS, replay, with_ran
 from cosprobe.activations.sampler import Sampler
 from cosprobe.cells import Cell
 from cosprobe.config import CaptureConfig, PipelineConfig, ProbeConfig, TrainerConfig
-from cosprobe.evaluation.checks.untrained import weights_table
+from cosprobe.evaluation.checks.untrained import weights_lines, weights_table
 from cosprobe.evaluation.intervals import share_interval
 from cosprobe.models.pipelines import sample
 from cosprobe.probes.logistic import fit
@@ -223,3 +223,41 @@ def test_targets_the_few_do_not_carry_are_left_out(store, samples, tmp_path):
     one = torch.where(samples.labels["answer"] >= 0, 2, -1)
     single = replace(samples, labels=samples.labels | {"answer": one})
     assert weights_table(store, single, PROBE, TRAINER, tmp_path, 0) is None
+
+
+def test_lines_over_layers_are_refits_at_the_penalty_of_the_bank(store, samples, tmp_path):
+    """Against separate fits: one for each kind of weights, target and layer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bank = fit(samples, replace(PROBE, kind="newton"), TRAINER, tmp_path, 0)
+        lines = weights_lines(store, samples, bank)
+        few = samples.rows(np.array(store.few))
+        other = store.store.read(UNTRAINED)[0]["untrained.features"]
+        assert {line.target for line in lines} == {"answer", "start", "corridors"}  # and no control
+        for line in lines:
+            assert line.layers == (0, 2) and line.position == "all"
+            target = few.target(line.target)
+            labels = few.labels[line.target].reshape(len(few), -1)
+            known = (labels >= 0).all(dim=1).numpy()
+            rows = np.flatnonzero(known & (few.split == "test"))
+            assert line.keys.tolist() == few.keys[rows].tolist()
+            assert (np.flatnonzero(few.split == "test")[line.rows] == rows).all()
+            for w, (weights, correct) in enumerate(line.correct.items()):
+                for i, layer in enumerate(line.layers):
+                    cell = Cell(0, layer, "cond", "all")
+                    x = few.features[:, [few.cells.index(cell)]] if not w else other[:, w - 1, 0, i]
+                    these = replace(
+                        few, features=x.reshape(len(few), 1, *x.shape[-2:]), cells=(cell,), targets=(target,)
+                    )
+                    penalty = float(bank.select([cell]).penalties[line.target][0])
+                    one = fit(these, replace(PROBE, kind="newton", penalties=[penalty]), TRAINER, tmp_path, 0)
+                    right = one.predict(these.features[rows], line.target)[0].reshape(len(rows), -1) == labels[rows]
+                    np.testing.assert_allclose(correct[i], right.double().mean(dim=1)), weights
+
+
+def test_without_random_weights_at_the_first_step_there_are_no_lines(store, samples, tmp_path):
+    later = samples.at(slice(2, None))  # without step 0
+    bank = fit(later, replace(PROBE, kind="newton"), TRAINER, tmp_path, 0)
+    assert {line.layers for line in weights_lines(store, later, bank)} == {(0, 2)}  # step 1 is stored, too
+    last = samples.at(slice(len(samples.cells) - 2, None))  # of the last step only
+    assert weights_lines(store, last, fit(last, replace(PROBE, kind="newton"), TRAINER, tmp_path, 0)) == []
