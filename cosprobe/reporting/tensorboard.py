@@ -22,7 +22,7 @@ from torch.utils.tensorboard.summary import hparams
 from cosprobe.cells import X0
 from cosprobe.evaluation import X0_PARSED, Grid
 from cosprobe.files import writable
-from cosprobe.monitoring import SAMPLING, TRAINING, remove_events
+from cosprobe.monitoring import remove_events
 from cosprobe.reporting.figures import default_layers
 from cosprobe.reporting.film import Film, film_motion
 from cosprobe.reporting.summary import shown_targets
@@ -37,6 +37,7 @@ FIGURES = {  # of the report
     "others.png": f"{IMAGES}/map of skill, other targets",
     "film.png": f"{IMAGES}/x0-hat, last frame by denoising step",
 }
+OWN = ("layer ", "baseline ", "finished video", REPORT)  # how the names of the runs begin that are written here
 WIDTH = 880  # of an image, in pixels
 BASELINES = (X0, X0_PARSED)  # the others are in the best input
 MOST_LAYERS = 28  # with 12 other runs there are 40; of more, Custom Scalars selects none at first
@@ -57,13 +58,15 @@ def log_tensorboard(
     Each layer, each baseline and the finished video is a run with the tags `accuracy by denoising step/TARGET` for
     targets of role `answer` and `model_answer`, and `other targets by denoising step/TARGET`. The axis of both is the
     denoising step (a step index). Their intervals are in Custom Scalars. The run `report` has the figures of the report
-    in FIGURES that are there, the film, the hyperparameters and the results of the best cells. Runs of sampling and
-    training stay.
+    in FIGURES that are there, the film, the hyperparameters and the results of the best cells. Runs of sampling,
+    training and `probe.py` stay.
     report: the folder that `write_report` returned.
     settings: all settings by their dotted names. Those in VARIED become hyperparameters. Returns `folder`.
     """
     folder = Path(folder)
-    remove_events(folder, keep=(SAMPLING, TRAINING))
+    for run in folder.glob("*/"):
+        if run.name.startswith(OWN):
+            remove_events(run)
     answers = grid.with_role(*ANSWER_ROLES) or grid.targets[:2]
     groups = {target: BY_STEP if target in answers else OTHERS_BY_STEP for target in shown_targets(grid)}
     layers = default_layers(grid, answers, MOST_LAYERS)

@@ -51,7 +51,7 @@ def read(folder: Path) -> Runs:
 @pytest.fixture(scope="module")
 def runs(grid, tmp_path_factory) -> Runs:
     folder = tmp_path_factory.mktemp("tensorboard")
-    for name in ("grid", "sampling", "training/median"):  # `grid` is of an earlier version
+    for name in ("interventions/swap", "sampling", "training/median"):
         (folder / name).mkdir(parents=True)
         (folder / name / "events.out.tfevents.1.host").touch()
     report = write_report(grid, Checks({}, (), (), (), {}, None, ()), tmp_path_factory.mktemp("run"), film())
@@ -67,10 +67,11 @@ def curve(runs: Runs, run: str, tag: str) -> dict[int, float]:
     return values
 
 
-def test_a_line_is_a_run_and_those_of_sampling_and_training_stay(runs):
+def test_a_line_is_a_run_and_those_of_sampling_training_and_uses_stay(runs):
     layers = {f"layer {n}" for n in range(LAYERS)}
     baselines = {f"baseline {name}" for name in ("best input", "chance", "x0_latent", "x0_parsed")}
-    assert set(runs) == layers | baselines | {"finished video", "report", "sampling", "training/median"}
+    others = {"interventions/swap", "sampling", "training/median"}
+    assert set(runs) == layers | baselines | {"finished video", "report"} | others
 
 
 @pytest.mark.parametrize("target", BY_STEP)
