@@ -13,8 +13,8 @@ import pytest
 from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
 from cosprobe.reporting import summarise
+from cosprobe.webpage import gallery, write_run_page
 from cosprobe.webpage import page as pages
-from cosprobe.webpage import write_run_page
 from cosprobe.webpage.grid_charts import colourings, curves, frame_maps, layer_map
 from cosprobe.webpage.run_page import run_page
 from cosprobe.webpage.sentences import sentences
@@ -166,3 +166,21 @@ def test_curves_hold_accuracy_with_intervals_and_baselines():
     assert len(traces["x0-hat: answer parsed from its video"].x) == int(parsed.notnull().sum())
     assert [name for name, *_ in chart.keys][-2:] == ["chance", "finished video"]
     np.testing.assert_allclose(traces["best input (skill 0)"].y, plane.reference)
+
+
+def test_the_gallery_has_the_map_and_the_sentences_of_every_run(folder, tmp_path, capsys):
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    (mine / "report" / "headline.png").write_bytes(b"a map")
+    (tmp_path / "figures").mkdir()
+    text = gallery.page([("mine", mine), ("other", mine)], tmp_path / "figures")
+    for told in sentences(Grid.load(mine), "in the package", "maze"):
+        assert text.count(told) == 2
+    for name in ("mine", "other"):
+        assert f"figures/gallery-{name}.png" in text and f"## {name}\n" in text
+        assert (tmp_path / "figures" / f"gallery-{name}.png").read_bytes() == b"a map"
+    gallery.main([str(tmp_path / "gallery.md"), f"mine={mine}", f"other={mine}"])
+    assert (tmp_path / "gallery.md").read_text() == text
+    (mine / "report" / "headline.png").unlink()
+    with pytest.raises(SystemExit):
+        gallery.main([str(tmp_path / "none.md"), f"mine={mine}"])
+    assert "headline.png' is missing" in capsys.readouterr().err and not (tmp_path / "none.md").exists()
