@@ -86,10 +86,13 @@ def write_comparison_page(
     results, the base run first. place: folder of the report."""
     base = found[0].base
     listed = ",".join(str(run) for run in runs)
-    sections = [Section(one.other, tuple(_blocks(one, settings))) for one, settings in zip(found, changed, strict=True)]
+    alone = len(found) == 1  # then what is said of the run stands at the top
+    sections = [
+        Section(one.other, tuple(_blocks(one, settings)[alone:])) for one, settings in zip(found, changed, strict=True)
+    ]
     command = shlex.join(["python", "probe.py", "use=compare", f"runs=[{listed}]"])
     sections.append(Section("How it was made", (Code("command", command),)))
-    sentences = [sentence for one in found for sentence in said(one)][:4]
+    sentences = said(found[0]) if alone else [said(one)[0] for one in found]
     page = Page(
         f"{', '.join(one.other for one in found)} compared with {base}",
         f"results {', '.join(f'`{run}`' for run in runs)}",

@@ -13,7 +13,7 @@ import xarray as xr
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.console import Console
@@ -45,7 +45,7 @@ COMPARE = "compare"
 NUMBERS, SUMMARY = "compare.json", "compare.md"
 ROWS = 3  # targets in a figure
 LONGEST = 80  # letters of the name of the folder
-DIVERGING = "PuOr"
+DIVERGING = LinearSegmentedColormap.from_list("difference", ["#a6761d", "#ffffff", "#08306b"])  # as on the page
 PLACES = ("run_dir", "store")  # settings that say where a result is
 
 

@@ -101,7 +101,8 @@ class UseRun:
         if compares:
             self.runs = expanded(self.runs)
             if len(self.runs) < 2 or len(set(self.runs)) < len(self.runs):
-                raise InputError(f"runs={self.runs}: expected two or more different folders, runs=[FIRST,SECOND]")
+                given = f"run={self.run!r}, runs={self.runs}" if self.run else f"runs={self.runs}"
+                raise InputError(f"{given}: use=compare expects two or more different folders, runs=[FIRST,SECOND]")
 
 
 def expanded(names: list[str]) -> list[str]:

@@ -64,9 +64,9 @@ def log_tensorboard(
     settings: all settings by their dotted names. Those in VARIED become hyperparameters. Returns `folder`.
     """
     folder = Path(folder)
-    for run in folder.glob("*/"):
-        if run.name.startswith(OWN):
-            remove_events(run)
+    for earlier in folder.glob("*/"):
+        if earlier.name.startswith(OWN):
+            remove_events(earlier)
     answers = grid.with_role(*ANSWER_ROLES) or grid.targets[:2]
     groups = {target: BY_STEP if target in answers else OTHERS_BY_STEP for target in shown_targets(grid)}
     layers = default_layers(grid, answers, MOST_LAYERS)

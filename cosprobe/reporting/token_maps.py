@@ -65,7 +65,8 @@ def token_maps(
         shown = [mark for name, mark in marks.items() if name in notes]
         handles, texts = [handle for handle, _ in shown], [text for _, text in shown]
         figure.legend(handles, texts, loc="outside lower center", ncols=2, frameon=False)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=9)
+        behind = "" if picture is None else "\ncolours: over all test problems; picture behind them: one example"
+        figure.suptitle(f"{title}{behind}", x=0.01, ha="left", fontsize=9)
     return figure
 
 

@@ -40,7 +40,7 @@ def _from_brown(zero: float) -> list[list[Any]]:
 SCALES = {  # by name: lowest and highest value, and colours
     "skill": {"low": WORST, "high": 1.0, "colours": _from_brown(-WORST / (1 - WORST))},
     "share": {"low": 0.0, "high": 1.0, "colours": [list(stop) for stop in _above()]},
-    "change": {"low": -0.3, "high": 0.3, "colours": _from_brown(0.5)},
+    "change": {"low": -0.3, "high": 0.3, "colours": [[0.0, BROWN], [0.5, WHITE], [1.0, "rgb(8,48,107)"]]},
     "difference": {"low": -1.0, "high": 1.0, "colours": _from_brown(0.5)},
 }
 
