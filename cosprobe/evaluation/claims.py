@@ -42,10 +42,18 @@ class Claim:
 
     @property
     def estimate(self) -> str:
-        """The estimate with its interval; empty if it was not measured."""
+        """The estimate with its interval; empty if it was not measured.
+
+        Numbers have two decimals. The end that decides a verdict has more where two would show it as zero.
+        """
         if not np.isfinite(self.value):
             return ""
-        return f"{self.value:+.2f} [{self.lower:+.2f}, {self.upper:+.2f}]"
+        lower, upper = f"{self.lower:+.2f}", f"{self.upper:+.2f}"
+        if self.verdict == HOLDS and lower == "+0.00":
+            lower = f"{self.lower:+.1g}"
+        if self.verdict == FAILS and upper == "-0.00":
+            upper = f"{self.upper:+.1g}"
+        return f"{self.value:+.2f} [{lower}, {upper}]"
 
 
 def verdict(lower: float, upper: float) -> str:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cosprobe.evaluation import FAILS, HOLDS, UNCLEAR, UNTESTED, clearest, clearest_either_way, difference_interval
+from cosprobe.evaluation import (
+    FAILS,
+    HOLDS,
+    UNCLEAR,
+    UNTESTED,
+    Claim,
+    clearest,
+    clearest_either_way,
+    difference_interval,
+)
 from cosprobe.evaluation.significance import max_t_bootstrap
 
 COUNT = 40
@@ -50,3 +59,18 @@ def test_few_problems_give_no_verdict():
     rows = np.ones((1, 24))
     assert clearest_either_way(rows, np.arange(24) // 2)[1] == HOLDS
     assert clearest_either_way(rows, np.arange(24) // 3)[1] == UNTESTED
+
+
+@pytest.mark.parametrize(
+    ("ends", "outcome", "shown"),
+    [
+        ((0.004, 0.59), HOLDS, "+0.29 [+0.004, +0.59]"),
+        ((0.00041, 0.59), HOLDS, "+0.29 [+0.0004, +0.59]"),
+        ((0.006, 0.59), HOLDS, "+0.29 [+0.01, +0.59]"),
+        ((0.004, 0.59), UNCLEAR, "+0.29 [+0.00, +0.59]"),
+        ((-0.06, -0.003), FAILS, "+0.29 [-0.06, -0.003]"),
+        ((-0.06, -0.003), UNCLEAR, "+0.29 [-0.06, -0.00]"),
+    ],
+)
+def test_the_end_that_decides_is_not_shown_as_zero(ends, outcome, shown):
+    assert Claim("", "", "", 0.29, *ends, outcome).estimate == shown
