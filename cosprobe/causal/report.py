@@ -79,7 +79,7 @@ ABOUT = {
     "the direction of a probe that was trained on random labels. A dose of 1 is as long as a token is on average.",
     "erase": "What any linear probe could read of the answer is removed from block outputs (LEACE). Counted are videos "
     "that keep the answer of the clean run. Controls: a change of the same size along as many random directions, and "
-    "random labels, erased in the same way.",
+    "random labels, erased in the same way. A claim holds only if it holds against both, at the same place.",
     "ablate": "What one block adds to its input is removed (`zero`), or replaced by its mean over the batch (`mean`) "
     "or by that of another sample (`resample`). Counted are videos that keep the answer of the clean run.",
 }  # fmt: skip
@@ -95,11 +95,10 @@ def claims(table: xr.Dataset, outcomes: Outcomes) -> list[Claim]:
         stated = _noise_claims(outcomes) if kind == "noise" else _swap_claims(table)
     elif kind == "ablate":
         stated = _ablate_claims(table)
+    elif kind == "erase":
+        stated = [_against_every(table, "Erasing the answer changes more videos than each control does")]
     else:
-        claim = {
-            "steer": "The direction of the probe moves answers to the label more than the control does",
-            "erase": "Erasing the answer changes more videos than the control does",
-        }[kind]
+        claim = "The direction of the probe moves answers to the label more than the control does"
         stated = [_clearest(table, str(c), claim) for c in dict.fromkeys(table.control.values.tolist())]
     order = list(dict.fromkeys(claim.claim for claim in stated))
     stated = sorted(stated, key=lambda claim: order.index(claim.claim))
@@ -116,6 +115,35 @@ def _clearest(table: xr.Dataset, control: str, claim: str) -> Claim:
         return Claim(claim, "", control, np.nan, np.nan, np.nan, UNTESTED)
     at = np.lexsort([-rows.effect.values, rows.p.values])[0]
     return _of_cell(rows.isel(comparison=at), rows.sizes["comparison"], claim)
+
+
+def _against_every(table: xr.Dataset, claim: str) -> Claim:
+    """The cell that is clearest against every control of a table. The claim holds only if it holds against each.
+
+    The estimate is that of the control with the weakest evidence; the measure has all of them. The same cell has to
+    beat all controls (an intersection-union test), so no correction for the number of controls is needed.
+    """
+    controls = list(dict.fromkeys(table.control.values.tolist()))
+    by = [table.isel(comparison=np.flatnonzero(table.control.values == control)) for control in controls]
+    cells = [
+        list(zip(*(rows[f"at_{n}"].values.tolist() for n in ("step", "layer", "frame")), strict=True)) for rows in by
+    ]
+    shared = [cell for cell in cells[0] if all(cell in others for others in cells[1:])] if cells else []
+    if not shared:
+        return Claim(claim, "", ", ".join(controls), np.nan, np.nan, np.nan, UNTESTED)
+    by = [rows.isel(comparison=[of.index(cell) for cell in shared]) for rows, of in zip(by, cells, strict=True)]
+    p, effect = (np.stack([rows[name].values for rows in by]) for name in ("p", "effect"))
+    best = int(np.lexsort([-effect.sum(axis=0), -effect.min(axis=0), p.max(axis=0)])[0])
+    each = [_of_cell(rows.isel(comparison=best), len(shared), claim) for rows in by]
+    weakest = max(range(len(each)), key=lambda i: (each[i].verdict != HOLDS, p[i, best], -each[i].lower))
+    if len(each) == 1:
+        return each[0]
+    parts = [f"minus {one.control}: {one.estimate}, p {own:.3f}" for one, own in zip(each, p[:, best], strict=True)]
+    one = by[0].isel(comparison=best)
+    where = _cell(int(one.at_step), int(one.at_layer), int(one.at_frame))
+    chosen = f"clearest of {len(shared)} cells" if len(shared) > 1 else "the only cell"
+    measure = f"{one.compared.values}, {where}, {chosen}; {'; '.join(parts)}"
+    return replace(each[weakest], measure=measure, control=f"each of: {', '.join(controls)}")
 
 
 def _of_cell(one: xr.Dataset, cells: int, claim: str, how: str = "clearest") -> Claim:
@@ -230,14 +258,8 @@ def _swap_claims(table: xr.Dataset) -> list[Claim]:
             )
         else:
             found.append(Claim(claim, "step 0, middle layers", str(control), np.nan, np.nan, np.nan, UNTESTED))
-    if controls:  # the same cell has to beat every control, so no correction for controls is needed
-        by = {c: whole.isel(comparison=np.flatnonzero(whole.control.values == c)) for c in controls}
-        p = np.max([rows.p.values for rows in by.values()], axis=0)
-        effect = np.min([rows.effect.values for rows in by.values()], axis=0)
-        best = int(np.lexsort([-effect, p])[0])
-        weakest = max(by.values(), key=lambda rows: float(rows.p[best])).isel(comparison=best)
-        some = _of_cell(weakest, len(p), "Some cell of the plane decides the answer")
-        found.append(replace(some, control="every one of these"))
+    if controls:
+        found.append(_against_every(whole, "Some cell of the plane decides the answer"))
     claim = "The states of one layer at all steps decide the answer"
     found += [_clearest(every, str(control), claim) for control in dict.fromkeys(every.control.values.tolist())]
     regions = "The regions of both answers decide it more than other regions"

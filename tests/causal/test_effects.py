@@ -253,7 +253,8 @@ def test_a_planted_swap_is_found_where_it_is():
         for c in stated:
             assert c.verdict == holds[not c.claim.startswith("The state")], c
             assert c.value == (1.0 if c.verdict == HOLDS else 0.0) and c.lower < c.value < c.upper or c.upper == 1.0
-    assert all("step 1, layer 2" in c.measure for c in other if c.claim.startswith("Some"))
+    (some,) = (c for c in other if c.claim.startswith("Some"))
+    assert "step 1, layer 2, clearest of 6 cells" in some.measure and some.measure.count("minus") == 3
 
 
 def test_claims_without_regions_or_step_0_cannot_be_tested():
@@ -262,6 +263,54 @@ def test_claims_without_regions_or_step_0_cannot_be_tested():
     assert [c.control for c in stated if c.verdict == UNTESTED] == [
         "same answer", "random state", "wrong step", "wrong regions"
     ]  # fmt: skip
+
+
+ERASED = ("erased", "control erased", "random directions erased")
+
+
+def erase_claims(hit: dict[tuple[int, str], int], names=ERASED):
+    """Claims where as many of 20 videos lose their answer by a condition at a layer as `hit` says, none elsewhere."""
+    conditions = [Condition(name, EDIT, 0, layer) for layer in (1, 3) for name in names]
+    kept = np.repeat((np.arange(PROBLEMS) % 3)[:, None], len(conditions), axis=1)
+    lost = np.stack([np.arange(PROBLEMS) < hit.get((c.layer, c.name), 0) for c in conditions], axis=1)
+    found = outcomes_of(conditions, follow=False)
+    found = replace(
+        found, keys=np.arange(PROBLEMS).astype(str), labels=kept, clean=kept, answers=np.where(lost, NONE, kept)
+    )
+    table = summarised(found, PAIRINGS["erase"], [(0,)] * PROBLEMS)
+    table.attrs["edit"] = "erase"
+    return claims(table, found)
+
+
+@pytest.mark.parametrize(
+    ("hit", "expected", "value", "layer"),
+    [
+        ({(1, "erased"): 18}, HOLDS, 0.9, 1),
+        ({(1, "erased"): 18, (1, "control erased"): 4, (1, "random directions erased"): 2}, HOLDS, 0.7, 1),
+        ({(1, "erased"): 18, (1, "random directions erased"): 18}, UNCLEAR, 0.0, 1),  # random does as much damage
+        ({(1, "erased"): 18, (1, "control erased"): 18}, UNCLEAR, 0.0, 1),
+        # layer 1 beats the control only, layer 3 random directions only: no cell beats both
+        ({(n, name): 18 for n in (1, 3) for name in ("erased", ERASED[3 - (n + 1) // 2])}, UNCLEAR, 0.0, 1),
+        # layer 1 is clearer against one control, layer 3 beats both
+        ({(1, "erased"): 20, (1, "random directions erased"): 20, (3, "erased"): 15}, HOLDS, 0.75, 3),
+    ],
+)
+def test_erasing_has_to_change_more_than_both_controls_in_the_same_cell(hit, expected, value, layer):
+    (stated,) = erase_claims(hit)
+    assert stated.verdict == expected and stated.value == pytest.approx(value)
+    assert (stated.lower > 0) == (expected == HOLDS)
+    assert stated.control == "each of: random directions erased, control erased"
+    each = {name: hit.get((layer, "erased"), 0) - hit.get((layer, name), 0) for name in ERASED[1:]}
+    for name, more in each.items():  # both estimates, of the same cell
+        assert f"minus {name}: {more / PROBLEMS:+.2f} [" in stated.measure
+    assert f"layer {layer}, clearest of 2 cells" in stated.measure
+
+
+def test_without_a_control_target_erasing_is_compared_with_random_directions():
+    (stated,) = erase_claims({(1, "erased"): 18}, ("erased", "random directions erased"))
+    assert stated.control == "random directions erased" and stated.verdict == HOLDS
+    (stated,) = erase_claims({(1, "erased"): 18}, ("erased",))
+    assert stated.verdict == UNTESTED and not stated.estimate
 
 
 def test_noise_that_hurts_early_and_fades_is_said_to():
