@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, Int, Shaped
@@ -20,6 +22,7 @@ from cosprobe.behaviour.findings import (
     without_numbers,
 )
 from cosprobe.evaluation import (
+    ALPHA,
     HOLDS,
     LEAST_PROBLEMS,
     UNCLEAR,
@@ -33,8 +36,11 @@ from cosprobe.evaluation import (
     verdict,
 )
 
+MOST_STEPS = 4  # in a sentence
 MOST_VALUES = 3  # of a difficulty, each of which is a group of its own
-TRACES = (0.1, 0.2, 0.3)  # there is a trace of a candidate from here on; a claim on blends has to hold for all of them
+TRACE = 0.2  # there is a trace of a candidate from here on
+TRACES = (0.1, TRACE, 0.3)  # a claim on blends has to hold for all of these
+NOT_ABOVE = "; p is at most 0.05, but the lower end of the interval is not above 0"
 
 
 def exploration(one: Answers) -> list[Finding]:
@@ -50,11 +56,7 @@ def exploration(one: Answers) -> list[Finding]:
         return [without_numbers(EXPLORATION, one.kind, claims[0], why, one.keys)]
     drawn = several_drawn(one.drawn, DRAWN)
     found = [_against_end(one, claims[0], drawn)]
-    blends = [
-        _against_end(one, f"{claims[1]}, the finished video does not", several_drawn(one.drawn, trace) & ~drawn, trace)
-        for trace in TRACES
-    ]
-    found.append(max(blends, key=lambda each: (each.claim.verdict != HOLDS, -each.claim.lower)))
+    found.append(_blends(one, f"{claims[1]}, the finished video does not", one.drawn, drawn))
     live = live_candidates(one.proba)
     first, last, many = live[:, 0].mean(), live[:, -1].mean(), (live[:, 0] >= 1.5).mean()
     measure = (
@@ -79,18 +81,23 @@ def commitment(one: Answers) -> list[Finding]:
     picked = [(name, picks, steps) for name, picks, steps in _picks(one) if picks.shape[1] > 1]
     for name, picks, steps in picked:
         first = settled(picks)
-        shares = ", ".join(f"{(first <= row).mean():.2f} from step {step}" for row, step in enumerate(steps[:6]))
+        before = picks.shape[1] - 1  # at the end, every answer is that of the end
+        some = np.unique(np.linspace(0, before - 1, MOST_STEPS).round().astype(int))
+        shares = ", ".join(f"{(first <= row).mean():.2f} from step {steps[row]}" for row in some)
         nothing = ""
         if (picks == NONE).any():
-            each = ", ".join(f"{share:.2f}" for share in (picks == NONE).mean(axis=0)[: len(steps)])
-            nothing = f"; no answer is shown in {each} of the samples at these steps"
+            start, end = (picks[:, [0, -1]] == NONE).mean(axis=0)
+            nothing = (
+                f"; none counts as an answer of its own: {start:.2f} of the samples show none at step {steps[0]}, "
+                f"{end:.2f} in the finished video"
+            )
         measure = f"share of samples with the answer of the end: {shares}{nothing}"
         found.append(without_numbers(COMMITMENT, one.kind, f"When {name} commits", measure, one.keys, DESCRIBED))
         for cause, values in one.difficulty.items():
             r, lower, upper = rank_correlation(values, first, one.keys, len(picked) * len(one.difficulty))
             if np.isfinite(r):
                 claim = Claim(
-                    f"{name}: later commitment on problems of greater {cause}",
+                    f"{name} commits later on problems of a higher difficulty ({cause})",
                     "Spearman's correlation", "0", r, lower, upper, verdict(lower, upper),
                 )  # fmt: skip
                 found.append(finding(COMMITMENT, one.kind, claim, one.keys))
@@ -210,6 +217,24 @@ def _picks(one: Answers) -> list[tuple[str, Int[np.ndarray, "sample row"], tuple
     return [*found, ("the probe", one.proba.argmax(axis=-1), one.steps)]
 
 
+def _blends(
+    one: Answers, claim: str, scale: Float[np.ndarray, "sample row candidate"], drawn: Bool[np.ndarray, "sample row"]
+) -> Finding:
+    """Blends against the finished video, with traces from TRACE on. It holds only if it does with all TRACES.
+
+    scale: `Answers.drawn`. drawn: whether several are drawn."""
+    tried = {trace: _against_end(one, claim, several_drawn(scale, trace) & ~drawn, trace) for trace in TRACES}
+    main, others = tried[TRACE], {trace: tried[trace].claim for trace in TRACES if trace != TRACE}
+    held = [f"{trace:g}" for trace, other in others.items() if other.verdict == HOLDS]
+    lost = [f"{trace:g}: {other.estimate}" for trace, other in others.items() if other.verdict != HOLDS]
+    if main.claim.verdict != HOLDS:
+        return main
+    if not lost:
+        return replace(main, claim=replace(main.claim, measure=f"{main.claim.measure}; also from {', '.join(held)} on"))
+    why = f"; no evidence with traces from {', from '.join(lost)}"
+    return replace(main, claim=replace(main.claim, measure=main.claim.measure + why, verdict=UNCLEAR))
+
+
 def _against_end(
     one: Answers, claim: str, shown: Bool[np.ndarray, "sample row"], trace: float | None = None
 ) -> Finding:
@@ -220,9 +245,9 @@ def _against_end(
     each = zip(values.mean(axis=0), one.decoded, strict=False)  # the last row is the finished video
     shares = ", ".join(f"{share:.2f} at step {step}" for share, step in each)
     several = f", clearest of {len(one.decoded)} steps" if len(one.decoded) > 1 else ""
-    tried = ", ".join(f"{threshold:g}" for threshold in TRACES)
-    traced = "" if trace is None else f", traces from {trace:g} on, the weakest of {tried}"
-    chosen = f"step {one.decoded[found.at]}{several}{traced}, p {found.p:.3f}"
+    traced = "" if trace is None else f", traces from {trace:g} on"
+    why = NOT_ABOVE if found.p <= ALPHA and not found.above else ""
+    chosen = f"step {one.decoded[found.at]}{several}{traced}, p {found.p:.3f}{why}"
     measure = f"share of samples: {shares}, {values[:, -1].mean():.2f} in the finished video; {chosen}"
     outcome = HOLDS if found.above else UNCLEAR
     stated = Claim(claim, measure, "finished video", found.value, found.lower, found.upper, outcome)
@@ -248,7 +273,7 @@ def answer_curves(one: Answers) -> dict[str, xr.DataArray]:
     if one.drawn is not None:
         axis = {f"decoded_{one.kind}": [*one.decoded, one.total]}
         drawn = several_drawn(one.drawn, DRAWN)
-        for name, values in (("drawn", drawn), ("blended", several_drawn(one.drawn, TRACES[1]) & ~drawn)):
+        for name, values in (("drawn", drawn), ("blended", several_drawn(one.drawn, TRACE) & ~drawn)):
             found[f"{name}_{one.kind}"] = xr.DataArray(
                 values.mean(axis=0), axis, attrs={"description": f"share of samples with several candidates {name}"}
             )

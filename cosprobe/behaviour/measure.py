@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import xarray as xr
 
 from cosprobe.activations import ProbeSamples
-from cosprobe.behaviour.along_steps import answer_curves, by_difficulty, commitment, corrections, exploration
+from cosprobe.behaviour.along_steps import NOT_ABOVE, answer_curves, by_difficulty, commitment, corrections, exploration
 from cosprobe.behaviour.answers import answers
 from cosprobe.behaviour.continuations import Continuations, corrected, sampled_corrections
 from cosprobe.behaviour.findings import (
@@ -26,7 +27,7 @@ from cosprobe.behaviour.findings import (
     nothing,
 )
 from cosprobe.behaviour.over_layers import axes, energy, layer_curves, layer_lines, perception, roles
-from cosprobe.evaluation import ALPHA, HOLDS, UNCLEAR, UNTESTED, Claim, Evaluated, Grid
+from cosprobe.evaluation import ALPHA, FAILS, HOLDS, UNCLEAR, UNTESTED, Claim, Evaluated, Grid
 from cosprobe.evaluation.checks import WeightsLine
 from cosprobe.probes import ProbeBank
 from cosprobe.tasks import Role
@@ -99,6 +100,7 @@ def memory(grid: Grid) -> list[Finding]:
         p = best.p
         measure = f"best cell ({', '.join(where)}): accuracy {best.accuracy:.2f}, {source} {reference:.2f}, p {p:.3f}"
         outcome = UNTESTED if np.isnan(p) else HOLDS if p <= ALPHA and best.lower > reference else UNCLEAR
+        measure += NOT_ABOVE if outcome == UNCLEAR and p <= ALPHA else ""
         claim = Claim(
             f"{stated}: {name}", measure, source, best.accuracy - reference, best.lower - reference,
             best.upper - reference, outcome,
@@ -115,10 +117,29 @@ def sentences(behaviour: str, found: Sequence[Finding]) -> tuple[str, str]:
         first = next((f for f in found if f.claim.verdict == DESCRIBED), found[0])
         return f"Nothing could be tested: {first.claim.measure}.", CAVEAT[behaviour]
     main = [f for f in tested if f.claim.claim == tested[0].claim.claim]
-    parts = [f"{f.claim.verdict} for {f.about} ({f.claim.estimate}, n = {f.n})" for f in main[:MOST]]
+    parts = [f"{f.claim.verdict} for {f.about} ({_said(f)}, n = {f.n})" for f in main[:MOST]]
     parts += [f"{len(main) - MOST} more in the table"] if len(main) > MOST else []
     count = sum(f.claim.verdict == HOLDS for f in tested)
-    others = f" Of {len(tested)} tested claims, {count} hold." if len(tested) > len(main) else ""
+    others = (
+        f" {count} of {len(tested)} tested claims {'holds' if count == 1 else 'hold'}."
+        if len(tested) > len(main)
+        else ""
+    )
     lead = [f for f in found if f.claim.verdict == DESCRIBED and f.claim.claim == found[0].claim.claim]
     described = "".join(f"{f.claim.claim}, {f.about}: {f.claim.measure}. " for f in lead)
     return f"{described}{main[0].claim.claim}: {'; '.join(parts)}.{others}", CAVEAT[behaviour]
+
+
+def _said(one: Finding) -> str:
+    """The estimate in words: a distance in layers or steps with its direction, other estimates as they are."""
+    claim = one.claim
+    if not claim.unit:
+        return claim.estimate
+    turned = claim
+    if claim.value < 0:
+        decided = HOLDS if claim.verdict == FAILS else claim.verdict
+        turned = replace(claim, value=-claim.value, lower=-claim.upper, upper=-claim.lower, verdict=decided)
+    distance, answer = turned.estimate.replace("+", ""), one.about.partition(",")[0]
+    if one.behaviour == PERCEPTION:
+        return f"{claim.control} is decodable {distance} {'before' if turned is claim else 'after'} {answer}"
+    return f"{answer} lies {distance} {'deeper' if turned is claim else 'shallower'} than {claim.control}"

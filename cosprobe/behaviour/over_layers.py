@@ -124,7 +124,8 @@ def perception(lines: Sequence[LayerLine], null: Sequence[WeightsLine] = ()) -> 
                 outcome = UNCLEAR if outcome == HOLDS and above is False else outcome
             stated = Claim(
                 f"What is visible is decodable at {order} than the answer",
-                f"onset at {where}: {one}, {other}{unknown}{untrained}", visible.target, value, lower, upper, outcome,
+                f"onset at {where}: {one}, {other}{unknown}{untrained}", visible.target,
+                value, lower, upper, outcome, axis,
             )  # fmt: skip
             about = f"{answer.target}, {visible.target}"
             found.append(finding(PERCEPTION, about, stated, keys))
@@ -179,7 +180,7 @@ def roles(lines: Sequence[LayerLine]) -> list[Finding]:
         start, end = answer.steps[0], answer.steps[-1]
         measure = f"centre at step {start}: layer {centres[0][0]:.1f}, at step {end}: layer {centres[0][1]:.1f}"
         claim = "Accuracy for the answer lies in shallower layers at the last step than at the first"
-        found.append(_of_centres(claim, measure, "last step", centres, answer.target, answer.keys))
+        found.append(_of_centres(claim, measure, "at the last step", centres, answer.target, answer.keys))
     why = "no answer has evidence at the first step, or probes are at one layer only"
     return found or [nothing(ROLES, DEEPER, why)]
 
@@ -283,7 +284,7 @@ def _of_centres(
     keys: Shaped[np.ndarray, " row"],
 ) -> Finding:
     (one, other), lower, upper = found
-    stated = Claim(claim, measure, control, float(one - other), lower, upper, verdict(lower, upper))
+    stated = Claim(claim, measure, control, float(one - other), lower, upper, verdict(lower, upper), "layers")
     return finding(ROLES, about, stated, keys)
 
 

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from cosprobe.activations import Sampler, StoredSamples, load_samples
+from cosprobe.behaviour.along_steps import TRACE
 from cosprobe.behaviour.continuations import Continuations, film_examples, sample_continuations
 from cosprobe.behaviour.findings import Behaviours, Example, Finding, Group
 from cosprobe.behaviour.measure import measure
@@ -232,7 +233,7 @@ def _drawn(axes: Axes, curves: xr.Dataset, kinds: Sequence[str]) -> None:
                 axes.plot(one[one.dims[0]], one, color=colour, label=f"{_plain(kind)}: {words[name]}", **style)
     axes.set(xlabel=f"{STEP}; last: finished video", ylabel="share of samples")
     axes.set_ylim(-0.01, max(0.25, axes.get_ylim()[1]))
-    axes.set_title("x0-hat shows several candidates at once", loc="left")
+    axes.set_title(f"x0-hat shows several candidates (traces: {TRACE:g} or more)", loc="left")
 
 
 def _live(axes: Axes, curves: xr.Dataset, kinds: Sequence[str]) -> None:

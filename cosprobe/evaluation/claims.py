@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ class Claim:
     """A statement, what was measured for it, and whether it holds.
 
     control: the condition under which it is measured, or what it is compared with. value, lower, upper: the estimate
-    with its 95 % interval.
+    with its 95 % interval. unit: of the estimate, empty for differences of shares and for correlations.
     """
 
     claim: str
@@ -31,12 +31,15 @@ class Claim:
     lower: float
     upper: float
     verdict: str
+    unit: str = ""
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Claim:
         """The claim of a report's JSON file, where a number that was not measured is null."""
         found: dict[str, Any] = {
-            field.name: np.nan if saved[field.name] is None else saved[field.name] for field in fields(cls)
+            field.name: np.nan if saved[field.name] is None else saved[field.name]
+            for field in fields(cls)
+            if field.name in saved or field.default is MISSING
         }
         return cls(**found)
 
@@ -53,7 +56,7 @@ class Claim:
             lower = f"{self.lower:+.1g}"
         if self.verdict == FAILS and upper == "-0.00":
             upper = f"{self.upper:+.1g}"
-        return f"{self.value:+.2f} [{lower}, {upper}]"
+        return f"{self.value:+.2f} [{lower}, {upper}] {self.unit}".rstrip()
 
 
 def verdict(lower: float, upper: float) -> str:

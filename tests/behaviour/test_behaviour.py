@@ -19,6 +19,7 @@ from cosprobe.activations import ProbeSamples
 from cosprobe.activations.collection import NOT_DECODED
 from cosprobe.behaviour import measure, write_behaviours
 from cosprobe.behaviour.along_steps import (
+    answer_curves,
     by_difficulty,
     commitment,
     corrections,
@@ -37,12 +38,14 @@ from cosprobe.behaviour.findings import (
     ORDER,
     PERCEPTION,
     ROLES,
+    Finding,
 )
+from cosprobe.behaviour.measure import sentences
 from cosprobe.behaviour.over_layers import centre_difference, effective_rank, explained, layer_lines, perception
 from cosprobe.behaviour.report import figure, page
 from cosprobe.cells import Cell
 from cosprobe.config import ProbeConfig, TrainerConfig
-from cosprobe.evaluation import FAILS, HOLDS, UNCLEAR, UNTESTED, build_grid, evaluate, share_interval
+from cosprobe.evaluation import FAILS, HOLDS, UNCLEAR, UNTESTED, Claim, build_grid, evaluate, share_interval
 from cosprobe.evaluation.checks import WeightsLine
 from cosprobe.probes import fit
 from cosprobe.reporting import STYLE
@@ -331,8 +334,19 @@ def test_settled_answers_are_counted_by_step():
     described = [f.claim for f in commitment(one) if f.claim.verdict == DESCRIBED]
     for claim, picks in zip(described, (one.shown, one.proba.argmax(-1)), strict=True):
         assert f"{(settled(picks) == 0).mean():.2f} from step 0" in claim.measure
-    assert f"no answer is shown in {(one.shown[:, 0] == NONE).mean():.2f}, " in described[0].measure
-    assert "no answer" not in described[1].measure
+    start, end = (one.shown[:, [0, -1]] == NONE).mean(axis=0)
+    none = f"none counts as an answer of its own: {start:.2f} of the samples show none at step 0, {end:.2f} in the fini"
+    assert end > 0 and none in described[0].measure and "none" not in described[1].measure
+
+
+def test_at_most_four_steps_are_named_and_none_at_the_end_is_settled():
+    """Samples whose last answer is none count as settled from where x0-hat shows none."""
+    shown = np.full((60, 8), NONE)
+    shown[:30, :3] = 1
+    one = replace(some(), drawn=None, shown=shown, decoded=tuple(range(0, 14, 2)))
+    claim = commitment(one)[0].claim
+    assert "the end: 0.50 from step 0, 0.50 from step 4, 1.00 from step 8, 1.00 from step 12; none" in claim.measure
+    assert claim.measure.endswith("0.50 of the samples show none at step 0, 1.00 in the finished video")
 
 
 def test_changes_are_those_of_a_plain_loop():
@@ -366,9 +380,39 @@ def test_a_blend_has_to_show_at_every_threshold():
     drawn = np.zeros_like(one.drawn)
     drawn[:40, 0] = [0.9, 0.25, 0, 0]
     blend = exploration(replace(one, drawn=drawn))[1].claim
-    assert blend.verdict == UNCLEAR and "from 0.3 on" in blend.measure
+    assert blend.verdict == UNCLEAR and "; no evidence with traces from 0.3: +0.00 [" in blend.measure
     drawn[:40, 0] = [0.9, 0.4, 0, 0]
-    assert exploration(replace(one, drawn=drawn))[1].claim.verdict == HOLDS
+    blend = exploration(replace(one, drawn=drawn))[1].claim
+    assert blend.verdict == HOLDS and blend.measure.endswith("; also from 0.1, 0.3 on")
+    drawn[:40, 0] = [0.9, 0.15, 0, 0]
+    assert exploration(replace(one, drawn=drawn))[1].claim.verdict == UNCLEAR
+
+
+def test_the_table_and_the_figure_count_blends_from_the_same_threshold():
+    one = some()
+    drawn = np.zeros_like(one.drawn)
+    drawn[:40, 0], drawn[:20, 0] = [0.9, 0.15, 0, 0], [0.9, 0.25, 0, 0]
+    one = replace(one, drawn=drawn)
+    blend, curve = exploration(one)[1].claim, answer_curves(one)["blended_one"]
+    assert float(curve[0]) == pytest.approx(1 / 3) == blend.value
+    assert (
+        f"share of samples: {float(curve[0]):.2f} at step 0" in blend.measure and "traces from 0.2 on" in blend.measure
+    )
+
+
+def test_a_p_below_the_level_without_a_verdict_is_explained():
+    """Where few samples gain, the test may be sure while the interval, the wider one, is not."""
+    one, said = some(), {}
+    for many in range(1, 20):
+        drawn = np.zeros_like(one.drawn)
+        drawn[:many, 0] = [0.9, 0.9, 0, 0]
+        claim = exploration(replace(one, drawn=drawn))[0].claim
+        p = float(claim.measure.partition(", p ")[2][:5])
+        explained_why = "but the lower end of the interval is not above 0" in claim.measure
+        assert explained_why == (p <= 0.05 and claim.verdict == UNCLEAR)
+        assert not explained_why or claim.lower <= 0
+        said[explained_why] = many
+    assert set(said) == {True, False}
 
 
 def test_live_candidates_are_counted():
@@ -433,6 +477,26 @@ def test_a_task_without_a_parser_keeps_what_probes_show():
 
 
 # the report
+
+
+def test_sentences_say_how_many_layers_lie_between_and_count_claims_in_plain_english():
+    def said(behaviour, *ends, outcome, control="colour"):
+        claim = Claim("Stated", "", control, *ends, outcome, "layers")
+        counted = [Finding(behaviour, "answer", Claim("Another", "", "", 0.1, 0.0, 0.2, UNCLEAR), 80, 80)] * 2
+        return sentences(behaviour, [Finding(behaviour, "answer, colour", claim, 80, 80), *counted])[0]
+
+    assert said(PERCEPTION, 3.99, 3.64, 4.29, outcome=HOLDS) == (
+        "Stated: holds for answer, colour (colour is decodable 3.99 [3.64, 4.29] layers before answer, n = 80). "
+        "1 of 3 tested claims holds."
+    )
+    late = said(PERCEPTION, -4.12, -4.31, -0.004, outcome=FAILS)
+    assert "(colour is decodable 4.12 [0.004, 4.31] layers after answer" in late
+    assert late.endswith("0 of 3 tested claims hold.")
+    unclear = said(PERCEPTION, -0.1, -0.19, 0.02, outcome=UNCLEAR)
+    assert "0.10 [-0.02, 0.19] layers after answer" in unclear
+    assert "answer lies 0.60 [0.54, 0.66] layers deeper than colour" in said(ROLES, 0.6, 0.54, 0.66, outcome=HOLDS)
+    last = said(ROLES, -0.6, -0.66, -0.54, outcome=FAILS, control="at the last step")
+    assert "answer lies 0.60 [0.54, 0.66] layers shallower than at the last step" in last
 
 
 def test_page_numbers_and_figure_are_written(found, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 
@@ -74,3 +76,12 @@ def test_few_problems_give_no_verdict():
 )
 def test_the_end_that_decides_is_not_shown_as_zero(ends, outcome, shown):
     assert Claim("", "", "", 0.29, *ends, outcome).estimate == shown
+
+
+def test_claims_are_read_with_and_without_a_unit():
+    of_layers = Claim("a", "b", "c", 4.0, 3.5, 4.5, HOLDS, "layers")
+    assert Claim.of(asdict(of_layers)) == of_layers and of_layers.estimate == "+4.00 [+3.50, +4.50] layers"
+    saved = {name: value for name, value in asdict(of_layers).items() if name != "unit"}
+    assert Claim.of(saved) == replace(of_layers, unit="")
+    with pytest.raises(KeyError, match="verdict"):
+        Claim.of({name: value for name, value in saved.items() if name != "verdict"})
