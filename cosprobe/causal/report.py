@@ -12,6 +12,7 @@ from jaxtyping import Float
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +36,7 @@ from cosprobe.reporting import STYLE, UNDEFINED, log_figure, markdown_table, new
 CLAIMS = "claims.json"
 TOO_FEW = "too few samples"
 COUNTED = {"swap": "donor's answer", "steer": "answer steered towards"}
+MOST_NAMED = 6  # points of a figure that are named
 LEAST_PAIRS = 20  # with fewer samples no claim gets a verdict
 LINES = {"fresh": "#d55e00", "equal damage": "#0072b2", "renoised": "#009e73"}
 OTHER_LINE, RANDOM_LINE = "#cc79a7", "#888888"
@@ -352,8 +354,8 @@ def _size(table: xr.Dataset) -> str:
 def _notes(table: xr.Dataset) -> list[str]:
     return [
         "Intervals are 95 % intervals over problems. Where a claim is about the clearest of several cells, its bounds "
-        "hold for all cells together, and p is corrected for them; it `holds` where p is at most 0.05. Claims are not "
-        "corrected for each other. A video that does not keep its answer shows another one or none: see the columns. "
+        "hold for all cells together, and p is corrected for them; it `holds` where p is at most 0.05 and the lower bound "
+        "above zero. Claims are not corrected for each other. A video that does not keep its answer shows another one or none: see the columns. "
         "`causal.nc` has all numbers, `edits.yaml` the edits of every condition."
     ]
 
@@ -571,20 +573,45 @@ def agreement_figure(found: Agreement) -> Figure:
             colour = colormaps["viridis"](0.9 * i / max(1, len(steps) - 1))
             style = {"color": colour, "marker": "os^Dv"[i % 5], "markersize": 5, "elinewidth": 0.8, "linestyle": ""}
             axes.errorbar(found.skill[at], found.effect[at], ends[:, at], label=f"step {step}", **style)
-        if len(found.cells) <= 24:
-            names: dict[tuple[float, float], list[str]] = {}
-            for (_, layer), x, y in zip(found.cells, found.skill, found.effect, strict=True):
-                names.setdefault((round(float(x), 2), round(float(y), 2)), []).append(str(layer))
-            for rank, ((x, y), layers) in enumerate(sorted(names.items())):
-                axes.annotate(", ".join(layers), (x, y), (4, 4 if rank % 2 else -11), textcoords="offset points",
-                              fontsize=8)  # fmt: skip
         axes.axhline(0, color="#888888", linewidth=0.8)
         margin = {"color": "#888888", "linewidth": 1, "linestyle": ":"}
         axes.axhline(found.margin, label=f"margin, {found.margin:g}", **margin)
         axes.set(xlabel="accuracy of the probe minus chance", ylabel="effect of a swap (share of videos)")
-        axes.set_title("is what a probe reads also used? (numbers: layer)", loc="left")
+        axes.set_title("is what a probe reads also used? (numbers: layers of outliers)", loc="left")
         sheet.legend(loc="outside right upper", frameon=False)
+        sheet.draw_without_rendering()  # so that the places of points in the figure are known
+        _name_outliers(axes, found)
         return sheet
+
+
+def _name_outliers(axes: Axes, found: Agreement) -> None:
+    """Writes the layers of the cells that are furthest from the middle of all, in both directions, beside their points.
+
+    Cells of the same place share one text. A text that would lie over another one, a point or its interval is left out.
+    """
+    points = np.stack([found.skill, found.effect], axis=1)
+    spread = np.abs(points - np.median(points, axis=0))
+    spread = (spread / np.where(np.ptp(points, axis=0) > 0, np.ptp(points, axis=0), 1.0)).max(axis=1)
+    places: dict[tuple[float, float], list[int]] = {}
+    for i in np.argsort(-spread, kind="stable"):
+        places.setdefault((round(float(points[i, 0]), 2), round(float(points[i, 1]), 2)), []).append(int(i))
+    point = axes.get_figure(root=True).dpi / 72
+    ends = (axes.transData.transform(np.stack([found.skill, end], axis=1)) for end in (found.lower, found.upper))
+    taken = [Bbox([low - point, high + point]) for low, high in zip(*ends, strict=True)]
+    taken += [Bbox([at - 3 * point, at + 3 * point]) for at in axes.transData.transform(points)]
+    shown = 0
+    for at in places.values():
+        if shown == MOST_NAMED or spread[at[0]] == 0:
+            break
+        layers = ", ".join(str(n) for n in sorted({found.cells[i][1] for i in at}))
+        for beside, side in ((5, "left"), (-5, "right")):
+            text = axes.annotate(layers, points[at[0]], (beside, 4), textcoords="offset points", ha=side, fontsize=8)
+            box = text.get_window_extent()
+            if box.x0 > axes.bbox.x0 and box.x1 < axes.bbox.x1 and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                shown += 1
+                break
+            text.remove()
 
 
 def _draw_steer(table: xr.Dataset) -> Figure:
@@ -605,12 +632,21 @@ def _draw_steer(table: xr.Dataset) -> Figure:
         axes.errorbar(one.dose.values, mean, ends, color="#0072b2", marker="o", markersize=3.5,
                       label="probe: answer steered towards")  # fmt: skip
         marks = (
-            ("random direction", -0.07, "_", "#000000", "random directions: answer steered towards"),
-            (CONTROL, 0.07, "x", "#d55e00", "probe of random labels: answer steered towards"),
+            (
+                "random direction",
+                -0.12,
+                "D",
+                "#000000",
+                "random directions (left of dose {:g}): answer steered towards",
+            ),
+            (CONTROL, 0.12, "x", "#d55e00", "probe of random labels (right of dose {:g}): answer steered towards"),
         )
         for name, beside, mark, colour, label in marks:
             control = _where(table, name=name, step=step, layer=layer)
-            axes.plot(control.dose.values + beside, control.label.values, mark, color=colour, label=label)
+            if control.sizes["condition"]:  # beside their dose, so that points of the probe do not hide them
+                axes.plot(control.dose.values + beside, control.label.values, mark, color=colour, markersize=6,
+                          markerfacecolor="none", clip_on=False, zorder=4,
+                          label=label.format(float(control.dose[0])))  # fmt: skip
         axes.set(xlabel="dose (1 = norm of a token)", ylim=(-0.03, 1.03))
         axes.set_title(f"{'all steps' if step == NONE else f'step {step}'}, layer {layer}", loc="left")
     grid[0].set_ylabel(f"share of videos (n = {table.attrs['n']})")

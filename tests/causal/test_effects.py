@@ -446,6 +446,18 @@ def test_figures_are_legible_and_all_steps_come_last(edit):
         assert [axes.get_title("left").split(",")[0] for axes in shown.axes] == ["step 0", "step 2", "all steps"]
 
 
+def test_controls_of_steering_are_not_hidden_behind_the_probe():
+    """Shares are all zero, so that every mark would lie on the same point."""
+    conditions = [Condition(PROBE, EDIT, 0, 1, dose=d) for d in (0.5, 1.0)]
+    conditions += [Condition("random direction", EDIT, 0, 1, dose=1.0, draw=i) for i in range(2)]
+    conditions += [Condition(CONTROL, EDIT, 0, 1, dose=1.0)]
+    (axes,) = drawn("steer", conditions).axes
+    lines = {str(line.get_label()).partition(" (")[0]: line for line in axes.lines}
+    random, control = lines["random directions"], lines["probe of random labels"]
+    assert set(random.get_xdata()) == {0.88} and set(control.get_xdata()) == {1.12}
+    assert all(line.get_visible() and line.get_zorder() > 3 for line in (random, control))
+
+
 def test_cells_with_the_same_values_share_one_number_in_the_figure_of_agreement():
     cells = [(s, n) for s in (0, 1) for n in (1, 3)]
     effect = np.array([0.1, 0.4, 0.2, 0.2])
@@ -456,3 +468,16 @@ def test_cells_with_the_same_values_share_one_number_in_the_figure_of_agreement(
     assert sorted(text.get_text() for text in shown.axes[0].texts) == ["1", "1, 3", "3"]
     (legend,) = shown.legends
     assert [text.get_text() for text in legend.get_texts()] == ["margin, 0.1", "step 0", "step 1"]
+
+
+def test_only_outliers_are_named_and_no_names_overlap(rng):
+    cells = [(s, n) for s in range(3) for n in range(20)]
+    skill, effect = 0.5 + 0.01 * rng.normal(size=60), 0.01 * rng.normal(size=60)
+    skill[[7, 30]], effect[[7, 30]] = [0.0, 0.9], [0.5, 0.8]
+    shown = agreement_figure(
+        Agreement(cells, skill, effect, effect - 0.05, effect + 0.05, (0.5, 0.1, 0.8), [], [], 0.1)
+    )
+    check_words(shown)
+    texts = shown.axes[0].texts
+    assert {"7", "10"} <= {text.get_text() for text in texts} and len(texts) <= 6
+    assert apart([text.get_window_extent() for text in texts])
