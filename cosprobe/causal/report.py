@@ -354,8 +354,9 @@ def _size(table: xr.Dataset) -> str:
 def _notes(table: xr.Dataset) -> list[str]:
     return [
         "Intervals are 95 % intervals over problems. Where a claim is about the clearest of several cells, its bounds "
-        "hold for all cells together, and p is corrected for them; it `holds` where p is at most 0.05 and the lower bound "
-        "above zero. Claims are not corrected for each other. A video that does not keep its answer shows another one or none: see the columns. "
+        "hold for all cells together, and p is corrected for them; it `holds` where p is at most 0.05 and the lower "
+        "bound above zero. Claims are not corrected for each other. A video that does not keep its answer shows "
+        "another one or none: see the columns. "
         "`causal.nc` has all numbers, `edits.yaml` the edits of every condition."
     ]
 
