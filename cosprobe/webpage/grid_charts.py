@@ -39,14 +39,15 @@ HOVER = (
     ("skill {skill}", f"no skill: the reference is missing or above {CEILING:g}"),
     ("{verdict}: corrected p = {p}", "no p-value"),
     ("x0-hat: {x0} ({x0_name})", "x0-hat: not compared"),
-    ("above x0-hat by {above_x0} [{above_x0_lower}, {above_x0_upper}], corrected p = {p_x0}", ""),
+    ("minus x0-hat: {above_x0} [{above_x0_lower}, {above_x0_upper}], corrected p = {p_x0}", ""),
 )
+NO_EVIDENCE = "struck through: no evidence for the difference that is shown"
+STRUCK = f"{NO_EVIDENCE}, above chance and above the inputs in question, after correction for all cells"
+STRUCK_X0 = f"{NO_EVIDENCE}, that the probe is more accurate than x0-hat, after correction for all cells"
+UNTESTED = "nothing is struck through: differences without a test"
 LEGEND = (
     ("best", "star: best cell, chosen on validation problems"),
-    (
-        "struck",
-        "struck through: no evidence above chance and above the inputs in question, after correction",
-    ),
+    ("struck", STRUCK),
     ("outlined", "orange outline: more accurate than x0-hat at that step, after correction for all cells"),
     ("grey", "grey: nothing to show (an input alone is right on more than 95 %, or it was not measured)"),
 )
@@ -61,15 +62,18 @@ def colourings(grid: Grid, targets: Sequence[str]) -> tuple[Colouring, ...]:
         Colouring(
             "skill (above the best input)", "skill", "skill",
             "White: as accurate as the best input of that step, or chance. Blue: more accurate; the darkest blue is "
-            "always right. Brown: less accurate.",
+            "always right. Brown: less accurate.", test="p", struck=STRUCK,
         ),
-        Colouring("accuracy", "accuracy", "share", "White: never right. The darkest blue: always right."),
-        Colouring("accuracy minus chance", "accuracy", "difference", lighter, "chance"),
-        Colouring("accuracy minus what x0-hat shows", "accuracy", "difference", lighter, "x0"),
+        Colouring(
+            "accuracy", "accuracy", "share", "White: never right. The darkest blue: always right.", test="",
+            struck="nothing is struck through: accuracies without a test",
+        ),
+        Colouring("accuracy minus chance", "accuracy", "difference", lighter, "chance", "", UNTESTED),
+        Colouring("accuracy minus what x0-hat shows", "accuracy", "difference", lighter, "x0", "p_x0", STRUCK_X0),
     ]  # fmt: skip
     data = grid.dataset.baseline_accuracy.sel(target=list(targets))
     found += [
-        Colouring(f"accuracy minus {IN_WORDS[name]}", "accuracy", "difference", lighter, name)
+        Colouring(f"accuracy minus {IN_WORDS[name]}", "accuracy", "difference", lighter, name, "", UNTESTED)
         for name in BASELINES
         if name in IN_WORDS and bool(data.sel(baseline=name).notnull().any())
     ]

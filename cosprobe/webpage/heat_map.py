@@ -7,7 +7,7 @@ would be larger than the values they are made of. The marks and axes are a figur
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,9 @@ class Colouring:
 
     label: in the switch. value, minus: names of fields; the second may be empty. scale: a name of SCALES. meaning: of
     the colours, in a sentence.
+    test: field with the p-values of the test of what is shown; cells whose p is above 0.05 are struck through. Empty:
+    there is no test, and no cell is. None: the cells of `HeatMap.struck` are. struck: what the legend says of strikes
+    then; empty: what it says at first.
     """
 
     label: str
@@ -58,10 +61,12 @@ class Colouring:
     scale: str
     meaning: str
     minus: str = ""
+    test: str | None = None
+    struck: str = ""
 
-    def spec(self) -> dict[str, str]:
+    def spec(self) -> dict[str, str | None]:
         """For the browser."""
-        return {name: getattr(self, name) for name in ("label", "value", "minus", "scale", "meaning")}
+        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +78,7 @@ class HeatMap:
     fields: values by name, numbers (NaN for none) or texts. An axis of length 1 means the same value along that axis.
     hover: lines of the hover label. `{name}` stands for a field: `p` and `p_...` with three decimals, others with two.
     A line with a field that has no value is replaced by the second text, or left out if that is empty.
-    struck: cells without evidence. outlined: cells with an outline. best: row and column of the cell with a star.
+    struck: cells without evidence, unless the colouring has a test. outlined: cells with an outline. best: row and column of the cell with a star.
     borders: column before which a line is drawn, and the names on both sides of it.
     """
 

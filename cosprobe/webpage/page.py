@@ -25,6 +25,7 @@ from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
 from cosprobe.errors import InputError
+from cosprobe.evaluation import ALPHA
 from cosprobe.files import make_folder, size_text, whole_file
 from cosprobe.webpage.heat_map import SCALES, Colouring, HeatMap
 
@@ -231,7 +232,7 @@ def render(page: Page) -> str:
         }
         for i, block in enumerate(one for one in _blocks(page) if isinstance(one, Maps))
     }
-    data = Markup(_json({"charts": charts, "switches": switches, "scales": SCALES}))
+    data = Markup(_json({"charts": charts, "switches": switches, "scales": SCALES, "alpha": ALPHA}))
     scripts = [get_plotlyjs(), _resource("page.js")]
     if any(re.search(r"</script|<!--|\r", script, flags=re.IGNORECASE) for script in scripts):
         raise RuntimeError("a script of the page cannot stand in HTML: it holds </script, <!-- or a carriage return")

@@ -181,6 +181,30 @@ def test_the_switch_changes_what_the_colour_is(made, opened):
     assert opened.wrong == []
 
 
+def test_strikes_and_their_legend_follow_the_switch(made, opened):
+    grid, tab = made[1], opened.tab
+    count = "(chart) => document.querySelectorAll(`#${chart} .scatterlayer path.point`).length"
+    seen = {}
+    for one in colourings(grid, shown_targets(grid)):
+        tab.select_option("select", label=one.label)
+        tab.wait_for_timeout(60)
+        assert tab.locator("#switch-1-struck").text_content() == one.struck
+        for number, shown in enumerate(maps(grid)):
+            star = int(shown.best is not None)
+            p = shown.fields[one.test] if one.test else np.zeros((1, 1))
+            value = shown.fields[one.value] - (shown.fields.get(one.minus, np.nan) if one.minus else 0)
+            expected = (p > 0.05) | (np.isnan(p) & np.isfinite(value))
+            drawn = tab.evaluate(count, f"chart-{number + 1}") - star
+            assert drawn == np.broadcast_to(expected, shown.struck.shape).sum(), (one.label, shown.title)
+            seen[one.label, number] = drawn
+    assert seen["skill (above the best input)", 0] != seen["accuracy minus what x0-hat shows", 0]
+    assert {seen["accuracy minus chance", number] for number in range(len(maps(grid)))} == {0}
+    tab.select_option("select", index=0)
+    tab.wait_for_timeout(60)
+    assert "struck through: no evidence for the difference that is shown" in tab.locator(".legend").first.inner_text()
+    assert opened.wrong == []
+
+
 def test_every_control_is_reached_by_tab_and_its_focus_is_seen(opened):
     tab = opened.tab
     expected = tab.evaluate(f"""() => [...document.querySelectorAll("{CONTROLS}")]

@@ -57,6 +57,20 @@
     return {z, text, zmin: scale.low, zmax: scale.high, colorscale: scale.colours};
   }
 
+  // cells that are struck through: those without evidence for what the colour shows; null: those of the figure
+  function struck(map, colouring, z) {
+    if (colouring.test === null) return null;
+    const found = {x: [], y: []}, p = map.fields[colouring.test];
+    if (!p) return found;
+    each(map, (row, column) => {
+      const value = cell(p, row, column);
+      if (value === null ? z[row][column] === null : value <= DATA.alpha) return;
+      found.x.push(column);
+      found.y.push(row);
+    });
+    return found;
+  }
+
   function notes(layout, known) {
     const missing = {
       text: "not measured for this target", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5,
@@ -78,7 +92,9 @@
       layout.annotations = notes(figure.layout, values.z.flat().some((value) => value !== null));
       const side = (place.clientWidth - 150) / map.columns.length; // of a cell, in pixels
       for (const trace of data) {
-        if (trace.name === "struck") trace.marker.size = Math.max(3, Math.min(11, 0.8 * side));
+        if (trace.name !== "struck") continue;
+        trace.marker.size = Math.max(3, Math.min(11, 0.8 * side));
+        Object.assign(trace, struck(map, chosen[name], values.z));
       }
     }
     return Plotly.newPlot(place, data, layout, CONFIG).then(() => readable(name));
@@ -93,6 +109,9 @@
     const {zmin, zmax} = values;
     const changed = {z: [values.z], text: [values.text], colorscale: [values.colorscale], zmin, zmax};
     Plotly.update(place, changed, {annotations: notes(figure.layout, known)}, [0]);
+    const marks = struck(map, colouring, values.z);
+    const at = figure.data.findIndex((trace) => trace.name === "struck");
+    if (marks) Plotly.restyle(place, {x: [marks.x], y: [marks.y]}, [at]);
     const table = place.closest("figure").querySelector("details.numbers[open]");
     if (table) tabulate(table);
   }
@@ -169,6 +188,8 @@
     select.addEventListener("change", () => {
       const colouring = colourings[select.selectedIndex];
       document.getElementById(`${name}-meaning`).textContent = colouring.meaning;
+      const legend = document.getElementById(`${name}-struck`);
+      if (legend && colouring.struck) legend.textContent = colouring.struck;
       for (const chart of charts) recolour(chart, colouring);
     });
   }
