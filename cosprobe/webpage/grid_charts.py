@@ -25,6 +25,7 @@ from cosprobe.reporting import (
 from cosprobe.tasks import Role
 from cosprobe.webpage.heat_map import FONT, Colouring, HeatMap
 from cosprobe.webpage.page import Chart
+from cosprobe.webpage.sentences import decoded_steps, x0_in_words
 
 POSITION_LABEL = "latent frame"
 IN_WORDS = {  # baselines, as a switch names them
@@ -48,7 +49,11 @@ UNTESTED = "nothing is struck through: differences without a test"
 LEGEND = (
     ("best", "star: best cell, chosen on validation problems"),
     ("struck", STRUCK),
-    ("outlined", "orange outline: more accurate than x0-hat at that step, after correction for all cells"),
+    (
+        "outlined",
+        "orange outline: more accurate than x0-hat at that step and at the nearest decoded ones, after correction for "
+        "all cells",
+    ),
     ("grey", "grey: nothing to show (an input alone is right on more than 95 %, or it was not measured)"),
 )
 DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}  # of matplotlib and of Plotly
@@ -208,6 +213,10 @@ def _fields(data: xr.Dataset, row: str, column: str) -> dict[str, Shaped[np.ndar
     sources |= {name: name for name in ("accuracy", "lower", "upper", "skill", "p_x0", "chance")}
     sources |= {name: name for name in ("above_x0", "above_x0_lower", "above_x0_upper")}
     found = {name: plane(data[source]) for name, source in sources.items()}
+    decoded = decoded_steps(data)
+    names = xr.apply_ufunc(lambda name, at: x0_in_words(str(name), int(at), decoded), data.x0_source, data.step,
+                           vectorize=True, output_dtypes=["U80"])  # fmt: skip
+    found["x0_name"] = plane(names)
     found["n"] = found["n"].astype(str)
     found["verdict"] = np.where(found["p"] <= ALPHA, "evidence", "no evidence")
     named = found["reference_name"]

@@ -78,7 +78,8 @@ class HeatMap:
     fields: values by name, numbers (NaN for none) or texts. An axis of length 1 means the same value along that axis.
     hover: lines of the hover label. `{name}` stands for a field: `p` and `p_...` with three decimals, others with two.
     A line with a field that has no value is replaced by the second text, or left out if that is empty.
-    struck: cells without evidence, unless the colouring has a test. outlined: cells with an outline. best: row and column of the cell with a star.
+    struck: cells without evidence, which are struck through unless the colouring has a test of its own. outlined: cells
+    with an outline. best: row and column of the cell with a star.
     borders: column before which a line is drawn, and the names on both sides of it.
     """
 

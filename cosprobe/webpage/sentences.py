@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import xarray as xr
 
-from cosprobe.evaluation import ALPHA, GUESSES, LEAST_EFFECTIVE, LEAST_PROBLEMS, MUST_BEAT, Best, Grid
+from cosprobe.cells import X0
+from cosprobe.evaluation import (
+    ALPHA,
+    GUESSES,
+    LEAST_EFFECTIVE,
+    LEAST_PROBLEMS,
+    MUST_BEAT,
+    X0_PARSED,
+    Best,
+    Grid,
+)
 from cosprobe.reporting import counted
 from cosprobe.tasks import ANSWER_ROLES, Role
 
@@ -31,6 +44,30 @@ def sentences(grid: Grid, model: str, task: str) -> list[str]:
 def main_target(grid: Grid) -> str:
     """The first target of role `answer`, or of role `model_answer`, or else the first of the grid."""
     return next(iter([*grid.with_role(Role.ANSWER), *grid.with_role(Role.MODEL_ANSWER), *grid.targets]))
+
+
+def decoded_steps(data: xr.Dataset) -> list[int]:
+    """Steps of a target at which x0-hat was decoded and parsed."""
+    known = data.baseline_accuracy.sel(baseline=X0_PARSED).notnull()
+    return data.step.values[known.any([axis for axis in known.dims if axis != "step"])].tolist()
+
+
+def nearest(step: int, decoded: Sequence[int]) -> list[int]:
+    """The last decoded step up to a step and the first one from it on: those whose parser x0-hat is compared by."""
+    before, after = [one for one in decoded if one <= step][-1:], [one for one in decoded if one >= step][:1]
+    return sorted({*before, *after})
+
+
+def x0_in_words(source: str, step: int, decoded: Sequence[int]) -> str:
+    """Where the accuracy of x0-hat at a step comes from."""
+    if source == X0:
+        return "probe of its latent at this step"
+    if source != X0_PARSED:
+        return source
+    if step in decoded:
+        return "parser on its decoded video at this step"
+    steps = " or ".join(map(str, nearest(step, decoded)))
+    return f"parser at the nearest decoded step, {steps}; not decoded at this step"
 
 
 def _done(grid: Grid, target: str, model: str, task: str) -> str:
@@ -90,8 +127,11 @@ def _beside_x0(grid: Grid, target: str) -> str:
         )
     every = (grid.dataset.p_x0 <= ALPHA) & (grid.dataset.p_evidence <= ALPHA)
     above, others = every.sel(target=target), _others(grid, target, every, "above x0-hat")
+    decoded = decoded_steps(data)
+    at = "at that step or the nearest decoded ones" if 0 < len(decoded) < data.sizes["step"] else "at the same step"
+    source = x0_in_words(str(cell.x0_source.values), best.cell.step, decoded)
     shows = (
-        f"at {_where(grid, best)} the probe is right on {best.accuracy:.2f} and x0-hat ({cell.x0_source.values}) on "
+        f"at {_where(grid, best)} the probe is right on {best.accuracy:.2f} and x0-hat ({source}) on "
         f"{float(cell.x0_accuracy):.2f}"
     )
     if np.isfinite(cell.above_x0_lower):
@@ -100,14 +140,12 @@ def _beside_x0(grid: Grid, target: str) -> str:
             f"{float(cell.above_x0_upper):+.2f}]"
         )
     if not above.any():
-        none = (
-            f"There is no evidence that a probe of `{target}` reads more than {X0_HAT} already shows at the same step"
-        )
+        none = f"There is no evidence that a probe of `{target}` reads more than {X0_HAT} already shows {at}"
         return f"{none}: {shows}{others}."
     first = int(data.step.values[above.any([axis for axis in above.dims if axis != "step"])].min())
     return (
         f"In {counted(int(above.sum()), 'cell')}, the earliest at step {first}, a probe of `{target}` is more accurate "
-        f"than what {X0_HAT} already shows; {shows}{others}."
+        f"than what {X0_HAT} already shows {at}; {shows}{others}."
     )
 
 
@@ -129,9 +167,11 @@ def _control(grid: Grid, target: str) -> str:
     if weights := _weights(grid, target):
         others = [f"{_ends(*ends)} with {name} ones" for name, ends in weights.items() if name != "trained"]
         named = " and on ".join(others)
+        samples = counted(int(grid.dataset.attrs["weights_samples"]), "sample")
         parts.append(
-            f"at step {_first_step(grid, target)} probes are right on {_ends(*weights['trained'])} with the trained "
-            f"weights, on {named} ({counted(int(grid.dataset.attrs['weights_samples']), 'sample')} in train and test)"
+            f"other probes of `{target}`, fitted only on the {samples} (training samples included) that random weights "
+            f"were run on, are right at step {_first_step(grid, target)} on {_ends(*weights['trained'])} with the "
+            f"trained weights (layer {grid.best(target).cell.layer}), on {named} (each at its best layer on validation)"
         )
     if not parts:
         return (
@@ -168,8 +208,8 @@ def _weights(grid: Grid, target: str) -> dict[str, tuple[float, float, float]]:
 
 def caveat(grid: Grid, target: str) -> str:
     """The first of these that is true: random labels are decodable; baselines are missing; fits did not converge; there
-    are too few problems; there is no evidence; random weights do as well; confounds explain a part; no cell is above
-    x0-hat. Otherwise: what is decodable need not be used."""
+    are too few problems; there is no evidence, although x0-hat shows the answer; there is no evidence; random weights
+    do as well; confounds explain a part; no cell is above x0-hat. Otherwise: what is decodable need not be used."""
     data, best = grid.dataset.sel(target=target), grid.best(target)
     for name in grid.with_role(Role.CONTROL):
         if count := int((grid.dataset.p_permutation.sel(target=name) <= ALPHA).sum()):
@@ -188,6 +228,8 @@ def caveat(grid: Grid, target: str) -> str:
             f"p-values and for intervals of differences; expected at least {LEAST_PROBLEMS}."
         )
     if not (data.p_evidence <= ALPHA).any():
+        if shown := _blind(grid, target):
+            return shown
         least = float(data.smallest_detectable_skill)
         so = "nothing was found"
         if np.isfinite(least):
@@ -214,6 +256,27 @@ def caveat(grid: Grid, target: str) -> str:
     return (
         f"what is decodable need not be used by the model, and this is one model on one task ({best.target}, "
         f"{counted(problems, 'test problem')}); only interventions show use."
+    )
+
+
+def _blind(grid: Grid, target: str) -> str:
+    """That x0-hat shows what the best probe does not read; empty unless the 95 % intervals say so: of the difference,
+    and of x0-hat above chance."""
+    best, data = grid.best(target), grid.dataset.sel(target=target)
+    cell, source = grid.at(target, best.cell), str(grid.at(target, best.cell).x0_source.values)
+    if not (cell.above_x0_upper < 0) or source not in (X0, X0_PARSED):
+        return ""
+    decoded, step = decoded_steps(data), best.cell.step
+    steps = nearest(step, decoded) if source == X0_PARSED else [step]
+    lower = [float(grid.at(target, replace(best.cell, step=s)).baseline_lower.sel(baseline=source)) for s in steps]
+    if max(lower) <= float(cell.chance):
+        return ""
+    where = "at the same step" if step in steps else "at the nearest decoded steps"
+    difference = _ends(*(float(cell[f"above_x0{end}"]) for end in ("", "_lower", "_upper")))
+    return (
+        f"x0-hat shows `{target}` {where} (right on {float(cell.x0_accuracy):.2f}; the probe of {_where(grid, best)} "
+        f"on {best.accuracy:.2f}, a difference of {difference}), so the model has it there. The linear probe, or the "
+        "mean over tokens that it reads (pooling), cannot read it: a blank map is a limit of the probe."
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cosprobe.evaluation import Grid
-from cosprobe.webpage.sentences import caveat, main_target, sentences
+from cosprobe.webpage.sentences import caveat, main_target, nearest, sentences, x0_in_words
 from tests.examples.pages import grid
 
 pytestmark = pytest.mark.slow
@@ -103,7 +103,7 @@ def test_random_weights_are_said_with_intervals_and_a_caveat_where_they_do_as_we
     for name in ("permuted", "fresh"):
         one = data.sel(baseline=f"{name}_weights")
         assert f"{float(one.baseline_accuracy):.2f} [{float(one.baseline_lower):.2f}" in text
-    assert re.search(r"\b60 samples", text)
+    assert re.search(r"\b60 samples", text) and f"with the trained weights (layer {best.layer})" in text
     assert "permuted" in caveat(made_of, "answer") or "few" in caveat(made_of, "answer")  # their intervals overlap
 
 
@@ -120,6 +120,36 @@ def test_random_weights_are_said_with_intervals_and_a_caveat_where_they_do_as_we
 )
 def test_the_strongest_caveat_comes_first(values, begins):
     assert caveat(changed(**values), "answer").startswith(begins)
+
+
+def test_a_blank_map_beside_an_x0_hat_that_shows_the_answer_is_a_limit_of_the_probe():
+    planted = {"p_evidence": 1.0, "p_x0": 1.0, "above_x0": -0.75, "above_x0_lower": -0.81, "above_x0_upper": -0.67,
+               "x0_accuracy": 1.0, "x0_source": "x0_parsed", "baseline_lower": 0.9}  # fmt: skip
+    text = caveat(changed(**planted), "answer")
+    assert text.startswith("x0-hat shows `answer` at the same step") and "-0.75 [-0.81, -0.67]" in text
+    assert "so the model has it" in text and "limit of the probe" in text
+    for other in ({"above_x0_upper": 0.01}, {"baseline_lower": 0.2}, {"above_x0_upper": np.nan}):  # unsure; at chance
+        assert caveat(changed(**planted | other), "answer").startswith("no evidence is not evidence of absence")
+    assert "limit of the probe" not in caveat(changed(**planted | {"p_evidence": 0.01}), "answer")
+    undecoded = changed(**planted)
+    best = undecoded.best("answer").cell
+    undecoded.dataset.baseline_accuracy.loc[{"target": "answer", "baseline": "x0_parsed", "step": best.step}] = np.nan
+    assert caveat(undecoded, "answer").startswith("x0-hat shows `answer` at the nearest decoded steps")
+
+
+def test_the_step_at_which_x0_hat_was_parsed_is_named():
+    assert nearest(3, [0, 2, 5]) == [2, 5] and nearest(5, [0, 2, 5]) == [5] and nearest(7, [0, 2, 5]) == [5]
+    assert x0_in_words("x0_latent", 3, [0, 2]) == "probe of its latent at this step"
+    assert "at this step" in x0_in_words("x0_parsed", 2, [0, 2]) and "nearest" not in x0_in_words(
+        "x0_parsed", 2, [0, 2]
+    )
+    assert "nearest decoded step, 2 or 5" in x0_in_words("x0_parsed", 3, [0, 2, 5])
+    of = changed(p_x0=0.5)
+    where = {"target": "answer", "baseline": "x0_parsed"}
+    of.dataset.baseline_accuracy.loc[where] = 0.9
+    assert "already shows at the same step" in said(of)[2]
+    of.dataset.baseline_accuracy.loc[where | {"step": 1}] = np.nan
+    assert "already shows at that step or the nearest decoded ones" in said(of)[2]
 
 
 def test_missing_baselines_and_fits_that_did_not_converge_are_caveats():
