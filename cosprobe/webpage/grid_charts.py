@@ -117,15 +117,15 @@ def curves(grid: Grid, target: str) -> Chart:
         _add(figure, f"layer {layer}", steps, line.accuracy, line.lower, line.upper, {"color": colour, "width": 2.2})
     for name, (label, style) in BASELINE_STYLE.items():
         one = plane.sel(baseline=name)
-        dashed = {"color": style["color"], "width": 1.8, "dash": DASHES[style["linestyle"] or "-"]}
+        dashed = {"color": style["color"], "width": 1.8, "dash": DASHES.get(style["linestyle"])}
         _add(figure, label, steps, one.baseline_accuracy, one.baseline_lower, one.baseline_upper, dashed, band=False)
     if plane.reference.notnull().any():
         names = plane.reference_source.values
         level = plane.reference.values
         text = [f"step {s}<br>best input {v:.2f} ({n})" for s, v, n in zip(steps, level, names, strict=True)]
-        figure.add_trace(_line("best input (skill 0)", steps, level, text, {"color": "#b07d00"}))
+        figure.add_trace(_line("best input (the reference)", steps, level, text, {"color": "#1a1a1a", "dash": "dash"}))
     chance = float(plane.chance)
-    _level(figure, "chance", steps, chance, {"color": "#767676"}, f"chance {chance:.2f}")
+    _level(figure, "chance", steps, chance, {"color": "#767676", "dash": "dot"}, f"chance {chance:.2f}")
     a = grid.dataset.attrs
     if target in grid.with_role(Role.ANSWER) and np.isfinite(a["model_accuracy"]):
         ends = f"{a['model_accuracy']:.2f} [{a['model_accuracy_lower']:.2f}, {a['model_accuracy_upper']:.2f}]"
@@ -244,7 +244,7 @@ def _add(
     style: dict[str, Any],
     band: bool = True,
 ) -> None:
-    """A line with its interval, at the steps where it is known."""
+    """A line with its interval, at the steps where it is known; rings, where its style has no dashes."""
     known = np.isfinite(mean.values)
     if not known.any():
         return
@@ -258,13 +258,16 @@ def _add(
                 line={"width": 0}, hoverinfo="skip", showlegend=False, mode="lines",
             )
         )  # fmt: skip
-    figure.add_trace(_line(name, x, y, text, style, markers=len(x) < len(steps)))
+    line = _line(name, x, y, text, style)
+    if "dash" in style and style["dash"] is None:  # known at few steps: a line between them would be invented
+        ring = {"size": 9, "color": "white", "line": {"color": style["color"], "width": 2}}
+        line.update(mode="markers", marker=ring)
+    figure.add_trace(line)
 
 
 def _level(figure: Figure, name: str, steps: list[int], value: float, style: dict[str, Any], text: str) -> None:
     figure.add_trace(_line(name, steps, [value] * len(steps), [text] * len(steps), style))
 
 
-def _line(name: str, x: Any, y: Any, text: list[str], style: dict[str, Any], markers: bool = False) -> Scatter:
-    mode = "lines+markers" if markers else "lines"
-    return Scatter(x=x, y=y, name=name, text=text, hoverinfo="text", mode=mode, line={"width": 1.8, **style})
+def _line(name: str, x: Any, y: Any, text: list[str], style: dict[str, Any]) -> Scatter:
+    return Scatter(x=x, y=y, name=name, text=text, hoverinfo="text", mode="lines", line={"width": 1.8, **style})

@@ -12,8 +12,9 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
+from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ from cosprobe.webpage.heat_map import SCALES, Colouring, HeatMap
 
 DASHES = {"solid": "none", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3"}  # of Plotly and of SVG
 FIGURE = 0.58  # scale of a PNG file
+WIDEST = 1200  # pixels of a PNG file on the page
 LARGEST = 10_000_000  # bytes of a page
 MOST_BYTES = 9_500_000  # of its scripts, charts and pictures; pictures that do not fit are left out, with a note
 
@@ -84,7 +86,9 @@ class Picture:
     """A PNG or GIF file.
 
     path: of the file. alt: what is in it, for those who do not see it. still: for a GIF, a PNG file that is shown in
-    its place where motion is unwanted.
+    its place where motion is unwanted. first: it is kept before others, where not all pictures fit on the page.
+
+    A PNG file is embedded with at most WIDEST pixels of width and a palette of 256 colours.
     """
 
     kind: ClassVar[str] = "picture"
@@ -92,11 +96,17 @@ class Picture:
     alt: str
     caption: str
     still: Path | None = None
+    first: bool = False
 
     @property
     def size(self) -> int:
         """Bytes that the picture takes on the page."""
-        return sum(path.stat().st_size * 4 // 3 + 4 for path in (self.path, self.still) if path is not None)
+        return len(self.uri) + len(self.still_uri)
+
+    @property
+    def newest(self) -> float:
+        """When the file was written, in seconds."""
+        return self.path.stat().st_mtime
 
     @property
     def size_shown(self) -> tuple[int, int]:
@@ -108,12 +118,12 @@ class Picture:
         """The same of the still picture."""
         return _size_shown(self.still or self.path)
 
-    @property
+    @cached_property
     def uri(self) -> str:
         """The file as an address."""
         return _data_uri(self.path)
 
-    @property
+    @cached_property
     def still_uri(self) -> str:
         """The still picture as an address; empty without one."""
         return "" if self.still is None else _data_uri(self.still)
@@ -133,9 +143,12 @@ class Chart:
 
     @property
     def keys(self) -> list[tuple[str, str, str]]:
-        """Name, colour and dashes (of SVG) of every line, for the legend."""
+        """Name, colour and dashes (of SVG) of every line, for the legend; `ring` for points without a line."""
         read = [trace for trace in self.figure.data if trace.hoverinfo != "skip"]
-        return [(trace.name, trace.line.color, DASHES[trace.line.dash or "solid"]) for trace in read]
+        return [
+            (trace.name, trace.line.color, "ring" if trace.mode == "markers" else DASHES[trace.line.dash or "solid"])
+            for trace in read
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +229,8 @@ def write_page(page: Page, path: Path) -> Path:
 
 
 def render(page: Page) -> str:
-    """A page as HTML. Pictures beyond MOST_BYTES, in the order of the page, are replaced by a note with their names."""
+    """A page as HTML. Pictures beyond MOST_BYTES are replaced by a note with their names: first those that are not kept
+    before others, and of these the oldest."""
     charts: dict[str, dict[str, Any]] = {}
 
     def number(chart: Chart | HeatMap, colouring: Colouring | None = None) -> str:
@@ -238,7 +252,8 @@ def render(page: Page) -> str:
         raise RuntimeError("a script of the page cannot stand in HTML: it holds </script, <!-- or a carriage return")
     room = MOST_BYTES - sum(len(text.encode()) for text in (*scripts, data))
     fitting = set()
-    for picture in (block for block in _blocks(page) if isinstance(block, Picture)):
+    pictures = [block for block in _blocks(page) if isinstance(block, Picture)]
+    for picture in sorted(pictures, key=lambda one: (one.first, one.newest), reverse=True):
         if picture.size <= room:
             room -= picture.size
             fitting.add(id(picture))
@@ -316,7 +331,19 @@ def _size_shown(path: Path) -> tuple[int, int]:
 
 
 def _data_uri(path: Path) -> str:
-    return f"data:image/{path.suffix.removeprefix('.')};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    content = _reduced(path) if path.suffix == ".png" else path.read_bytes()
+    return f"data:image/{path.suffix.removeprefix('.')};base64,{base64.b64encode(content).decode()}"
+
+
+def _reduced(path: Path) -> bytes:
+    """A PNG file on white, scaled down to WIDEST and with a palette; the file itself if that is not larger."""
+    content, made = path.read_bytes(), BytesIO()
+    with Image.open(BytesIO(content)) as picture:
+        on_white = Image.new("RGBA", picture.size, "white")
+        on_white.alpha_composite(picture.convert("RGBA"))
+    on_white.thumbnail((WIDEST, on_white.height), Image.Resampling.LANCZOS)
+    on_white.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(made, "PNG", optimize=True)
+    return min(content, made.getvalue(), key=len)
 
 
 def _hash(script: str) -> str:

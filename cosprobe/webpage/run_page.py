@@ -15,9 +15,10 @@ import yaml
 from cosprobe.errors import InputError
 from cosprobe.evaluation import Claim, Grid
 from cosprobe.files import read_json
-from cosprobe.reporting import CAPTIONS, COLUMNS, SUMMARY, shown_targets, summarise
+from cosprobe.reporting import CAPTIONS, COLUMNS, SUMMARY, counted, shown_targets, summarise
 from cosprobe.runs import FINISHED, REPORT, RUN_FILE
 from cosprobe.tasks import ANSWER_ROLES, Role
+from cosprobe.webpage.explanations import CHECKS, EDITS, QUANTITIES, TERMS, TOKEN_PICTURES
 from cosprobe.webpage.grid_charts import LEGEND, colourings, curves, frame_maps, layer_map
 from cosprobe.webpage.page import (
     Block,
@@ -178,12 +179,29 @@ def _checks(grid: Grid, report: Path) -> list[Block]:
         if said["checks"]:
             head, *rows = said["checks"]
             found.append(Table("Checks of the best cells, each against another explanation", head, rows))
+            meant = [[name, *CHECKS[name]] for name, *_ in rows if name in CHECKS]
+            found.append(Table("What the checks mean", ("check", "what it says", "what would be bad"), meant))
     else:
         text = f"The remarks and the table of checks are missing: this result is of an earlier version; {AGAIN}."
         found.append(Text((text,), warning=True))
+    found += _worse(grid)
     for name, alt in (("checks.png", _alt_of_checks(grid)), ("generalisation.png", _alt_of_matrices(grid))):
         found += _figure(report / name, alt, CAPTIONS[name])
     return found
+
+
+def _worse(grid: Grid) -> list[Block]:
+    """Where the temperature that was fitted on validation problems made calibration worse on test problems."""
+    said = []
+    for target in grid.with_role(*ANSWER_ROLES):
+        cell = grid.at(target, grid.best(target).cell)
+        error, raw, heat = float(cell.ece), float(cell.ece_raw), float(cell.temperature)
+        if error > raw:
+            said.append(
+                f"The temperature made the calibration of `{target}` worse: the error on test problems is {error:.3f} "
+                f"with T = {heat:.2f}, and {raw:.3f} without it. It was fitted on other problems (validation)."
+            )
+    return [Text(tuple(said))] if said else []
 
 
 def _alt_of_checks(grid: Grid) -> str:
@@ -219,10 +237,10 @@ def _alt_of_matrices(grid: Grid) -> str:
     return f"Matrices of accuracy, trained on (rows) by tested on (columns). {' '.join(said)}"
 
 
-def _figure(path: Path, alt: str, caption: str, still: Path | None = None) -> Iterator[Picture]:
+def _figure(path: Path, alt: str, caption: str, still: Path | None = None, first: bool = False) -> Iterator[Picture]:
     """A picture, if its file is there."""
     if path.is_file():
-        yield Picture(path, alt, caption, still if still is not None and still.is_file() else None)
+        yield Picture(path, alt, caption, still if still is not None and still.is_file() else None, first)
 
 
 # the reports
@@ -245,7 +263,7 @@ def _films(report: Path, marks: Mapping[str, Mapping[str, Any]], bank: str) -> l
         text = _alt_of_film(said)
         found += _figure(
             path, text, f"{path.stem}: the last frame of x0-hat at every step. Prompt: {said['prompt']!r}. {text}",
-            path.with_suffix(".png"),
+            path.with_suffix(".png"), True,
         )  # fmt: skip
     return found
 
@@ -345,16 +363,50 @@ def _tokens(report: Path, marks: Mapping[str, Mapping[str, Any]], bank: str) -> 
             CAPTIONS["path.png"],
         )
     ]
-    pictures = sorted((report / "tokens").glob("*_energy.png")) + sorted((report / "tokens").glob("*_components.png"))
-    if pictures:
-        found += _state("tokens", marks, bank)
-    for path in pictures:
-        name, _, quantity = path.stem.rpartition("_")
+    place = report / "tokens"
+    pictures = [(path, name) for path in sorted(place.glob("*.png")) if (name := _quantity(path.stem))]
+    if not pictures:
+        return found
+    found += [*_state("tokens", marks, bank), Text(TOKEN_PICTURES)]
+    if (place / "tokens.json").is_file():
+        found += _token_claim(read_json(place / "tokens.json", AGAIN))
+    order = list(QUANTITIES)
+    for path, quantity in sorted(pictures, key=lambda one: order.index(one[1])):
+        sample, text = path.stem.removesuffix(f"_{quantity}"), QUANTITIES[quantity]
         found += _figure(
-            path, f"The {quantity} of every token of {name}, by layer and step, drawn over the picture.",
-            f"{name}: {quantity} of every token of the last latent frame, by layer (rows) and step (columns).",
+            path, f"Maps of tokens of the sample {sample}, by layer and step, drawn over the picture: {text}.",
+            f"{text[0].upper()}{text[1:]}. Sample `{sample}`, tokens of the last latent frame, by layer (rows) and "
+            "step (columns).", first=True,
         )  # fmt: skip
     return found
+
+
+def _quantity(stem: str) -> str:
+    """The quantity that the name of a picture ends with; empty for none. `a_temporal_energy` is no energy."""
+    return max((name for name in QUANTITIES if stem.endswith(f"_{name}")), key=len, default="")
+
+
+def _token_claim(said: Mapping[str, Any]) -> list[Block]:
+    """What was tested of the tokens on the path, and how many tokens have massive activations."""
+    found: list[Block] = []
+    if said["path"] is None:
+        found.append(Text(("Whether tokens on the path have more energy was not tested: too few problems.",)))
+    else:
+        claim = said["path"]  # its `lower` and `upper` are those of the ratios by step and layer
+        about = f"Tokens on the path of the solution (n = {claim['n']} problems)"
+        estimate = f"{claim['value']:+.2f} (its interval is in report/tokens/tokens.md)"
+        row = [claim["claim"], claim["control"], estimate, claim["verdict"], claim["measure"]]
+        found.append(Table(about, CLAIMS_HEAD, [row]))
+    layers = [one for run in said["runs"] for one in run["massive"].values()]
+    heavy, every = (sum(int(one[name]) for one in layers) for name in ("tokens", "of"))
+    largest = max(float(one["largest"]) for one in layers)
+    samples = counted(len(said["runs"]), "sample")
+    text = (
+        "Massive activations are channels of a token whose magnitude is above 100 times the median of its layer and "
+        f"step. {heavy} of {every} tokens have some (all layers and steps of {samples}); the largest magnitude is "
+        f"{largest:.0f} times the median."
+    )
+    return [*found, Text((text,))]
 
 
 def _early(report: Path, marks: Mapping[str, Mapping[str, Any]], bank: str) -> list[Block]:
@@ -403,13 +455,24 @@ def _ensembles(report: Path, marks: Mapping[str, Mapping[str, Any]], bank: str) 
 
 def _interventions(report: Path, marks: Mapping[str, Mapping[str, Any]], bank: str) -> list[Block]:
     found: list[Block] = []
-    for path in sorted(report.glob("causal*/claims.json")):
+    paths = sorted(report.glob("causal*/claims.json"))
+    if paths:
+        text = (
+            "An intervention changes a run while it is sampled, and counts whether the answers of the finished videos "
+            "follow. It tests what a probe cannot: whether the model uses what is decodable. Every change is compared "
+            "with controls. What these tests do not show is in `docs/causal.md`."
+        )
+        found += [Text((text,)), Table("Words of this section", ("term", "meaning"), TERMS)]
+    for path in paths:
         said = read_json(path, AGAIN)
         claims = [Claim.of(saved) for saved in said["claims"]]
         about = f"{said['about']} (n = {said['n']} samples of {said['problems']} problems)"
         rows = [[c.claim, c.control, c.estimate, c.verdict, c.measure] for c in claims]
         name = str(said["about"]).rpartition(": ")[2]
         inner: list[Block] = [Heading(f"{name[:1].upper()}{name[1:]}"), *_state(path.parent.name, marks, bank)]
+        changed, shown = EDITS.get(str(said["edit"]), ("", f"Results of {said['about']}."))
+        if changed:
+            inner.append(Text((changed,)))
         if said.get("remarks"):
             inner.append(Text((str(said["remarks"][0]),)))
         inner.append(Table(about, CLAIMS_HEAD, rows))
@@ -417,7 +480,7 @@ def _interventions(report: Path, marks: Mapping[str, Mapping[str, Any]], bank: s
             f"{c.claim} against {c.control or 'nothing'}: {c.estimate or 'not measured'}, {c.verdict}" for c in claims
         )
         inner += _figure(
-            path.parent / f"{said['edit']}.png", f"Results of {said['about']}. {told}.", f"Results of {said['about']}."
+            path.parent / f"{said['edit']}.png", f"Results of {said['about']}. {told}.", f"{about}. {shown}"
         )
         inner += _figure(
             path.parent / "agreement.png",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -162,11 +164,12 @@ def test_headings_are_in_order_and_parts_are_labelled():
     assert [tag for tag, _ in reader.tags if tag in ("header", "main", "nav")] == ["header", "main", "nav"]
 
 
-def picture(folder, size: int = 0) -> Picture:
-    Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(folder / f"p{size}.png")
-    with (folder / f"p{size}.png").open("ab") as file:
-        file.write(bytes(size))
-    return Picture(folder / f"p{size}.png", f"alt {SCRIPT}", "caption")
+def picture(folder, side: int = 4, caption: str = "caption", first: bool = False) -> Picture:
+    """A picture of noise, which cannot be made much smaller."""
+    noise = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    path = folder / f"p{side}.png"
+    Image.fromarray(noise).save(path)
+    return Picture(path, f"alt {SCRIPT}", caption, first=first)
 
 
 def inside(text: str) -> int:
@@ -175,14 +178,40 @@ def inside(text: str) -> int:
 
 
 def test_pictures_are_inside_until_the_page_would_be_too_large(tmp_path, monkeypatch):
-    small, large = picture(tmp_path), picture(tmp_path, 200_000)
+    small, large = picture(tmp_path), picture(tmp_path, 400, "of the large one")
     text = render(page(large, small))
-    assert inside(text) == 2
+    assert inside(text) == 2 and ">of the large one<" in text
     room = len(render(page()).encode()) + 100_000
     monkeypatch.setattr(pages, "MOST_BYTES", room)
     text = render(page(large, small))
-    assert inside(text) == 1 and "p200000.png is left out" in text
+    assert inside(text) == 1 and "p400.png is left out" in text and "of the large one" not in text
     assert len(text.encode()) < room + 20_000
+
+
+def test_films_and_the_newest_pictures_are_kept(tmp_path, monkeypatch):
+    old, new, film = (picture(tmp_path, side, first=side == 300) for side in (280, 290, 300))
+    for seconds, one in enumerate((film, old, new)):
+        os.utime(one.path, (seconds, seconds))
+    empty = len(render(page()).encode())
+    for room, lost in ((old.size // 2, {280, 290, 300}), (film.size, {280, 290}), (film.size + new.size, {280})):
+        monkeypatch.setattr(pages, "MOST_BYTES", empty + room)
+        names = re.findall(r"p(\d+)\.png is left out", render(page(old, new, film)))
+        assert set(map(int, names)) == lost
+
+
+def test_pictures_are_made_smaller_and_stay_alike(tmp_path):
+    shades = np.linspace(0, 255, 1600).astype(np.uint8)[None, :, None].repeat(400, axis=0).repeat(3, axis=2)
+    pixels = np.dstack([shades, np.full((400, 1600), 255, dtype=np.uint8)])
+    pixels[:, 800:, 3] = 0  # transparent
+    Image.fromarray(pixels).save(tmp_path / "wide.png", compress_level=0)
+    one = Picture(tmp_path / "wide.png", "alt", "caption")
+    content = base64.b64decode(one.uri.removeprefix("data:image/png;base64,"))
+    found = Image.open(BytesIO(content))
+    assert found.size == (1200, 300) and found.mode == "P" and len(content) < one.path.stat().st_size / 4
+    shown = np.asarray(found.convert("L"), dtype=float)[150]
+    np.testing.assert_allclose(shown[10:590:3], shades[0, 14:787:4, 0], atol=4)
+    assert shown[700] == 255  # on white
+    assert one.size_shown == (928, 232)
 
 
 def test_a_moving_picture_has_a_still_one_and_a_button(tmp_path):

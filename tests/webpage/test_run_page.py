@@ -10,11 +10,14 @@ from html import unescape
 import numpy as np
 import pytest
 
+from cosprobe import config
 from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
+from cosprobe.files import write_json
 from cosprobe.reporting import summarise
 from cosprobe.webpage import gallery, write_run_page
 from cosprobe.webpage import page as pages
+from cosprobe.webpage.explanations import CHECKS, EDITS, TERMS
 from cosprobe.webpage.grid_charts import colourings, curves, frame_maps, layer_map
 from cosprobe.webpage.run_page import run_page
 from cosprobe.webpage.sentences import sentences
@@ -72,6 +75,54 @@ def test_what_was_not_run_is_named_with_its_command(folder, tmp_path):
     for name in ("early", "ensemble", "intervene", "film", "lengths", "tokens"):
         assert re.search(rf"Not run: .*?python probe\.py use={name} run=\S*bare", seen)
     assert "Interventions" not in seen and "Early answers" not in seen
+
+
+def test_pictures_of_tokens_are_named_by_what_they_show_with_the_claim(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "tokens")
+    place = other / "report" / "tokens"
+    for name in ("temporal_energy", "components", "channel_variance", "cosine"):
+        shutil.copy(place / "maze_1_energy.png", place / f"maze_1_{name}.png")
+    claim = {"claim": "Path tokens are larger", "measure": "log ratio", "control": "the input", "value": -0.07,
+             "lower": [[0.9]], "upper": [[1.1]], "verdict": "does not hold", "n": 17}  # fmt: skip
+    massive = {"0": {"tokens": 2, "of": 60, "channels": 1, "largest": 101.5},
+               "1": {"tokens": 1, "of": 60, "channels": 3, "largest": 90.0}}  # fmt: skip
+    said = {"runs": [{"massive": massive}, {"massive": massive}], "path": claim}
+    write_json(place / "tokens.json", said)
+    seen = plain(write_run_page(other, COMMAND).read_text(encoding="utf-8"))
+    section = seen[seen.rindex("Single tokens") : seen.rindex("Behaviours")]
+    starts = [section.index(text) for text in (
+        "Energy: root mean square", "Temporal energy: the change", "Variance of a token", "Cosine between",
+        "The first three principal components",
+    )]  # fmt: skip
+    assert starts == sorted(starts) and section.count("Sample maze_1 , tokens of the last") == 5
+    for text in ("-0.07 (its interval is in", "does not hold", "n = 17 problems", "6 of 240 tokens have some",
+                 "102 times", "8 beyond", "orange outline", "shares of the variance"):  # fmt: skip
+        assert text in section, text
+    write_json(place / "tokens.json", said | {"path": None})
+    assert "was not tested: too few problems" in plain(write_run_page(other, COMMAND).read_text(encoding="utf-8"))
+
+
+def test_edits_and_checks_are_explained(folder, text):
+    seen = plain(text)
+    assert "x0-hat with new noise ( renoised )" in seen and "Top: share of videos that keep the answer" in seen
+    assert all(meaning in seen for term, meaning in TERMS if "`" not in meaning)
+    data = json.loads((folder / "report" / "summary.json").read_text())
+    for name, *_ in data["checks"][1:]:
+        assert name in CHECKS and all(plain(part.replace("`", " ")) in seen for part in CHECKS[name])
+    assert set(EDITS) == set(config.EDITS)
+
+
+def test_a_temperature_that_makes_calibration_worse_is_said(folder, tmp_path):
+    other, of = shutil.copytree(folder, tmp_path / "worse"), Grid.load(folder)
+    best = of.best("answer").cell
+    at = {"target": "answer", "step": best.step, "layer": best.layer}
+    for error, told in ((0.08, True), (0.01, False)):
+        for name, value in (("ece", error), ("ece_raw", 0.05), ("temperature", 1.8)):
+            of.dataset[name].loc[at] = value
+        of.save(other / "report" / "grid.nc")
+        seen = plain(write_run_page(other, COMMAND).read_text(encoding="utf-8"))
+        assert ("calibration of answer worse: the error on test problems is 0.080 with T = 1.80, and 0.050" in
+                seen.replace(" answer ", " answer ").replace("  ", " ")) == told  # fmt: skip
 
 
 def test_damaged_outdated_and_unfinished_reports_are_said_to_be_so(folder, tmp_path):
@@ -164,8 +215,11 @@ def test_curves_hold_accuracy_with_intervals_and_baselines():
     assert f"[{lower:.2f}" in line.text[0]
     parsed = plane.baseline_accuracy.sel(baseline="x0_parsed")
     assert len(traces["x0-hat: answer parsed from its video"].x) == int(parsed.notnull().sum())
+    assert traces["x0-hat: answer parsed from its video"].mode == "markers"  # rings, no line between decoded steps
+    assert {name for name, _, dashes in chart.keys if dashes == "ring"} == {"x0-hat: answer parsed from its video"}
     assert [name for name, *_ in chart.keys][-2:] == ["chance", "finished video"]
-    np.testing.assert_allclose(traces["best input (skill 0)"].y, plane.reference)
+    np.testing.assert_allclose(traces["best input (the reference)"].y, plane.reference)
+    assert traces["best input (the reference)"].line.dash == "dash"
 
 
 def test_the_gallery_has_the_map_and_the_sentences_of_every_run(folder, tmp_path, capsys):
