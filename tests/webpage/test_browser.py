@@ -304,6 +304,14 @@ def test_names_that_are_scripts_are_shown_and_do_not_run(made, opened):
     assert opened.wrong == []
 
 
+def test_pictures_fit_the_width_and_commands_wrap(opened):
+    wide = opened.tab.evaluate("""() => [...document.querySelectorAll(".picture .scroll, pre")]
+        .filter((one) => one.checkVisibility() && one.scrollWidth > one.clientWidth).map((one) => one.outerHTML)""")
+    assert wide == []
+    shadows = opened.tab.evaluate("getComputedStyle(document.querySelector('.table')).backgroundAttachment")
+    assert shadows == "local, local, scroll, scroll"
+
+
 def test_it_can_be_printed(opened, tmp_path):
     assert len(opened.tab.pdf(path=tmp_path / "page.pdf", format="A4")) > 50_000
     assert opened.wrong == []
