@@ -38,7 +38,8 @@ style: $(INSTALLED)
 lint: style
 	$(BIN)/mypy
 
-# the figures of README.md and docs/, and docs/results.md, from real runs; before, every command of the docs, smaller
+# the figures of README.md and docs/, and docs/results.md, from real runs (needs Chromium for pictures of pages); before, every
+# command of the docs, smaller
 SMALL := pipeline.path=runs/small/pipeline pipeline.frames=5 task.frames=5
 docs: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m docs
@@ -57,7 +58,7 @@ docs: $(INSTALLED)
 		maze=runs/maze-layers hide=runs/hide-layers select=runs/select-layers line=runs/line-layers
 	$(BIN)/python -m cosprobe.webpage.gallery docs/gallery.md maze=runs/maze-layers hide=runs/hide-layers select=runs/select-layers \
 		line=runs/line-layers
-	cp runs/maze-layers/logistic/report/behaviour/behaviour.png runs/maze-layers/logistic/report/lengths/lengths.png docs/figures/
+	cp runs/maze-layers/logistic/report/behaviour-96problems/behaviour.png runs/maze-layers/logistic/report/lengths/lengths.png docs/figures/
 	$(BIN)/python probe.py use=film run=runs/maze-layers use.kind=choice
 	cp runs/maze-layers/logistic/report/film/choice_*.gif docs/figures/film-choice.gif
 	$(BIN)/python train.py probe=tokens
@@ -73,6 +74,7 @@ docs: $(INSTALLED)
 	cd runs/maze-layers/logistic/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../../docs/figures/
 	cd runs/maze-layers/logistic/report && cp early/frontier.png ../../../../docs/figures/early.png && cp ensemble/ensemble.png ../../../../docs/figures/
 	cp runs/line-layers/logistic/report/ensemble/ensemble.png docs/figures/ensemble-line.png
+	$(PIP) -q -e '.[browser]' && $(BIN)/python -m tests.screenshots runs/maze-layers/logistic docs/figures
 	$(BIN)/python train.py experiment=mini_small run_dir=runs/small
 	$(BIN)/python train.py experiment=lora pipeline.path=runs/small/pipeline run_dir=runs/adapter
 	$(BIN)/python train.py probe=layers task=hide $(SMALL) run_dir=runs/hide-small

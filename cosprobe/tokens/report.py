@@ -132,7 +132,8 @@ def _numbers(runs: Sequence[TokenRun], found: Contrast | None) -> dict[str, Any]
     claim = None
     if found is not None:
         names = ("ratio", "lower", "upper", "p")
-        claim = asdict(found.claim) | {"n": found.n} | {name: getattr(found, name).tolist() for name in names}
+        cells = {name: getattr(found, name).tolist() for name in names}  # of every step and layer
+        claim = asdict(found.claim) | {"n": found.n, "cells": cells}
     return {"runs": rows, "path": claim}
 
 

@@ -392,10 +392,8 @@ def _token_claim(said: Mapping[str, Any]) -> list[Block]:
     if said["path"] is None:
         found.append(Text(("Whether tokens on the path have more energy was not tested: too few problems.",)))
     else:
-        claim = said["path"]  # its `lower` and `upper` are those of the ratios by step and layer
-        about = f"Tokens on the path of the solution (n = {claim['n']} problems)"
-        estimate = f"{claim['value']:+.2f} (its interval is in report/tokens/tokens.md)"
-        row = [claim["claim"], claim["control"], estimate, claim["verdict"], claim["measure"]]
+        claim, about = Claim.of(said["path"]), f"Tokens on the path of the solution (n = {said['path']['n']} problems)"
+        row = [claim.claim, claim.control, claim.estimate, claim.verdict, claim.measure]
         found.append(Table(about, CLAIMS_HEAD, [row]))
     layers = [one for run in said["runs"] for one in run["massive"].values()]
     heavy, every = (sum(int(one[name]) for one in layers) for name in ("tokens", "of"))

@@ -83,7 +83,7 @@ def test_pictures_of_tokens_are_named_by_what_they_show_with_the_claim(folder, t
     for name in ("temporal_energy", "components", "channel_variance", "cosine"):
         shutil.copy(place / "maze_1_energy.png", place / f"maze_1_{name}.png")
     claim = {"claim": "Path tokens are larger", "measure": "log ratio", "control": "the input", "value": -0.07,
-             "lower": [[0.9]], "upper": [[1.1]], "verdict": "does not hold", "n": 17}  # fmt: skip
+             "lower": -0.09, "upper": -0.03, "verdict": "does not hold", "n": 17, "cells": {}}  # fmt: skip
     massive = {"0": {"tokens": 2, "of": 60, "channels": 1, "largest": 101.5},
                "1": {"tokens": 1, "of": 60, "channels": 3, "largest": 90.0}}  # fmt: skip
     said = {"runs": [{"massive": massive}, {"massive": massive}], "path": claim}
@@ -95,7 +95,7 @@ def test_pictures_of_tokens_are_named_by_what_they_show_with_the_claim(folder, t
         "The first three principal components",
     )]  # fmt: skip
     assert starts == sorted(starts) and section.count("Sample maze_1 , tokens of the last") == 5
-    for text in ("-0.07 (its interval is in", "does not hold", "n = 17 problems", "6 of 240 tokens have some",
+    for text in ("-0.07 [-0.09, -0.03]", "does not hold", "n = 17 problems", "6 of 240 tokens have some",
                  "102 times", "8 beyond", "orange outline", "shares of the variance"):  # fmt: skip
         assert text in section, text
     write_json(place / "tokens.json", said | {"path": None})
