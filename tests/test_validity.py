@@ -61,10 +61,10 @@ def test_differences_between_runs_are_covered_and_rarely_found_where_there_are_n
 
 @pytest.mark.slow
 def test_claims_about_the_clearest_of_several_are_seldom_false(monkeypatch):
-    rows = claims.simulate(150, 1, (32,))
+    rows = claims.simulate(100, 1, (32,))
     assert kept(rows) and len(rows) == 2 * len(claims.WORLDS) + 3
     monkeypatch.setattr(claims, "clearest", largest)
-    shares = [row.observed for row in claims.simulate(150, 1, (32,)) if "bounds" in row.subject]
+    shares = [row.observed for row in claims.simulate(100, 1, (32,)) if "bounds" in row.subject]
     assert min(shares) < 0.93  # the rows can tell
 
 

@@ -11,6 +11,7 @@ import pytest
 from cosprobe.evaluation.grid import Grid
 from cosprobe.evaluation.variables import GUESSES
 from cosprobe.reporting.summary import NONE, check_table
+from cosprobe.webpage.sentences import caveat, sentences
 from tests.examples.runs import Run, run, small
 
 
@@ -161,3 +162,16 @@ def test_what_was_not_made_is_a_dash(made):
     assert not any("nan" in words for words in text.values())
     one = replace(made.checks, best={"model_answer": made.checks.best["model_answer"]})
     assert [len(row) for row in check_table(made.grid, one)[1]] == [2] * len(ROWS)
+
+
+def test_the_page_says_random_weights_with_intervals_and_a_caveat_where_they_do_as_well(made):
+    text = sentences(made.grid, "`mini`", "maze")[3]
+    data = made.grid.dataset.sel(target="answer", step=0, position="all")
+    best = made.grid.best("answer").cell
+    trained = data.sel(weights="trained", layer=best.layer)
+    assert f"{float(trained.weights_accuracy):.2f} [{float(trained.weights_lower):.2f}" in text
+    for name in ("permuted", "fresh"):
+        one = data.sel(baseline=f"{name}_weights")
+        assert f"{float(one.baseline_accuracy):.2f} [{float(one.baseline_lower):.2f}" in text
+    assert re.search(r"\b60 samples", text) and f"with the trained weights (layer {best.layer})" in text
+    assert re.search("permuted|few", caveat(made.grid, "answer"))  # their intervals overlap

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from functools import cache
 
 import numpy as np
@@ -90,21 +89,6 @@ def test_random_labels_are_as_expected_or_not():
     bad = said(changed(p_permutation__control=0.01))
     assert "20 cells, where none is expected" in bad[3]
     assert bad[4].startswith("Strongest caveat: random labels")
-
-
-def test_random_weights_are_said_with_intervals_and_a_caveat_where_they_do_as_well():
-    from tests.examples.runs import run
-
-    made_of, text = run().grid, said(run().grid)[3]
-    data = made_of.dataset.sel(target="answer", step=0, position="all")
-    best = made_of.best("answer").cell
-    trained = data.sel(weights="trained", layer=best.layer)
-    assert f"{float(trained.weights_accuracy):.2f} [{float(trained.weights_lower):.2f}" in text
-    for name in ("permuted", "fresh"):
-        one = data.sel(baseline=f"{name}_weights")
-        assert f"{float(one.baseline_accuracy):.2f} [{float(one.baseline_lower):.2f}" in text
-    assert re.search(r"\b60 samples", text) and f"with the trained weights (layer {best.layer})" in text
-    assert "permuted" in caveat(made_of, "answer") or "few" in caveat(made_of, "answer")  # their intervals overlap
 
 
 @pytest.mark.parametrize(
