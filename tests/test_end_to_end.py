@@ -34,6 +34,7 @@ from cosprobe.models.identity import fingerprint
 from cosprobe.processes import LOST
 from cosprobe.reporting import results_page
 from tests.examples import processes
+from tests.examples.pictures import undrawn
 from tests.examples.pipelines import save_wan
 from tests.examples.probe_tiny import TINY, run_commands
 from tests.examples.shapes import unchecked
@@ -72,10 +73,11 @@ def settings_of(model, folder, *settings):
     ]  # fmt: skip
 
 
-def train(model, folder, *settings, start=within):
+def train(model, folder, *settings, start=within, drawn=False):
     """Of 64 problems no two answers are equally frequent in train: between such a probe of a constant input takes
     whichever rounding prefers."""
-    result = start("train.py", *settings_of(model, folder, *settings))
+    with undrawn(not drawn):
+        result = start("train.py", *settings_of(model, folder, *settings))
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -84,7 +86,7 @@ def train(model, folder, *settings, start=within):
 def run(model, tmp_path_factory):
     """The folder of the result of a run, and what the run printed."""
     folder = tmp_path_factory.mktemp("runs") / "one"
-    output = train(model, folder)
+    output = train(model, folder, drawn=True)
     return folder / RESULT, output
 
 
@@ -134,7 +136,7 @@ def test_the_grid_has_the_promised_names(run):
 def test_every_token_has_a_probe(model, tmp_path):
     """Tokens of the toy model: 2 latent frames of 8 x 8. A path is known for the half of the problems with one exit."""
     tokens = ("probe=tokens", "probe.layers=1", "probe.steps=0", "task.problems=80")
-    output = train(model, tmp_path / "run", *tokens)
+    output = train(model, tmp_path / "run", *tokens, drawn=True)
     (report,) = (tmp_path / "run").glob("ridge*/report")
     grid = Grid.load(report).dataset
     assert grid.sizes["position"] == 2 * 8 * 8 and "corridors" not in grid.target.values

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import probe
 import train
 from cosprobe.ensembles.comparison import SIZES, Size
+from tests.examples.pictures import undrawn
 
 TINY = Size(3, 2, 4, ("middle", "early", "all"), ((0,),), (3,))
 
@@ -15,4 +16,6 @@ TINY = Size(3, 2, 4, ("middle", "early", "all"), ((0,),), (3,))
 def run_commands(commands: Sequence[Sequence[str]]) -> None:
     """Runs commands one after the other, script first, and ends the process with the highest of their exit codes."""
     SIZES["quick"] = TINY
-    sys.exit(max({"train": train, "probe": probe}[script].main(settings) for script, *settings in commands))
+    with undrawn():
+        codes = [{"train": train, "probe": probe}[script].main(settings) for script, *settings in commands]
+    sys.exit(max(codes))
