@@ -69,7 +69,8 @@ LONGEST = (
 # files whose tests are slow together: several seconds, on models at toy size
 SLOW = (
     *("patching", "interventions", "prefix", "hub", "reports", "loading", "defaults", "fit_to", "untrained"),
-    *("collection", "token_labels", "lengths", "continuations"),
+    *("collection", "run_page", "report", "interventions", "lengths", "continuations", "tensorboard", "checks"),
+    *("check_figures", "summary", "token_labels", "patching", "conformity", "validity", "page", "films"),
 )
 
 
