@@ -61,7 +61,7 @@ def use(run: UseRun) -> None:
         from cosprobe.comparison import compare_runs
 
         with held(chosen[0][0], "runs"):
-            compare_runs(chosen, run.seed)
+            compare_runs(chosen, run.seed, shell_command(run))
         return
 
     trained = read_run(run.run)

@@ -104,10 +104,9 @@ class Sampler:
     @property
     def token_grid(self) -> TokenGrid:
         """The token grid of a video."""
-        family, transformer = architecture(self.model), first_transformer(self.model)
+        transformer = first_transformer(self.model)
         height, width = self.task.image(self.task.problems("test", 1)[0]).shape[:2]
-        side, (_, rows, columns) = family.scale(self.model).side, family.patch(transformer)
-        return TokenGrid(self.token_frames, height // (side * rows), width // (side * columns))
+        return architecture(self.model).video_grid(self.model, transformer, self.config.frames, height, width)
 
 
 def images(task: Task, problems: Sequence[Problem]) -> Float[Tensor, "batch 3 height width"]:

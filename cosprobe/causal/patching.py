@@ -354,10 +354,8 @@ class _Patcher:
 
     def _grid_of(self, given: Mapping[str, Any]) -> TokenGrid:
         """The token grid of a call of `prepare_latents` with these arguments."""
-        model = first_transformer(self.pipeline)
-        side = self.family.scale(self.pipeline).side * self.family.patch(model)[-1]
-        frames = self.family.token_frames(self.pipeline, model, given["num_frames"])
-        return TokenGrid(frames, given["height"] // side, given["width"] // side)
+        size = (given[name] for name in ("num_frames", "height", "width"))
+        return self.family.video_grid(self.pipeline, first_transformer(self.pipeline), *size)
 
     def _edited_latent(self, latent: Tensor, step: int, clean: Tensor | None, grid: TokenGrid) -> Tensor:
         for number, edit in enumerate(self.edits):

@@ -22,11 +22,13 @@ from cosprobe.evaluation import (
     difference_interval,
     independent_difference_interval,
     max_t_bootstrap,
+    membership,
     share_interval,
 )
 from cosprobe.tasks import Role, Target
 
-AXES = ("step", "layer", "branch", "position")
+ORDERED = ("step", "layer")
+AXES = (*ORDERED, "branch", "position")
 MEANING = {
     "base": "share of right answers of the first run, over problems",
     "other": "the same of the other run",
@@ -56,8 +58,8 @@ class ProblemShares:
     @classmethod
     def of(cls, right: Float[np.ndarray, "row sample"], keys: Shaped[np.ndarray, " sample"]) -> ProblemShares:
         """Means over the samples of each problem."""
-        names, of_problem, counts = np.unique(keys, return_inverse=True, return_counts=True)
-        return cls(names, right @ np.eye(len(names))[of_problem] / counts)
+        member = membership(keys)
+        return cls(np.unique(keys), right @ member / member.sum(axis=0))
 
     def of_problems(self, names: Shaped[np.ndarray, " problem"]) -> Float[np.ndarray, "row problem"]:
         """The rows of these problems, which must be among `keys`."""
@@ -241,8 +243,8 @@ def of_target(base: RunResult, other: RunResult, name: str, pairs: Sequence[tupl
 
 def _by_cell(values: dict[str, Float[np.ndarray, " cell"]], mine: list[Cell], theirs: list[Cell]) -> xr.Dataset:
     """The values by step, layer, branch and position of the first run, NaN where there is no cell."""
-    axes = {axis: list(dict.fromkeys(sorted({getattr(c, axis) for c in mine}) if axis in AXES[:2] else
-                                     [getattr(c, axis) for c in mine])) for axis in AXES}  # fmt: skip
+    axes = {axis: list(dict.fromkeys(getattr(cell, axis) for cell in mine)) for axis in AXES}
+    axes |= {axis: sorted(axes[axis]) for axis in ORDERED}
     at = tuple(np.array([axes[axis].index(getattr(c, axis)) for c in mine]) for axis in AXES)
     shape = [len(axes[axis]) for axis in AXES]
     found = {}
@@ -251,7 +253,7 @@ def _by_cell(values: dict[str, Float[np.ndarray, " cell"]], mine: list[Cell], th
         table[at] = column
         found[name] = (AXES, table, {"description": MEANING[name]})
     partner = {axis: {getattr(a, axis): getattr(b, axis) for a, b in zip(mine, theirs, strict=True)} for axis in AXES}
-    others = {f"other_{axis}": (axis, [partner[axis][v] for v in axes[axis]]) for axis in AXES[:2]}
+    others = {f"other_{axis}": (axis, [partner[axis][v] for v in axes[axis]]) for axis in ORDERED}
     return xr.Dataset(found, coords={**axes, **others})
 
 

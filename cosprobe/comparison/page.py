@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,7 +66,8 @@ def how(one: Compared) -> str:
 def caveat(one: Compared) -> str:
     """What a difference may come from besides the setting of interest."""
     fitted = (
-        "Each run has probes of its own, so a difference can come from the model or from how its probes were fitted."
+        "Strongest caveat: each run has probes of its own, so a difference can come from the model or from how its "
+        "probes were fitted."
     )
     same = one.cells.step.values.tolist() == one.cells.other_step.values.tolist()
     aligned = "" if same else " Steps are matched by their share of the schedule."
@@ -80,18 +80,16 @@ def cells_of(row: Row) -> list[str]:
 
 
 def write_comparison_page(
-    found: Sequence[Compared], changed: Sequence[Settings], runs: Sequence[Path], place: Path
+    found: Sequence[Compared], changed: Sequence[Settings], runs: Sequence[Path], place: Path, made_by: str
 ) -> Path:
     """Writes the page and returns it. changed: for each of `found`, the settings that differ. runs: the folders of all
-    results, the base run first. place: folder of the report."""
+    results, the base run first. place: folder of the report. made_by: the command."""
     base = found[0].base
-    listed = ",".join(str(run) for run in runs)
     alone = len(found) == 1  # then what is said of the run stands at the top
     sections = [
         Section(one.other, tuple(_blocks(one, settings)[alone:])) for one, settings in zip(found, changed, strict=True)
     ]
-    command = shlex.join(["python", "probe.py", "use=compare", f"runs=[{listed}]"])
-    sections.append(Section("How it was made", (Code("command", command),)))
+    sections.append(Section("How it was made", (Code("command", made_by),)))
     sentences = said(found[0]) if alone else [said(one)[0] for one in found]
     page = Page(
         f"{', '.join(one.other for one in found)} compared with {base}",
@@ -104,7 +102,7 @@ def write_comparison_page(
 
 
 def _blocks(one: Compared, settings: Settings) -> list[Block]:
-    maps = tuple(_map(one, str(target)) for target in one.cells.target.values)
+    maps = tuple(cell_map(one, str(target)) for target in one.cells.target.values)
     colourings = (
         Colouring("difference", "difference", "change", f"Blue: {one.other} is more accurate. Brown: {one.base} is."),
         Colouring(f"accuracy of {one.base}", "base", "share", "White 0, dark blue 1."),
@@ -133,7 +131,8 @@ def plane(one: Compared, target: str) -> xr.Dataset:
     return data.isel(branch=places["branch"], position=places["position"]).transpose("layer", "step")
 
 
-def _map(one: Compared, target: str) -> HeatMap:
+def cell_map(one: Compared, target: str) -> HeatMap:
+    """The map of a target: both accuracies and their difference, at the position of the base run's best cell."""
     data = plane(one, target)
     differ = data.p.values <= ALPHA
     fields = {name: data[name].values for name in ("base", "other", "difference", "lower", "upper", "p")}
@@ -151,5 +150,5 @@ def _map(one: Compared, target: str) -> HeatMap:
         [str(layer) for layer in data.layer.values],
         [str(step) for step in data.step.values],
         "layer", "step", "layer (block output)", f"denoising step of {one.base}",
-        fields, HOVER, ~differ, differ,
+        fields, HOVER, data.p.values > ALPHA, differ,
     )  # fmt: skip

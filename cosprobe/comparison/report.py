@@ -36,7 +36,7 @@ from cosprobe.differences import differences
 from cosprobe.errors import InputError
 from cosprobe.evaluation import ALPHA, Grid, evaluate
 from cosprobe.files import make_folder, whole_file, write_json
-from cosprobe.probes import load_probes
+from cosprobe.probes import ProbeBank, load_probes
 from cosprobe.reporting import STYLE, log_figure, markdown_table, new_figure, open_table
 from cosprobe.runs import REPORT, mark_finished
 from cosprobe.tasks import ANSWER_ROLES, Role
@@ -52,10 +52,10 @@ PLACES = ("run_dir", "store")  # settings that say where a result is
 Finished = tuple[Path, TrainRun]  # the folder of a result, and its settings
 
 
-def compare_runs(runs: Sequence[Finished], seed: int = 0) -> Path:
+def compare_runs(runs: Sequence[Finished], seed: int = 0, made_by: str = "") -> Path:
     """Compares each run with the first one, writes the report into the first one's result, and returns its folder.
 
-    runs: the folder and the settings of each result.
+    runs: the folder and the settings of each result. made_by: the command.
     Predictions are made from stored activations; nothing is sampled. Raises InputError for runs on different tasks.
     """
     (first, trained), *_ = runs
@@ -66,21 +66,23 @@ def compare_runs(runs: Sequence[Finished], seed: int = 0) -> Path:
                 f"runs: {str(folder)!r} is on the task {kind}, {str(first)!r} on {kinds[0]}; expected runs on one task"
             )
     named = names([folder for folder, _ in runs])
-    base, *others = [_result(folder, settings, name) for (folder, settings), name in zip(runs, named, strict=True)]
+    banks = [load_probes(folder) for folder, _ in runs]
+    base, *others = [
+        _result(folder, settings, bank, name) for (folder, settings), bank, name in zip(runs, banks, named, strict=True)
+    ]
     found = [compare(base, other, seed) for other in others]
     changed = [
         [each for each in differences(asdict(trained), asdict(settings)) if each[0] not in PLACES]
         for _, settings in runs[1:]
     ]
-    place = write_comparison(found, changed, [folder for folder, _ in runs])
-    mark_finished(place, load_probes(first).fingerprint)
+    place = write_comparison(found, changed, [folder for folder, _ in runs], made_by)
+    mark_finished(place, banks[0].fingerprint, made_by=made_by)
     print_comparison(found, place / PAGE)
     return place
 
 
-def _result(folder: Path, trained: TrainRun, name: str) -> RunResult:
+def _result(folder: Path, trained: TrainRun, bank: ProbeBank, name: str) -> RunResult:
     """Predicts the test samples of a run with its probes."""
-    bank = load_probes(folder)
     bank.check_result(trained, Grid.load(folder).provenance["bank"], folder)
     stored = StoredSamples.load(folder)
     samples, _, experts = load_samples(stored)
@@ -104,11 +106,13 @@ def folder_name(others: Sequence[str]) -> str:
     return name if len(name) <= LONGEST else f"{COMPARE}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
-def write_comparison(found: Sequence[Compared], changed: Sequence[Settings], runs: Sequence[Path]) -> Path:
+def write_comparison(
+    found: Sequence[Compared], changed: Sequence[Settings], runs: Sequence[Path], made_by: str
+) -> Path:
     """Writes numbers, figures, summary and page into a folder of the report of the base run, and returns that folder.
 
     changed: for each of `found`, the settings that differ, with both values. runs: folders of the results, the base run
-    first.
+    first. made_by: the command.
     """
     folder = runs[0]
     place = folder / REPORT / folder_name([one.other for one in found])
@@ -128,7 +132,7 @@ def write_comparison(found: Sequence[Compared], changed: Sequence[Settings], run
     write_json(place / NUMBERS, {"compared": listed})
     with whole_file(place / SUMMARY) as part:
         part.write_text("\n".join(summary(found, changed)) + "\n")
-    write_comparison_page(found, changed, runs, place)
+    write_comparison_page(found, changed, runs, place, made_by)
     return place
 
 

@@ -115,45 +115,45 @@ class InterveneConfig:
 
 
 @dataclass
-class FilmConfig:
-    """Write x0-hat at every step as a video, with what the probe reads beside it."""
+class ShownConfig:
+    """What a use draws: new problems, or an image of the user's."""
 
-    report: ClassVar[str] = "film"
     problems: int = 1
     "Number of new problems."
     kind: str = ""
     "Kind of the problems; empty: the first kind of the task."
-    steps: str = "all"
-    "Steps at which x0-hat is decoded, a selection such as `0:20:5`."
     image: str = ""
     "An image file to start from instead of problems; it needs `use.prompt`."
     prompt: str = ""
     "The prompt for `use.image`."
 
     def __post_init__(self) -> None:
-        check_shown(self)
+        check_bounds("use.", self, problems=(1, 1000))
+        if bool(self.image) != bool(self.prompt):
+            given, missing = ("image", "prompt") if self.image else ("prompt", "image")
+            raise InputError(f"use.{given}={getattr(self, given)!r}: needs use.{missing} too")
 
 
 @dataclass
-class TokensConfig:
+class FilmConfig(ShownConfig):
+    """Write x0-hat at every step as a video, with what the probe reads beside it."""
+
+    report: ClassVar[str] = "film"
+    steps: str = "all"
+    "Steps at which x0-hat is decoded, a selection such as `0:20:5`."
+
+
+@dataclass
+class TokensConfig(ShownConfig):
     """Measure every token of some layers and steps, and draw the numbers over the picture."""
 
     report: ClassVar[str] = "tokens"
     problems: int = 1
     "Number of new problems; the first one is drawn, all are saved. From 12 on, the energy of the path is tested."
-    kind: str = ""
-    "Kind of the problems; empty: the first kind of the task."
     layers: str = ""
     "Layers, a selection such as `1::2`; empty: at most 5 evenly spaced ones."
     steps: str = ""
     "Steps, a selection such as `0,5,10`; the last one is always added. Empty: at most 5 evenly spaced ones."
-    image: str = ""
-    "An image file to start from instead of problems; it needs `use.prompt`."
-    prompt: str = ""
-    "The prompt for `use.image`."
-
-    def __post_init__(self) -> None:
-        check_shown(self)
 
 
 @dataclass
@@ -214,14 +214,6 @@ class RunsConfig:
 
     delete: str = ""
     "A run folder to delete, or a result or the activations (`store`) in one; empty: only list."
-
-
-def check_shown(use: FilmConfig | TokensConfig) -> None:
-    """Raises InputError for a number of problems out of bounds, and for an image without a prompt or the reverse."""
-    check_bounds("use.", use, problems=(1, 1000))
-    if bool(use.image) != bool(use.prompt):
-        given, missing = ("image", "prompt") if use.image else ("prompt", "image")
-        raise InputError(f"use.{given}={getattr(use, given)!r}: needs use.{missing} too")
 
 
 def check_promise(risk: float, level: float, problems: int) -> None:

@@ -22,6 +22,7 @@ from cosprobe.evaluation.intervals import (
     independent_difference_interval,
     majority,
     mean_interval,
+    membership,
     problem_draws,
     share_interval,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "max_t_bootstrap",
     "max_t_permutation",
     "mean_interval",
+    "membership",
     "problem_draws",
     "read_inputs",
     "read_inputs_once",

@@ -233,7 +233,7 @@ def render(page: Page) -> str:
     before others, and of these the oldest."""
     charts: dict[str, dict[str, Any]] = {}
 
-    def number(chart: Chart | HeatMap, colouring: Colouring | None = None) -> str:
+    def number(chart: Chart | HeatMap) -> str:
         name = f"chart-{len(charts) + 1}"
         charts[name] = chart.spec() if isinstance(chart, HeatMap) else {"figure": plain(chart.figure.to_plotly_json())}
         return name

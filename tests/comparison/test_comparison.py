@@ -10,7 +10,7 @@ import pytest
 from cosprobe.cells import Cell
 from cosprobe.comparison import RunResult, compare
 from cosprobe.comparison.differences import ProblemShares, TargetResult, matched
-from cosprobe.comparison.page import said
+from cosprobe.comparison.page import cell_map, said
 from cosprobe.comparison.report import folder_name, names, write_comparison
 from cosprobe.config import CompareConfig, PredictConfig, UseRun
 from cosprobe.errors import InputError
@@ -136,7 +136,8 @@ def test_what_cannot_be_compared_is_named_or_refused(rng):
 def test_the_report_holds_the_numbers(tmp_path, rng):
     base, other = ((rng.random((12, 60)) < share).astype(float) for share in (0.4, 0.8))
     found = compare(run("a", base), run("b x", other))
-    place = write_comparison([found], [[("pipeline.steps", "20", "5")]], [tmp_path, tmp_path / "<b>"])
+    runs, command = [tmp_path, tmp_path / "<b>"], "python probe.py <c>"
+    place = write_comparison([found], [[("pipeline.steps", "20", "5")]], runs, command)
     assert place.name == "compare-b-x"
     assert {path.name for path in place.iterdir()} == {
         "b-x.nc",
@@ -151,6 +152,7 @@ def test_the_report_holds_the_numbers(tmp_path, rng):
     assert "| pipeline.steps | 20 | 5 |" in text
     html = (place / "compare.html").read_text()
     assert f"{row.difference:+.2f} [{row.lower:+.2f}, {row.upper:+.2f}]" in html and "/&lt;b&gt;" in html
+    assert "python probe.py &lt;c&gt;" in html and "Strongest caveat" in html
     assert all(sentence.replace("'", "&#39;") in html for sentence in said(found))
     written = json.loads((place / "compare.json").read_text())["compared"][0]
     assert written["rows"][0]["difference"] == pytest.approx(row.difference)
@@ -175,3 +177,10 @@ def test_settings_of_a_comparison(tmp_path):
     ):
         with pytest.raises(InputError, match=match):
             UseRun(use, run="", runs=runs)
+
+
+def test_cells_that_were_not_tested_are_not_struck_through(rng):
+    base, other = ((rng.random((12, 50)) < 0.5).astype(float) for _ in range(2))
+    keys = np.array([f"q{i:02d}" for i in range(50)])
+    apart, paired = compare(run("a", base), run("b", other, keys)), compare(run("a", base), run("b", base))
+    assert not cell_map(apart, "answer").struck.any() and cell_map(paired, "answer").struck.all()

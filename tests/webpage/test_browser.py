@@ -61,14 +61,15 @@ def browser():
         yield playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
 
 
-@pytest.fixture(scope="module", params=["example", "make demo"])
+DEMO = ["make demo"] if (FINISHED / "report" / "grid.nc").is_file() else []
+
+
+@pytest.fixture(scope="module", params=["example", *DEMO])
 def made(request, tmp_path_factory):
-    """The file of a page, and the grid it was made from: of a small example, and of `make demo` if it has run."""
+    """The file of a page, the grid it was made from, and its name: a small example, and `make demo` if it has run."""
     place = tmp_path_factory.mktemp("page")
-    if request.param == "make demo" and not (FINISHED / "report" / "grid.nc").is_file():
-        pytest.skip("the run of `make demo` is not there")
     folder = result(place / "example") if request.param == "example" else FINISHED
-    return write_page(run_page(folder, COMMAND), place / "report.html"), Grid.load(folder)
+    return write_page(run_page(folder, COMMAND), place / "report.html"), Grid.load(folder), request.param
 
 
 class Opened:
@@ -280,14 +281,15 @@ def test_the_numbers_of_a_map_can_be_read_as_a_table(made, opened):
 
 
 def test_films_stand_still_for_those_who_want_it(browser, made):
-    if not (films := made[0].read_text(encoding="utf-8").count("data:image/gif;base64")):
-        pytest.skip("this run has no films")
+    films = made[0].read_text(encoding="utf-8").count("data:image/gif;base64")
+    there = 1 if made[2] == "example" else len(list((FINISHED / "report" / "film").glob("*.gif")))
+    assert films == there
     shown = "[...document.querySelectorAll('picture img')].map((one) => one.currentSrc.slice(0, 14))"
     for preference, kind in (("no-preference", "data:image/gif"), ("reduce", "data:image/png")):
         page = Opened(browser, made[0], 1600, reduced_motion=preference)
         assert page.tab.evaluate(shown) == [kind] * films
         button = page.tab.locator("button.still").first
-        if kind.endswith("gif"):
+        if films and kind.endswith("gif"):
             button.click()
             page.tab.wait_for_timeout(300)
             assert page.tab.evaluate(shown)[0] == "data:image/png" and button.get_attribute("aria-pressed") == "true"
@@ -297,9 +299,9 @@ def test_films_stand_still_for_those_who_want_it(browser, made):
         page.tab.context.close()
 
 
+@pytest.mark.parametrize("made", ["example"], indirect=True)
 def test_names_that_are_scripts_are_shown_and_do_not_run(made, opened):
-    if SCRIPT not in opened.tab.locator("body").inner_text():
-        pytest.skip("the names of this run are no scripts")
+    assert SCRIPT in opened.tab.locator("body").inner_text()
     assert opened.tab.locator("header").inner_text().count(SCRIPT) == 1
     assert opened.wrong == []
 

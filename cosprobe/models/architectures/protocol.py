@@ -115,6 +115,12 @@ class Architecture(Protocol):
         """Number of frames of the token grid for a video of `frames` frames."""
         return -(-self.latent_frames(pipeline, frames) // self.patch(transformer)[0])
 
+    def video_grid(self, pipeline: Any, transformer: nn.Module, frames: int, height: int, width: int) -> TokenGrid:
+        """The token grid of a video, before any call. frames: of the video. height, width: in pixels."""
+        side, (_, rows, columns) = self.scale(pipeline).side, self.patch(transformer)
+        among = self.token_frames(pipeline, transformer, frames)
+        return TokenGrid(among, height // (side * rows), width // (side * columns))
+
     def latent_frames(self, pipeline: Any, frames: int) -> int:
         """Number of latent frames of a video, without padding."""
         return (frames - 1) // self.scale(pipeline).frames + 1
