@@ -8,6 +8,7 @@ channels of all regions concatenated.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -204,9 +205,11 @@ def check_penalties(penalties: Sequence[float]) -> None:
 def _eigh(
     square: Float[Tensor, "cell size size"],
 ) -> tuple[Float[Tensor, "cell size"], Float[Tensor, "cell size size"]]:
-    """Eigenvalues, in ascending order, and eigenvectors of symmetric matrices."""
-    with one_thread(square.device):
-        energy, vectors = torch.linalg.eigh(square)
+    """Eigenvalues, in ascending order, and eigenvectors of symmetric matrices. CPU threads divide the matrices."""
+    threads = min(torch.get_num_threads(), len(square)) if square.device.type == "cpu" else 1
+    with one_thread(square.device), ThreadPoolExecutor(max(1, threads)) as pool:
+        parts = list(pool.map(torch.linalg.eigh, square.chunk(max(1, threads))))
+    energy, vectors = (torch.cat(side) for side in zip(*parts, strict=True))
     return energy, vectors
 
 

@@ -200,11 +200,17 @@ def film_motion(film: Film, index: int) -> UInt8[np.ndarray, "frame height width
             _image(axes, row.clips[index, 0])
             axes.set_title(row.title)
             _mark_pick(axes, row, index)
-        frames = []
+        moving = [artist for axes in panels for artist in (*axes.images, *axes.patches, *axes.spines.values())]
+        for artist in moving:
+            artist.set_animated(True)  # left out of `draw`: the text is drawn once
+        figure.canvas.draw()
+        still, frames = figure.canvas.copy_from_bbox(figure.bbox), []
         for number in range(film.rows[0].clips.shape[1]):
+            figure.canvas.restore_region(still)
             for axes, row in zip(panels, film.rows, strict=True):
                 axes.images[0].set_data(row.clips[index, number])
-            figure.canvas.draw()
+            for artist in moving:
+                figure.draw_artist(artist)
             frames.append(np.array(figure.canvas.buffer_rgba())[..., :3])
     return np.stack(frames)
 

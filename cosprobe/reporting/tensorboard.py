@@ -69,7 +69,7 @@ def log_tensorboard(
             remove_events(earlier)
     answers = grid.with_role(*ANSWER_ROLES) or grid.targets[:2]
     groups = {target: BY_STEP if target in answers else OTHERS_BY_STEP for target in shown_targets(grid)}
-    layers = default_layers(grid, answers, MOST_LAYERS)
+    layers, steps = default_layers(grid, answers, MOST_LAYERS), grid.dataset.step.values.tolist()
     lines: dict[str, dict[str, Ends]] = {}
     for target in groups:
         for run, values in _lines(grid, target, layers).items():
@@ -80,7 +80,7 @@ def log_tensorboard(
                 for target, values in targets.items():
                     for tag, line in zip(_tags(groups[target], target), values, strict=True):
                         for step in np.flatnonzero(np.isfinite(line)):
-                            writer.add_scalar(tag, line[step], int(grid.dataset.step[step]))
+                            writer.add_scalar(tag, line[step], steps[step])
         with SummaryWriter(str(folder / REPORT)) as writer:
             charts: dict[str, dict[str, list]] = {}
             for target, group in groups.items():  # TensorBoard keeps the order of categories, not that of their charts
