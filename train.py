@@ -91,6 +91,8 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     seed_everything(run.seed, workers=True, verbose=False)
     fabric = launch(run.trainer)  # one process per device from here on
     sampler = Sampler(load_pipeline(run.pipeline, str(fabric.device)), run.pipeline, task, run.trainer)
+    for notice in getattr(task, "notices", ()):
+        say(f"task: {notice}")
     if not sampler.sees_image:
         say(f"warning: {NOT_SEEN}")
     if isinstance(task, WithMargin) and task.share < SMALL:

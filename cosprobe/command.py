@@ -51,6 +51,7 @@ from cosprobe.errors import InputError, Terminated
 from cosprobe.files import FULL, disk_error, make_folder, whole_file
 from cosprobe.processes import LOST, end_others, tell
 from cosprobe.runs import RUN_FILE, find_result, results
+from cosprobe.tasks import identifying
 
 PACKAGE = Path(__file__).resolve().parent
 INSTALLED = PACKAGE / "commands"  # in a wheel; in a checkout, the commands and `configs/` are beside the package
@@ -315,7 +316,7 @@ def _of_activations(run: TrainRun, model: Mapping[str, str]) -> dict[str, Any]:
     return {
         "model": dict(model),
         "task family": next(name for name, kind in SCHEMAS["task"].items() if kind is type(run.task)),
-        "task": vars(run.task),
+        "task": identifying(run.task),
         "pipeline": run.pipeline.shaping,
         "probe": {name: v for name, v in vars(run.probe).items() if name in kept},
         "seed": run.seed,

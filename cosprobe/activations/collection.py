@@ -44,12 +44,13 @@ from cosprobe.models import (
 from cosprobe.monitoring import ResourceMonitor
 from cosprobe.runs import POINTER, STORE
 from cosprobe.runtime import rank_and_world, say
-from cosprobe.tasks import Problem, Sample, Task, TaskConfig
+from cosprobe.tasks import Problem, Sample, Task, TaskConfig, shaping
 
 FORMAT = 8  # version of the content of a shard
 UNTRAINED = "untrained."  # group of the tensors from transformers with random weights
 NOT_DECODED = -2  # value in `x0_answer` where x0-hat was not decoded
-DRAWN = ("problems", "seeds")  # settings of a task that say which samples are drawn, and leave each of them the same
+# settings of a task that say which samples are drawn, and leave each of them the same
+DRAWN = ("problems", "seeds", "verified")
 KEPT = ("layers", "steps", "decode")  # settings of the capture that say how much is kept
 
 
@@ -74,7 +75,7 @@ class StoreSettings:
     @classmethod
     def of(cls, pipeline: PipelineConfig, task: TaskConfig, probe: CaptureConfig, seed: int) -> StoreSettings:
         """The settings of a run. Reads the files of the model for the fingerprint."""
-        return cls.of_model(model_fingerprint(pipeline), with_defaults(pipeline), dict(vars(task)), probe, seed)
+        return cls.of_model(model_fingerprint(pipeline), with_defaults(pipeline), shaping(task), probe, seed)
 
     @classmethod
     def of_model(

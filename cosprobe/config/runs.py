@@ -25,7 +25,7 @@ from cosprobe.config.uses import (
 )
 from cosprobe.config.video_training import AdapterConfig, MiniConfig
 from cosprobe.errors import InputError
-from cosprobe.tasks import FAMILIES
+from cosprobe.tasks import FAMILIES, FROM_DISK
 
 MISSING: Any = "???"  # how OmegaConf marks a setting without a value
 
@@ -37,7 +37,7 @@ class ProbeExperiment:
 
 # Groups whose options are different classes. Options of the other groups are different values of one class.
 SCHEMAS: dict[str, dict[str, type]] = {
-    "task": dict(FAMILIES),
+    "task": FAMILIES | FROM_DISK,
     "experiment": {"probes": ProbeExperiment, "mini": MiniConfig, "mini_small": MiniConfig, "lora": AdapterConfig},
     "use": {
         "predict": PredictConfig,

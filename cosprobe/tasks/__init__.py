@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
+from typing import Any
 
 from cosprobe.errors import InputError
+from cosprobe.tasks.disk import DiskTask
+from cosprobe.tasks.entries import DiskConfig
+from cosprobe.tasks.folder import FolderConfig
 from cosprobe.tasks.hide import Hide, HideConfig
 from cosprobe.tasks.labels import Labels, check_lengths, encode_labels
 from cosprobe.tasks.line import Line, LineConfig
@@ -19,6 +23,7 @@ from cosprobe.tasks.patches import in_workspace, on_path
 from cosprobe.tasks.samples import Sample, draw_samples, fresh_problems, noise_seed, with_noise
 from cosprobe.tasks.select import Select, SelectConfig
 from cosprobe.tasks.splits import SPLITS, split_of
+from cosprobe.tasks.tables import TableConfig
 from cosprobe.tasks.task import (
     ANSWER_ROLES,
     RELABELLED,
@@ -54,8 +59,31 @@ def find_families(modules: Iterable[ModuleType]) -> dict[str, type]:
 
 
 FAMILIES = find_families(import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
+# tasks whose problems are read from disk; they cannot draw new ones
+FROM_DISK: dict[str, type] = {config.family: config for config in (FolderConfig, TableConfig)}
+
+PLACES = ("root", "file", "on_error")  # settings of a task that say where problems are, not what they are
+LABELLING = ("label", "labels", "group", "split", "quantiles", "prompt", "image_column", "prompt_column")
+
+
+def identifying(config: TaskConfig) -> dict[str, Any]:
+    """The settings of a task that its problems and labels depend on. Files are known by their content."""
+    return {name: value for name, value in vars(config).items() if name not in PLACES}
+
+
+def shaping(config: TaskConfig) -> dict[str, Any]:
+    """Those of `identifying` that are not known by the name of a problem and by `verified`."""
+    return {name: value for name, value in identifying(config).items() if name not in LABELLING}
+
 
 __all__ = [
+    "identifying",
+    "shaping",
+    "FROM_DISK",
+    "DiskConfig",
+    "DiskTask",
+    "FolderConfig",
+    "TableConfig",
     "FAMILIES",
     "ANSWER_ROLES",
     "RELABELLED",

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cosprobe.bounds import MANY
 from cosprobe.cells import SPLIT_ORDER
 from cosprobe.errors import InputError
 from cosprobe.tasks.task import Problem, Task, TaskConfig
@@ -32,9 +33,12 @@ def draw_samples(task: Task, config: TaskConfig, seed: int) -> list[Sample]:
 
     The splits have SHARES of the problems. The samples of a problem are neighbours in the list. A noise seed depends on
     `seed`, the problem and the replica, never on the position in a batch.
+    With `config.problems` 0, all problems of a task that reads them from disk.
     Raises InputError when a split would have fewer than 2 problems.
     """
     problems, seeds = config.problems, config.seeds
+    if not problems:  # of a task that reads them: all that there are
+        return with_noise([p for split in SPLIT_ORDER for p in task.problems(split, MANY)], seed, seeds)
     counts = {split: round(problems * share) for split, share in SHARES.items()}
     counts["train"] += problems - sum(counts.values())
     if min(counts.values()) < 2 or seeds < 1:
@@ -53,12 +57,20 @@ def with_noise(problems: Sequence[Problem], seed: int, seeds: int = 1) -> list[S
 def fresh_problems(task: Task, split: str, used: int, count: int, kinds: Sequence[str]) -> list[Problem]:
     """`count` problems of the given kinds, in turn, that are not among the problems of a run.
 
-    split: validation or test. used: number of problems of the run, over all splits.
+    split: validation or test. used: number of problems of the run, over all splits; 0: all.
+    Raises InputError where a task that
+    reads its problems has too few.
     """
-    seen = -(-round(used * SHARES[split]) // len(task.kinds))  # of each kind: the kinds of a run alternate
+    seen = -(-round(used * SHARES[split]) // len(task.kinds)) if used else MANY  # of each kind, which alternate
     most = seen + -(-count // len(kinds))
     turns = zip(*(task.problems(split, most, kind)[seen:] for kind in task.kinds if kind in kinds), strict=True)
-    return [problem for turn in turns for problem in turn][:count]
+    found = [problem for turn in turns for problem in turn][:count]
+    if len(found) < count:
+        raise InputError(
+            f"task {task.name!r}: has {len(found)} problems of the split {split} that the run has not seen, expected "
+            f"{count}; lower use.problems, or train on fewer with task.problems"
+        )
+    return found
 
 
 def noise_seed(problem: Problem, which: int, seed: int) -> int:

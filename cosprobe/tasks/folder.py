@@ -1,0 +1,81 @@
+"""`task=folder`: one folder for each problem, as VBVR, VBVR-Pro, VBVR-MultiStep and VMEvalKit write them.
+
+A folder with `first_frame.png` or a metadata file (`metadata.json`, or `question_metadata.json` in older exports) is a
+problem. It may be nested at any depth, and its name may be there again elsewhere: a problem is known by its path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cosprobe.errors import InputError
+from cosprobe.tasks.disk import Broken, DiskTask, Entry
+from cosprobe.tasks.entries import DiskConfig, build_task
+from cosprobe.tasks.vbvr import FIRST, METADATA, PROMPT
+
+
+@dataclass
+class FolderConfig(DiskConfig):
+    """Problems in folders, such as those of VBVR. Raises InputError for a value out of range."""
+
+    family: ClassVar[str] = "folder"
+    root: str = ""
+    "Folder of the problems; each has first_frame.png, prompt.txt and metadata.json."
+
+    def build(self) -> DiskTask:
+        """Reads the problems. Raises InputError for a folder without any, and as `build_task` does."""
+        if not self.root:
+            raise InputError("task.root='': expected task.root=FOLDER, a folder of problem folders")
+        root = Path(os.path.expanduser(self.root))
+        if not root.is_dir():
+            raise InputError(f"task.root={self.root!r}: is no folder; expected a folder of problem folders")
+        return build_task(self, read_folders(root), f"task.root={self.root!r}")
+
+
+def read_folders(root: Path) -> Iterator[Entry | Broken]:
+    """The problems below a folder, in the order of their paths. Links to folders are not followed."""
+    for place, folders, files in os.walk(root):
+        folders.sort()
+        here = Path(place)
+        noted = [name for name in METADATA if name in files]
+        if noted or FIRST in files:
+            yield _entry(root, here, noted[0] if noted else "")
+        elif not files and not folders and here != root:
+            yield Broken(f"{str(here)!r}: is empty, expected {FIRST}, {PROMPT} and {METADATA[0]}")
+
+
+def _entry(root: Path, folder: Path, noted: str) -> Entry | Broken:
+    try:
+        for name in (FIRST, PROMPT, noted or METADATA[0]):
+            path = folder / name
+            if root.resolve() not in path.resolve().parents:
+                raise Broken(f"{str(path)!r}: is a link out of {str(root)!r}, expected a file inside it")
+            if not path.is_file():
+                raise Broken(f"{str(folder)!r}: has no {name}")
+        try:
+            content = json.loads((folder / noted).read_text(encoding="utf-8"))
+            prompt = (folder / PROMPT).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise Broken(
+                f"{str(folder)!r}: {noted} or {PROMPT} cannot be read ({' '.join(str(error).split())})"
+            ) from error
+        if not isinstance(content, dict):
+            raise Broken(f"{str(folder / noted)!r}: holds a {type(content).__name__}, expected a JSON object")
+    except Broken as error:
+        return error
+    fields = flat(content)
+    return Entry(folder.relative_to(root).as_posix(), str(folder / FIRST), folder / FIRST, prompt, fields)
+
+
+def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested metadata as dotted paths. Lists stay as they are."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        path = f"{prefix}{name}"
+        found |= flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return found
