@@ -80,6 +80,8 @@ def record(
     several right answers. Problems that do not exist are left out. Returns None if there are none at all.
     draw: returns the samples that `samples` were collected from, in order. probe: defines the decoded steps.
     """
+    if "solved" not in samples.scores:
+        return None
     task, drawn = sampler.task, draw()
     several = np.array([len(task.solutions(sample.problem)) > 1 for sample in drawn])
     solved = samples.scores["solved"].astype(bool)
