@@ -40,12 +40,15 @@ from cosprobe.config import (
     TrainRun,
     UseRun,
 )
+from cosprobe.errors import InputError
 from cosprobe.locks import held
 from cosprobe.runs import REPORT, delete_run, find_result, list_runs, mark_finished, print_runs
 from cosprobe.tasks import with_margin
 
 if TYPE_CHECKING:
     from cosprobe.probes import ProbeBank
+
+READ_VIDEOS = (EarlyConfig, EnsembleConfig, InterveneConfig, FilmConfig, LengthsConfig, BehaviourConfig)
 
 
 def use(run: UseRun) -> None:
@@ -68,6 +71,12 @@ def use(run: UseRun) -> None:
     stored = isinstance(run.use, BehaviourConfig) and not run.use.problems  # which needs no model
     if not stored:
         trained.pipeline.check_folder()
+        task = with_margin(trained.task.build(), trained.pipeline.height, trained.pipeline.width)
+        if isinstance(run.use, READ_VIDEOS) and not task.candidates:
+            raise InputError(
+                f"run={run.run!r}: task {task.name!r} has no parser, which reads answers from videos; expected "
+                "use=predict or use=tokens, or a run with task.parser=package.module:function"
+            )
 
     # imported here, so that --help and the checks above do not wait for torch and diffusers
     from lightning import seed_everything
@@ -105,7 +114,6 @@ def use(run: UseRun) -> None:
     with held(folder, "run"):
         fabric = launch(run.trainer)  # one process per device from here on
         pipeline = load_pipeline(trained.pipeline, str(fabric.device))
-        task = with_margin(trained.task.build(), trained.pipeline.height, trained.pipeline.width)
         sampler = Sampler(pipeline, trained.pipeline, task, run.trainer)
         uses[type(run.use)](sampler, trained.task, bank, run.use, run.seed, folder)
         if fabric.is_global_zero and not isinstance(run.use, PredictConfig):  # which writes no report

@@ -23,6 +23,7 @@ CONTENTS = {  # title and file of every page, in the order in which people ask
         "Your own labels": "docs/own-labels",
         "The map": "docs/claims",
         "Gallery": "docs/gallery",
+        "Problems from your disk": "docs/data",
         "Your own problems": "docs/own-problems",
         "Your own model": "docs/own-model",
         "Supported models": "docs/support",

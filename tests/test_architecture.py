@@ -27,7 +27,7 @@ ONLY_IN = {  # library: the rooms that may import it
     "transformers": {"models", "minimodel"},
     "tokenizers": {"minimodel"},
     "sklearn": set(),
-    "pandas": {"evaluation"},
+    "pandas": {"evaluation", "tasks"},
 }
 VAGUE = {"utils", "util", "helpers", "helper", "manager", "managers", "misc", "common", "components", "base", "core"}
 

@@ -34,6 +34,7 @@ from cosprobe.models.identity import fingerprint
 from cosprobe.processes import LOST
 from cosprobe.reporting import results_page
 from tests.examples import processes
+from tests.examples.folders import write
 from tests.examples.pictures import undrawn
 from tests.examples.pipelines import save_wan
 from tests.examples.probe_tiny import TINY, run_commands
@@ -529,3 +530,32 @@ def test_another_model_is_refused(model, run, capsys):
     assert [part for part in found if found[part] != settings["model"][part]] == ["transformer"]
     assert re.search(f"{model}.*transformer.*{settings['model']['transformer']}.*{found['transformer']}", said), said
     assert "vae" not in said
+
+
+@pytest.mark.slow
+def test_a_folder_of_problems_gets_a_map_and_no_use_that_reads_videos(model, tmp_path):
+    for number in range(60):
+        write(tmp_path / "problems" / f"{number:03d}", number)
+    given = ["task=folder", "task.label=parameters.answer", "task.boxes=2x2", "task.problems=0"]
+
+    def run(root):
+        with undrawn():
+            return within("train.py", *settings_of(model, tmp_path / "run", *given, f"task.root={tmp_path / root}"))
+
+    result = run("problems")
+    assert result.returncode == 0, result.stderr
+    assert "answer: 3 classes of 60 problems" in result.stdout
+    grid = Grid.load(tmp_path / "run")
+    assert grid.targets == ("answer",) and np.isnan(grid.dataset.attrs["model_accuracy"])
+    assert (grid.plane("answer").p_evidence > 0.05).all()  # the images are noise
+
+    for use in ("early", "ensemble", "film", "lengths", "intervene"):
+        refused = within("probe.py", f"use={use}", f"run={tmp_path / 'run'}")
+        assert refused.returncode == 2 and "parser" in refused.stderr, use
+
+    (tmp_path / "problems").rename(tmp_path / "moved")
+    again = run("moved")
+    assert again.returncode == 0 and "has run to its end" in again.stdout
+    write(tmp_path / "moved" / "007", 7, answer=2)
+    changed = run("moved")
+    assert changed.returncode == 2 and "verified" in changed.stderr

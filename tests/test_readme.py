@@ -22,6 +22,7 @@ from cosprobe.evaluation import variables
 from cosprobe.evaluation.checks import suite as checks
 from cosprobe.evaluation.variables import BASELINES
 from cosprobe.runs import find_result
+from tests.examples.folders import write
 from tests.examples.pipelines import save_wan
 from tests.examples.shapes import unchecked
 
@@ -120,6 +121,11 @@ def test_the_ways_to_run_that_they_show_end_in_a_grid(tmp_path, settings, positi
 @pytest.mark.docs
 def test_every_command_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    names = [f"problems/{number:03d}" for number in range(60)]  # what docs/data.md speaks of
+    rows = [f"{name}/first_frame.png,prompt,{number % 3}" for number, name in enumerate(names)]
+    for number, name in enumerate(names):
+        write(tmp_path / name, number)
+    (tmp_path / "problems.csv").write_text("\n".join(["image,prompt,answer", *rows]))
     monkeypatch.setitem(seeds.SIZES, "quick", seeds.Size(3, 2, 4, ("middle", "all"), ((0,),), (3,)))
     for script, *settings in scripts():
         if "--help" in settings or "--cfg" in settings:

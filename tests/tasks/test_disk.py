@@ -14,21 +14,9 @@ from cosprobe.errors import InputError
 from cosprobe.tasks import FolderConfig, TableConfig, Task, draw_samples, fresh_problems
 from cosprobe.tasks.disk import box_of, fitted
 from cosprobe.tasks.entries import encoded
+from tests.examples.folders import picture, write
 
 ANSWER = "parameters.answer"
-
-
-def picture(seed: int, size=(48, 32)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-
-
-def write(folder: Path, number: int, image: Image.Image | None = None, note="metadata.json", **fields) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (image or picture(number)).save(folder / "first_frame.png")
-    (folder / "prompt.txt").write_text(f"problem {number}\n")
-    content = {"task_id": "x", "parameters": {"answer": number % 3, "size": number / 7} | fields}
-    (folder / note).write_text(json.dumps(content))
-    return folder
 
 
 @pytest.fixture
