@@ -22,7 +22,7 @@ from cosprobe.errors import InputError
 from cosprobe.tasks.task import Box, ParsedAnswer, Problem, Target, check_video
 
 FITS = ("pad", "crop", "stretch")
-MOST_PIXELS = 90_000_000  # an image of more is not decoded
+MOST_PIXELS = 89_000_000  # an image of more is not decoded; Pillow warns a little above
 BEHIND = (255, 255, 255, 255)  # the transparent parts of an image
 
 

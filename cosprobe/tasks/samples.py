@@ -58,17 +58,17 @@ def fresh_problems(task: Task, split: str, used: int, count: int, kinds: Sequenc
     """`count` problems of the given kinds, in turn, that are not among the problems of a run.
 
     split: validation or test. used: number of problems of the run, over all splits; 0: all.
-    Raises InputError where a task that
-    reads its problems has too few.
+    Raises InputError where a task that reads its problems has too few.
     """
     seen = -(-round(used * SHARES[split]) // len(task.kinds)) if used else MANY  # of each kind, which alternate
     most = seen + -(-count // len(kinds))
     turns = zip(*(task.problems(split, most, kind)[seen:] for kind in task.kinds if kind in kinds), strict=True)
     found = [problem for turn in turns for problem in turn][:count]
     if len(found) < count:
+        fewer = "lower use.problems, or " if found else ""
         raise InputError(
             f"task {task.name!r}: has {len(found)} problems of the split {split} that the run has not seen, expected "
-            f"{count}; lower use.problems, or train on fewer with task.problems"
+            f"{count}; {fewer}train on fewer with task.problems, in another run_dir"
         )
     return found
 
