@@ -17,7 +17,7 @@ from cosprobe.command import check_results, command, save_config, shell_command
 from cosprobe.config import ProbeExperiment, TrainRun
 from cosprobe.locks import held
 from cosprobe.runs import REPORT, STORE, check_no_results, finished, mark_finished, outdated_reports, result_name
-from cosprobe.tasks import SMALL, WithMargin, with_margin
+from cosprobe.tasks import SMALL, DiskTask, WithMargin, with_margin
 
 if TYPE_CHECKING:
     from cosprobe.activations import StoreSettings
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 def train(run: TrainRun) -> None:
     """Trains probes on a frozen pipeline or, with `experiment`, a video model or adapters of one."""
-    task, run_dir = with_margin(run.task.build(), run.pipeline.height, run.pipeline.width), Path(run.run_dir)
+    own, run_dir = run.task.build(), Path(run.run_dir)
+    task = with_margin(own, run.pipeline.height, run.pipeline.width)
     if isinstance(run.experiment, ProbeExperiment):
         run.pipeline.check_folder()
         check_results(run, run_dir)
@@ -45,6 +46,8 @@ def train(run: TrainRun) -> None:
     asked, run.pipeline = run.pipeline, with_defaults(run.pipeline)
     if taken := taken_defaults(asked, run.pipeline):
         say(f"pipeline: {taken} (defaults of the model)")
+    for notice in own.notices if isinstance(own, DiskTask) else ():
+        say(f"task: {notice}")
 
     if not isinstance(run.experiment, ProbeExperiment):
         with held(run_dir, "run_dir"):
@@ -91,8 +94,6 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     seed_everything(run.seed, workers=True, verbose=False)
     fabric = launch(run.trainer)  # one process per device from here on
     sampler = Sampler(load_pipeline(run.pipeline, str(fabric.device)), run.pipeline, task, run.trainer)
-    for notice in getattr(task, "notices", ()):
-        say(f"task: {notice}")
     if not sampler.sees_image:
         say(f"warning: {NOT_SEEN}")
     if isinstance(task, WithMargin) and task.share < SMALL:

@@ -46,7 +46,8 @@ def test_the_first_page_of_the_reference_lists_the_names_of_the_package():
 
 
 def test_symptoms_are_words_of_the_code():
-    code = "".join(path.read_text() for path in sorted((ROOT / "cosprobe").rglob("*.py")))
+    files = [*sorted((ROOT / "cosprobe").rglob("*.py")), ROOT / "train.py", ROOT / "probe.py"]
+    code = "".join(path.read_text() for path in files)
     code = re.sub(r'"\s*\n\s*f?"', "", code)  # a message over several lines
     rows = [line for line in (ROOT / "docs" / "errors.md").read_text().splitlines() if line.startswith("| `")]
     shown = [text for row in rows for text in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
