@@ -207,8 +207,12 @@ def _eigh(
 ) -> tuple[Float[Tensor, "cell size"], Float[Tensor, "cell size size"]]:
     """Eigenvalues, in ascending order, and eigenvectors of symmetric matrices. CPU threads divide the matrices."""
     threads = min(torch.get_num_threads(), len(square)) if square.device.type == "cpu" else 1
-    with one_thread(square.device), ThreadPoolExecutor(max(1, threads)) as pool:
-        parts = list(pool.map(torch.linalg.eigh, square.chunk(max(1, threads))))
+    with one_thread(square.device):
+        if threads < 2:
+            energy, vectors = torch.linalg.eigh(square)
+            return energy, vectors
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = list(pool.map(torch.linalg.eigh, square.chunk(threads)))
     energy, vectors = (torch.cat(side) for side in zip(*parts, strict=True))
     return energy, vectors
 
