@@ -1,4 +1,4 @@
-"""Problems read from disk, as a task: what is common to folders (`folder.py`) and tables (`table.py`).
+"""Problems read from disk, as a task: what is common to folders (`folder.py`) and tables (`tables.py`).
 
 A reader turns each problem into an `Entry`, or says why it cannot. What is done with entries is the same
 for all readers, see `entries.py`.

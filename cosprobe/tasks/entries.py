@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 import numpy as np
@@ -123,9 +123,9 @@ def build_task(config: DiskConfig, found: Iterable[Entry | Broken], place: str) 
     """The task of these entries.
 
     place: the setting that names where they are, for messages.
-    Sets `config.verified`. Raises Broken for the first problem that cannot be used, unless they are skipped, and
-    InputError for other problems than `config.verified` is the hash of; without a label (it
-    lists the fields that could be one), for a label with one class, and for a split with fewer than 2 problems.
+    Sets `config.verified`. Raises Broken for the first problem that cannot be used, unless they are skipped. Raises
+    InputError without a label (it lists the fields that could be one), for a label with one class, for a split with
+    fewer than 2 problems, and when `config.verified` is the hash of other problems.
     """
     entries: dict[str, Entry] = {}
     broken: list[Broken] = []
@@ -254,8 +254,8 @@ def _assembled(config: DiskConfig, good: Sequence[Checked], notices: list[str], 
     splits = [one.split or share_of(key) for one, key in zip(good, keys, strict=True)]
     _check_groups(good, keys, splits)
     labels, targets, copies = [], [], Counter[str]()
-    parser = imported(config.parser) if config.parser else None
-    source = "" if parser is None else inspect.getsource(parser)  # another parser may read other answers
+    # another parser may read other answers, so its source code is part of the name of a problem
+    parser, source = imported(config.parser) if config.parser else (None, "")
     keep = np.ones(len(good), dtype=bool)
     for i, name in enumerate(config.asked):
         values = [one.labels[i] for one in good]
@@ -407,15 +407,17 @@ def _boxes(config: DiskConfig, entry: Entry, size: tuple[int, int]) -> tuple[Box
     return tuple(found)
 
 
-def imported(path: str) -> Callable[..., Any]:
-    """The function `package.module:function`. Raises InputError when there is none."""
-    module, _, name = path.partition(":")
+def imported(path: str) -> tuple[Callable[..., Any], str]:
+    """The Python function `package.module:function`, and its source code. Raises InputError when there is none."""
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
             f"task.parser={path!r}: {error}; expected package.module:function that Python can import"
         ) from error
-    if not callable(function):
+    if not inspect.isfunction(function):
         raise InputError(f"task.parser={path!r}: is a {type(function).__name__}, expected a function")
-    return function
+    try:
+        return function, inspect.getsource(function)
+    except OSError as error:
+        raise InputError(f"task.parser={path!r}: {error}; expected a function in a Python file") from error

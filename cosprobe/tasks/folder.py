@@ -6,7 +6,6 @@ problem. It may be nested at any depth, and its name may be there again elsewher
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, ClassVar
 from cosprobe.errors import InputError
 from cosprobe.tasks.disk import Broken, DiskTask, Entry
 from cosprobe.tasks.entries import DiskConfig, build_task
-from cosprobe.tasks.vbvr import FIRST, METADATA, PROMPT
+from cosprobe.tasks.vbvr import FIRST, METADATA, PROMPT, load_json, load_text, read_file
 
 
 @dataclass
@@ -51,25 +50,15 @@ def read_folders(root: Path) -> Iterator[Entry | Broken]:
 
 def _entry(root: Path, folder: Path, noted: str) -> Entry | Broken:
     try:
-        for name in (FIRST, PROMPT, noted or METADATA[0]):
-            path = folder / name
-            if root.resolve() not in path.resolve().parents:
-                raise Broken(f"{str(path)!r}: is a link out of {str(root)!r}, expected a file inside it")
-            if not path.is_file():
-                raise Broken(f"{str(folder)!r}: has no {name}")
-        try:
-            content = json.loads((folder / noted).read_text(encoding="utf-8"))
-            prompt = (folder / PROMPT).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise Broken(
-                f"{str(folder)!r}: {noted} or {PROMPT} cannot be read ({' '.join(str(error).split())})"
-            ) from error
-        if not isinstance(content, dict):
-            raise Broken(f"{str(folder / noted)!r}: holds a {type(content).__name__}, expected a JSON object")
-    except Broken as error:
-        return error
-    fields = flat(content)
-    return Entry(folder.relative_to(root).as_posix(), str(folder / FIRST), folder / FIRST, prompt, fields)
+        read_file(folder, FIRST, Path.stat, root)
+        prompt = read_file(folder, PROMPT, load_text, root).strip()
+        content = read_file(folder, noted or METADATA[0], load_json, root)
+    except InputError as error:
+        return Broken(str(error))
+    if not isinstance(content, dict):
+        return Broken(f"{str(folder / noted)!r}: holds a {type(content).__name__}, expected a JSON object")
+    image = folder / FIRST
+    return Entry(folder.relative_to(root).as_posix(), str(image), image, prompt, flat(content))
 
 
 def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -61,9 +61,9 @@ def write_problem(task: Task, problem: Problem, folder: str | Path) -> Path:
     for part in (problem.task, name):
         if Path(part).name != part:
             raise InputError(f"{part!r}: points outside its folder; expected a name without / or ..")
-    path = _within(root, root / problem.task / name)
+    path = within(root, root / problem.task / name)
     for file in (FIRST, FINAL, VIDEO, PROMPT, METADATA[0]):
-        _within(path, path / file)
+        within(path, path / file)
     make_folder(path)
     video = task.video(problem)
     metadata = {
@@ -98,22 +98,22 @@ def read_problem(folder: str | Path) -> VbvrProblem:
     if not path.is_dir():
         raise InputError(f"{str(path)!r}: expected the folder of one problem, as in <task>/<task>_00000000")
     note = next((name for name in METADATA if (path / name).is_file()), METADATA[0])
-    metadata = _read(path, note, lambda file: json.loads(file.read_text(encoding="utf-8")))
+    metadata = read_file(path, note, load_json)
     parameters = metadata.get("parameters") if isinstance(metadata, dict) else None
     if not isinstance(parameters, dict):
         raise InputError(f"{str(path / note)!r}: expected a JSON object with `parameters`; export the problem again")
     answer = parameters.get("answer")
     if answer is not None and type(answer) is not int:
         raise InputError(f"{str(path / note)!r}: parameters.answer={answer!r}: expected a whole number or null")
-    first, final = (_read(path, name, _picture) for name in (FIRST, FINAL))
-    video = _read(path, VIDEO, read_video) if (path / VIDEO).is_symlink() or (path / VIDEO).exists() else None
+    first, final = (read_file(path, name, _picture) for name in (FIRST, FINAL))
+    video = read_file(path, VIDEO, read_video) if (path / VIDEO).is_symlink() or (path / VIDEO).exists() else None
     if final.shape != first.shape or (video is not None and video.shape[1:] != first.shape):
         raise InputError(f"{str(path)!r}: images and video differ in size; export the problem again")
-    prompt = _read(path, PROMPT, lambda file: file.read_text(encoding="utf-8")).strip()
+    prompt = read_file(path, PROMPT, load_text).strip()
     return VbvrProblem(str(metadata.get("task_id", path.name)), prompt, answer, first, final, video, metadata)
 
 
-def _within(root: Path, path: Path) -> Path:
+def within(root: Path, path: Path) -> Path:
     """Returns `path`. Raises InputError unless it is inside `root` after links and `..` are resolved."""
     if root.resolve() not in path.resolve().parents:
         raise InputError(f"{str(path)!r}: points outside {str(root)!r}; expected a path inside it")
@@ -122,19 +122,31 @@ def _within(root: Path, path: Path) -> Path:
 
 def _write(path: Path, save: Callable[[Path], Any]) -> None:
     with whole_file(path) as part:
-        save(_within(path.parent, part))
+        save(within(path.parent, part))
 
 
-def _read(path: Path, name: str, load: Callable[[Path], Any]) -> Any:
-    """Returns `load(path / name)`. Raises InputError when the file is missing or damaged."""
-    file = _within(path, path / name)
+def read_file(path: Path, name: str, load: Callable[[Path], Any], root: Path | None = None) -> Any:
+    """Returns `load(path / name)`.
+
+    root: the folder that links may not lead out of; default: `path`. Raises InputError when the file is missing or
+    damaged, or outside `root`.
+    """
+    file = within(root or path, path / name)
     try:
         return load(file)
     except FileNotFoundError:
-        raise InputError(f"{str(path)!r}: expected a problem in VBVR's layout, found no {name}") from None
+        raise InputError(f"{str(path)!r}: has no {name}, expected a problem in VBVR's layout") from None
     except (OSError, ValueError, SyntaxError, av.FFmpegError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{str(file)!r}: cannot be read ({reason}); expected a file as VBVR writes it") from error
+
+
+def load_text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+def load_json(file: Path) -> Any:
+    return json.loads(load_text(file))
 
 
 def _picture(file: Path) -> np.ndarray:
