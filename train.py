@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 def train(run: TrainRun) -> None:
     """Trains probes on a frozen pipeline or, with `experiment`, a video model or adapters of one."""
-    own, run_dir = run.task.build(), Path(run.run_dir)
-    task = with_margin(own, run.pipeline.height, run.pipeline.width)
+    bare, run_dir = run.task.build(), Path(run.run_dir)  # without a margin
+    task = with_margin(bare, run.pipeline.height, run.pipeline.width)
     if isinstance(run.experiment, ProbeExperiment):
         run.pipeline.check_folder()
         check_results(run, run_dir)
@@ -46,7 +46,7 @@ def train(run: TrainRun) -> None:
     asked, run.pipeline = run.pipeline, with_defaults(run.pipeline)
     if taken := taken_defaults(asked, run.pipeline):
         say(f"pipeline: {taken} (defaults of the model)")
-    for notice in own.notices if isinstance(own, DiskTask) else ():
+    for notice in bare.notices if isinstance(bare, DiskTask) else ():
         say(f"task: {notice}")
 
     if not isinstance(run.experiment, ProbeExperiment):

@@ -62,7 +62,9 @@ FAMILIES = find_families(import_module(f"{__name__}.{module.name}") for module i
 # tasks whose problems are read from disk; they cannot draw new ones
 FROM_DISK: dict[str, type] = {config.family: config for config in (FolderConfig, TableConfig)}
 
-PLACES = ("root", "file", "on_error")  # settings of a task that say where problems are, not what they are
+# settings of tasks from disk that `verified`, a hash of the problems that were read, makes needless
+PLACES = ("root", "file", "on_error")
+# settings of tasks from disk that change no activation: labels, and what the name of a problem depends on
 LABELLING = ("label", "labels", "group", "split", "quantiles", "prompt", "image_column", "prompt_column")
 
 
