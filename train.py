@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from cosprobe.command import check_results, command, save_config, shell_command
 from cosprobe.config import ProbeExperiment, TrainRun
+from cosprobe.errors import InputError
 from cosprobe.locks import held
 from cosprobe.runs import REPORT, STORE, check_no_results, finished, mark_finished, outdated_reports, result_name
 from cosprobe.tasks import SMALL, DiskTask, WithMargin, with_margin
@@ -41,13 +42,22 @@ def train(run: TrainRun) -> None:
     from cosprobe.models import download, taken_defaults, with_defaults
     from cosprobe.probes import kept_bank
     from cosprobe.runtime import say
+    from cosprobe.tasks import draw_samples
 
-    download(run.pipeline)
+    download(run.pipeline, weights=not run.plan.only)
     asked, run.pipeline = run.pipeline, with_defaults(run.pipeline)
     if taken := taken_defaults(asked, run.pipeline):
         say(f"pipeline: {taken} (defaults of the model)")
     for notice in bare.notices if isinstance(bare, DiskTask) else ():
         say(f"task: {notice}")
+
+    if run.plan.only:
+        from cosprobe.plan import make_plan
+
+        if not isinstance(run.experiment, ProbeExperiment):
+            raise InputError("plan=true: only runs of probes have a plan; leave experiment out")
+        print(make_plan(run, task, draw_samples(task, run.task, run.seed)))
+        return
 
     if not isinstance(run.experiment, ProbeExperiment):
         with held(run_dir, "run_dir"):
@@ -77,13 +87,14 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     """
     from lightning import seed_everything
 
-    from cosprobe.activations import NOT_SEEN, Sampler, collect, find_store, load_samples
+    from cosprobe.activations import NOT_SEEN, Sampler, SampleTable, collect, find_store, load_samples
     from cosprobe.behaviour import BEHAVIOUR, measure, write_behaviours
     from cosprobe.differences import flattened
     from cosprobe.evaluation import evaluate, read_inputs_once, read_path
     from cosprobe.evaluation.checks import examine, weights_lines, weights_table
     from cosprobe.models import load_pipeline
     from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger, remove_events
+    from cosprobe.plan import cells_of, power
     from cosprobe.probes import fit
     from cosprobe.reporting import log_tensorboard, print_summary, record_once, write_report
     from cosprobe.runtime import launch, say
@@ -101,7 +112,13 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     draw = cache(lambda: draw_samples(task, run.task, run.seed))
     monitor = ResourceMonitor(build_logger(run.trainer, folder / "tensorboard" / SAMPLING), SAMPLING)
     store = find_store(settings, sampler.depth, run_dir / STORE, run.store)
-    stored = collect(sampler, draw, settings, store, monitor if "resources" in run.trainer.callbacks else None)
+    monitored = monitor if "resources" in run.trainer.callbacks else None
+
+    def announce_power(table: SampleTable) -> None:
+        for line in power(task, table, cells_of(sampler, run.probe)):
+            say(f"power: {line}")
+
+    stored = collect(sampler, draw, settings, store, monitored, announce_power)
     save_config(run, folder, settings.model)  # only after `collect` has checked that the store has these settings
     stored.save(folder)
     samples, inputs, experts = load_samples(stored)

@@ -168,7 +168,7 @@ def fit_gaps(samples: ProbeSamples, cells: np.ndarray, config: ProbeConfig) -> t
     train = chosen.subset("train")
     for penalty in config.penalties:
         bank = whole_fit(chosen, replace(config, penalties=[penalty]))
-        x = standardise(train.features, bank.mean, bank.std).double()
+        x = standardise(train.features[:], bank.mean, bank.std).double()
         for target in bank.targets:
             weight, bias = bank.weights[target.name].double(), bank.biases[target.name].double()
             found = relative_gaps(x, train.labels[target.name], target, [penalty], weight[:, :, None], bias[:, None])

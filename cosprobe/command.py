@@ -65,7 +65,14 @@ FLAGS = {
 }
 MARK = "# sha256 of the other lines: "  # first line of a saved configuration
 SWEEP_FILE = Path("runs", "multirun.yaml")  # in hydra.sweep.dir of the configuration files
-NO_DIFFERENCE = ("run_dir", "store", "trainer", "hydra")  # settings that do not name the folder of a job in a sweep
+LONG = {"plan=true": "plan.only=true", "plan=false": "plan.only=false"}  # settings that can be written shorter
+NO_DIFFERENCE = (
+    "run_dir",
+    "store",
+    "trainer",
+    "plan",
+    "hydra",
+)  # settings that do not name the folder of a job in a sweep
 TRANSPORT = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")  # in errors of torch
 # Parameters of `mallopt` and the values set by `keep_freed_memory`. Source: malloc.h of the GNU C library.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
@@ -91,7 +98,7 @@ def command(root: type[Run], body: Callable[[Run], None], about: str, argv: Sequ
     Exit codes: 0 success; 2 InputError, or an error of the operating system for a file, printed in one line on stderr;
     130 stopped by ctrl-C; 143 by SIGTERM. Any other exception is a bug and is raised with its traceback.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [LONG.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
     keep_freed_memory()
     with _terminable():
         code = _command(root, body, about, arguments)

@@ -8,7 +8,10 @@ from cosprobe.activations.collection import (
     StoreSettings,
     VideoSampler,
     collect,
+    few_samples,
+    few_steps,
     find_store,
+    store_bytes,
     watch,
 )
 from cosprobe.activations.cost import Cost, flops, seconds
@@ -20,6 +23,8 @@ from cosprobe.activations.predicting import FrozenSampling, Sampled, Shard, Shar
 from cosprobe.activations.random_weights import PERMUTED, RANDOM_WEIGHTS
 from cosprobe.activations.sampler import NOT_SEEN, Sampler, images
 from cosprobe.activations.store import ActivationStore
+from cosprobe.activations.stored_tensor import StoredTensor
+from cosprobe.activations.table import SampleTable
 from cosprobe.activations.unsupported import refuse_step_caches
 
 __all__ = [
@@ -40,10 +45,12 @@ __all__ = [
     "RunningCall",
     "Sampler",
     "Sampled",
+    "SampleTable",
     "Shard",
     "ShardWriter",
     "StoreSettings",
     "StoredSamples",
+    "StoredTensor",
     "VideoSampler",
     "announce",
     "box_masks",
@@ -55,6 +62,8 @@ __all__ = [
     "capture",
     "check_finite",
     "collect",
+    "few_samples",
+    "few_steps",
     "find_store",
     "flops",
     "halting",
@@ -64,5 +73,6 @@ __all__ = [
     "refuse_step_caches",
     "difficulty_columns",
     "seconds",
+    "store_bytes",
     "watch",
 ]

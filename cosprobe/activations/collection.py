@@ -302,11 +302,13 @@ def collect(
     settings: StoreSettings,
     store: ActivationStore,
     monitor: ResourceMonitor | None = None,
+    before: Callable[[SampleTable], None] = lambda table: None,
 ) -> StoredSamples:
     """Collects the activations of the samples of a run that are not in the store yet, one shard per batch.
 
     draw: returns the samples, as `draw_samples` does; it is called only when the store does not know them, or when some
-    are missing. store: from `find_store`. monitor: logs speed and memory of every batch.
+    are missing. store: from `find_store`. monitor: logs speed and memory of every batch. before:
+    called with the table of the samples, unless all of them are there.
     Batches do not depend on the number of processes, so one process and several write the same shards. A sample that is
     needed with random weights and is stored without is sampled again.
     Raises InputError when the folder holds a store with other settings, when the disk has too little space, and for a
@@ -334,6 +336,8 @@ def collect(
     what = f"{len(table.names)} samples" + (f", permuted and fresh weights on {len(few)} of them" if few else "")
     with held(store.folder, "store") if missing or known is None else nullcontext():
         announce(store, table.names, len(missing), store_bytes(sampler, probe, len(table.names), len(few)), what)
+        if missing:
+            before(table)
         if known is None and rank_and_world()[0] == 0:
             table.save(store.folder)
         if monitor is not None:
@@ -398,7 +402,7 @@ def _collect_batch(sampler: Sampler, probe: CaptureConfig, batch: list[Sample], 
     parsed = _parse_estimates(sampler, problems, cache, before_last)
     if total - 1 in decoded:  # at the last step, x0-hat is the finished video
         parsed.scores[:, -1], parsed.answers[:, -1] = final.scores, final.answers
-    tensors = {"features": cache.features(), "x0_scores": parsed.scores, "x0_answer": parsed.answers}
+    tensors = {"features": cache.features().flatten(1, 4), "x0_scores": parsed.scores, "x0_answer": parsed.answers}
     tensors |= _final(sampler.task, problems, final)
     tensors |= {f"input.{name}": value for name, value in cache.input_features().items()}
     if rows:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +21,13 @@ from torch import Tensor
 
 from cosprobe.activations.collection import NOT_DECODED, StoredSamples
 from cosprobe.activations.store import ActivationStore
+from cosprobe.activations.stored_tensor import StoredTensor
 from cosprobe.cells import DIFFICULTY, SPLIT_ORDER, Cell
 from cosprobe.errors import InputError
 from cosprobe.runtime import enough_memory
 from cosprobe.tasks import ANSWER_ROLES, RELABELLED, Labels, Role, Target, encode_labels, readable_targets
 
+Stored = TypeVar("Stored", Tensor, StoredTensor)
 CELL_AXES = ("step", "layer", "branch", "position")
 OPTIONAL = ("model_answer", "replica")  # columns that may be None
 
@@ -43,8 +44,9 @@ class LabelledRows(NamedTuple):
 class ProbeSamples:
     """Pooled features of every sample with the labels of every target.
 
-    features: fp32 or bf16. labels: for each target [sample], for targets of form `region` [sample, region]; -1 where
-    the sample does not have the label. split: `train`, `validation` or `test`. keys: canonical problem of each sample;
+    features: fp32 or bf16; in memory, or in a store, from which what is indexed is read.
+    labels: for each target [sample], for targets of form `region` [sample, region]; -1 where the sample does not have
+    the label. split: `train`, `validation` or `test`. keys: canonical problem of each sample;
     splits and confidence intervals treat the samples of a problem as one unit. kinds: kind of each problem.
     scores: further arrays, `x0_scores` [sample, step, candidate] (NaN at steps that were not decoded), `x0_answer`
     [sample, step] (what x0-hat shows, -1 for no answer, -2 at steps that were not decoded), `final` [sample, candidate]
@@ -57,7 +59,7 @@ class ProbeSamples:
     splits.
     """
 
-    features: Float[Tensor, "sample cell region channel"]
+    features: Float[Tensor | StoredTensor, "sample cell region channel"]
     cells: tuple[Cell, ...]
     targets: tuple[Target, ...]
     labels: dict[str, Int[Tensor, " sample *region"]]
@@ -110,13 +112,12 @@ class ProbeSamples:
 
     def rows(self, keep: Int[np.ndarray, " kept"]) -> ProbeSamples:
         """The samples at these indices."""
-        at = torch.from_numpy(keep)
         given = {name: getattr(self, name) for name in OPTIONAL}
         optional: dict[str, Any] = {name: None if column is None else column[keep] for name, column in given.items()}
         return replace(
             self,
-            features=self.features[at],
-            labels={name: label[at] for name, label in self.labels.items()},
+            features=_rows(self.features, keep),
+            labels={name: label[torch.from_numpy(keep)] for name, label in self.labels.items()},
             split=self.split[keep],
             keys=self.keys[keep],
             kinds=self.kinds[keep],
@@ -127,7 +128,9 @@ class ProbeSamples:
 
     def at(self, part: slice) -> ProbeSamples:
         """All samples, with some of the cells."""
-        return replace(self, features=self.features[:, part], cells=self.cells[part])
+        values = self.features
+        of_part = values.columns(part) if isinstance(values, StoredTensor) else values[:, part]
+        return replace(self, features=of_part, cells=self.cells[part])
 
     def target(self, name: str) -> Target:
         """The target of this name, in the form in which it is fitted. Raises InputError for an unknown name."""
@@ -177,7 +180,7 @@ class ProbeSamples:
             label = self.labels[target.name].numpy()
             names = {"classes": list(target.names)} if target.names else {}
             coordinates[f"label_{target.name}"] = (("sample", "region")[: label.ndim], label, names)
-        values = self.features.float().unflatten(1, [len(axis) for axis in axes.values()])
+        values = self.features[:].float().unflatten(1, [len(axis) for axis in axes.values()])
         return xr.DataArray(
             values.numpy(), coordinates, ("sample", *axes, "region", "channel"), "features",
             {"long_name": "pooled outputs of transformer blocks"},
@@ -224,6 +227,11 @@ class ProbeSamples:
         return cells[0][0]
 
 
+def _rows(values: Tensor | StoredTensor, keep: Int[np.ndarray, " kept"]) -> Tensor | StoredTensor:
+    """The samples at these indices; of a tensor in a store, nothing is read."""
+    return values.rows(keep) if isinstance(values, StoredTensor) else values[torch.from_numpy(keep)]
+
+
 def check_apart(keys: np.ndarray, split: np.ndarray) -> None:
     """Raises InputError, with the names of the problems, when problems are in more than one split."""
     pairs = np.unique(np.stack([np.asarray(keys, str), np.asarray(split, str)]), axis=1)
@@ -241,14 +249,25 @@ def check_apart(keys: np.ndarray, split: np.ndarray) -> None:
 class InputFeatures:
     """One input of every sample, with separate latent frames.
 
+    Tensors are in memory, or in a store, from which what is indexed is read; the columns are the steps.
     whole: means over the coarse cells of the frame; a single cell for `prompt` and `difficulty`. region: means over the
     regions; None without region pooling. token: every token of a frame by itself; None without token pooling. The axis
     step has one entry for an input that is the same at every step.
     """
 
-    whole: Float[Tensor, "sample step frame cell channel"]
-    region: Float[Tensor, "sample step frame region channel"] | None = None
-    token: Float[Tensor, "sample step frame token channel"] | None = None
+    whole: Float[Tensor | StoredTensor, "sample step frame cell channel"]
+    region: Float[Tensor | StoredTensor, "sample step frame region channel"] | None = None
+    token: Float[Tensor | StoredTensor, "sample step frame token channel"] | None = None
+
+    def rows(self, keep: Int[np.ndarray, " kept"]) -> InputFeatures:
+        """The samples at these indices."""
+        region, token = (None if x is None else _rows(x, keep) for x in (self.region, self.token))
+        return InputFeatures(_rows(self.whole, keep), region, token)
+
+    def read(self, steps: slice = slice(None), rows: int | None = None) -> InputFeatures:
+        """The input at some steps, and of the first `rows` samples (default: all), in memory."""
+        region, token = (None if x is None else x[:rows, steps] for x in (self.region, self.token))
+        return InputFeatures(self.whole[:rows, steps], region, token)
 
 
 @enough_memory("lower task.problems, or select fewer probe.layers or probe.steps")
@@ -263,49 +282,49 @@ def load_samples(
     """
     stored = StoredSamples.whole(stored) if isinstance(stored, ActivationStore) else stored
     table, columns = stored.table, stored.table.columns
-    tensors, notes = stored.store.read(names=table.names, part=partial(_selected, stored))
+    tensors, notes = stored.store.tensors(names=table.names)
     whole = replace(stored, probe=stored.kept)
     if (notes["steps"], notes["hook_points"]) != (list(whole.steps), list(map(str, whole.layers))):
         raise InputError(
             f"store {str(stored.store.folder)!r} is damaged: its settings name other layers or steps than its shards "
             "hold; delete it and run train.py again"
         )
-    cells = tuple(
-        Cell(step, layer, branch, position)
-        for step in stored.steps
-        for layer in stored.layers
-        for branch in notes["branches"]
-        for position in notes["positions"]
-    )
-    parser = tensors["final"].shape[1] > 0  # a task without a parser has no candidates
+    each = [(branch, position) for branch in notes["branches"] for position in notes["positions"]]
+    there = [(step, layer, *rest) for step in whole.steps for layer in whole.layers for rest in each]
+    cells = tuple(Cell(*one) for one in there if one[0] in stored.steps and one[1] in stored.layers)
+    of_cells = np.array([i for i, one in enumerate(there) if one[0] in stored.steps and one[1] in stored.layers])
+    of_steps = np.array([whole.steps.index(step) for step in stored.steps])
+    model_answer, final = tensors["model_answer"][:], tensors["final"][:]
+    parser = final.shape[1] > 0  # a task without a parser has no candidates
     kinds = np.array(table.kinds)[columns["kind"].numpy()]
     split = np.array(SPLIT_ORDER)[columns["split"].numpy()]
     labels = {}
     for target in table.targets:
         if target.role == "model_answer":
-            labels[target.name] = torch.where(
-                torch.from_numpy(np.isin(kinds, target.kinds)), tensors["model_answer"], -1
-            )
+            labels[target.name] = torch.where(torch.from_numpy(np.isin(kinds, target.kinds)), model_answer, -1)
         else:
             labels[target.name] = columns[f"label.{target.name}"]
     reasons = {t.name: _unfit(t, labels[t.name].numpy(), split) for t in table.targets}
     targets = [t for t in table.targets if not reasons[t.name]]
     controls, relabels = relabelled(targets, labels)
     samples = ProbeSamples(
-        features=tensors["features"].flatten(1, 4),
+        features=tensors["features"].columns(of_cells),
         cells=cells,
         targets=(*targets, *(t for t in controls if not _unfit(t, relabels[t.name].numpy(), split))),
         labels=labels | relabels,
         split=split,
         keys=np.array([f"{key:015x}" for key in columns["key"].tolist()]),
         kinds=kinds,
-        model_answer=tensors["model_answer"].numpy() if parser else None,
+        model_answer=model_answer.numpy() if parser else None,
         replica=columns["replica"].numpy(),
-        scores={name: tensors[name].numpy() for name in ("x0_scores", "x0_answer", "final", "solved") if parser},
+        scores=_scores(stored, tensors, final) if parser else {},
         difficulty={name: value.numpy() for name, value in _under("difficulty.", columns).items()},
         left_out=tuple(reason for reason in reasons.values() if reason),
     )
-    captured = _under("input.", tensors)
+    captured = {  # other inputs are the same at every step
+        name: value.columns(of_steps) if value.shape[1] > 1 else value
+        for name, value in _under("input.", tensors).items()
+    }
     names = dict.fromkeys(name.rpartition(".")[0] for name in captured)
     inputs = {
         name: InputFeatures(captured[f"{name}.whole"], captured.get(f"{name}.region"), captured.get(f"{name}.token"))
@@ -317,28 +336,14 @@ def load_samples(
     return samples, inputs, experts
 
 
-def _selected(stored: StoredSamples, name: str, values: Tensor) -> Tensor:
-    """The layers and steps of one tensor of a shard that are read."""
-    whole = replace(stored, probe=stored.kept)
-    if name == "x0_scores":
-        decoded = stored.probe.steps_decoded(values.shape[1])
-        left = [step for step in range(values.shape[1]) if step not in decoded]
-        values[:, left] = float("nan")
-    elif name == "x0_answer":
-        decoded = stored.probe.steps_decoded(values.shape[1])
-        values[:, [step for step in range(values.shape[1]) if step not in decoded]] = NOT_DECODED
-    elif name == "features":
-        values = _along(_along(values, 1, stored.steps, whole.steps), 2, stored.layers, whole.layers)
-    elif name.startswith("input.") and values.shape[1] > 1:  # other inputs are the same at every step
-        values = _along(values, 1, stored.steps, whole.steps)
-    return values
-
-
-def _along(values: Tensor, axis: int, wanted: tuple[int, ...], there: tuple[int, ...]) -> Tensor:
-    """The entries `wanted` of an axis that has the entries `there`."""
-    if wanted == there:
-        return values
-    return values.index_select(axis, torch.tensor([there.index(one) for one in wanted]))
+def _scores(stored: StoredSamples, tensors: Mapping[str, StoredTensor], final: Tensor) -> dict[str, np.ndarray]:
+    """The arrays `scores` of the samples. Steps that the store has decoded for others count as not decoded."""
+    scores, answers = tensors["x0_scores"][:], tensors["x0_answer"][:]
+    total = scores.shape[1]
+    left = sorted(set(range(total)) - set(stored.probe.steps_decoded(total)))
+    scores[:, left], answers[:, left] = float("nan"), NOT_DECODED
+    found = {"x0_scores": scores, "x0_answer": answers, "final": final, "solved": tensors["solved"][:]}
+    return {name: values.numpy() for name, values in found.items()}
 
 
 def relabelled(
@@ -403,6 +408,6 @@ def _unfit(target: Target, labels: np.ndarray, split: np.ndarray) -> str:
     return ""
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _under(prefix: str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """The tensors whose names begin with `prefix`, by the rest of the name."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -13,25 +13,26 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosprobe.checked import checksum, file_size
+from cosprobe.activations.stored_tensor import NOTES, StoredTensor, checksums, damaged
+from cosprobe.checked import file_size
 from cosprobe.differences import ANOTHER, check_same, flattened, shown
 from cosprobe.errors import InputError
 from cosprobe.files import HALF, make_folder, read_json, size_text, stranger, whole_file, write_json
 from cosprobe.runs import STORE_FILE
 
 MANIFEST, SETTINGS = "manifest.json", STORE_FILE
-LAYOUT = 3  # version of the files of a store
+LAYOUT = 4  # version of the files of a store
 OWN = re.compile(r"(shard|samples)-.*\.safetensors")  # names of the other files of a store
 RESERVE = 10_000_000  # bytes for probes, figures and tables of a result
 ADVICE = "delete the store, or choose another run_dir"
@@ -156,11 +157,9 @@ class ActivationStore:
         metadata = {
             "fingerprint": self.fingerprint,
             "rows": json.dumps({group: list(names) for group, names in rows.items()}),
-            "notes": json.dumps(notes, sort_keys=True),
+            NOTES: json.dumps(notes, sort_keys=True),
         }
-        for group in rows:
-            part_of = {name: values for name, values in ready.items() if _group(name, rows) == group}
-            metadata[f"checksum {group}"] = checksum(part_of, metadata["notes"])
+        metadata |= {f"checksum {name}": checksums(name, values, metadata[NOTES]) for name, values in ready.items()}
         path = self.path(rows)
         with whole_file(path, file_size(ready, metadata)) as part:
             save_file(ready, part, metadata)
@@ -180,17 +179,13 @@ class ActivationStore:
             if HALF.fullmatch(left.name):
                 left.unlink()
 
-    def read(
-        self,
-        group: str = "",
-        names: Sequence[str] | None = None,
-        part: Callable[[str, Tensor], Tensor] = lambda name, values: values,
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Reads the tensors of a group, with one row for each of the samples `names`, in that order; and the notes.
+    def tensors(
+        self, group: str = "", names: Sequence[str] | None = None
+    ) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+        """The tensors of a group, with one row for each of the samples `names`, in that order; and the notes.
 
-        names: default all samples that have the group. part: applied to the tensors of each shard, by name; it keeps
-        the first axis. Without samples there are no tensors and no notes.
-        Raises InputError for a shard that is missing, damaged or of another store.
+        They are read when they are indexed. names: default all samples that have the group. Without samples there are
+        no tensors and no notes. Raises InputError for a shard that is missing, damaged or of another store.
         """
         names = self.names(group) if names is None else list(names)
         shards, listed = self._shards(), self._listed()
@@ -203,27 +198,25 @@ class ActivationStore:
                 f"store {str(self.folder)!r}: the shard of sample {absent[0]!r} is missing; run train.py again to "
                 "collect it"
             )
-        wanted: dict[str, list[tuple[int, int]]] = {}
-        for to, name in enumerate(names):
-            file, row = places[name]
-            wanted.setdefault(file, []).append((to, row))
-        found: dict[str, Tensor] = {}
-        notes = set()
-        for file, pairs in wanted.items():
-            note, tensors = self._tensors(file, group)
-            notes.add(note)
-            at, taken = (torch.tensor(side) for side in zip(*pairs, strict=True))
-            for name, whole in tensors.items():
-                values = part(name, whole)
-                if name not in found:
-                    found[name] = values.new_empty((len(names), *values.shape[1:]))
-                if found[name].shape[1:] != values.shape[1:]:
-                    notes.add("")
-                    break
-                found[name][at] = values[taken]
-        if len(notes) > 1:
+        if not names:
+            return {}, {}
+        files = {file: number for number, file in enumerate(dict.fromkeys(places[name][0] for name in names))}
+        found = [self._described(file, group) for file in files]
+        if any(one != found[0] for one in found):
             raise InputError(f"store {str(self.folder)!r}: its shards differ in axes; delete it and run train.py again")
-        return found, json.loads(notes.pop()) if notes else {}
+        notes, shapes = found[0]
+        paths = tuple(self.folder / file for file in files)
+        at = np.array([(files[places[name][0]], places[name][1]) for name in names])
+        tensors = {
+            name: StoredTensor(name, paths, at, np.arange(shape[0] if shape else 1), shape, dtype)
+            for name, (shape, dtype) in shapes.items()
+        }
+        return tensors, json.loads(notes)
+
+    def read(self, group: str = "", names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `tensors` returns, read into memory."""
+        tensors, notes = self.tensors(group, names)
+        return {name: stored[:] for name, stored in tensors.items()}, notes
 
     def _listed(self) -> dict[str, dict[str, list[str]]]:
         """The samples of every shard in the manifest, by name of the file; empty without a manifest."""
@@ -245,11 +238,11 @@ class ActivationStore:
             with safe_open(self.folder / file, framework="pt") as content:
                 metadata = content.metadata() or {}
         except (SafetensorError, OSError) as error:
-            raise self._damaged(file, str(error).splitlines()[0]) from error
+            raise damaged(self.folder / file, str(error).splitlines()[0]) from error
         try:
             rows = dict(json.loads(metadata.get("rows", "{}")))
         except (ValueError, TypeError) as error:
-            raise self._damaged(file, "its list of samples cannot be read") from error
+            raise damaged(self.folder / file, "its list of samples cannot be read") from error
         if metadata.get("fingerprint") != self.fingerprint or self.path(rows).name != file:
             raise InputError(
                 f"shard {str(self.folder / file)!r} belongs to another store or to other samples: expected fingerprint "
@@ -257,21 +250,17 @@ class ActivationStore:
             )
         return metadata, rows
 
-    def _tensors(self, file: str, group: str) -> tuple[str, dict[str, Tensor]]:
-        """The notes of a shard, and its tensors of a group."""
+    def _described(self, file: str, group: str) -> tuple[str, dict[str, tuple[tuple[int, ...], Any]]]:
+        """The notes of a shard; and shape, without the samples, and dtype of its tensors of a group."""
         metadata, rows = self._head(file)
         try:
             with safe_open(self.folder / file, framework="pt") as content:
                 names = [name for name in list(content.keys()) if _group(name, rows) == group]
-                tensors = {name: content.get_tensor(name) for name in names}
+                slices = {name: content.get_slice(name) for name in names}
+                shapes = {name: (tuple(one.get_shape()[1:]), one[:0].dtype) for name, one in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise self._damaged(file, str(error).splitlines()[0]) from error
-        if metadata.get(f"checksum {group}") != checksum(tensors, metadata.get("notes", "")):
-            raise self._damaged(file, "its checksum differs")
-        return metadata["notes"], tensors
-
-    def _damaged(self, file: str, reason: str) -> InputError:
-        return InputError(f"shard {str(self.folder / file)!r} is damaged ({reason}): delete it and run train.py again")
+            raise damaged(self.folder / file, str(error).splitlines()[0]) from error
+        return metadata.get(NOTES, ""), shapes
 
 
 def _group(name: str, rows: Rows) -> str:

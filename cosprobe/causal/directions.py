@@ -74,7 +74,7 @@ def concept_erasers(samples: ProbeSamples, target: str, cells: Sequence[Cell]) -
     Source: Belrose et al. (2023), "LEACE: Perfect linear concept erasure in closed form", arXiv 2306.03819.
     """
     form, labels = samples.target(target).form, samples.labels[target]
-    kept = (labels.flatten(1) if labels.ndim > 1 else labels[:, None]).amin(dim=1) >= 0
+    kept = torch.nonzero((labels.flatten(1) if labels.ndim > 1 else labels[:, None]).amin(dim=1) >= 0)[:, 0]
     labels, regions = labels[kept], samples.regions
     if form == "problem":
         classes = one_hot(labels).double()
@@ -86,7 +86,7 @@ def concept_erasers(samples: ProbeSamples, target: str, cells: Sequence[Cell]) -
     found = {}
     for cell in cells:
         at = samples.cell_index(cell.step, cell.layer, cell.branch, cell.position)
-        vectors = samples.features[kept][:, at].flatten(0, 1).double()
+        vectors = samples.features[kept, at].flatten(0, 1).double()
         eraser = LeaceEraser.fit(vectors, columns, shrinkage=False, svd_tol=NOTHING)
         found[cell.step, cell.layer] = LeaceEraser(*(part.float() for part in _parts(eraser)))
     return found

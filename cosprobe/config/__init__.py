@@ -5,6 +5,7 @@ field explains it; `--help` and the API reference print the same string.
 """
 
 from cosprobe.config.pipeline import DTYPES, SAMPLING, PipelineConfig, own_defaults
+from cosprobe.config.plan import PlanConfig
 from cosprobe.config.probe import KINDS, POOLINGS, CaptureConfig, ProbeConfig, decode_steps
 from cosprobe.config.runs import SCHEMAS, ProbeExperiment, TrainRun, UseRun
 from cosprobe.config.trainer import TrainerConfig
@@ -49,6 +50,7 @@ __all__ = [
     "LengthsConfig",
     "MiniConfig",
     "PipelineConfig",
+    "PlanConfig",
     "PredictConfig",
     "ProbeConfig",
     "ProbeExperiment",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from cosprobe.bounds import LARGEST_SEED, check_bounds
 from cosprobe.config.pipeline import PipelineConfig
+from cosprobe.config.plan import PlanConfig
 from cosprobe.config.probe import ProbeConfig
 from cosprobe.config.trainer import TrainerConfig
 from cosprobe.config.uses import (
@@ -64,6 +65,7 @@ class TrainRun:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     experiment: Any = MISSING
+    plan: PlanConfig = field(default_factory=PlanConfig)
     run_dir: str = ""
     "The run folder; empty: `runs/<task>-<probe>`, or `runs/<task>-<experiment>` for another experiment than `probes`."
     store: str = ""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from cosprobe.activations import ProbeSamples, Sampler, StoredSamples, load_samples
+from cosprobe.activations import ProbeSamples, Sampler, StoredSamples, StoredTensor, load_samples
 from cosprobe.cells import Cell
 from cosprobe.config import EarlyConfig, decode_steps
 from cosprobe.early_exit.reader import Answer, attach, check_pipeline, probabilities
@@ -133,7 +133,7 @@ def _plan(bank: ProbeBank, target: Target, validation: ProbeSamples, error_refer
 def plan(
     bank: ProbeBank,
     target: str,
-    features: Float[torch.Tensor, "sample cell region channel"],
+    features: Float[torch.Tensor | StoredTensor, "sample cell region channel"],
     cells: tuple[Cell, ...],
     labels: Int[np.ndarray, " sample"],
 ) -> tuple[Cell, ...]:
@@ -146,11 +146,15 @@ def plan(
     labelled = np.flatnonzero(labels >= 0)
     if not len(labelled):
         raise InputError(f"target {target!r}: no validation sample has a label; train with more problems")
-    at = [cells.index(c) for c in able]
-    proba = probabilities(bank, features[labelled][:, at].float(), target, able)
-    wanted = torch.from_numpy(labels[labelled]).expand(len(able), -1)[..., None]
-    loss = -proba.gather(2, wanted)[..., 0].clamp(min=1e-12).log().mean(dim=1)
-    order = sorted(zip(able, loss.tolist(), strict=True), key=lambda one: (round(one[1], 9), one[0].layer, one[0]))
+    losses: dict[Cell, float] = {}
+    for step in dict.fromkeys(cell.step for cell in able):
+        here = [cell for cell in able if cell.step == step]
+        values = features[labelled[:, None], [cells.index(cell) for cell in here]].float()
+        proba = probabilities(bank, values, target, here)
+        wanted = torch.from_numpy(labels[labelled]).expand(len(here), -1)[..., None]
+        loss = -proba.gather(2, wanted)[..., 0].clamp(min=1e-12).log().mean(dim=1)
+        losses |= dict(zip(here, loss.tolist(), strict=True))
+    order = sorted(losses.items(), key=lambda one: (round(one[1], 9), one[0].layer, one[0]))
     best = {cell.step: cell for cell, _ in reversed(order)}  # the first in `order` is written last
     return tuple(best[step] for step in sorted(best))
 

@@ -28,6 +28,7 @@ from cosprobe.evaluation.intervals import (
 )
 from cosprobe.evaluation.latency import Latency, lag, lag_difference
 from cosprobe.evaluation.latency import latency as half_maximum_latency  # evaluation.latency is the module
+from cosprobe.evaluation.power import detectable_accuracy
 from cosprobe.evaluation.predictions import Evaluated, InputReading, evaluate
 from cosprobe.evaluation.ranks import average_ranks
 from cosprobe.evaluation.scoring import build_grid
@@ -61,6 +62,7 @@ __all__ = [
     "clearest",
     "clearest_either_way",
     "correctness",
+    "detectable_accuracy",
     "difference_interval",
     "effective_problems",
     "evaluate",

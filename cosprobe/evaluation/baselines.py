@@ -17,8 +17,10 @@ The latents of x0-hat are read in the same way. They are not an input and are co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +54,8 @@ LOCAL = (NOISE, FIRST_FRAME, EMBED, X_T)  # inputs that have frames and regions
 MUST_BEAT = {Role.ANSWER: INPUTS, Role.MODEL_ANSWER: INPUTS, Role.MEMORY: LOCAL}
 GAP = 1e-4  # a fit ends at this relative gap of the objective
 NUMERIC = ("accuracy", "penalty", "columns", "projected", "validation", "test")  # fields of `InputReading`
-NUMBERS = 2**25  # feature values processed at a time: 128 MB in fp32
+FIELDS = ("form", *NUMERIC)
+NUMBERS = 2**24  # feature values processed at a time: 64 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -94,20 +97,26 @@ def read_inputs(
     recipe = Recipe(kind, penalties, seed)
     positions = tuple(dict.fromkeys(cell.position for cell in samples.cells))
     steps = len({cell.step for cell in samples.cells})
-    found: dict[str, dict[str, InputReading]] = {}
-    for target in readable_targets(samples.targets, samples.regions):
-        names = [name for name in (*MUST_BEAT[target.role], X0) if name in inputs] if target.role in MUST_BEAT else []
-        local = target.role is Role.MEMORY and not Place.of(positions[0]).is_token
-        for name in names:
-            read = [
-                _read(samples, target, list(forms(inputs[name], target, position if local else None)), recipe)
-                for position in (positions if local else positions[:1])
-            ]
-            joined = {field: np.stack([part[field] for part in read], axis=1) for field in read[0]}
-            found.setdefault(target.name, {})[name] = InputReading(
-                **{field: _spread_out(value, steps, len(positions)) for field, value in joined.items()}
+    targets = [t for t in readable_targets(samples.targets, samples.regions) if t.role in MUST_BEAT]
+    needed = {t.name: [name for name in (*MUST_BEAT[t.role], X0) if name in inputs] for t in targets}
+    found: dict[str, dict[str, InputReading]] = {target.name: {} for target in targets}
+    for name, source in inputs.items():
+        wanted = []
+        for target in (t for t in targets if name in needed[t.name]):
+            local = target.role is Role.MEMORY and not Place.of(positions[0]).is_token
+            wanted += [(target, position) for position in (positions if local else (None,))]
+        if not wanted:
+            continue
+        solved = shared(partial(_read_steps, samples, source, wanted, recipe), source.whole.shape[1])
+        for target in (t for t in targets if name in needed[t.name]):
+            read = [i for i, (of, _) in enumerate(wanted) if of is target]
+            values = {field: np.stack([solved[f"{i}/{field}"].numpy() for i in read], axis=1) for field in FIELDS}
+            names = [[one.name for one in forms(source.read(rows=0), *wanted[i])] for i in read]
+            values["form"] = np.stack([np.array(names[n])[values["form"][:, n]] for n in range(len(read))], axis=1)
+            found[target.name][name] = InputReading(
+                **{field: _spread_out(value, steps, len(positions)) for field, value in values.items()}
             )
-    return found
+    return {target: {name: found[target][name] for name in names} for target, names in needed.items() if names}
 
 
 def read_inputs_once(
@@ -146,18 +155,19 @@ def _packed(readings: Mapping[str, Mapping[str, InputReading]]) -> Saved:
 
 
 def forms(source: InputFeatures, target: Target, position: str | None) -> Iterator[Form]:
-    """The forms in which `target` may be read from an input.
+    """The forms in which `target` may be read from an input, which is read from the disk if it is not in memory.
 
     position: for a memory target, the position that the probe on a layer reads. The input is then read at that position
     only (the same latent frame, coarse cell or regions). None: any part of the input may be read.
     """
+    source = source.read()
     areas = {"region": source.region, "token": source.token, "whole": source.whole}
-    if source.token is not None and source.token[0, 0, 0].numel() > COLUMNS:
+    if source.token is not None and math.prod(source.token.shape[3:]) > COLUMNS:
         areas.pop("token")
     if position is not None or target.form == "region":
         areas.pop("whole" if source.region is not None else "region")
     for area, values in areas.items():
-        if values is None:
+        if not isinstance(values, Tensor):
             continue
         if position is not None and position.isdigit():
             values = values[:, :, [int(position)]]
@@ -178,13 +188,39 @@ def input_samples(samples: ProbeSamples, source: InputFeatures, target: str, cel
     step = sorted({c.step for c in samples.cells}).index(cell.step)
     local = kind.role is Role.MEMORY and not Place.of(cell.position).is_token
     position = cell.position if local else None
-    rows = next(one.rows for one in forms(source, kind, position) if one.name == form)
-    at = min(step, rows.shape[1] - 1)  # some inputs have one entry for all steps
-    return replace(samples, features=rows[:, [at]], cells=(cell,))
+    at = min(step, source.whole.shape[1] - 1)  # some inputs have one entry for all steps
+    of_step = source.read(slice(at, at + 1))
+    rows = next(one.rows for one in forms(of_step, kind, position) if one.name == form)
+    return replace(samples, features=rows, cells=(cell,))
+
+
+def _read_steps(
+    samples: ProbeSamples,
+    source: InputFeatures,
+    wanted: Sequence[tuple[Target, str | None]],
+    recipe: Recipe,
+    part: slice,
+) -> dict[str, Tensor]:
+    """Reads an input at the steps of `part`, a few steps at a time, for all targets and positions `wanted`.
+
+    Returns the fields of an `InputReading` with the step axis first and without the position axis, as NUMBER/FIELD,
+    with the number of the target and position. A form is given by its number among `forms`.
+    """
+    tensors = (source.whole, source.region, source.token)
+    each = sum(len(tensor) * math.prod(tensor.shape[2:]) for tensor in tensors if tensor is not None)
+    size = max(1, NUMBERS // each)
+    found: list[dict[str, Tensor]] = []
+    for start in range(part.start, part.stop, size):
+        few, values = source.read(slice(start, min(start + size, part.stop))), dict[str, Tensor]()
+        for i, (target, position) in enumerate(wanted):
+            read = _read(samples, target, list(forms(few, target, position)), recipe)
+            values |= {f"{i}/{field}": torch.from_numpy(value) for field, value in read.items()}
+        found.append(values)
+    return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
 
 def _read(samples: ProbeSamples, target: Target, tried: list[Form], recipe: Recipe) -> dict[str, np.ndarray]:
-    """Fields of an `InputReading`, with the step axis first and without the position axis."""
+    """Fields of an `InputReading`, with the step axis first and without the position axis; forms as numbers."""
     steps = tried[0].rows.shape[1]
     by_form = [_by_steps(_cross_validate, samples, target, form, recipe)["accuracy"] for form in tried]
     scores = torch.stack(by_form)
@@ -200,7 +236,7 @@ def _read(samples: ProbeSamples, target: Target, tried: list[Form], recipe: Reci
                 for step, value in zip(at.tolist(), fitted[field].numpy(), strict=True):
                     values[field][step] = value
     return {
-        "form": np.array([tried[i].name for i in kept.tolist()]),
+        "form": kept.numpy(),
         "accuracy": scores.amax(dim=0).numpy(),
         **{name: np.stack(value) for name, value in values.items()},
     }
@@ -213,17 +249,11 @@ def _by_steps(
     form: Form,
     recipe: Recipe,
 ) -> dict[str, Tensor]:
-    """Applies `work` to a few steps at a time. The steps are divided between processes."""
+    """Applies `work` to a few steps at a time."""
     fitted = replace(target, form="problem") if form.rows.shape[2] == 1 else target  # a single region
-    each = form.rows[:, 0].numel()
-
-    def solve(part: slice) -> dict[str, Tensor]:
-        size = max(1, NUMBERS // each)
-        slices = [slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size)]
-        parts = [work(samples, fitted, form.rows[:, one], recipe) for one in slices]
-        return {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
-
-    return shared(solve, form.rows.shape[1])
+    size = max(1, NUMBERS // form.rows[:, 0].numel())
+    parts = [work(samples, fitted, rows, recipe) for rows in form.rows.split(size, dim=1)]
+    return {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
 
 
 def _cross_validate(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
+from torch import Tensor
 
 from cosprobe.activations import ProbeSamples
 from cosprobe.cells import Cell
 from cosprobe.errors import InputError
-from cosprobe.probes import ProbeBank, brier, ece
+from cosprobe.probes import ProbeBank, blocks, brier, ece
 from cosprobe.tasks import ANSWER_ROLES, Role, Target
 
 
@@ -149,8 +151,12 @@ def evaluate(
     steps = sorted({cell.step for cell in samples.cells})
     train, validation, test = (samples.subset(split) for split in ("train", "validation", "test"))
     settled = np.zeros(len(samples)) if samples.model_answer is None else samples.model_answer
+    few = blocks(len(samples.cells), (len(validation) + len(test)) * math.prod(samples.features.shape[2:]))
+    parts = [_of_cells(validation.at(part), test.at(part), bank.select(bank.cells[part])) for part in few]
     results = []
     for target in bank.targets:
+        joined = {name: np.concatenate([one[target.name][name] for one in parts]) for name in parts[0][target.name]}
+        predicted = [joined.pop(split) for split in ("validation", "test")]
         read = dict((readings or {}).get(target.name, {}))
         kinds = np.isin(samples.kinds, target.kinds)
         none = int((kinds & (settled < 0)).sum()) if target.role is Role.MODEL_ANSWER else 0
@@ -159,11 +165,11 @@ def evaluate(
                 target,
                 train.labels[target.name].numpy(),
                 train.keys,
-                _predictions(validation, target, bank, steps, {name: one.validation for name, one in read.items()}),
-                _predictions(test, target, bank, steps, {name: one.test for name, one in read.items()}),
+                _predictions(validation, target, predicted[0], steps, {n: one.validation for n, one in read.items()}),
+                _predictions(test, target, predicted[1], steps, {n: one.test for n, one in read.items()}),
                 bank.penalties[target.name].numpy(),
                 none,
-                _calibration(test, target, bank),
+                joined,
                 read,
             )
         )
@@ -171,7 +177,7 @@ def evaluate(
 
 
 def _predictions(
-    samples: ProbeSamples, target: Target, bank: ProbeBank, steps: list[int], inputs: dict[str, np.ndarray]
+    samples: ProbeSamples, target: Target, predicted: np.ndarray, steps: list[int], inputs: dict[str, np.ndarray]
 ) -> SplitPredictions:
     x0_parsed = None
     if target.role in ANSWER_ROLES and "x0_scores" in samples.scores:  # the candidate with the highest parser score
@@ -180,20 +186,34 @@ def _predictions(
     return SplitPredictions(
         labels=samples.labels[target.name].numpy(),
         keys=samples.keys,
-        predicted=bank.predict(samples.features, target.name).numpy(),
+        predicted=predicted,
         x0_parsed=x0_parsed,
         model_answer=samples.model_answer,
         inputs=inputs,
     )
 
 
-def _calibration(test: ProbeSamples, target: Target, bank: ProbeBank) -> dict[str, np.ndarray]:
-    """Calibration of every cell on test. Empty if the bank has no temperatures for the target or test has no labels."""
-    labels = test.labels[target.name].flatten()
+def _of_cells(validation: ProbeSamples, test: ProbeSamples, bank: ProbeBank) -> dict[str, dict[str, np.ndarray]]:
+    """For every target: predicted labels by split, and the calibration of some cells, which are those of the bank."""
+    features, found = {"validation": validation.features[:], "test": test.features[:]}, {}
+    for target in bank.targets:
+        raw = {split: bank.decision(values, target.name) for split, values in features.items()}
+        predicted = {split: values.argmax(dim=-1).numpy() for split, values in raw.items()}
+        found[target.name] = predicted | _calibration(raw["test"], test.labels[target.name].flatten(), target, bank)
+    return found
+
+
+def _calibration(
+    raw: Float[Tensor, "cell sample *region out"], labels: Int[Tensor, " row"], target: Target, bank: ProbeBank
+) -> dict[str, np.ndarray]:
+    """Calibration of the cells on test. Empty if the bank has no temperatures for the target or test has no labels.
+
+    raw: decision values.
+    """
     if target.name not in bank.temperatures or not (labels >= 0).any():
         return {}
-    raw = bank.decision(test.features, target.name).reshape(len(bank.cells), len(labels), -1)
+    raw = raw.reshape(len(bank.cells), len(labels), -1)
     heat = bank.temperatures[target.name]
     proba = (raw / heat[:, None, None]).softmax(dim=-1)
-    found = {"temperature": heat, "ece": ece(proba, labels), "ece_raw": ece(raw.softmax(-1), labels)}
-    return {name: value.numpy() for name, value in (found | {"brier": brier(proba, labels)}).items()}
+    values = {"temperature": heat, "ece": ece(proba, labels), "ece_raw": ece(raw.softmax(-1), labels)}
+    return {name: value.numpy() for name, value in (values | {"brier": brier(proba, labels)}).items()}

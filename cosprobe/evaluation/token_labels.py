@@ -24,7 +24,7 @@ from cosprobe.evaluation.intervals import grounded, share_interval
 from cosprobe.evaluation.significance import max_t_permutation, weakest_pair
 from cosprobe.evaluation.variables import CEILING
 from cosprobe.models import COND
-from cosprobe.probes import affine, classes_last, design, fit_newton, spread, standardise, validated
+from cosprobe.probes import affine, blocks, classes_last, design, fit_newton, spread, standardise, validated
 from cosprobe.tasks import Problem, Role, Target, Task, on_path
 
 GUESS = "guess"  # the more frequent label of the position, or a coin where that is right more often
@@ -97,7 +97,12 @@ def read_token_labels(
         for axis, name in ((steps, "step"), (layers, "layer"), (positions, "position"))
     )
     of_cell = np.array([place.row * columns + place.column for _, _, place in kept], dtype=int)
-    read = _fit_and_predict(samples.features[:, [i for i, _, _ in kept]], truth, of_cell, parts, penalties)
+    numbers = np.array([i for i, _, _ in kept], dtype=int)
+    few = blocks(len(kept), len(samples) * samples.features.shape[-1])
+    read = _joined(
+        [_fit_and_predict(samples.features[:, numbers[one]], truth, of_cell[one], parts, penalties) for one in few],
+        parts,
+    )
     keys = np.asarray(samples.keys)[parts["test"]]
     wanted = {split: truth[parts[split]].astype(int) for split in ("validation", "test")}
     right = (read.test == wanted["test"][:, of_cell].T).astype(float)
@@ -175,14 +180,15 @@ def _read_input(
     """
     if source.token is None:
         raise InputError(f"input {name}: expected its tokens, of samples with token pooling")
-    tokens = source.token
-    if name == FIRST_FRAME:
-        tokens = tokens.movedim(2, 3).flatten(3)[:, :, None]  # the channels of all latent frames
     token = np.flatnonzero(varied)
-    times, frames = tokens.shape[1:3]
-    rows = tokens[:, :, :, torch.from_numpy(token)].flatten(1, 3)[:, :, None]
-    of_row = np.tile(token, times * frames)
-    read = _fit_and_predict(rows, truth, of_row, parts, penalties)
+    times, frames = source.token.shape[1], 1 if name == FIRST_FRAME else source.token.shape[2]
+    of_row, found = np.tile(token, frames), []
+    for step in range(times if len(token) else 0):
+        tokens = source.token[:, step][:, :, torch.from_numpy(token)]
+        if name == FIRST_FRAME:
+            tokens = tokens.movedim(1, 2).flatten(2)[:, None]  # the channels of all latent frames
+        found.append(_fit_and_predict(tokens.flatten(1, 2)[:, :, None], truth, of_row, parts, penalties))
+    read, of_row = _joined(found, parts), np.tile(of_row, times)
     right = (read.test == truth[parts["test"]][:, of_row].T).astype(float)
     validation = (read.validation == truth[parts["validation"]][:, of_row].T).mean(axis=1)
     rank = {int(one): i for i, one in enumerate(token)}
@@ -197,6 +203,12 @@ def _read_input(
     return right[at], validation[at]
 
 
+def _joined(found: Sequence[_Read], parts: Mapping[str, np.ndarray]) -> _Read:
+    """The predictions of all cells."""
+    none = _Read(*(np.zeros((0, int(parts[split].sum())), dtype=int) for split in ("validation", "test")))
+    return _Read(*(np.concatenate([getattr(one, split) for one in (none, *found)]) for split in ("validation", "test")))
+
+
 def _fit_and_predict(
     features: Float[Tensor, "sample cell 1 channel"],
     truth: Bool[np.ndarray, "sample token"],
@@ -205,8 +217,6 @@ def _fit_and_predict(
     penalties: Sequence[float],
 ) -> _Read:
     """Fits probes whose labels are those of the token of their cell, and predicts validation and test samples."""
-    if not len(of_cell):
-        return _Read(*(np.zeros((0, int(parts[split].sum())), dtype=int) for split in ("validation", "test")))
     labels = torch.from_numpy(truth[:, of_cell].T.astype(np.int64))  # cell, sample
     train, validation, test = (torch.from_numpy(parts[split]) for split in ("train", "validation", "test"))
     x = standardise(features, *spread(features[train]))
@@ -235,11 +245,7 @@ def read_path(
     left = samples.rows(np.flatnonzero(single))
     if not all((np.asarray(left.split) == split).any() for split in SPLIT_ORDER):
         return None
-    keep = torch.from_numpy(np.flatnonzero(single))
     rows, columns = (1 + max(getattr(Place.of(c.position), axis) for c in samples.cells) for axis in ("row", "column"))
     labels = [on_path(task, problem, rows, columns) for problem, one in zip(problems, single, strict=True) if one]
-    of_left = {
-        name: InputFeatures(source.whole[keep], None, None if source.token is None else source.token[keep])
-        for name, source in inputs.items()
-    }
+    of_left = {name: source.rows(np.flatnonzero(single)) for name, source in inputs.items()}
     return read_token_labels(left, of_left, np.stack(labels), penalties, seed=seed)

@@ -7,7 +7,7 @@ from cosprobe.models.cpu_layout import channels_last
 from cosprobe.models.defaults import taken_defaults, with_defaults
 from cosprobe.models.identity import Fingerprint, fingerprint, model_fingerprint, pipeline_fingerprint
 from cosprobe.models.images import Pictures, image_batch
-from cosprobe.models.loading import download, load_part, load_pipeline, load_scheduler, with_scheduler
+from cosprobe.models.loading import download, load_part, load_pipeline, load_scheduler, outline, with_scheduler
 from cosprobe.models.pipelines import (
     block_list,
     check_guidance,
@@ -64,6 +64,7 @@ __all__ = [
     "load_scheduler",
     "model_fingerprint",
     "of_samples",
+    "outline",
     "noise_level",
     "output_for",
     "pipeline_fingerprint",

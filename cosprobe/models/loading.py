@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -37,20 +38,25 @@ Part = TypeVar("Part", bound=nn.Module)
 REPORTS = ("LOAD REPORT", "Some weights of", "connect to the Hub")  # in reports of transformers and diffusers
 LOGGERS = ("transformers.modeling_utils", "diffusers.models.modeling_utils", "diffusers.pipelines.pipeline_utils")
 LIBRARIES = ("diffusers", "transformers")  # of the parts of a pipeline
+DESCRIBING = ["*.json", "*.txt", "*.model"]  # files of a model on the Hub without its weights
 NAMED = 3  # names of tensors in a message
 
 
-def download(config: PipelineConfig) -> None:
+def download(config: PipelineConfig, weights: bool = True) -> None:
     """Downloads a model on the Hub that is not on this machine. Does nothing for a model in a folder.
 
+    weights: whether weights are downloaded too, or only the files that describe the model and its tokenizer.
     Raises InputError when there is no such model, or when the Hub cannot be reached.
     """
     if not config.on_hub:
         return
     try:
         with _without_reports():
-            where = DiffusionPipeline.download(
-                config.path, revision=config.revision or None, variant=config.variant or None, use_safetensors=True
+            revision, variant = config.revision or None, config.variant or None
+            where = (
+                DiffusionPipeline.download(config.path, revision=revision, variant=variant, use_safetensors=True)
+                if weights
+                else snapshot_download(config.path, revision=revision, allow_patterns=DESCRIBING)
             )
     except Exception as error:  # errors of the network are of many classes
         raise InputError(
@@ -189,9 +195,47 @@ def check_weights(module: nn.Module, where: str) -> None:
             raise InputError(f"{where}: {name} has NaN or infinite values; download or train the weights again")
 
 
+def outline(config: PipelineConfig) -> DiffusionPipeline:
+    """The pipeline without its weights, from configuration files alone: its models are on the meta device.
+
+    What is neither a model nor a scheduler, such as a tokenizer, is None. Raises InputError for a folder whose
+    configuration files are incomplete.
+    """
+    folder, parts = config.folder, dict[str, Any]()
+    with _loading_errors(f"pipeline.path={str(folder)!r}: its configuration files are incomplete"):
+        for name, kind in _parts(folder):
+            parts[name], dtype = None, (config.vae_dtype if name == "vae" else "") or config.dtype
+            if issubclass(kind, SchedulerMixin):
+                parts[name] = cast(Any, kind).from_pretrained(folder / name, local_files_only=True)
+            elif issubclass(kind, ModelMixin | PreTrainedModel):
+                with torch.device("meta"):
+                    parts[name] = _of_configuration(kind, folder / name).to(getattr(torch, dtype))
+        _check_kind(config, parts)
+        pipeline = pipeline_class(config)(**parts)
+    pipeline.scheduler = with_scheduler(pipeline.scheduler, config)
+    return pipeline
+
+
+def _of_configuration(kind: Any, folder: Path) -> nn.Module:
+    """A model with new weights, of the shapes in its configuration file."""
+    if issubclass(kind, PreTrainedModel):
+        return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+    return kind.from_config(kind.load_config(folder, local_files_only=True))
+
+
 def _load_models(folder: Path, config: PipelineConfig) -> Iterator[tuple[str, nn.Module]]:
     """The models among the parts of a pipeline, each loaded with a report of what did not fit."""
     of_vae = config.vae_dtype or config.dtype
+    for name, kind in _parts(folder):
+        if issubclass(kind, ModelMixin | PreTrainedModel):
+            dtype = getattr(torch, of_vae if name == "vae" else config.dtype)
+            where = f"pipeline.path={str(folder)!r}: {name}"
+            yield name, _load_model(kind, folder / name, dtype, where, config.variant or None)
+
+
+def _parts(folder: Path) -> Iterator[tuple[str, type]]:
+    """The parts of a pipeline and their classes. Raises InputError for a part without a folder, and for a class that is
+    of another library than those of LIBRARIES or, of a scheduler, not in its configuration."""
     for name, entry in json.loads((folder / MODEL_INDEX).read_text()).items():
         if not isinstance(entry, list) or len(entry) != 2 or None in entry:
             continue
@@ -209,10 +253,8 @@ def _load_models(folder: Path, config: PipelineConfig) -> Iterator[tuple[str, nn
                 raise InputError(
                     f"pipeline.path={str(folder)!r}: {name}/{SCHEDULER_CONFIG_NAME} is none of a scheduler"
                 )
-        if isinstance(kind, type) and issubclass(kind, ModelMixin | PreTrainedModel):
-            dtype = getattr(torch, of_vae if name == "vae" else config.dtype)
-            where = f"pipeline.path={str(folder)!r}: {name}"
-            yield name, _load_model(kind, folder / name, dtype, where, config.variant or None)
+        if isinstance(kind, type):
+            yield name, kind
 
 
 def load_part(kind: type[Part], folder: Path, setting: str) -> Part:

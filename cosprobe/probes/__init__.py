@@ -4,7 +4,7 @@ from cosprobe.probes.bank import ProbeBank, Provenance, kept_bank, load_probes
 from cosprobe.probes.calibration import Reliability, brier, ece, reliability
 from cosprobe.probes.checkpoints import ChecksumIO, check_state
 from cosprobe.probes.datamodule import shared
-from cosprobe.probes.linalg import affine, classes_last, design, principal_axes, spread, standardise, validated
+from cosprobe.probes.linalg import affine, blocks, classes_last, design, principal_axes, spread, standardise, validated
 from cosprobe.probes.logistic import fit
 from cosprobe.probes.newton import fit_newton
 from cosprobe.probes.ridge import fit_ridge, problem_folds
@@ -15,6 +15,7 @@ __all__ = [
     "Provenance",
     "Reliability",
     "affine",
+    "blocks",
     "brier",
     "check_state",
     "classes_last",

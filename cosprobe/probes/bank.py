@@ -7,6 +7,7 @@ Probes work on standardised features. The decision values depend on the form of 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from cosprobe.activations import StoreSettings
+from cosprobe.activations import StoredTensor, StoreSettings
 from cosprobe.cells import Cell, ranges
 from cosprobe.config import ProbeConfig, TrainerConfig, TrainRun
 from cosprobe.differences import check_same, differences, first_difference
@@ -34,7 +35,7 @@ from cosprobe.tasks import Target
 FORMAT = 5
 TABLES = ("weights", "biases", "penalties", "temperatures")
 TENSORS, DESCRIPTION = "bank.safetensors", "bank.json"
-CHUNK = 2**26  # number of values standardised at a time, 256 MB in fp32
+CHUNK = 2**24  # number of values standardised at a time, 64 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class ProbeBank:
 
     def calibrated(
         self,
-        features: Float[Tensor, "sample cell region channel"],
+        features: Float[Tensor | StoredTensor, "sample cell region channel"],
         labels: Mapping[str, Int[Tensor, " sample *region"]],
     ) -> ProbeBank:
         """The same bank with a temperature for every cell and target. Use samples that the bank was not fitted to."""
@@ -203,7 +204,7 @@ class ProbeBank:
 
     def decision(
         self,
-        features: Float[Tensor, "sample cell region channel"],
+        features: Float[Tensor | StoredTensor, "sample cell region channel"],
         target: str,
         cells: Sequence[Cell] | None = None,
     ) -> Float[Tensor, "cell sample *region out"]:
@@ -221,14 +222,14 @@ class ProbeBank:
             )
         form = self.target(target).form
         values = []
-        for part in _parts(len(bank.cells), features[:, 0].numel()):
+        for part in _parts(len(bank.cells), math.prod(features.shape) // max(1, len(bank.cells))):
             rows = design(standardise(features[:, part], bank.mean[part], bank.std[part]), form)
             values.append(classes_last(affine(rows, bank.weights[target][part], bank.biases[target][part]), form))
         return torch.cat(values)
 
     def probabilities(
         self,
-        features: Float[Tensor, "sample cell region channel"],
+        features: Float[Tensor | StoredTensor, "sample cell region channel"],
         target: str,
         cells: Sequence[Cell] | None = None,
     ) -> Float[Tensor, "cell sample *region out"]:
@@ -241,7 +242,7 @@ class ProbeBank:
 
     def predict(
         self,
-        features: Float[Tensor, "sample cell region channel"],
+        features: Float[Tensor | StoredTensor, "sample cell region channel"],
         target: str,
         cells: Sequence[Cell] | None = None,
     ) -> Int[Tensor, "cell sample *region"]:

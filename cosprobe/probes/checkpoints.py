@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from cosprobe.activations import ProbeSamples
+from cosprobe.activations import ProbeSamples, StoredTensor
 from cosprobe.checked import read_tensors, write_tensors
 from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.errors import InputError
@@ -181,6 +181,9 @@ def fingerprint(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConf
         "device": [device, torch.cuda.get_device_name() if device in ("cuda", "gpu") else platform.machine(), cpu],
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for tensor in (samples.features, *samples.labels.values()):
+    if isinstance(samples.features, StoredTensor):
+        digest.update(samples.features.digest().encode())
+    in_memory = [] if isinstance(samples.features, StoredTensor) else [samples.features]
+    for tensor in (*in_memory, *samples.labels.values()):
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

@@ -109,14 +109,14 @@ class ProbeData(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Standardises, computes principal axes, and moves all data to the device of the trainer."""
         device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
-        train = self.samples["train"]
-        mean, std = spread(train.features)
+        values = {name: samples.features[:] for name, samples in self.samples.items()}
+        mean, std = spread(values["train"])
         self.mean, self.std = mean.to(device), std.to(device)
         self.axes: dict[str, Axes] = {}
         self.whole: dict[str, ProbeBatch] = {}
         rows: dict[str, dict[str, Tensor]] = {name: {} for name in self.samples}
         for name, samples in self.samples.items():
-            x = standardise(samples.features, self.mean, self.std)
+            x = standardise(values.pop(name), self.mean, self.std)
             for form in self.forms:
                 seen = _within(design(x, form), form)
                 if name == "train":

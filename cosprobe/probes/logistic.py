@@ -19,8 +19,9 @@ certificate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from cosprobe.probes.datamodule import ProbeBatch, ProbeData, check_targets, sha
 from cosprobe.probes.linalg import (
     Chosen,
     Fitted,
+    Parts,
     affine,
     classes_last,
     curvature,
@@ -186,7 +188,7 @@ class ProbeTraining(L.LightningModule):
         """Brings fits that are short of their optimum there by Newton steps, and stores probes and certificates."""
         data: ProbeData = self.trainer.datamodule
         train = data.samples["train"]
-        x = standardise(train.features, data.mean, data.std)
+        x = standardise(train.features[:], data.mean, data.std)
         self.fitted, self.certificates = finished(
             self._trained(data), x, train.labels, self.targets, self.config.penalties, shared
         )
@@ -270,7 +272,8 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
         tables: dict[str, Any] = {
             f.name: {t.name: results[f"{f.name}/{t.name}"] for t in targets} for f in fields(Chosen)
         }
-        banks.append(ProbeBank(chunk.cells, tuple(targets), samples.regions, results["mean"], results["std"], **tables))
+        bank = ProbeBank(chunk.cells, tuple(targets), samples.regions, results["mean"], results["std"], **tables)
+        banks.append(bank.calibrated(held_out.features[:], held_out.labels))
         if config.kind != "ridge":
             endings.append(
                 {t.name: Certificate(results[f"converged/{t.name}"], results[f"gap/{t.name}"]) for t in targets}
@@ -283,9 +286,8 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
             Console().print(line, markup=False, highlight=False, soft_wrap=True)
         fitted_with["converged"] = {name: one.tally for name, one in whole.items()}
         fitted_with["gap"] = {name: float(one.gap.max()) for name, one in whole.items()}
-    bank = ProbeBank.join(banks).calibrated(validation.features, validation.labels).with_provenance(**fitted_with)
     saved.remove(runner)
-    return bank
+    return ProbeBank.join(banks).with_provenance(**fitted_with)
 
 
 def _fit_chunk(
@@ -301,25 +303,52 @@ def _fit_chunk(
 
     Returns `mean` and `std`, and the fields of `Chosen` and `Certificate` of every target, as in `weights/answer`.
     """
-    chosen: dict[str, Chosen] | None = None
-    ended: dict[str, Certificate] = {}
     if config.kind == "logistic":
         data, module = ProbeData(train, validation, config.batch, seed), ProbeTraining(config)
         with keyboard_interrupts():
             runner.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        mean, std, fitted, ended = data.mean, data.std, module.fitted, module.certificates
+        held_out = standardise(validation.features[:], data.mean, data.std)
+        chosen = _validated(held_out, module.fitted, validation, targets, config.penalties)
+        results = _by_name(data.mean, data.std, chosen, module.certificates)
     else:
-        mean, std = (stat.to(runner.strategy.root_device) for stat in spread(train.features))
-        x = standardise(train.features, mean, std)
-        if config.kind == "ridge":
-            chosen = fit_ridge(x, train.labels, train.keys, targets, config.penalties, seed, shared)
-        else:
-            fitted, ended = newton_targets(x, train.labels, targets, config.penalties, shared)
-    chosen = chosen or _validated(fitted, mean, std, validation, targets, config.penalties)
+        device = runner.strategy.root_device
+        solve = partial(_solved, train, validation, targets, config, seed, device)
+        results = shared(solve, len(train.cells))  # processes exchange weights, which are smaller than features
+    return {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in results.items()}
+
+
+def _solved(
+    train: ProbeSamples,
+    validation: ProbeSamples,
+    targets: Sequence[Target],
+    config: ProbeConfig,
+    seed: int,
+    device: torch.device,
+    part: slice,
+) -> Parts:
+    """The results of a kind that is not trained, for the cells of `part`. Features of other cells are not read."""
+    values = train.features[:, part]
+    mean, std = (statistic.to(device) for statistic in spread(values))
+    x = standardise(values, mean, std)
+    del values  # as large as x
+    if config.kind == "ridge":
+        return _by_name(mean, std, fit_ridge(x, train.labels, train.keys, targets, config.penalties, seed), {})
+    fitted, ended = newton_targets(x, train.labels, targets, config.penalties)
+    held_out = standardise(validation.features[:, part], mean, std)
+    return _by_name(mean, std, _validated(held_out, fitted, validation, targets, config.penalties), ended)
+
+
+def _by_name(
+    mean: Float[Tensor, "cell channel"],
+    std: Float[Tensor, "cell channel"],
+    chosen: Mapping[str, Chosen],
+    ended: Mapping[str, Certificate],
+) -> Parts:
+    """The results of a fit as tensors; see `_fit_chunk`."""
     results = {"mean": mean, "std": std}
     for name, table in (*chosen.items(), *ended.items()):
         results |= {f"{field}/{name}": value for field, value in vars(table).items()}
-    return {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in results.items()}
+    return results
 
 
 def chunks(samples: ProbeSamples, targets: Sequence[Target], config: ProbeConfig) -> list[slice]:
@@ -350,13 +379,11 @@ def _runner(config: ProbeConfig, trainer: TrainerConfig, callbacks: Sequence[L.C
 
 
 def _validated(
+    x: Float[Tensor, "cell sample region channel"],
     fitted: Fitted,
-    mean: Float[Tensor, "cell channel"],
-    std: Float[Tensor, "cell channel"],
     validation: ProbeSamples,
     targets: Sequence[Target],
     penalties: Sequence[float],
 ) -> dict[str, Chosen]:
-    """For every target and cell, the fit with the best penalty on validation."""
-    x = standardise(validation.features, mean, std)
+    """For every target and cell, the fit with the best penalty on validation. x: standardised validation features."""
     return {t.name: validated(x, validation.labels[t.name], t.form, *fitted[t.name], penalties) for t in targets}

@@ -182,18 +182,10 @@ def newton_targets(
     labels: dict[str, Int[Tensor, " sample *region"]],
     targets: Sequence[Target],
     penalties: Sequence[float],
-    divide: Divide,
 ) -> tuple[Fitted, dict[str, Certificate]]:
-    """Fits every target with `fit_newton`. Returns weights and biases, and the certificates, by name of the target.
-
-    divide(solve, cells): divides the cells between processes, for example `shared`.
-    """
-
-    def solve(target: Target, part: slice) -> Parts:
-        fit = fit_newton(x[part], labels[target.name], target, penalties)
-        return _parts(fit, fit.converged)
-
-    return _sorted({target.name: divide(partial(solve, target), len(x)) for target in targets})
+    """Fits every target with `fit_newton`. Returns weights and biases, and the certificates, by name of the target."""
+    fits = {target.name: fit_newton(x, labels[target.name], target, penalties) for target in targets}
+    return _sorted({name: _parts(fit, fit.converged) for name, fit in fits.items()})
 
 
 def finished(
@@ -206,7 +198,8 @@ def finished(
 ) -> tuple[Fitted, dict[str, Certificate]]:
     """Continues fits with Newton steps until their relative gap is at most AIM. Returns probes and certificates.
 
-    Fits with a relative gap of at most PROMISED count as converged. divide: see `newton_targets`.
+    Fits with a relative gap of at most PROMISED count as converged. divide(solve, cells): divides the cells
+    between processes, for example `shared`.
     """
 
     def solve(target: Target, part: slice) -> Parts:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from cosprobe.errors import InputError
 from cosprobe.probes.linalg import (
     Axes,
     Chosen,
-    Divide,
     Parts,
     best_penalty,
     blocks,
@@ -118,17 +116,12 @@ def fit_ridge(
     targets: Sequence[Target],
     penalties: Sequence[float],
     seed: int = 0,
-    divide: Divide | None = None,
 ) -> dict[str, Chosen]:
     """Fits ridge classifiers: regression to +1 for the class (or the region that is the answer), -1 for the others.
 
     x: standardised. labels: rows with label -1 are ignored. keys: the problem of each sample.
     The penalty of a target and cell is the one with the most right predictions on held-out folds of whole problems
     (ties: the lower squared error there). Weights have the precision of x.
-
-    divide(solve, cells): divides the cells between processes, for example `shared`. Dividing cells and not rows means
-    that processes exchange weights and not Gram matrices, which are larger than the features unless there are more
-    rows than columns. Each process needs all rows.
     Raises InputError for penalties that are not above 0. With several penalties, also for a target with labels
     in only one problem.
     """
@@ -149,8 +142,7 @@ def fit_ridge(
             )
         known = {t.name: labels[t.name].to(x.device).flatten() for t in members}
         known = {name: label[label >= 0] for name, label in known.items()}
-        part = partial(_fit_part, rows, keep, folds, known, members, penalties)
-        values = part(slice(0, len(x))) if divide is None else divide(part, len(x))
+        values = _fit_cells(rows, keep, folds, known, members, penalties)
         for target in members:
             fields = ("weights", "biases", "penalties")
             found[target.name] = Chosen(**{field: values[f"{target.name}/{field}"] for field in fields})
@@ -165,16 +157,15 @@ def _carried(x: Tensor, label: Tensor, target: Target) -> bytes:
     return known.flatten().cpu().numpy().tobytes()
 
 
-def _fit_part(
+def _fit_cells(
     rows: Float[Tensor, "cell sample row width"],
     keep: Bool[Tensor, " flat"],
     folds: Int[Tensor, " kept"],
     known: dict[str, Int[Tensor, " label"]],
     targets: Sequence[Target],
     penalties: Sequence[float],
-    part: slice,
 ) -> Parts:
-    """Fits the cells of `part`. Returns the fields of `Chosen` for every target, with names `TARGET/FIELD`."""
+    """Fits a few cells at a time. Returns the fields of `Chosen` for every target, with names `TARGET/FIELD`."""
     regions = rows.shape[2]
     wanted = [_wanted(known[t.name], t, regions) for t in targets]
     outs = [aim.shape[1] for aim in wanted]
@@ -182,8 +173,8 @@ def _fit_part(
     count, width = len(folds), rows.shape[3]
     numbers = (3 * count + width) * min(count, width) + 2 * count * (width + len(penalties) * sum(outs))
     found: list[Parts] = []
-    for block in blocks(part.stop - part.start, numbers):
-        cells = rows[part][block].flatten(1, 2)[:, keep]
+    for block in blocks(len(rows), numbers):
+        cells = rows[block].flatten(1, 2)[:, keep]
         ridge = Ridge.of(cells, torch.cat(wanted, dim=1))
         best = [torch.zeros(len(cells), dtype=torch.long, device=rows.device) for _ in targets]
         if len(penalties) > 1:

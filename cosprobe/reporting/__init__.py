@@ -17,7 +17,7 @@ from cosprobe.reporting.figures import (
     ticks,
 )
 from cosprobe.reporting.figures import MapFigure as MapFigure  # a type
-from cosprobe.reporting.film import Film, film_row, film_strip, record, record_once
+from cosprobe.reporting.film import FILMED, Film, film_row, film_strip, record, record_once
 from cosprobe.reporting.report import write_report
 from cosprobe.reporting.summary import (
     CAPTIONS,
@@ -45,6 +45,7 @@ __all__ = [
     "SUMMARY",
     "UNDEFINED",
     "WIDTH",
+    "FILMED",
     "Film",
     "border",
     "counted",

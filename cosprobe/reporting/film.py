@@ -71,6 +71,9 @@ class Film:
     steps: tuple[int, ...]
 
 
+FILMED = 3  # most problems of a film
+
+
 def record(
     sampler: Sampler, draw: Callable[[], Sequence[Sample]], samples: ProbeSamples, probe: CaptureConfig
 ) -> Film | None:

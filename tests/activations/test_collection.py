@@ -232,10 +232,10 @@ def test_a_run_that_needs_less_reads_the_store_of_another(sampler, config, setti
     (samples, inputs, experts), (whole, whole_inputs, _) = load_samples(part), load_samples(stored)
     assert [(c.step, c.layer) for c in samples.cells] == [(1, 2), (2, 2)] and experts == ["only"] * 2
     at = [whole.cells.index(cell) for cell in samples.cells]
-    assert torch.equal(samples.features, whole.features[:, at])
+    assert torch.equal(samples.features[:], whole.features[:, at])
     for name, source in inputs.items():
-        expected = whole_inputs[name].whole
-        assert torch.equal(source.whole, expected if expected.shape[1] == 1 else expected[:, 1:]), name
+        expected = whole_inputs[name].whole[:]
+        assert torch.equal(source.whole[:], expected if expected.shape[1] == 1 else expected[:, 1:]), name
     assert np.isnan(samples.scores["x0_scores"][:, :2]).all()
     np.testing.assert_array_equal(samples.scores["x0_scores"][:, 2], whole.scores["x0_scores"][:, 2])
 
@@ -263,9 +263,9 @@ def test_a_run_with_more_problems_samples_only_the_new_ones(sampler, config, tmp
     values, _, _ = load_samples(more)
     assert torch.equal(more.store.read(names=first)[0]["features"], before) and len(values) == 15
     fresh, _, _ = run(15, "another/alone")
-    torch.testing.assert_close(values.features, load_samples(fresh)[0].features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values.features[:], load_samples(fresh)[0].features[:], rtol=1e-4, atol=1e-5)
     again, seen, _ = run(10, "few")
-    assert seen == [] and torch.equal(load_samples(again)[0].features, load_samples(few)[0].features)
+    assert seen == [] and torch.equal(load_samples(again)[0].features[:], load_samples(few)[0].features[:])
     _, seen, names = run(20, "seed", seed=1)
     assert seen == names  # other noise is another store
 
@@ -298,7 +298,7 @@ def test_another_target_needs_a_table_and_no_sampling(sampler, settings, stored,
     samples, _, _ = load_samples(more)
     assert more.store == stored.store and more.table.names == stored.table.names
     assert samples.labels["odd"].tolist() == [s.problem.index % 2 for s in drawn]
-    assert torch.equal(samples.features, load_samples(stored)[0].features)
+    assert torch.equal(samples.features[:], load_samples(stored)[0].features[:])
     assert "odd" not in load_samples(stored)[0].labels
 
 
@@ -306,12 +306,12 @@ def test_samples_that_lack_random_weights_are_sampled_again(sampler, config, set
     without = collected(
         sampler, DRAWN, StoreSettings.of(config, TASK, replace(PROBE, random_weights=0), 0), tmp_path / "a"
     )
-    before = load_samples(without)[0].features
+    before = load_samples(without)[0].features[:]
     stored = collected(sampler, DRAWN, settings, tmp_path / "b")
     assert stored.store == without.store
     few = [stored.table.names[i] for i in stored.few]
     assert len(few) == 10 and stored.store.names(UNTRAINED) == few
-    assert torch.equal(load_samples(stored)[0].features, before)  # of the first time
+    assert torch.equal(load_samples(stored)[0].features[:], before)  # of the first time
 
 
 @pytest.mark.parametrize(

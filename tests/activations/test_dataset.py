@@ -17,6 +17,7 @@ from cosprobe.activations.dataset import difficulty_columns, load_samples, relab
 from cosprobe.activations.pooling import Pooling
 from cosprobe.activations.sampler import Sampler
 from cosprobe.activations.store import ActivationStore
+from cosprobe.activations.stored_tensor import StoredTensor
 from cosprobe.cells import DIFFICULTY, FIRST_FRAME, INPUTS, NOISE, PROMPT, SPLIT_ORDER, X0, Cell
 from cosprobe.config import CaptureConfig, PipelineConfig
 from cosprobe.errors import InputError
@@ -60,15 +61,26 @@ def inputs(store):
     return load_samples(store)[1]
 
 
+@dataclass(frozen=True, eq=False)
+class Changed(StoredTensor):
+    """A stored tensor with values that a function makes of those in the store."""
+
+    change: Callable[[torch.Tensor], torch.Tensor]
+
+    def __getitem__(self, key) -> torch.Tensor:
+        return self.change(super().__getitem__(slice(None)))[key]
+
+
 @dataclass(frozen=True)
 class Altered(ActivationStore):
     """A store of other tensors: those named are replaced by what a function makes of them."""
 
     changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
 
-    def read(self, *arguments, **named) -> tuple[dict[str, torch.Tensor], dict]:
-        tensors, notes = super().read(*arguments, **named)
-        return {name: self.changes.get(name, lambda x: x)(value) for name, value in tensors.items()}, notes
+    def tensors(self, *arguments, **named) -> tuple[dict[str, StoredTensor], dict]:
+        found, notes = super().tensors(*arguments, **named)
+        changed = {name: Changed(**vars(found[name]), change=change) for name, change in self.changes.items()}
+        return found | changed, notes
 
 
 def altered(stored: StoredSamples, **changes) -> StoredSamples:
@@ -103,7 +115,7 @@ def test_noise_is_the_latent_of_the_first_step_in_the_same_regions(inputs):
         assert torch.equal(getattr(noise, part)[:, 0], getattr(latent, part)[:, 0])
         assert not torch.equal(getattr(noise, part)[:, 0], getattr(latent, part)[:, 1])
     assert noise.region.shape[-1] == 4  # latent channels, not padded to the width of a block
-    assert noise.region.std() > 0.1
+    assert noise.region[:].std() > 0.1
 
 
 def test_first_frame_and_prompt_are_what_the_pipeline_was_given(model, config, inputs):
@@ -135,7 +147,7 @@ def test_the_difficulty_is_an_input_where_there_is_any(samples, inputs, store):
     none = altered(store, **{f"difficulty.{name}": None for name in samples.difficulty})
     bare, others, _ = load_samples(none)
     assert set(others) == set(inputs) - {DIFFICULTY}
-    assert torch.equal(bare.features, samples.features) and bare.cells == samples.cells
+    assert torch.equal(bare.features[:], samples.features[:]) and bare.cells == samples.cells
 
 
 # targets that cannot be fitted

@@ -66,8 +66,8 @@ def test_round_trip(tmp_path):
 def test_samples_are_read_in_the_order_asked_for(tmp_path_factory, order, count):
     store = filled(tmp_path_factory.mktemp("store"))
     whole = store.read()[0]["features"]
-    tensors, _ = store.read(names=[NAMES[i] for i in order[:count]], part=lambda name, x: x[:, 1:] if x.ndim > 1 else x)
-    assert torch.equal(tensors["features"], whole[order[:count], 1:])
+    tensors, _ = store.read(names=[NAMES[i] for i in order[:count]])
+    assert torch.equal(tensors["features"], whole[order[:count]])
     assert tensors["model_answer"].tolist() == [[0, -1, 1, -1, 2, -1][i] for i in order[:count]]
 
 
@@ -243,7 +243,7 @@ def test_missing_and_half_written_stores(tmp_path):
 def test_a_store_of_an_earlier_version_is_refused_in_one_line(tmp_path):
     store = filled(tmp_path / "store")
     (store.folder / "settings.json").write_text(json.dumps({"seed": 0}))  # as it was before stores had a layout
-    with pytest.raises(ValueError, match=r"/store\b.*layout 1\b.*\b3\b.*run_dir"):
+    with pytest.raises(ValueError, match=r"/store\b.*layout 1\b.*\b4\b.*run_dir"):
         ActivationStore.open(store.folder)
     with pytest.raises(ValueError, match=r"/store\b.*layout 1\b"):
         store.begin(1)

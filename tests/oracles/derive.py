@@ -173,7 +173,7 @@ def derive(folder: Path, target: str, seed: int = 0) -> dict[str, np.ndarray]:
     said = np.empty((steps, layers, len(y)), dtype=int)
     for i, (step, layer, _, _) in enumerate(about["cells"]):
         at = notes["steps"].index(step), notes["hook_points"].index(str(layer))
-        x = (data["features"][:, at[0], at[1], 0, 0] - bank["mean"][i]) / np.where(
+        x = (data["features"][:, at[0] * layers + at[1]] - bank["mean"][i]) / np.where(
             bank["std"][i] > 0, bank["std"][i], np.inf
         )
         weight = bank[f"weights/{target}"][i]

@@ -11,7 +11,6 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.linear_model import RidgeClassifier, RidgeClassifierCV, RidgeCV
 from sklearn.model_selection import PredefinedSplit
 
-from cosprobe.probes.datamodule import shared
 from cosprobe.probes.linalg import design
 from cosprobe.probes.ridge import FOLDS, Ridge, fit_ridge, problem_folds
 from cosprobe.tasks import Target
@@ -219,21 +218,13 @@ def test_targets_on_the_same_rows_are_fitted_as_if_alone(rng):
         assert torch.equal(both[one.name].penalties, alone.penalties)
 
 
-def test_blocks_and_divided_cells_give_the_same_probes(rng, monkeypatch):
+def test_blocks_of_cells_give_the_same_probes(rng, monkeypatch):
     x, labels = planted(rng, "candidate")
     whole = fit_ridge(x, {"t": labels}, names(60), (target("candidate"),), PENALTIES)["t"]
-    divided = fit_ridge(x, {"t": labels}, names(60), (target("candidate"),), PENALTIES, divide=_one_cell_at_a_time)["t"]
-    alone = fit_ridge(x, {"t": labels}, names(60), (target("candidate"),), PENALTIES, divide=shared)["t"]
     monkeypatch.setattr("cosprobe.probes.linalg.CHUNK", 1)
     small = fit_ridge(x, {"t": labels}, names(60), (target("candidate"),), PENALTIES)["t"]
-    for other in (divided, alone, small):
-        assert torch.allclose(whole.weights, other.weights, atol=1e-6)
-        assert torch.equal(whole.penalties, other.penalties)
-
-
-def _one_cell_at_a_time(solve, cells):
-    parts = [solve(slice(cell, cell + 1)) for cell in range(cells)]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    assert torch.allclose(whole.weights, small.weights, atol=1e-6)
+    assert torch.equal(whole.penalties, small.penalties)
 
 
 @given(SEEDS, st.sampled_from(["candidate", "region", "problem"]))

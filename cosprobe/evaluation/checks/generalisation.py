@@ -12,6 +12,7 @@ cell it is applied to. A shift or another scale of the features therefore counts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -33,7 +34,7 @@ from cosprobe.evaluation.checks.refitting import (
     refit,
     right,
 )
-from cosprobe.probes import ProbeBank, affine, classes_last, design, spread, standardise
+from cosprobe.probes import ProbeBank, affine, blocks, classes_last, design, spread, standardise
 from cosprobe.tasks import Target
 
 EVERYTHING = "all"  # first row of matrices with refitted probes: trained on all groups
@@ -122,10 +123,13 @@ def _between_cells(
     for axis, cells in _lines(bank.cells, best).items():
         if len(cells) < 2:
             continue
-        test = labelled(samples, target, cells, "test")
         part = bank.select(cells)
         probes = _Frozen(part.mean, part.std, part.weights[target.name], part.biases[target.name])
-        hits = _cross(probes, test, target)
+        found = []
+        for few in blocks(len(cells), math.prod(samples.features.shape) // len(samples.cells)):
+            test = labelled(samples, target, cells[few], "test")
+            found.append(_cross(probes, test, target))
+        hits = np.concatenate(found, axis=1)
         names = tuple(str(getattr(cell, axis)) for cell in cells)
         yield _matrix(target, axis, names, estimate_share(hits, test.keys), trained, len(test))
         if axis != "step":
@@ -137,8 +141,8 @@ def _between_cells(
         if len(names) > 1:
             member = np.array([[one == name for one in ran] for name in names], dtype=np.float64)
             member /= member.sum(axis=1, keepdims=True)
-            blocks = np.einsum("ei,fj,ijn->efn", member, member, hits, optimize=True)
-            yield _matrix(target, "expert", names, estimate_share(blocks, test.keys), trained, len(test))
+            means = np.einsum("ei,fj,ijn->efn", member, member, hits, optimize=True)
+            yield _matrix(target, "expert", names, estimate_share(means, test.keys), trained, len(test))
 
 
 def _lines(cells: tuple[Cell, ...], best: Cell) -> dict[str, list[Cell]]:

@@ -117,7 +117,8 @@ def statistics(
 ) -> tuple[Float[Tensor, "cell channel"], Float[Tensor, "cell channel"]]:
     """Mean and standard deviation over all training samples, with or without a label, as in a bank."""
     rows = torch.from_numpy(np.flatnonzero(np.asarray(samples.split) == "train"))
-    return spread(samples.features[rows[:, None], columns_of(samples, cells)])
+    stats = [spread(samples.features[rows[:, None], at[None]]) for at in columns_of(samples, cells)]
+    return torch.cat([mean for mean, _ in stats]), torch.cat([std for _, std in stats])
 
 
 def refit(

@@ -1,0 +1,138 @@
+"""Peak memory and seconds of fitting and evaluating probes, on synthetic stores of growing size.
+
+Each size runs in a process of its own. Its peak is the largest resident memory, minus that after all imports. `store`
+is the size of the features and inputs on disk, `chunk` the setting probe.memory. Only this benchmark:
+`python -m benchmarks.scaling [NAME ...]`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.fitting import synthetic, whole_fit
+from cosprobe.activations import ActivationStore, InputFeatures, StoredTensor
+from cosprobe.config import ProbeConfig
+from cosprobe.evaluation import build_grid, evaluate, read_inputs
+
+SHARD = 16  # samples of a shard, as in the demo
+SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}
+NOISE, EMBED = "noise", "embed"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A synthetic run. inputs: whether it has inputs, of the shapes of the demo."""
+
+    samples: int
+    steps: int
+    layers: int
+    channels: int
+    inputs: bool = True
+    kind: str = "logistic"
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of samples by split."""
+        return {split: round(share * self.samples) for split, share in SHARES.items()}
+
+
+SIZES = {
+    "600 samples of the demo": Size(600, 20, 8, 128),
+    "6,000 samples of the demo": Size(6000, 20, 8, 128),
+    "600 samples, ridge": Size(600, 20, 8, 128, kind="ridge"),
+    "6,000 samples, ridge": Size(6000, 20, 8, 128, kind="ridge"),
+    "300 samples, 40 cells, 5,120 channels, bf16": Size(300, 1, 40, 5120, inputs=False, dtype=torch.bfloat16),
+    "300 samples, 40 cells, 5,120 channels, bf16, ridge": Size(
+        300, 1, 40, 5120, inputs=False, kind="ridge", dtype=torch.bfloat16
+    ),
+}
+
+
+def write(size: Size, folder: Path) -> ActivationStore:
+    """Writes a store of noise, shard by shard."""
+    store = ActivationStore(folder, {"synthetic": str(size)})
+    store.begin(0)
+    names = [str(i) for i in range(sum(size.sizes.values()))]
+    for start in range(0, len(names), SHARD):
+        part, generator = names[start : start + SHARD], torch.Generator().manual_seed(start)
+
+        def noise(*shape: int, count: int = len(part), source: torch.Generator = generator) -> torch.Tensor:
+            return torch.randn(count, *shape, generator=source).to(size.dtype)
+
+        tensors = {"features": noise(size.steps * size.layers, 4, size.channels)}
+        if size.inputs:
+            tensors |= {"noise.region": noise(1, 4, 4, 12), "noise.whole": noise(1, 4, 16, 12)}
+            tensors |= {f"embed.{name}": noise(size.steps, 4, 4, size.channels) for name in ("region", "whole")}
+        store.write({"": part}, tensors, {})
+    store.finish(names)
+    return store
+
+
+def run(size: Size, folder: Path, connection: multiprocessing.connection.Connection) -> None:
+    """Fits and evaluates the probes of a store. Sends the peak memory in bytes, and the seconds."""
+    before = _peak()
+    begin = perf_counter()
+    tensors, _ = ActivationStore.open(folder).tensors()
+    few = synthetic(size.sizes, 1, 1, 1)  # labels and splits
+    samples = replace(few, features=tensors["features"], cells=_cells(size))
+    config = ProbeConfig(kind=size.kind)
+    bank = whole_fit(samples, config)
+    readings = read_inputs(samples, _inputs(tensors), size.kind, config.penalties) if size.inputs else {}
+    build_grid(evaluate(samples, ["only"] * size.steps, bank, readings), draws=100)
+    connection.send((_peak() - before, perf_counter() - begin))
+
+
+def _cells(size: Size) -> tuple:
+    return synthetic({"train": 1}, size.steps, size.layers, 1).cells
+
+
+def _inputs(tensors: dict[str, StoredTensor]) -> dict[str, InputFeatures]:
+    return {name: InputFeatures(tensors[f"{name}.whole"], tensors[f"{name}.region"]) for name in (NOISE, EMBED)}
+
+
+def _peak() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(size: Size) -> tuple[int, int, float]:
+    """Bytes of the store, peak memory above imports in bytes, and seconds."""
+    context = multiprocessing.get_context("spawn")
+    with TemporaryDirectory() as folder:
+        store = write(size, Path(folder) / "store")
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=run, args=(size, store.folder, sender))
+        process.start()
+        sender.close()
+        peak, seconds = receiver.recv()
+        process.join()
+        return store.size(), peak, seconds
+
+
+def main(names: Sequence[str]) -> int:
+    """Runs the sizes whose name holds one of `names` (default: all) and prints the table. Returns the exit status."""
+    found = Table("run", "store", "chunk", "peak above imports", "seconds", box=box.SIMPLE_HEAD)
+    for name, size in SIZES.items():
+        if not names or any(part in name for part in names):
+            stored, peak, seconds = measure(size)
+            gigabytes = (f"{value / 1e9:.2f} GB" for value in (stored, ProbeConfig().memory * 1e9, peak))
+            found.add_row(name, *gigabytes, f"{seconds:.0f}")
+    Console().print(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
