@@ -8,7 +8,7 @@ is the size of the features and inputs on disk, `chunk` the setting probe.memory
 from __future__ import annotations
 
 import multiprocessing
-import resource
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
+import numpy as np
 import torch
 from rich import box
 from rich.console import Console
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from benchmarks.fitting import synthetic, whole_fit
 from cosprobe.activations import ActivationStore, InputFeatures, StoredTensor
+from cosprobe.command import keep_freed_memory
 from cosprobe.config import ProbeConfig
 from cosprobe.evaluation import build_grid, evaluate, read_inputs
 
@@ -83,11 +85,13 @@ def write(size: Size, folder: Path) -> ActivationStore:
 
 def run(size: Size, folder: Path, connection: multiprocessing.connection.Connection) -> None:
     """Fits and evaluates the probes of a store. Sends the peak memory in bytes, and the seconds."""
+    keep_freed_memory()  # as the commands do
     before = _peak()
     begin = perf_counter()
     tensors, _ = ActivationStore.open(folder).tensors()
-    few = synthetic(size.sizes, 1, 1, 1)  # labels and splits
-    samples = replace(few, features=tensors["features"], cells=_cells(size))
+    few = synthetic(size.sizes, 1, 1, 2)  # labels and splits
+    split = np.random.default_rng(0).permutation(few.split)  # every shard has samples of all splits, as in a run
+    samples = replace(few, features=tensors["features"], cells=_cells(size), split=split)
     config = ProbeConfig(kind=size.kind)
     bank = whole_fit(samples, config)
     readings = read_inputs(samples, _inputs(tensors), size.kind, config.penalties) if size.inputs else {}
@@ -96,7 +100,7 @@ def run(size: Size, folder: Path, connection: multiprocessing.connection.Connect
 
 
 def _cells(size: Size) -> tuple:
-    return synthetic({"train": 1}, size.steps, size.layers, 1).cells
+    return synthetic({"train": 1}, size.steps, size.layers, 2).cells
 
 
 def _inputs(tensors: dict[str, StoredTensor]) -> dict[str, InputFeatures]:
@@ -104,8 +108,10 @@ def _inputs(tensors: dict[str, StoredTensor]) -> dict[str, InputFeatures]:
 
 
 def _peak() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Largest resident memory of this process so far, in bytes. `getrusage` would include that of the process that has
+    started it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
 
 
 def measure(size: Size) -> tuple[int, int, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from cosprobe.activations import (
     NOT_SEEN,
@@ -146,10 +144,16 @@ def make_plan(run: TrainRun, task: Task, drawn: Sequence[Sample]) -> Plan:
     decodes = len(drawn) + int((splits != "train").sum()) * before_last + films * len(decoded) if parser else 0
     flops = evaluations * evaluation_flops(sampler)
     host, device = _memory(sampler, branches, probe.memory)
+    problems = _found(run, sampler, drawn, stored[probe.pooling])
+    hours = None
+    if run.plan.flops_per_second:
+        rate = run.plan.flops_per_second
+        hours = flops / rate / 3600, f"at {rate:.3g} operations per second, without decoding"
+    elif not problems and any(run.pipeline.folder.glob("transformer/*.safetensors")):
+        hours = _timed(run, sampler, drawn, evaluations / branches, decodes)
     return Plan(
         {split: int((splits == split).sum()) for split in SPLIT_ORDER}, cells, probe.pooling, stored, evaluations,
-        decodes, host, device, flops, _hours(run, sampler, drawn, evaluations, decodes, flops, branches),
-        power(task, table, cells), tuple(_found(run, sampler, drawn, stored[probe.pooling])),
+        decodes, host, device, flops, hours, power(task, table, cells), tuple(problems),
     )  # fmt: skip
 
 
@@ -220,25 +224,13 @@ def _memory(sampler: Sampler, branches: int, chunk: float) -> tuple[int, int]:
     return offloaded + int(chunk * 1e9) + 10**9, held[sampler.config.offload] + HIDDEN * states
 
 
-def _hours(
-    run: TrainRun,
-    sampler: Sampler,
-    drawn: Sequence[Sample],
-    evaluations: int,
-    decodes: int,
-    flops: float,
-    branches: int,
-) -> tuple[float, str] | None:
-    """Hours of sampling on one device of this machine, or at plan.flops_per_second, and where they are from."""
-    if rate := run.plan.flops_per_second:
-        return flops / rate / 3600, f"at {rate:.3g} operations per second, without decoding"
-    if not any((run.pipeline.folder / name).glob("*.safetensors") for name in ("transformer",)):
-        return None
+def _timed(run: TrainRun, sampler: Sampler, drawn: Sequence[Sample], calls: float, decodes: int) -> tuple[float, str]:
+    """Hours of sampling on one device of this machine, and where they are from. calls: evaluations without guidance."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = replace(sampler, model=load_pipeline(run.pipeline, device))
     problems = [sample.problem for sample in drawn[: loaded.config.batch]]
     cost = seconds(loaded.model, loaded.config, images(loaded.task, problems), [p.prompt for p in problems])
-    spent = evaluations / branches * cost.evaluation + decodes * cost.decode + len(drawn) * (cost.text + cost.image)
+    spent = calls * cost.evaluation + decodes * cost.decode + len(drawn) * (cost.text + cost.image)
     return spent / 3600, f"one device of this machine, from one step of {len(problems)} samples"
 
 
@@ -249,8 +241,9 @@ def _found(run: TrainRun, sampler: Sampler, drawn: Sequence[Sample], size: int) 
     sides = sampler.task.image(drawn[0].problem).shape[:2]
     checks: list[Callable[[], Any]] = [lambda: check_guidance(model, config)]
     checks.append(lambda: check_size(model, sides, config.frames))
-    with suppress(OSError, ValueError):  # a folder without a tokenizer
-        model.tokenizer = AutoTokenizer.from_pretrained(run.pipeline.folder / "tokenizer", local_files_only=True)
+    if model.tokenizer is None:
+        lines.append("the length of prompts was not checked: the folder of the model has no tokenizer")
+    else:
         prompts = [*(sample.problem.prompt for sample in drawn), config.negative_prompt]
         checks.append(lambda: check_prompts(model, prompts, config.prompt_tokens))
     for one in checks:

@@ -5,7 +5,9 @@ There is one process per device. Every process runs the same script.
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import platform
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,6 +111,14 @@ def _device_errors(config: TrainerConfig) -> Iterator[None]:
             f"trainer.accelerator={config.accelerator!r}, trainer.devices={config.devices!r}, "
             f"trainer.strategy={config.strategy!r}: not possible on this machine ({reason})"
         ) from error
+
+
+def return_freed_memory() -> None:
+    """Returns freed memory to the system. Call it between large steps: commands keep freed memory for the next tensors
+    (`command.keep_freed_memory`), and what is left between small objects may fit none of the next step. Does nothing
+    with other C libraries than that of GNU."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -38,6 +38,7 @@ ROOMS = (  # in the order of the method; a room may import any room that stands 
     ),
     *(
         "reporting",
+        "plan",
         "hub",
         "early_exit",
         "ensembles",

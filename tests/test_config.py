@@ -31,7 +31,7 @@ def options(group: str) -> list[str]:
 def test_top_level_names_are_frozen():
     """Others script against these: a new or missing one is a decision, not an accident."""
     assert [f.name for f in fields(TrainRun)] == [
-        "task", "pipeline", "probe", "trainer", "experiment", "run_dir", "store", "seed",
+        "task", "pipeline", "probe", "trainer", "experiment", "plan", "run_dir", "store", "seed",
     ]  # fmt: skip
     assert [f.name for f in fields(UseRun)] == ["use", "trainer", "run", "runs", "seed"]
     assert GROUPS == ["experiment", "pipeline", "probe", "task", "trainer", "use"]

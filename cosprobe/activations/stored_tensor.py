@@ -91,7 +91,7 @@ class StoredTensor:
         """A hash of the content, computed from the checksums; little is read."""
         digest = hashlib.sha256(f"{self.name}{self.dtype}{self.whole}".encode())
         digest.update(np.ascontiguousarray(self.places[:, 1]).tobytes() + self.chosen.tobytes())
-        texts = {int(number): _head(self.files[number], self.name)[1] for number in np.unique(self.places[:, 0])}
+        texts = {int(number): _checksums(self.files[number], self.name) for number in np.unique(self.places[:, 0])}
         for number, change in zip(*_changes(self.places[:, 0]), strict=True):
             digest.update(f"{change} {texts[int(number)]}".encode())
         return digest.hexdigest()
@@ -133,11 +133,11 @@ def _checksum(name: str, block: Tensor, shape: tuple[int, ...], number: int, not
 
 def _columns(path: Path, name: str, wanted: Int[np.ndarray, " column"]) -> Tensor:
     """The columns `wanted`, which are sorted, of all samples of a shard; of a tensor with one axis, a column of it."""
-    notes, text = _head(path, name)
-    expected, found = text.split(" "), list[Tensor]()
+    found = list[Tensor]()
     try:
         with safe_open(path, framework="pt") as content:
-            stored = content.get_slice(name)
+            notes, text = _about(content, name)
+            expected, stored = text.split(" "), content.get_slice(name)
             shape = tuple(stored.get_shape())
             if len(shape) < 4:
                 values = content.get_tensor(name)
@@ -157,14 +157,19 @@ def _columns(path: Path, name: str, wanted: Int[np.ndarray, " column"]) -> Tenso
         raise damaged(path, str(error).splitlines()[0]) from error
 
 
-def _head(path: Path, name: str) -> tuple[str, str]:
-    """The notes of a shard, and the checksums of one of its tensors."""
+def _about(content: Any, name: str) -> tuple[str, str]:
+    """The notes of an open shard, and the checksums of one of its tensors."""
+    metadata = content.metadata() or {}
+    return metadata.get(NOTES, ""), metadata.get(f"checksum {name}", "")
+
+
+def _checksums(path: Path, name: str) -> str:
+    """The checksums of a tensor of a shard, as they are stored."""
     try:
         with safe_open(path, framework="pt") as content:
-            metadata = content.metadata() or {}
+            return _about(content, name)[1]
     except (SafetensorError, OSError) as error:
         raise damaged(path, str(error).splitlines()[0]) from error
-    return metadata.get(NOTES, ""), metadata.get(f"checksum {name}", "")
 
 
 def _changes(values: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:

@@ -61,7 +61,7 @@ class ProbeConfig(CaptureConfig):
     "Learning rate of `logistic`, as a fraction of the largest safe step."
     batch: int = 4096
     "Samples per batch of `logistic`; the size of the training set works best, less saves memory."
-    memory: float = 4.0
+    memory: float = 0.5
     "GB for the cells that are fitted together: features, copies of them, and the state of the optimiser."
 
     def __post_init__(self) -> None:

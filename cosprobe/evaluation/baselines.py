@@ -46,6 +46,7 @@ from cosprobe.probes import (
     standardise,
     validated,
 )
+from cosprobe.runtime import return_freed_memory
 from cosprobe.tasks import Role, Target, readable_targets
 
 LOCAL = (NOISE, FIRST_FRAME, EMBED, X_T)  # inputs that have frames and regions
@@ -213,21 +214,26 @@ def _read_steps(
     for start in range(part.start, part.stop, size):
         few, values = source.read(slice(start, min(start + size, part.stop))), dict[str, Tensor]()
         for i, (target, position) in enumerate(wanted):
-            read = _read(samples, target, list(forms(few, target, position)), recipe)
+            read = _read(samples, target, partial(forms, few, target, position), recipe)
             values |= {f"{i}/{field}": torch.from_numpy(value) for field, value in read.items()}
         found.append(values)
+        return_freed_memory()
     return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
 
-def _read(samples: ProbeSamples, target: Target, tried: list[Form], recipe: Recipe) -> dict[str, np.ndarray]:
-    """Fields of an `InputReading`, with the step axis first and without the position axis; forms as numbers."""
-    steps = tried[0].rows.shape[1]
-    by_form = [_by_steps(_cross_validate, samples, target, form, recipe)["accuracy"] for form in tried]
-    scores = torch.stack(by_form)
+def _read(
+    samples: ProbeSamples, target: Target, tried: Callable[[], Iterator[Form]], recipe: Recipe
+) -> dict[str, np.ndarray]:
+    """Fields of an `InputReading`, with the step axis first and without the position axis; forms as numbers.
+
+    tried: returns the forms. They are made twice, one after the other, so that one of them is in memory at a time.
+    """
+    scores = torch.stack([_by_steps(_cross_validate, samples, target, form, recipe)["accuracy"] for form in tried()])
+    steps = scores.shape[1]
     kept = scores.argmax(dim=0)  # on a tie the first
     fields = ("penalty", "columns", "projected", "validation", "test")
     values: dict[str, list] = {field: [None] * steps for field in fields}
-    for i, form in enumerate(tried):
+    for i, form in enumerate(tried()):
         at = torch.nonzero(kept == i)[:, 0]
         if len(at):
             part = replace(form, rows=form.rows[:, at])
@@ -265,7 +271,7 @@ def _cross_validate(
     """Cross-validated accuracy [step] at the best penalty, over the train and validation samples. Folds hold whole
     problems."""
     keep = torch.from_numpy(samples.split != "test") & _carries(samples, target)
-    x, labels = _prepared(samples, target, rows)[0][:, keep], samples.labels[target.name][keep]
+    x, labels = _prepared(samples, target, rows, keep)[0], samples.labels[target.name][keep]
     folds = torch.from_numpy(problem_folds(samples.keys[keep.numpy()], recipe.seed))
     right = torch.zeros(len(x), len(recipe.penalties), dtype=torch.float64)
     for fold in folds.unique():
@@ -282,7 +288,7 @@ def _fit_and_predict(
     recipe: Recipe,
 ) -> dict[str, Tensor]:
     """For every step: penalty, columns, projected columns, and the labels predicted for validation and test samples."""
-    x, columns = _prepared(samples, target, rows)
+    x, columns = _prepared(samples, target, rows, slice(None))
     train, validation, test = (torch.from_numpy(samples.split == split) for split in ("train", "validation", "test"))
     labels = samples.labels[target.name]
     if recipe.kind == "ridge":
@@ -304,21 +310,25 @@ def _fit_and_predict(
 
 
 def _prepared(
-    samples: ProbeSamples, target: Target, rows: Float[Tensor, "sample step region column"]
-) -> tuple[Float[Tensor, "step sample _region axis"], int]:
-    """Features standardised by the training samples, steps first; and the number of columns before any projection.
+    samples: ProbeSamples,
+    target: Target,
+    rows: Float[Tensor, "sample step region column"],
+    keep: Bool[Tensor, " sample"] | slice,
+) -> tuple[Float[Tensor, "step _kept _region axis"], int]:
+    """Features of the samples `keep`, standardised by the training samples, steps first; and the number of columns
+    before any projection.
 
     Where there are more columns than training samples of the target, features are projected onto as many principal axes
     as there are such samples (those with the largest variance).
     """
     train = torch.from_numpy(samples.split == "train")
-    x = standardise(rows, *spread(rows[train]))
+    x = standardise(rows[keep], *spread(rows[train]))
     if target.form == "problem":
         x = x.flatten(2)[:, :, None]
     used = train & _carries(samples, target)
     columns, most = x.shape[-1], int(used.sum())
     if columns > most:
-        axes = principal_axes(x[:, used].flatten(1, 2))
+        axes = principal_axes(x[:, used[keep]].flatten(1, 2))
         basis = axes.basis[..., -most:]  # largest variance last
         x = ((x.flatten(1, 2) - axes.mean[:, None]) @ basis).unflatten(1, x.shape[1:3])
     return x, columns

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from cosprobe.activations import ProbeSamples
 from cosprobe.cells import Cell
 from cosprobe.errors import InputError
 from cosprobe.probes import ProbeBank, blocks, brier, ece
+from cosprobe.runtime import return_freed_memory
 from cosprobe.tasks import ANSWER_ROLES, Role, Target
 
 
@@ -151,8 +153,10 @@ def evaluate(
     steps = sorted({cell.step for cell in samples.cells})
     train, validation, test = (samples.subset(split) for split in ("train", "validation", "test"))
     settled = np.zeros(len(samples)) if samples.model_answer is None else samples.model_answer
-    few = blocks(len(samples.cells), (len(validation) + len(test)) * math.prod(samples.features.shape[2:]))
-    parts = [_of_cells(validation.at(part), test.at(part), bank.select(bank.cells[part])) for part in few]
+    each = (len(validation) + len(test)) * math.prod(samples.features.shape[2:])
+    few = blocks(len(samples.cells), 4 * each)  # features of 32 MB, and what is computed from them
+    held_out = samples.rows(np.flatnonzero(np.isin(samples.split, ("validation", "test"))))
+    parts = [_of_cells(held_out.at(part), bank.select(bank.cells[part])) for part in few]
     results = []
     for target in bank.targets:
         joined = {name: np.concatenate([one[target.name][name] for one in parts]) for name in parts[0][target.name]}
@@ -193,13 +197,20 @@ def _predictions(
     )
 
 
-def _of_cells(validation: ProbeSamples, test: ProbeSamples, bank: ProbeBank) -> dict[str, dict[str, np.ndarray]]:
-    """For every target: predicted labels by split, and the calibration of some cells, which are those of the bank."""
-    features, found = {"validation": validation.features[:], "test": test.features[:]}, {}
+def _of_cells(held_out: ProbeSamples, bank: ProbeBank) -> dict[str, dict[str, np.ndarray]]:
+    """For every target: predicted labels by split, and the calibration of some cells, which are those of the bank.
+
+    held_out: validation and test samples.
+    """
+    found, features = dict[str, dict[str, np.ndarray]](), held_out.features[:]
+    validation, test = (torch.from_numpy(held_out.split == split) for split in ("validation", "test"))
     for target in bank.targets:
-        raw = {split: bank.decision(values, target.name) for split, values in features.items()}
-        predicted = {split: values.argmax(dim=-1).numpy() for split, values in raw.items()}
-        found[target.name] = predicted | _calibration(raw["test"], test.labels[target.name].flatten(), target, bank)
+        raw, label = bank.decision(features, target.name), held_out.labels[target.name]
+        picked = raw.argmax(dim=-1)
+        predicted = {"validation": picked[:, validation].numpy(), "test": picked[:, test].numpy()}
+        found[target.name] = predicted | _calibration(raw[:, test], label[test].flatten(), target, bank)
+    del features, raw
+    return_freed_memory()
     return found
 
 

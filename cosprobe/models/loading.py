@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from cosprobe.config import PipelineConfig
@@ -35,7 +35,7 @@ from cosprobe.models.schedulers import SCHEDULERS, matches_flow
 from cosprobe.runtime import say
 
 Part = TypeVar("Part", bound=nn.Module)
-REPORTS = ("LOAD REPORT", "Some weights of", "connect to the Hub")  # in reports of transformers and diffusers
+REPORTS = ("LOAD REPORT", "Some weights of", "connect to the Hub", "kept in float32")  # in reports of LIBRARIES
 LOGGERS = ("transformers.modeling_utils", "diffusers.models.modeling_utils", "diffusers.pipelines.pipeline_utils")
 LIBRARIES = ("diffusers", "transformers")  # of the parts of a pipeline
 DESCRIBING = ["*.json", "*.txt", "*.model"]  # files of a model on the Hub without its weights
@@ -198,7 +198,7 @@ def check_weights(module: nn.Module, where: str) -> None:
 def outline(config: PipelineConfig) -> DiffusionPipeline:
     """The pipeline without its weights, from configuration files alone: its models are on the meta device.
 
-    What is neither a model nor a scheduler, such as a tokenizer, is None. Raises InputError for a folder whose
+    A tokenizer whose files are not there is None, and so is every other part. Raises InputError for a folder whose
     configuration files are incomplete.
     """
     folder, parts = config.folder, dict[str, Any]()
@@ -208,8 +208,11 @@ def outline(config: PipelineConfig) -> DiffusionPipeline:
             if issubclass(kind, SchedulerMixin):
                 parts[name] = cast(Any, kind).from_pretrained(folder / name, local_files_only=True)
             elif issubclass(kind, ModelMixin | PreTrainedModel):
-                with torch.device("meta"):
+                with torch.device("meta"), _without_reports():
                     parts[name] = _of_configuration(kind, folder / name).to(getattr(torch, dtype))
+            elif issubclass(kind, PreTrainedTokenizerBase):
+                with suppress(OSError, ValueError):
+                    parts[name] = cast(Any, kind).from_pretrained(folder / name, local_files_only=True)
         _check_kind(config, parts)
         pipeline = pipeline_class(config)(**parts)
     pipeline.scheduler = with_scheduler(pipeline.scheduler, config)

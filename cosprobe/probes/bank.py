@@ -35,7 +35,7 @@ from cosprobe.tasks import Target
 FORMAT = 5
 TABLES = ("weights", "biases", "penalties", "temperatures")
 TENSORS, DESCRIPTION = "bank.safetensors", "bank.json"
-CHUNK = 2**24  # number of values standardised at a time, 64 MB in fp32
+CHUNK = 2**22  # number of values standardised at a time, 16 MB in fp32
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,13 @@ class ProbeData(L.LightningDataModule):
             labels = {t.name: samples.labels[t.name].to(device) for t in self.targets}
             self.whole[name] = ProbeBatch(rows[name], labels, len(samples))
 
+    def release(self) -> None:
+        """Drops all data. The trainer keeps its data module, in a cycle that is collected much later."""
+        for batch in self.whole.values():
+            batch.rows.clear()
+            batch.labels.clear()
+        self.axes.clear()
+
     def train_dataloader(self) -> ProbeBatches:
         return self._batches("train", self.batch)
 

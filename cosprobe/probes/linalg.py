@@ -75,7 +75,7 @@ def spread(
     for cell in features.unbind(1):  # fp64, one cell at a time, to recognise constant channels
         rows = cell.double()
         mean = rows.mean(dim=(0, 1))
-        deviation = (rows - mean).square().mean(dim=(0, 1)).sqrt()
+        deviation = (rows - mean).square_().mean(dim=(0, 1)).sqrt()
         means.append(mean)
         deviations.append(torch.where(deviation > NEGLIGIBLE * mean.abs(), deviation, 0.0))
     return torch.stack(means).float(), torch.stack(deviations).float()
@@ -89,7 +89,7 @@ def standardise(
     """(features - mean) / std in fp32, with the axis cell first. Channels with std 0 become 0 for all data."""
     scale = torch.where(std > 0, 1 / std, 0.0)
     by_cell = features.transpose(0, 1).to(device=mean.device, dtype=torch.float32)
-    return (by_cell - mean[:, None, None]) * scale[:, None, None]
+    return (by_cell - mean[:, None, None]).mul_(scale[:, None, None])
 
 
 def design(x: Float[Tensor, "cell sample region channel"], form: str) -> Float[Tensor, "cell sample row width"]:

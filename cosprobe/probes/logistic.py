@@ -55,7 +55,7 @@ from cosprobe.probes.linalg import (
 from cosprobe.probes.newton import Certificate, finished, newton_targets, shortfall
 from cosprobe.probes.optimizer import PreconditionedNesterov
 from cosprobe.probes.ridge import fit_ridge
-from cosprobe.runtime import build_trainer, enough_memory, keyboard_interrupts
+from cosprobe.runtime import build_trainer, enough_memory, keyboard_interrupts, return_freed_memory
 from cosprobe.tasks import Target, readable_targets
 
 MOMENTUM = 0.9
@@ -274,6 +274,7 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
         }
         bank = ProbeBank(chunk.cells, tuple(targets), samples.regions, results["mean"], results["std"], **tables)
         banks.append(bank.calibrated(held_out.features[:], held_out.labels))
+        return_freed_memory()
         if config.kind != "ridge":
             endings.append(
                 {t.name: Certificate(results[f"converged/{t.name}"], results[f"gap/{t.name}"]) for t in targets}
@@ -307,6 +308,7 @@ def _fit_chunk(
         data, module = ProbeData(train, validation, config.batch, seed), ProbeTraining(config)
         with keyboard_interrupts():
             runner.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        data.release()
         held_out = standardise(validation.features[:], data.mean, data.std)
         chosen = _validated(held_out, module.fitted, validation, targets, config.penalties)
         results = _by_name(data.mean, data.std, chosen, module.certificates)
