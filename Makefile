@@ -43,6 +43,7 @@ lint: style
 SMALL := pipeline.path=runs/small/pipeline pipeline.frames=5 task.frames=5
 docs: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m docs
+	$(BIN)/python -m tests.examples.a14b docs/wan22.md
 	$(BIN)/python -m cosprobe.reporting.gallery docs/figures/families.png
 	for task in maze hide select line; do $(BIN)/python train.py probe=layers task=$$task || exit 1; done
 	$(BIN)/python -m cosprobe.reporting.compare docs/figures/maps.png maze=runs/maze-layers:answer hide=runs/hide-layers:inside \

@@ -1,8 +1,10 @@
 """Peak memory and seconds of fitting and evaluating probes, on synthetic stores of growing size.
 
 Each size runs in a process of its own. Its peak is the largest resident memory, minus that after all imports. `store`
-is the size of the features and inputs on disk, `chunk` the setting probe.memory. Only this benchmark:
-`python -m benchmarks.scaling [NAME ...]`.
+is the size of the features and inputs on disk, `chunk` the setting probe.memory. `floor` is what no solver of this kind
+can avoid: for every cell and form of target, the product of the rows with themselves (Gram matrix, or covariance if
+there are more rows than columns), 2 n d min(n, d) operations, at the rate of a large matrix product on this machine.
+This benchmark alone: `python -m benchmarks.scaling [NAME ...]`.
 """
 
 from __future__ import annotations
@@ -107,6 +109,25 @@ def _inputs(tensors: dict[str, StoredTensor]) -> dict[str, InputFeatures]:
     return {name: InputFeatures(tensors[f"{name}.whole"], tensors[f"{name}.region"]) for name in (NOISE, EMBED)}
 
 
+def floor(size: Size) -> float:
+    """Seconds of the products of the training rows of all cells with themselves."""
+    train, each = size.sizes["train"], 0.0
+    for rows, width in ((4 * train, size.channels), (4 * train, size.channels), (train, 4 * size.channels)):
+        each += 2.0 * rows * width * min(rows, width)
+    return size.steps * size.layers * each / matmul_rate()
+
+
+def matmul_rate() -> float:
+    """Operations per second of a product of large matrices in fp32."""
+    one = torch.randn(2048, 2048)
+    seconds = []
+    for _ in range(5):
+        begin = perf_counter()
+        one @ one
+        seconds.append(perf_counter() - begin)
+    return 2.0 * 2048**3 / min(seconds)
+
+
 def _peak() -> int:
     """Largest resident memory of this process so far, in bytes. `getrusage` would include that of the process that has
     started it."""
@@ -130,13 +151,13 @@ def measure(size: Size) -> tuple[int, int, float]:
 
 def main(names: Sequence[str]) -> int:
     """Runs the sizes whose name holds one of `names` (default: all) and prints the table. Returns the exit status."""
-    found = Table("run", "store", "chunk", "peak above imports", "seconds", box=box.SIMPLE_HEAD)
+    found = Table("run", "store", "chunk", "peak above imports", "seconds", "floor", box=box.SIMPLE_HEAD)
     for name, size in SIZES.items():
         if not names or any(part in name for part in names):
             stored, peak, seconds = measure(size)
             gigabytes = (f"{value / 1e9:.2f} GB" for value in (stored, ProbeConfig().memory * 1e9, peak))
-            found.add_row(name, *gigabytes, f"{seconds:.0f}")
-    Console().print(found)
+            found.add_row(name, *gigabytes, f"{seconds:.0f}", f"{floor(size):.1f}")
+    Console(width=140).print(found)
     return 0
 
 

@@ -53,6 +53,7 @@ from cosprobe.tasks import Box, Labels, OwnImages, Role, encode_labels, with_noi
 # The whole image, cut into 4 x 4 boxes. A probe reads them side by side, so it sees where something is.
 BOXES: tuple[Box, ...] = tuple((c / 4, r / 4, (c + 1) / 4, (r + 1) / 4) for r in range(4) for c in range(4))
 OWN = re.compile("[0-9a-f]{16}")  # names of the folders that `collect` makes, see `_digest`
+IMAGE, PROMPT_TEXT, GROUP = "image", "prompt", "group"  # keys of a problem that are no labels
 ONE_DEVICE = TrainerConfig(devices="1", enable_progress_bar=False)
 
 
@@ -124,8 +125,9 @@ class Activations:
 def collect(
     pipeline: DiffusionPipeline,
     *,
-    images: Pictures,
-    prompts: Sequence[str],
+    problems: Sequence[Mapping[str, Any]] = (),
+    images: Pictures | None = None,
+    prompts: Sequence[str] = (),
     labels: Mapping[str, Labels] | Labels | None = None,
     roles: Mapping[str, Role | str] | Role | str = Role.ANSWER,
     boxes: Sequence[Box] | None = None,
@@ -139,7 +141,10 @@ def collect(
 ) -> Activations:
     """Samples a video for every image and prompt, and keeps what happens inside the transformer.
 
-    pipeline: from `load_pipeline`. images: PIL, numpy or torch, of one size; see `cosprobe.models.image_batch`.
+    pipeline: from `load_pipeline`.
+    problems: dictionaries with `image`, `prompt` and, if wanted, `group`; every other key is the name of a label. All
+    have the same keys. In place of images, prompts, labels and groups:
+    images: PIL, numpy or torch, of one size; see `cosprobe.models.image_batch`.
     prompts: one for each image. labels: by name, the class of each image, as text or whole number; a list is the label
     `label`. roles: what probes have to beat, for all labels or by name, see `cosprobe.tasks.Role`. Default: `answer`,
     that is every input.
@@ -157,6 +162,12 @@ def collect(
     """
     config = with_defaults(config or PipelineConfig(), pipeline)
     _check_folder(Path(folder))
+    if problems:
+        if images is not None or len(prompts) or labels is not None or groups is not None:
+            raise InputError("problems: given with images, prompts, labels or groups; expected either, not both")
+        images, prompts, labels, groups = _columns(problems)
+    if images is None:
+        raise InputError("images: none; expected images and prompts, or problems")
     pictures = image_batch(images)
     check_size(pipeline, pictures.shape[2:], config.frames)
     pixels = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
@@ -179,6 +190,22 @@ def collect(
     for name, (values, role) in named.items():
         data = data.with_label(name, values, role)
     return data
+
+
+def _columns(
+    problems: Sequence[Mapping[str, Any]],
+) -> tuple[list[Any], list[str], dict[str, Labels], list[str | int] | None]:
+    """Images, prompts, labels and groups of problems. Raises InputError for one with other keys than the first."""
+    names = list(problems[0])
+    if lacking := [name for name in (IMAGE, PROMPT_TEXT) if name not in names]:
+        raise InputError(f"problems[0]: has no {lacking[0]!r}; expected image, prompt, and labels by name")
+    for number, one in enumerate(problems):
+        if set(one) != set(names):
+            other = sorted(set(one) ^ set(names))[0]
+            raise InputError(f"problems[{number}]: {other!r} is in some problems only; expected the same keys in all")
+    columns = {name: [one[name] for one in problems] for name in names}
+    groups = columns.pop(GROUP, None)
+    return columns.pop(IMAGE), columns.pop(PROMPT_TEXT), columns, groups
 
 
 def open_activations(folder: Path | str) -> Activations:

@@ -27,6 +27,8 @@ CONTENTS = {  # title and file of every page, in the order in which people ask
         "Your own problems": "docs/own-problems",
         "Your own model": "docs/own-model",
         "Supported models": "docs/support",
+        "A large model": "docs/wan22",
+        "Scale": "docs/scale",
         "Early answers and ensembles": "docs/uses",
         "Decodable or used": "docs/causal",
         "Behaviours": "docs/behaviour",

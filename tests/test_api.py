@@ -55,6 +55,13 @@ def place(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("activations")
 
 
+PROBLEMS = [
+    {"image": image, "prompt": prompt, "colour": name, "coin": coin}
+    for image, prompt, name, coin in zip(IMAGES, PROMPTS, NAMES, COINS, strict=True)
+]
+ONLY = {"images": None, "prompts": (), "labels": None}
+
+
 def own(pipeline, folder, **changes):
     given = {"images": IMAGES, "prompts": PROMPTS, "labels": {"colour": NAMES, "coin": COINS}, "config": CONFIG,
              "roles": {"colour": "perception", "coin": "nuisance"}, "folder": folder}  # fmt: skip
@@ -117,6 +124,14 @@ def test_an_answer_that_the_image_shows_is_no_evidence(seen):
     assert float(here.accuracy.max()) > 0.9 and not (here.p_evidence <= 0.05).any()
     assert str(here.not_measured.values) == "" and (here.baseline_accuracy.sel(baseline="first_frame") > 0.9).all()
     assert "hue_relabelled" in grid.targets  # its control, from the perception label
+
+
+def test_problems_are_images_prompts_and_labels(pipeline, place, data):
+    again = own(pipeline, place, problems=PROBLEMS, **ONLY)
+    assert again.stored.store.folder == data.stored.store.folder
+    for name in ("colour", "coin"):
+        assert torch.equal(again.samples.labels[name], data.samples.labels[name])
+    assert again.samples.target("coin").role == "nuisance" and again.order.tolist() == data.order.tolist()
 
 
 def test_the_same_call_uses_what_is_there_with_other_labels(pipeline, place, data, monkeypatch):
@@ -314,6 +329,10 @@ def test_a_pipeline_without_a_folder_is_known_by_its_weights(pipeline):
         ({"layers": "9"}, r"probe\.layers='9': expected indices from 0 to 2"),
         ({"seeds": 0}, r"seeds=0: expected at least 1"),
         ({"groups": [1, 2]}, r"groups: 2 entries for 60 images"),
+        ({"problems": [{"image": IMAGES[0], "prompt": PROMPT}]}, r"problems: given with images"),
+        ({"images": None}, r"images: none; expected"),
+        (ONLY | {"problems": [{"image": IMAGES[0], "hue": 1}]}, r"problems\[0\]: has no 'prompt'"),
+        (ONLY | {"problems": [PROBLEMS[0], PROBLEMS[1] | {"hue": 1}]}, r"problems\[1\]: 'hue' is in some"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_sampled(pipeline, tmp_path, changes, message):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from multiprocessing import Pipe
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import allocating, capturing, fitting, intervening, learning, pairs, running
+from benchmarks import allocating, capturing, fitting, intervening, learning, pairs, running, scaling
 from benchmarks.__main__ import main, table
 from cosprobe.command import load
 from cosprobe.config import ProbeConfig, TrainRun
@@ -172,3 +173,20 @@ def test_the_whole_run_is_measured():
     with (console := Console(width=200)).capture() as printed:
         console.print(table(found))
     assert printed.get().count("train.py probe=layers, 24 problems, no random weights") == len(found) == 1
+
+
+@pytest.mark.slow
+def test_peaks_are_measured_on_a_store_of_the_size_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "keep_freed_memory", lambda: None)  # in this process
+    receiver, sender = Pipe(duplex=False)
+    size = scaling.Size(60, 2, 2, 8, kind="ridge")
+    store = scaling.write(size, tmp_path / "store")
+    tensors = store.tensors()[0]
+    assert tensors["features"].shape == (60, 4, 4, 8) and tensors["embed.whole"].shape == (60, 2, 4, 4, 8)
+    with unchecked():
+        scaling.run(size, store.folder, sender)
+    peak, seconds = receiver.recv()
+    assert peak >= 0 and seconds > 0
+    monkeypatch.setattr(scaling, "matmul_rate", lambda: 1.0)
+    # two forms with 120 rows of 8 columns, one with 30 rows of 32: at one operation per second, for four cells
+    assert scaling.floor(size) == 4 * (2 * 2 * 120 * 8 * 8 + 2 * 30 * 32 * 30)

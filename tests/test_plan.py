@@ -7,6 +7,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from math import comb
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,9 +27,11 @@ from cosprobe.plan import evaluation_flops, make_plan
 from cosprobe.reporting.film import record
 from cosprobe.tasks import Maze
 from cosprobe.tasks.samples import draw_samples
+from tests.examples.a14b import with_plan
 from tests.examples.pipelines import save_wan
 from tests.examples.stores import collected
 
+ROOT = Path(__file__).resolve().parent.parent
 SIZE = ["pipeline.steps=3", "pipeline.frames=5", "task.frames=5", "task.problems=20", "pipeline.batch=8"]
 
 
@@ -159,6 +162,13 @@ def test_too_few_problems_show_nothing():
     for wrong in ((0, 0.5, 1), (5, 0.0, 1), (5, 1.0, 1), (5, 0.5, 0)):
         with pytest.raises(InputError, match=r"problems=\d"):
             detectable_accuracy(*wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.docs
+def test_the_plan_in_the_docs_is_that_of_its_command():
+    page = (ROOT / "docs" / "wan22.md").read_text()
+    assert "evaluations" in page and with_plan(page) == page
 
 
 def test_the_store_of_an_outline_has_the_size_of_the_models(folder):

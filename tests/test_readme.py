@@ -132,6 +132,8 @@ def test_every_command_runs(tmp_path, monkeypatch):
             continue
         if any(setting.startswith("experiment=") for setting in settings):  # their own tests train them
             continue
+        if any(setting.startswith("pipeline=") for setting in settings):  # models that are not on this machine
+            continue
         if script == "train.py":
             keys = {setting.split("=")[0] for setting in settings}
             fewer = ["probe.steps='0,2'"] if "probe.steps" in keys else []

@@ -56,9 +56,15 @@ def _entry(root: Path, folder: Path, noted: str) -> Entry | Broken:
     except InputError as error:
         return Broken(str(error))
     if not isinstance(content, dict):
-        return Broken(f"{str(folder / noted)!r}: holds a {type(content).__name__}, expected a JSON object")
+        return Broken(
+            f"{str(folder / (noted or METADATA[0]))!r}: holds a {type(content).__name__}, expected a JSON object"
+        )
+    try:
+        fields = flat(content)
+    except RecursionError:
+        return Broken(f"{str(folder / (noted or METADATA[0]))!r}: objects within objects, too deep to be read")
     image = folder / FIRST
-    return Entry(folder.relative_to(root).as_posix(), str(image), image, prompt, flat(content))
+    return Entry(folder.relative_to(root).as_posix(), str(image), image, prompt, fields)
 
 
 def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -76,7 +76,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise InputError(
             f"{where}: reading Parquet needs the package pyarrow; install it, or save the table as CSV"
         ) from error
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{where}: cannot be read ({' '.join(str(error).split())}); expected a table") from error
@@ -88,6 +88,14 @@ def _column(setting: str, given: str, usual: tuple[str, ...], columns: list[str]
     if given and given not in columns:
         raise InputError(f"task.{setting}={given!r}: expected one of {', '.join(columns)}")
     return given or next((name for name in usual if name in columns), "")
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; no for names that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:  # too long
+        return False
 
 
 def _entries(path: Path, rows: list[dict[str, Any]], image: str, prompt: str, named: str) -> Iterator[Entry | Broken]:
@@ -102,8 +110,8 @@ def _entries(path: Path, rows: list[dict[str, Any]], image: str, prompt: str, na
         if image:
             given = row.get(image)
             file = path.parent / given if isinstance(given, str) and given else None
-            if file is None or not file.is_file():
-                yield Broken(f"{where}: {image}={given!r}, expected the path of an image")
+            if file is None or not _is_file(file):
+                yield Broken(f"{where}: {image}={given!r:.300}, expected the path of an image")
                 continue
             if root not in file.resolve().parents:
                 yield Broken(f"{where}: {image}={given!r} leads out of {str(root)!r}, expected a file inside it")

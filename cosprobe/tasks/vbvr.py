@@ -136,7 +136,7 @@ def read_file(path: Path, name: str, load: Callable[[Path], Any], root: Path | N
         return load(file)
     except FileNotFoundError:
         raise InputError(f"{str(path)!r}: has no {name}, expected a problem in VBVR's layout") from None
-    except (OSError, ValueError, SyntaxError, av.FFmpegError) as error:
+    except (OSError, ValueError, SyntaxError, RecursionError, av.FFmpegError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{str(file)!r}: cannot be read ({reason}); expected a file as VBVR writes it") from error
 

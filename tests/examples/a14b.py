@@ -1,11 +1,23 @@
-"""The configuration files of Wan2.2-I2V-A14B, as its authors publish them, without weights: `python -m
-tests.examples.a14b FOLDER` writes them."""
+"""The configuration files of Wan2.2-I2V-A14B, as its authors publish them, without weights.
+
+`python -m tests.examples.a14b docs/wan22.md` writes the plan of a run with it between the comments of that page.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from cosprobe.command import load
+from cosprobe.config import TrainRun
+from cosprobe.plan import make_plan
+from cosprobe.tasks import draw_samples, with_margin
+
+BEGIN, END = "<!-- plan -->", "<!-- /plan -->"
 
 TRANSFORMER = {
     "_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "num_attention_heads": 40,
@@ -48,5 +60,17 @@ def write(folder: Path) -> Path:
     return folder
 
 
+def with_plan(page: str) -> str:
+    """The page with the plan of its first command, without what depends on the machine."""
+    command = next(line for line in page.splitlines() if line.startswith("python train.py plan=true"))
+    with TemporaryDirectory() as folder:
+        settings = [*shlex.split(command)[3:], f"pipeline.path={write(Path(folder))}"]
+        run = load(TrainRun, settings)
+        task = with_margin(run.task.build(), run.pipeline.height, run.pipeline.width)
+        plan = make_plan(run, task, draw_samples(task, run.task, run.seed))
+    lines = "\n".join(line for line in str(plan).splitlines() if not line.startswith("problem"))
+    return re.sub(f"{BEGIN}.*?{END}", f"{BEGIN}\n```text\n{lines}\n```\n{END}", page, flags=re.DOTALL)
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    Path(sys.argv[1]).write_text(with_plan(Path(sys.argv[1]).read_text()))

@@ -102,6 +102,8 @@ def test_a_split_on_disk_that_parts_equal_images_is_refused(tmp_path):
         (lambda f: (f / "prompt.txt").write_bytes(b"\xff\xfe\xfa"), "cannot be read"),
         (lambda f: (f / "metadata.json").write_text("{"), "cannot be read"),
         (lambda f: (f / "metadata.json").write_text("[1]"), "expected a JSON object"),
+        (lambda f: (f / "metadata.json").write_text("[" * 100_000), "cannot be read"),
+        (lambda f: (f / "metadata.json").write_text('{"a": ' * 970 + "1" + "}" * 970), "metadata.json"),
         (lambda f: (f / "metadata.json").write_text('{"parameters": {}}'), "parameters.answer=None"),
         (lambda f: (f / "metadata.json").write_text('{"parameters": {"answer": "two"}}'), "is a text, the other"),
         (lambda f: (f / "metadata.json").write_text('{"parameters": {"answer": [1]}}'), "expected a text or a number"),
@@ -109,8 +111,8 @@ def test_a_split_on_disk_that_parts_equal_images_is_refused(tmp_path):
         (lambda f: Image.new("1", (20000, 6000)).save(f / "first_frame.png"), "20000 x 6000 pixels"),
         (lambda f: Image.new("I;16", (8, 8)).save(f / "first_frame.png"), "mode I;16"),
     ],
-    ids=["truncated", "no image", "missing", "no prompt", "not utf-8", "no json", "a list", "no label", "a text",
-         "a list as label", "empty", "too large", "16 bits"],
+    ids=["truncated", "no image", "missing", "no prompt", "not utf-8", "no json", "a list", "deep lists", "deep objects",
+         "no label", "a text", "a list as label", "empty", "too large", "16 bits"],
 )  # fmt: skip
 def test_broken_problems_are_named_and_stop_or_are_left_out(root, damage, message):
     folder = root / "part0" / "task" / "00007"
@@ -275,6 +277,8 @@ def test_tables_that_cannot_be_read_are_refused(tmp_path):
     for name, content, message in (
         ("a.json", "[1]", "list of objects"), ("b.json", "{", "cannot be read"), ("c.txt", "x", "ends in"),
         ("d.csv", "", "cannot be read"), ("e.csv", "a,b\n1,2\n", "no column with prompts"),
+        ("f.json", "[" * 100_000, "cannot be read"),
+        ("g.csv", f"image,prompt,answer\n{'x' * 400},a,1\n", "expected the path"),
     ):  # fmt: skip
         (tmp_path / name).write_text(content)
         with pytest.raises(InputError, match=message):

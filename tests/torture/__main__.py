@@ -12,13 +12,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded
 
 import numpy as np
 
-from tests.torture import bits, disk, inputs, kills, pairs, stops
+from tests.torture import bits, disk, disk_problems, inputs, kills, pairs, stops
 from tests.torture.world import World
 
 PARTS = {  # function, and how often
     "kills": (kills.kill, 100),
+    "chunks": (kills.kill_chunks, 40),
     "stops": (stops.stop, 60),
     "lost": (stops.lose, 10),
+    "four": (stops.lose_of_four, 20),
+    "problems": (disk_problems.give, 100),
     "inputs": (inputs.give, 300),
     "bits": (bits.flip, 500),
     "disk": (disk.fill, 60),

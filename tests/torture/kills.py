@@ -8,7 +8,14 @@ import numpy as np
 
 from tests.torture.world import World, clock, compare, content, end, run, start
 
+CHUNKS = "probe.memory=0.001"  # GB: nine chunks
 PER_RUN = 5  # kills before a run may end
+
+
+def kill_chunks(world: World, count: int, rng: np.random.Generator, say: Callable[[str], None]) -> dict[str, int]:
+    """The same while probes are fitted to a few cells at a time, with activations that are there."""
+    small = World.build(world.root / "chunks", only_train=True, more=(CHUNKS, "probe.epochs=40"))
+    return kill(small, count, rng, say)
 
 
 def kill(world: World, count: int, rng: np.random.Generator, say: Callable[[str], None]) -> dict[str, int]:

@@ -53,19 +53,27 @@ def stop(world: World, count: int, rng: np.random.Generator, say: Callable[[str]
     return counts
 
 
-def lose(world: World, count: int, rng: np.random.Generator, say: Callable[[str], None]) -> dict[str, int]:
-    """Kills one of the two processes of commands that train, `count` times. Returns the numbers of kills and faults.
+def lose_of_four(world: World, count: int, rng: np.random.Generator, say: Callable[[str], None]) -> dict[str, int]:
+    """The same with one of four processes, which have unequal numbers of batches."""
+    return lose(world, count, rng, say, processes=4)
+
+
+def lose(
+    world: World, count: int, rng: np.random.Generator, say: Callable[[str], None], processes: int = 2
+) -> dict[str, int]:
+    """Kills one of the processes of commands that train, `count` times. Returns the numbers of kills and faults.
 
     The activations have to be those of one process. Probes that two have fitted differ in the last bits.
     """
     whole = stored(world.finished / STORE)
     counts = {"lost": 0, "with a message": 0, "tracebacks": 0, "other ends": 0, "lost or doubled": 0}
-    takes, logs = 10.0, [world.root / f"lost-{rank}.log" for rank in range(2)]
+    takes, logs = 5.0 * processes, [world.root / f"lost-{rank}.log" for rank in range(processes)]
     while counts["lost"] < count:
         folder = world.place("lost")
-        command = world.train(folder, "trainer.devices=2", "trainer.accelerator=cpu", f"trainer.timeout={TIMEOUT}")
-        begin, chosen = clock(), int(rng.integers(2))
-        both = [start(command, log, environment=about) for log, about in zip(logs, _two_devices(), strict=True)]
+        devices = [f"trainer.devices={processes}", "trainer.accelerator=cpu", f"trainer.timeout={TIMEOUT}"]
+        command = world.train(folder, *devices)
+        begin, chosen = clock(), int(rng.integers(processes))
+        both = [start(command, log, environment=a) for log, a in zip(logs, _devices(processes), strict=True)]
         both[chosen].join(float(rng.uniform(0, takes)))
         if not both[chosen].is_alive():  # it has ended before
             takes = 0.9 * (clock() - begin)
@@ -73,14 +81,18 @@ def lose(world: World, count: int, rng: np.random.Generator, say: Callable[[str]
                 end(process, log)
             continue
         both[chosen].kill()
-        ended = end(both[1 - chosen], logs[1 - chosen], 60)
+        others = [rank for rank in range(processes) if rank != chosen]
+        ends = {rank: end(both[rank], logs[rank], 60) for rank in others}
         end(both[chosen], logs[chosen])
         counts["lost"] += 1
-        counts["tracebacks"] += ended.traceback
-        counts["with a message"] += ended.one_line
-        if not ended.one_line and ended.code != 0:  # 0: it had nothing left to do with the other
-            counts["other ends"] += not ended.traceback
-            say(f"process {1 - chosen}: exit code {ended.code} after {chosen} was lost: {ended.said[-2500:]}")
+        counts["tracebacks"] += any(ended.traceback for ended in ends.values())
+        # with several left, those that others end are told nothing; 0: one had nothing left to do with the others
+        counts["with a message"] += any(ended.one_line for ended in ends.values())
+        for rank, ended in ends.items():
+            told = ended.one_line or ended.code == 0 or (processes > 2 and ended.code is not None)
+            if not told or ended.traceback:
+                counts["other ends"] += not ended.traceback
+                say(f"process {rank}: exit code {ended.code} after {chosen} was lost: {ended.said[-2500:]}")
         again = run(world.train(folder), logs[0])
         if again.code != 0:
             counts["other ends"] += 1
@@ -92,9 +104,9 @@ def lose(world: World, count: int, rng: np.random.Generator, say: Callable[[str]
     return counts
 
 
-def _two_devices() -> list[dict[str, str]]:
-    """The variables of the environment by which two processes find each other."""
+def _devices(processes: int) -> list[dict[str, str]]:
+    """The variables of the environment by which processes find each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    return [meet | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"} for rank in range(2)]
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    return [meet | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"} for rank in range(processes)]

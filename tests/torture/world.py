@@ -120,12 +120,14 @@ class World:
     model: Path
     finished: Path
     only_train: bool = False
+    more: tuple[str, ...] = ()
 
     @classmethod
-    def build(cls, root: Path, only_train: bool = False) -> World:
+    def build(cls, root: Path, only_train: bool = False, more: tuple[str, ...] = ()) -> World:
         """Makes the model, and trains, answers early and compares ensembles without any fault. only_train: trains, on
-        fewer problems."""
-        world = cls(root, root / "wan", root / "whole" / "run", only_train)
+        fewer problems. more: further settings of training."""
+        root.mkdir(exist_ok=True)
+        world = cls(root, root / "wan", root / "whole" / "run", only_train, more)
         save_wan(world.model)
         for command in world.commands(world.finished):
             ended = run(command, root / "log")
@@ -139,7 +141,7 @@ class World:
             "train", "probe=layers", f"pipeline.path={self.model}", "pipeline.steps=3", "pipeline.frames=5",
             "pipeline.batch=8", "task.frames=5", f"task.problems={24 if self.only_train else 64}", "probe.epochs=3",
             f"run_dir={folder}",
-            "trainer.enable_progress_bar=false", *settings,
+            "trainer.enable_progress_bar=false", *self.more, *settings,
         ]  # fmt: skip
 
     def commands(self, folder: Path) -> list[list[str]]:
