@@ -203,7 +203,7 @@ def _columns(
         if set(one) != set(names):
             other = sorted(set(one) ^ set(names))[0]
             raise InputError(f"problems[{number}]: {other!r} is in some problems only; expected the same keys in all")
-    columns = {name: [one[name] for one in problems] for name in names}
+    columns: dict[str, Any] = {name: [one[name] for one in problems] for name in names}
     groups = columns.pop(GROUP, None)
     return columns.pop(IMAGE), columns.pop(PROMPT_TEXT), columns, groups
 

@@ -111,8 +111,8 @@ def test_a_split_on_disk_that_parts_equal_images_is_refused(tmp_path):
         (lambda f: Image.new("1", (20000, 6000)).save(f / "first_frame.png"), "20000 x 6000 pixels"),
         (lambda f: Image.new("I;16", (8, 8)).save(f / "first_frame.png"), "mode I;16"),
     ],
-    ids=["truncated", "no image", "missing", "no prompt", "not utf-8", "no json", "a list", "deep lists", "deep objects",
-         "no label", "a text", "a list as label", "empty", "too large", "16 bits"],
+    ids=["truncated", "no image", "missing", "no prompt", "not utf-8", "no json", "a list", "deep lists",
+         "deep objects", "no label", "a text", "a list as label", "empty", "too large", "16 bits"],
 )  # fmt: skip
 def test_broken_problems_are_named_and_stop_or_are_left_out(root, damage, message):
     folder = root / "part0" / "task" / "00007"
