@@ -142,8 +142,8 @@ def collect(
     """Samples a video for every image and prompt, and keeps what happens inside the transformer.
 
     pipeline: from `load_pipeline`.
-    problems: dictionaries with `image`, `prompt` and, if wanted, `group`; every other key is the name of a label. All
-    have the same keys. In place of images, prompts, labels and groups:
+    problems: dictionaries such as `{"image": picture, "prompt": "...", "colour": "red"}`, all with the same keys. Keys
+    other than `image`, `prompt` and `group` are labels. They are given instead of images, prompts, labels and groups.
     images: PIL, numpy or torch, of one size; see `cosprobe.models.image_batch`.
     prompts: one for each image. labels: by name, the class of each image, as text or whole number; a list is the label
     `label`. roles: what probes have to beat, for all labels or by name, see `cosprobe.tasks.Role`. Default: `answer`,

@@ -69,7 +69,7 @@ class Power:
         least = f"{self.target}: {self.problems} test problems, chance {self.chance:.2f}: "
         if self.accuracy is None:
             return least + "too few to show anything, even if every answer were right"
-        return least + f"an accuracy of {self.accuracy:.2f} (skill {self.skill:.2f}) is shown in 4 of 5 runs"
+        return least + f"a true accuracy of {self.accuracy:.2f} (skill {self.skill:.2f}) is significant in 4 of 5 runs"
 
     @property
     def skill(self) -> float | None:
@@ -104,19 +104,25 @@ class Plan:
     def __str__(self) -> str:
         samples = ", ".join(f"{count} {split}" for split, count in self.samples.items())
         others = ", ".join(f"{name} {size_text(size)}" for name, size in self.stored.items() if name != self.pooling)
-        speed = "set plan.flops_per_second" if self.hours is None else f"{self.hours[0]:.3g} h ({self.hours[1]})"
+        speed = "not known: set plan.flops_per_second"
+        if self.hours is not None:
+            hours, source = self.hours
+            speed = f"{hours:.3g} h on one device ({source})" if hours > 1 else f"{60 * hours:.2g} min ({source})"
         lines = [
             f"samples        {samples}",
-            f"cells          {self.cells} (steps, layers, branches and positions)",
+            f"cells          {self.cells} (steps x layers x branches of guidance x positions)",
             f"disk           {size_text(self.stored[self.pooling])} with probe.pooling={self.pooling} ({others})",
             f"evaluations    {self.evaluations} of the transformer, {self.flops:.3g} operations",
-            f"decodes        {self.decodes} clips",
-            f"host memory    {size_text(self.host)}, about",
-            f"device memory  {size_text(self.device)}, about",
+            f"decodes        {self.decodes} clips, finished videos and x0-hat",
+            f"host memory    about {size_text(self.host)} for each process",
+            f"device memory  about {size_text(self.device)} for each process, without decoding",
             f"sampling       {speed}",
         ]
         for one in self.power:
-            lines += [f"labels         {one.target}: {_counted(one.counts)}", f"power          {one}"]
+            lines += [
+                f"labels         {one.target}, of the samples that have it: {_counted(one.counts)}",
+                f"power          {one}",
+            ]
         return "\n".join([*lines, *(f"problem        {line}" for line in self.problems)])
 
 
@@ -148,7 +154,7 @@ def make_plan(run: TrainRun, task: Task, drawn: Sequence[Sample]) -> Plan:
     hours = None
     if run.plan.flops_per_second:
         rate = run.plan.flops_per_second
-        hours = flops / rate / 3600, f"at {rate:.3g} operations per second, without decoding"
+        hours = flops / rate / 3600, f"assuming {rate:.3g} operations per second, without decoding"
     elif not problems and any(run.pipeline.folder.glob("transformer/*.safetensors")):
         hours = _timed(run, sampler, drawn, evaluations / branches, decodes)
     return Plan(
@@ -231,7 +237,7 @@ def _timed(run: TrainRun, sampler: Sampler, drawn: Sequence[Sample], calls: floa
     problems = [sample.problem for sample in drawn[: loaded.config.batch]]
     cost = seconds(loaded.model, loaded.config, images(loaded.task, problems), [p.prompt for p in problems])
     spent = calls * cost.evaluation + decodes * cost.decode + len(drawn) * (cost.text + cost.image)
-    return spent / 3600, f"one device of this machine, from one step of {len(problems)} samples"
+    return spent / 3600, f"from one step and one decoding of {len(problems)} samples"
 
 
 def _found(run: TrainRun, sampler: Sampler, drawn: Sequence[Sample], size: int) -> list[str]:

@@ -38,7 +38,7 @@ from tests.examples.grids import ANSWER, synthetic
 ROOT = Path(train.__file__).parent
 TASKS = sorted(SCHEMAS["task"])
 PIPELINES = sorted(path.stem for path in (CONFIGS / "pipeline").glob("*.yaml"))
-TOP = "experiment, pipeline, probe, run_dir, seed, store, task, trainer"
+TOP = "experiment, pipeline, plan, probe, run_dir, seed, store, task, trainer"
 
 
 def names(schema: type) -> str:
