@@ -20,13 +20,12 @@ certificate.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 import torchmetrics
 from jaxtyping import Float, Int
@@ -263,8 +262,6 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
         chunk, held_out = train.at(part), validation.at(part)
         results = saved.load(number, runner)
         if results is None:
-            if config.kind == "logistic" or runner.world_size == 1:  # else each process reads its own cells
-                chunk, held_out = _read_once(samples, chunk, held_out, part)
             results = _fit_chunk(runner, chunk, held_out, targets, config, seed, saved.resumed(number, runner))
             results |= {DRAWN + name: values for name, values in drawn.state_dict().items()}
             saved.save(number, results, runner)
@@ -292,15 +289,6 @@ def fit(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConfig, fold
         fitted_with["gap"] = {name: float(one.gap.max()) for name, one in whole.items()}
     saved.remove(runner)
     return ProbeBank.join(banks).with_provenance(**fitted_with)
-
-
-def _read_once(
-    samples: ProbeSamples, train: ProbeSamples, validation: ProbeSamples, part: slice
-) -> tuple[ProbeSamples, ProbeSamples]:
-    """Training and validation samples of a chunk of cells, in memory. Their shards are the same, and are read once."""
-    fitted = np.flatnonzero(samples.split != "test")
-    values, split = samples.at(part).rows(fitted).features[:], torch.from_numpy(samples.split[fitted] == "train")
-    return replace(train, features=values[split]), replace(validation, features=values[~split])
 
 
 def _fit_chunk(
