@@ -33,6 +33,8 @@ def train(run: TrainRun) -> None:
     if isinstance(run.experiment, ProbeExperiment):
         run.pipeline.check_folder()
         check_results(run, run_dir)
+    elif run.plan.only:
+        raise InputError("plan=true: only runs of probes have a plan; leave experiment out")
     else:
         check_no_results(run_dir)
 
@@ -54,8 +56,6 @@ def train(run: TrainRun) -> None:
     if run.plan.only:
         from cosprobe.plan import make_plan
 
-        if not isinstance(run.experiment, ProbeExperiment):
-            raise InputError("plan=true: only runs of probes have a plan; leave experiment out")
         print(make_plan(run, task, draw_samples(task, run.task, run.seed)))
         return
 

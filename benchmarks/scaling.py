@@ -26,13 +26,13 @@ from rich.table import Table
 
 from benchmarks.fitting import synthetic, whole_fit
 from cosprobe.activations import ActivationStore, InputFeatures, StoredTensor
+from cosprobe.cells import EMBED, NOISE, Cell
 from cosprobe.command import keep_freed_memory
 from cosprobe.config import ProbeConfig
 from cosprobe.evaluation import build_grid, evaluate, read_inputs
 
 SHARD = 16  # samples of a shard, as in the demo
 SHARES = {"train": 0.5, "validation": 0.2, "test": 0.3}
-NOISE, EMBED = "noise", "embed"
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,11 @@ def write(size: Size, folder: Path) -> ActivationStore:
     names = [str(i) for i in range(sum(size.sizes.values()))]
     for start in range(0, len(names), SHARD):
         part, generator = names[start : start + SHARD], torch.Generator().manual_seed(start)
-
-        def noise(*shape: int, count: int = len(part), source: torch.Generator = generator) -> torch.Tensor:
-            return torch.randn(count, *shape, generator=source).to(size.dtype)
-
-        tensors = {"features": noise(size.steps * size.layers, 4, size.channels)}
+        shapes: dict[str, tuple[int, ...]] = {"features": (size.steps * size.layers, 4, size.channels)}
         if size.inputs:
-            tensors |= {"noise.region": noise(1, 4, 4, 12), "noise.whole": noise(1, 4, 16, 12)}
-            tensors |= {f"embed.{name}": noise(size.steps, 4, 4, size.channels) for name in ("region", "whole")}
+            shapes |= {f"{NOISE}.region": (1, 4, 4, 12), f"{NOISE}.whole": (1, 4, 16, 12)}
+            shapes |= {f"{EMBED}.{name}": (size.steps, 4, 4, size.channels) for name in ("region", "whole")}
+        tensors = {n: torch.randn(len(part), *shape, generator=generator).to(size.dtype) for n, shape in shapes.items()}
         store.write({"": part}, tensors, {})
     store.finish(names)
     return store
@@ -101,7 +98,7 @@ def run(size: Size, folder: Path, connection: multiprocessing.connection.Connect
     connection.send((_peak() - before, perf_counter() - begin))
 
 
-def _cells(size: Size) -> tuple:
+def _cells(size: Size) -> tuple[Cell, ...]:
     return synthetic({"train": 1}, size.steps, size.layers, 2).cells
 
 

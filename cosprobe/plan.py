@@ -45,7 +45,7 @@ from cosprobe.models import (
     outline,
 )
 from cosprobe.reporting import FILMED
-from cosprobe.tasks import Sample, Task
+from cosprobe.tasks import Role, Sample, Task
 
 FEW = 8  # most classes of a target whose samples are counted one by one
 HIDDEN = 12  # tensors of the size of the hidden states that a block holds at once, about
@@ -85,7 +85,7 @@ class Plan:
     go through the transformer, counted twice with classifier-free guidance; further ones with random weights included.
     decodes: clips that are decoded. host, device: bytes of memory, estimated. flops: operations of all evaluations,
     estimated from the sizes of layers. hours: with the reason for it; None if nothing is known of the speed.
-    power: of every target that needs evidence. problems: what would stop the run or its user, a sentence each.
+    power: of every target that needs evidence. warnings: what would stop the run or mislead its user, a sentence each.
     """
 
     samples: dict[str, int]
@@ -99,7 +99,7 @@ class Plan:
     flops: float
     hours: tuple[float, str] | None
     power: tuple[Power, ...]
-    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     def __str__(self) -> str:
         samples = ", ".join(f"{count} {split}" for split, count in self.samples.items())
@@ -123,7 +123,7 @@ class Plan:
                 f"labels         {one.target}, of the samples that have it: {_counted(one.counts)}",
                 f"power          {one}",
             ]
-        return "\n".join([*lines, *(f"problem        {line}" for line in self.problems)])
+        return "\n".join([*lines, *(f"warning        {line}" for line in self.warnings)])
 
 
 def make_plan(run: TrainRun, task: Task, drawn: Sequence[Sample]) -> Plan:
@@ -136,7 +136,7 @@ def make_plan(run: TrainRun, task: Task, drawn: Sequence[Sample]) -> Plan:
     sampler = Sampler(model, run.pipeline, task, run.trainer)
     config, probe, table = sampler.config, run.probe, SampleTable.of(task, drawn, {})
     splits = np.array(SPLIT_ORDER)[table.columns["split"].numpy()]
-    branches = 2 if config.guided(architecture(model).guidance) else 1
+    branches = _branches(sampler)
     few = few_samples(splits, probe.random_weights) if probe.random_weights else []
     cells = cells_of(sampler, probe)
     poolings = [name for name in POOLINGS if task.regions or name != "region"]
@@ -149,17 +149,17 @@ def make_plan(run: TrainRun, task: Task, drawn: Sequence[Sample]) -> Plan:
     before_last = len([step for step in decoded if step < config.steps - 1])
     decodes = len(drawn) + int((splits != "train").sum()) * before_last + films * len(decoded) if parser else 0
     flops = evaluations * evaluation_flops(sampler)
-    host, device = _memory(sampler, branches, probe.memory)
-    problems = _found(run, sampler, drawn, stored[probe.pooling])
+    host, device = _memory(sampler, probe.memory)
+    warnings = _found(run, sampler, drawn, stored[probe.pooling])
     hours = None
     if run.plan.flops_per_second:
         rate = run.plan.flops_per_second
         hours = flops / rate / 3600, f"assuming {rate:.3g} operations per second, without decoding"
-    elif not problems and any(run.pipeline.folder.glob("transformer/*.safetensors")):
+    elif not warnings and any(run.pipeline.folder.glob("transformer/*.safetensors")):
         hours = _timed(run, sampler, drawn, evaluations / branches, decodes)
     return Plan(
         {split: int((splits == split).sum()) for split in SPLIT_ORDER}, cells, probe.pooling, stored, evaluations,
-        decodes, host, device, flops, hours, power(task, table, cells), tuple(problems),
+        decodes, host, device, flops, hours, power(task, table, cells), tuple(warnings),
     )  # fmt: skip
 
 
@@ -167,10 +167,13 @@ def cells_of(sampler: Sampler, probe: CaptureConfig) -> int:
     """Number of cells of the map of a run."""
     boxes = [(0.0, 0.0, 1.0, 1.0)] * sampler.task.regions
     positions = Pooling(probe.pooling, probe.frames, [boxes]).positions(sampler.token_grid)
-    branches = 2 if sampler.config.guided(architecture(sampler.model).guidance) else 1
-    return (
-        len(probe.steps_kept(sampler.config.steps)) * len(probe.layers_kept(sampler.depth)) * branches * len(positions)
-    )
+    kept = len(probe.steps_kept(sampler.config.steps)) * len(probe.layers_kept(sampler.depth))
+    return kept * _branches(sampler) * len(positions)
+
+
+def _branches(sampler: Sampler) -> int:
+    """Evaluations of the transformer in a step: two with classifier-free guidance."""
+    return 2 if sampler.config.guided(architecture(sampler.model).guidance) else 1
 
 
 def power(task: Task, table: SampleTable, cells: int) -> tuple[Power, ...]:
@@ -182,7 +185,7 @@ def power(task: Task, table: SampleTable, cells: int) -> tuple[Power, ...]:
     found, keys = [], table.columns["key"].numpy()
     splits = np.array(SPLIT_ORDER)[table.columns["split"].numpy()]
     for target in task.targets:
-        if target.role not in MUST_BEAT or target.role == "model_answer" or target.form == "region":
+        if target.role not in MUST_BEAT or target.role is Role.MODEL_ANSWER or target.form == "region":
             continue
         label = table.columns[f"label.{target.name}"].numpy()
         names = target.names or tuple(map(str, range(task.regions if target.form == "candidate" else target.classes)))
@@ -214,7 +217,7 @@ def evaluation_flops(sampler: Sampler) -> float:
     return 2.0 * weights * tokens + 4.0 * len(blocks) * tokens * (tokens + sampler.config.prompt_tokens) * width
 
 
-def _memory(sampler: Sampler, branches: int, chunk: float) -> tuple[int, int]:
+def _memory(sampler: Sampler, chunk: float) -> tuple[int, int]:
     """Bytes of host and device memory. chunk: probe.memory."""
     parts = {name: part for name, part in sampler.model.components.items() if isinstance(part, nn.Module)}
     sizes = {name: sum(p.numel() * p.element_size() for p in part.parameters()) for name, part in parts.items()}

@@ -9,9 +9,10 @@ import ctypes
 import logging
 import platform
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -117,8 +118,14 @@ def return_freed_memory() -> None:
     """Returns freed memory to the system. Call it between large steps: commands keep freed memory for the next tensors
     (`command.keep_freed_memory`), and what is left between small objects may fit none of the next step. Does nothing
     with other C libraries than that of GNU."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """The function of the C library, None if it has none. Finding out takes ten milliseconds."""
+    return ctypes.CDLL(None).malloc_trim if platform.libc_ver()[0] == "glibc" else None
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -12,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import train
-from cosprobe.activations import Sampler, flops, images, store_bytes
+from cosprobe.activations import ActivationStore, Sampler, flops, images, store_bytes
 from cosprobe.activations.collection import StoreSettings
 from cosprobe.activations.dataset import load_samples
 from cosprobe.command import load
@@ -101,15 +105,15 @@ def test_a_run_needs_what_was_planned(folder, tmp_path, monkeypatch, settings):
     tensors = stored.store.read()[0] | stored.store.read("untrained.")[0]
     kept = [v for n, v in tensors.items() if "features" in n or n.startswith("input.") and n != "input.prompt.whole"]
     assert plan.stored["region"] == sum(values.nbytes for values in kept)
-    assert not plan.problems
+    assert not plan.warnings
 
 
 def test_a_plan_needs_no_weights(folder, bare, tmp_path):
     whole = planned(folder, f"run_dir={tmp_path / 'run'}")[3]
     without = planned(bare, "pipeline.dtype=float32", f"run_dir={tmp_path / 'run'}")[3]
     assert whole.hours is not None and 0 < whole.hours[0] < 1 and without.hours is None
-    assert replace(without, problems=(), hours=None) == replace(whole, hours=None)
-    assert len(without.problems) == 1 and "tokenizer" in without.problems[0]
+    assert replace(without, warnings=(), hours=None) == replace(whole, hours=None)
+    assert len(without.warnings) == 1 and "tokenizer" in without.warnings[0]
     half = planned(bare, "pipeline.dtype=bfloat16")[3]
     assert {name: 2 * size for name, size in half.stored.items()} == without.stored
     timed = planned(bare, "plan.flops_per_second=1e6")[3]
@@ -117,10 +121,10 @@ def test_a_plan_needs_no_weights(folder, bare, tmp_path):
 
 
 def test_what_would_stop_the_run_is_listed(folder, monkeypatch):
-    assert any("pipeline.frames=6" in line for line in planned(folder, "pipeline.frames=6")[3].problems)
-    assert any("guidance_2" in line for line in planned(folder, "pipeline.guidance_2=3")[3].problems)
+    assert any("pipeline.frames=6" in line for line in planned(folder, "pipeline.frames=6")[3].warnings)
+    assert any("guidance_2" in line for line in planned(folder, "pipeline.guidance_2=3")[3].warnings)
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
-    assert any("free" in line for line in planned(folder)[3].problems)
+    assert any("free" in line for line in planned(folder)[3].warnings)
     with pytest.raises(InputError, match=r"probe\.layers"):
         planned(folder, "probe.layers=99")
 
@@ -158,10 +162,44 @@ def test_the_accuracy_that_can_be_shown(problems, chance, cells):
 
 
 def test_too_few_problems_show_nothing():
-    assert detectable_accuracy(3, 0.5, 1) is None and detectable_accuracy(5, 0.5, 1) is not None
+    assert detectable_accuracy(4, 0.5, 1) is None  # all four right by chance: p 1 / 16
+    assert detectable_accuracy(5, 0.5, 1) == pytest.approx(0.8**0.2)  # all five: p 1 / 32
+    assert detectable_accuracy(5, 0.5, 2) is None
     for wrong in ((0, 0.5, 1), (5, 0.0, 1), (5, 1.0, 1), (5, 0.5, 0)):
         with pytest.raises(InputError, match=r"problems=\d"):
             detectable_accuracy(*wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.docs
+def test_a_run_of_the_model_in_the_package_needs_what_was_planned(tmp_path, monkeypatch):
+    """Within 2 %: a plan counts a film of three problems, and there may be fewer of the kinds that are filmed."""
+    settings = ["probe=layers", "task.problems=128", f"run_dir={tmp_path / 'run'}"]
+    run = load(TrainRun, settings)
+    run.pipeline = with_defaults(run.pipeline)
+    drawn = draw_samples(run.task.build(), run.task, run.seed)
+    plan = make_plan(run, run.task.build(), drawn)
+    counted, decode = {"blocks": 0, "decodes": 0}, AutoencoderKLWan.decode
+
+    def evaluated(module, given):  # a hook: what replaces `forward` is refused
+        counted["blocks"] += len(given[0]) if isinstance(module, WanTransformerBlock) else 0
+
+    @functools.wraps(decode)
+    def decoded(self, latents, *given, **named):
+        counted["decodes"] += len(latents)
+        return decode(self, latents, *given, **named)
+
+    monkeypatch.setattr(AutoencoderKLWan, "decode", decoded)
+    handle = register_module_forward_pre_hook(evaluated)
+    try:
+        assert train.main(settings) == 0
+    finally:
+        handle.remove()
+    depth = outline(run.pipeline).transformer.config.num_layers
+    found = (counted["blocks"] / depth, counted["decodes"], ActivationStore.open(tmp_path / "run" / "store").size())
+    planned = (plan.evaluations, plan.decodes, plan.stored["region"])
+    print(f"planned {planned}, counted {found}")  # noqa: T201
+    assert found == pytest.approx(planned, rel=0.02)
 
 
 @pytest.mark.slow

@@ -201,7 +201,7 @@ class ActivationStore:
         if not names:
             return {}, {}
         files = {file: number for number, file in enumerate(dict.fromkeys(places[name][0] for name in names))}
-        found = [self._described(file, group) for file in files]
+        found = [self._described(file, group, shards[file]) for file in files]
         if any(one != found[0] for one in found):
             raise InputError(f"store {str(self.folder)!r}: its shards differ in axes; delete it and run train.py again")
         notes, shapes = found[0]
@@ -250,17 +250,17 @@ class ActivationStore:
             )
         return metadata, rows
 
-    def _described(self, file: str, group: str) -> tuple[str, dict[str, tuple[tuple[int, ...], Any]]]:
+    def _described(self, file: str, group: str, rows: Rows) -> tuple[str, dict[str, tuple[tuple[int, ...], Any]]]:
         """The notes of a shard; and shape, without the samples, and dtype of its tensors of a group."""
-        metadata, rows = self._head(file)
         try:
             with safe_open(self.folder / file, framework="pt") as content:
+                notes = (content.metadata() or {}).get(NOTES, "")
                 names = [name for name in list(content.keys()) if _group(name, rows) == group]
                 slices = {name: content.get_slice(name) for name in names}
                 shapes = {name: (tuple(one.get_shape()[1:]), one[:0].dtype) for name, one in slices.items()}
         except (SafetensorError, OSError) as error:
             raise damaged(self.folder / file, str(error).splitlines()[0]) from error
-        return metadata.get(NOTES, ""), shapes
+        return notes, shapes
 
 
 def _group(name: str, rows: Rows) -> str:

@@ -27,9 +27,9 @@ def detectable_accuracy(problems: int, chance: float, cells: int, power: float =
             "1 cell, and chance and power between 0 and 1"
         )
     # P(at least `hits` of n right at accuracy a) is the regularised incomplete beta function I_a(hits, n - hits + 1)
-    hits = math.ceil(problems * chance)
-    while hits <= problems and betainc(max(hits, 1), problems - hits + 1, chance) > ALPHA / cells:
+    hits = math.ceil(problems * chance)  # at least 1; fewer than this are expected by chance
+    while hits <= problems and betainc(hits, problems - hits + 1, chance) > ALPHA / cells:
         hits += 1
     if hits > problems:
         return None
-    return float(betaincinv(max(hits, 1), problems - hits + 1, power))
+    return float(betaincinv(hits, problems - hits + 1, power))

@@ -7,8 +7,7 @@ Probes work on standardised features. The decision values depend on the form of 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from cosprobe.errors import InputError
 from cosprobe.files import make_folder, read_json, whole_file, write_json
 from cosprobe.models import Fingerprint
 from cosprobe.probes.calibration import temperatures
-from cosprobe.probes.linalg import affine, classes_last, design, standardise
+from cosprobe.probes.linalg import affine, blocks, classes_last, design, standardise
 from cosprobe.runs import find_result
 from cosprobe.runtime import say
 from cosprobe.tasks import Target
@@ -35,7 +34,6 @@ from cosprobe.tasks import Target
 FORMAT = 5
 TABLES = ("weights", "biases", "penalties", "temperatures")
 TENSORS, DESCRIPTION = "bank.safetensors", "bank.json"
-CHUNK = 2**22  # number of values standardised at a time, 16 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -222,7 +220,8 @@ class ProbeBank:
             )
         form = self.target(target).form
         values = []
-        for part in _parts(len(bank.cells), math.prod(features.shape) // max(1, len(bank.cells))):
+        each = len(features) * self.regions * self.mean.shape[1]
+        for part in blocks(len(bank.cells), 8 * each):  # features of 16 MB in fp32
             rows = design(standardise(features[:, part], bank.mean[part], bank.std[part]), form)
             values.append(classes_last(affine(rows, bank.weights[target][part], bank.biases[target][part]), form))
         return torch.cat(values)
@@ -327,9 +326,3 @@ def _made_from(
 ) -> dict[str, Any]:
     """What a fit depends on. shaping: of the store. probe, precision, seed: settings of the fit."""
     return {**shaping, "probe": probe, "trainer": {"precision": precision}, "seed of the fit": seed}
-
-
-def _parts(cells: int, each: int) -> Iterator[slice]:
-    """Slices of cells with at most CHUNK values. each: number of values of a cell."""
-    size = max(1, CHUNK // max(1, each))
-    return (slice(start, start + size) for start in range(0, cells, size))

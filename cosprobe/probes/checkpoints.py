@@ -181,9 +181,9 @@ def fingerprint(samples: ProbeSamples, config: ProbeConfig, trainer: TrainerConf
         "device": [device, torch.cuda.get_device_name() if device in ("cuda", "gpu") else platform.machine(), cpu],
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(settings).encode())
-    if isinstance(samples.features, StoredTensor):
-        digest.update(samples.features.digest().encode())
-    in_memory = [] if isinstance(samples.features, StoredTensor) else [samples.features]
-    for tensor in (*in_memory, *samples.labels.values()):
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    for tensor in (samples.features, *samples.labels.values()):
+        if isinstance(tensor, StoredTensor):
+            digest.update(tensor.digest().encode())
+        else:
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

@@ -68,7 +68,7 @@ def with_plan(page: str) -> str:
         run = load(TrainRun, settings)
         task = with_margin(run.task.build(), run.pipeline.height, run.pipeline.width)
         plan = make_plan(run, task, draw_samples(task, run.task, run.seed))
-    lines = "\n".join(line for line in str(plan).splitlines() if not line.startswith("problem"))
+    lines = "\n".join(line for line in str(plan).splitlines() if not line.startswith("warning"))
     return re.sub(f"{BEGIN}.*?{END}", f"{BEGIN}\n```text\n{lines}\n```\n{END}", page, flags=re.DOTALL)
 
 

@@ -90,7 +90,7 @@ def test_predictions_are_the_most_probable_labels(bank, features):
 
 def test_a_bank_read_in_parts_is_the_whole_bank(bank, features, monkeypatch):
     whole = bank.decision(features, "start")
-    monkeypatch.setattr("cosprobe.probes.bank.CHUNK", features[:, 0].numel())
+    monkeypatch.setattr("cosprobe.probes.linalg.CHUNK", features[:, 0].numel())
     assert torch.allclose(bank.decision(features, "start"), whole, atol=1e-6)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from cosprobe.errors import InputError
-from cosprobe.tasks import FolderConfig, TableConfig, draw_samples
+from cosprobe.tasks import FolderConfig, TableConfig, Target, draw_samples
 from tests.examples.folders import picture, write
 from tests.torture.world import World
 
@@ -56,13 +56,13 @@ def give(world: World, count: int, rng: np.random.Generator, say: Callable[[str]
     return counts
 
 
-def _right(prompt: str, labels: dict[str, int], target: object) -> bool:
+def _right(prompt: str, labels: dict[str, int], target: Target) -> bool:
     """Whether the label of a problem is the one of its number, which its prompt names."""
     words = prompt.split()
     if len(words) != 2 or not words[1].isdigit() or "answer" not in labels:
         return False
-    name = getattr(target, "names")[labels["answer"]]  # noqa: B009
-    return name in (str(int(words[1]) % 3), f"{int(words[1]) % 3}.0") or not words[1].isdigit()
+    wanted = int(words[1]) % 3
+    return target.names[labels["answer"]] in (str(wanted), f"{wanted}.0")
 
 
 def _folder(root: Path, rng: np.random.Generator, on_error: str) -> tuple[str, Callable[[], object]]:
