@@ -66,13 +66,8 @@ FLAGS = {
 MARK = "# sha256 of the other lines: "  # first line of a saved configuration
 SWEEP_FILE = Path("runs", "multirun.yaml")  # in hydra.sweep.dir of the configuration files
 LONG = {"plan=true": "plan.only=true", "plan=false": "plan.only=false"}  # settings that can be written shorter
-NO_DIFFERENCE = (
-    "run_dir",
-    "store",
-    "trainer",
-    "plan",
-    "hydra",
-)  # settings that do not name the folder of a job in a sweep
+# settings that do not name the folder of a job in a sweep
+NO_DIFFERENCE = ("run_dir", "store", "trainer", "plan", "hydra")
 TRANSPORT = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")  # in errors of torch
 # Parameters of `mallopt` and the values set by `keep_freed_memory`. Source: malloc.h of the GNU C library.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4

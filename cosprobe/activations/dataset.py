@@ -291,8 +291,7 @@ def load_samples(
         )
     each = [(branch, position) for branch in notes["branches"] for position in notes["positions"]]
     there = [(step, layer, *rest) for step in whole.steps for layer in whole.layers for rest in each]
-    cells = tuple(Cell(*one) for one in there if one[0] in stored.steps and one[1] in stored.layers)
-    of_cells = np.array([i for i, one in enumerate(there) if one[0] in stored.steps and one[1] in stored.layers])
+    kept = [i for i, one in enumerate(there) if one[0] in stored.steps and one[1] in stored.layers]
     of_steps = np.array([whole.steps.index(step) for step in stored.steps])
     model_answer, final = tensors["model_answer"][:], tensors["final"][:]
     parser = final.shape[1] > 0  # a task without a parser has no candidates
@@ -308,8 +307,8 @@ def load_samples(
     targets = [t for t in table.targets if not reasons[t.name]]
     controls, relabels = relabelled(targets, labels)
     samples = ProbeSamples(
-        features=tensors["features"].columns(of_cells),
-        cells=cells,
+        features=tensors["features"].columns(np.array(kept)),
+        cells=tuple(Cell(*there[i]) for i in kept),
         targets=(*targets, *(t for t in controls if not _unfit(t, relabels[t.name].numpy(), split))),
         labels=labels | relabels,
         split=split,

@@ -211,7 +211,10 @@ class ActivationStore:
             name: StoredTensor(name, paths, at, np.arange(shape[0] if shape else 1), shape, dtype)
             for name, (shape, dtype) in shapes.items()
         }
-        return tensors, json.loads(notes)
+        try:
+            return tensors, json.loads(notes)
+        except ValueError as error:
+            raise damaged(paths[0], "its notes cannot be read") from error
 
     def read(self, group: str = "", names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `tensors` returns, read into memory."""

@@ -187,6 +187,18 @@ def test_a_flipped_bit_is_found(tmp_path):
         store.read()
 
 
+@pytest.mark.parametrize("change", [(b'{\\"steps\\"', b'[\\"steps\\"'), (b'"notes":', b'"motes":')])
+def test_damaged_notes_are_found(tmp_path, change):
+    """Of every shard, so that they do not differ from each other."""
+    store = filled(tmp_path / "store")
+    for path in store.folder.glob("shard-*"):
+        content = path.read_bytes()
+        assert content.count(change[0]) == 1
+        path.write_bytes(content.replace(*change))
+    with pytest.raises(ValueError, match=r"shard-.*damaged.*train\.py"):
+        store.read()
+
+
 def test_a_foreign_shard_is_named(tmp_path):
     store = filled(tmp_path / "store")
     other = filled(tmp_path / "other", seed=1)
