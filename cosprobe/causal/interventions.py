@@ -228,7 +228,7 @@ def build_experiment(
             f"{sorted({c.step for c in plane})}, layers {sorted({c.layer for c in plane})}"
         )
     if use.edit == "erase":
-        samples = load_samples(StoredSamples.load(folder))[0].subset("train")
+        samples = load_samples(StoredSamples.load(folder), bank.folds)[0].subset("train")
         known = sorted({c.layer for c in here})
         some = known if use.layers else [known[i] for i in _layers(len(known), most_layers)]
         return Erase(samples, target, control, plane, [c for c in here if c.layer in some], seed), ()

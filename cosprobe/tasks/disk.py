@@ -18,11 +18,13 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageOps
 
+from cosprobe.cells import SPLIT_ORDER
 from cosprobe.errors import InputError
 from cosprobe.tasks.task import Box, ParsedAnswer, Problem, Target, check_video
 
 FITS = ("pad", "crop", "stretch")
 MOST_PIXELS = 89_000_000  # an image of more is not decoded; Pillow warns a little above
+LEAST = 2  # problems of a split
 BEHIND = (255, 255, 255, 255)  # the transparent parts of an image
 
 
@@ -95,6 +97,15 @@ class DiskTask:
         """A hash of the problems, their labels and splits. Equal for the same files in another place."""
         text = json.dumps([[p.name, p.key, p.labels] for p in self.all])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def check_splits(self) -> None:
+        """Raises InputError for a split with fewer than 2 problems. Cross-fitting does without these splits."""
+        for split in SPLIT_ORDER:
+            if (count := len(self.problems(split, LEAST))) < LEAST:
+                raise InputError(
+                    f"task {self.name!r}: {count} of {len(self.all)} problems are in the split {split}, expected at "
+                    f"least {LEAST}; with few problems, set probe.folds=5 (cross-fitting)"
+                )
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
         """The first `count` problems of a split, or all where there are fewer."""

@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from cosprobe.bounds import LARGEST_SEED, MANY, check_bounds
-from cosprobe.cells import SPLIT_ORDER
 from cosprobe.errors import InputError
 from cosprobe.tasks.disk import FITS, Broken, DiskTask, Entry, Frame, box_of, opened
 from cosprobe.tasks.own_images import share_of
@@ -24,7 +23,6 @@ from cosprobe.tasks.task import Box, Problem, Role, Target
 ON_ERROR = ("stop", "skip")
 MOST_CLASSES = 50  # a number with more values needs quantiles; a text with more is no label
 NAMED = 5  # broken problems, and fields, that are printed
-LEAST = 2  # problems of a split
 WHITE = "white"  # digest in place of that of an image
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -124,8 +122,8 @@ def build_task(config: DiskConfig, found: Iterable[Entry | Broken], place: str) 
 
     place: the setting that names where they are, for messages.
     Sets `config.verified`. Raises Broken for the first problem that cannot be used, unless they are skipped. Raises
-    InputError without a label (it lists the fields that could be one), for a label with one class, for a split with
-    fewer than 2 problems, and when `config.verified` is the hash of other problems.
+    InputError without a label (it lists the fields that could be one), for a label with one class, and when
+    `config.verified` is the hash of other problems.
     """
     entries: dict[str, Entry] = {}
     broken: list[Broken] = []
@@ -287,11 +285,6 @@ def _assembled(config: DiskConfig, good: Sequence[Checked], notices: list[str], 
         for one, kept in zip(zip(good, keys, splits, each, strict=True), keep, strict=True)
         if kept
     )
-    for split in SPLIT_ORDER:
-        if (count := sum(p.split == split for p in problems)) < LEAST:
-            raise InputError(
-                f"{place}: {count} of {len(problems)} problems are in the split {split}, expected at least {LEAST}"
-            )
     if len({len(problem.regions) for problem in problems}) > 1:
         raise InputError(
             f"task.boxes={config.boxes!r}: problems have different numbers of boxes, expected the same number"
