@@ -20,6 +20,7 @@ from cosprobe.tasks.margin import SMALL, WithMargin, with_margin
 from cosprobe.tasks.maze import Maze, MazeConfig
 from cosprobe.tasks.own_images import OWN_IMAGES, OwnImages
 from cosprobe.tasks.patches import in_workspace, on_path
+from cosprobe.tasks.regions import Box, Mask, Region
 from cosprobe.tasks.samples import Sample, draw_samples, fresh_problems, noise_seed, with_noise
 from cosprobe.tasks.select import Select, SelectConfig
 from cosprobe.tasks.splits import SPLITS, split_of
@@ -27,13 +28,13 @@ from cosprobe.tasks.tables import TableConfig
 from cosprobe.tasks.task import (
     ANSWER_ROLES,
     RELABELLED,
-    Box,
     ParsedAnswer,
     Problem,
     Role,
     Target,
     Task,
     TaskConfig,
+    answers_are_regions,
     readable_targets,
 )
 
@@ -96,12 +97,14 @@ __all__ = [
     "Labels",
     "Line",
     "LineConfig",
+    "Mask",
     "Maze",
     "MazeConfig",
     "Problem",
     "OWN_IMAGES",
     "OwnImages",
     "ParsedAnswer",
+    "Region",
     "Role",
     "Sample",
     "Select",
@@ -109,6 +112,7 @@ __all__ = [
     "Target",
     "Task",
     "TaskConfig",
+    "answers_are_regions",
     "draw_samples",
     "check_lengths",
     "encode_labels",

@@ -19,8 +19,9 @@ from jaxtyping import UInt8
 from cosprobe.cells import SPLIT_ORDER
 from cosprobe.errors import InputError
 from cosprobe.tasks.labels import check_lengths
+from cosprobe.tasks.regions import Box
 from cosprobe.tasks.samples import SHARES
-from cosprobe.tasks.task import Box, Problem, Target
+from cosprobe.tasks.task import Problem, Target
 
 WHOLE = ((0.0, 0.0, 1.0, 1.0),)  # the box of the whole image
 LEAST = 2  # problems of a split

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from cosprobe.bounds import LARGEST_SEED, MANY, check_bounds
 from cosprobe.errors import InputError
+from cosprobe.tasks.regions import Region
 from cosprobe.tasks.splits import SPLITS
 
 
@@ -47,8 +48,6 @@ ANSWER_ROLES = (Role.ANSWER, Role.MODEL_ANSWER)  # roles whose claims need a sel
 RELABELLED = Role.RELABELLED  # the role of selectivity controls, and the suffix of their names
 
 BRIGHTEST = 2.0  # a decoder may leave [0, 1] a little
-
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the image
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Problem:
     index: number of the draw within task, kind and split. key: a hash, equal for problems that a symmetry of
     the task maps to each other; it decides the split. answer: the right answer, None when several are right.
     labels: one value per target name, a tuple for targets of form `region`. difficulty: named numbers.
-    regions: boxes of the image. layout: the description that the task draws the problem from.
+    regions: boxes of the image, or masks. layout: the description that the task draws the problem from.
     """
 
     task: str
@@ -95,7 +94,7 @@ class Problem:
     answer: int | None
     labels: dict[str, int | tuple[int, ...]]
     difficulty: dict[str, int]
-    regions: tuple[Box, ...]
+    regions: tuple[Region, ...]
     layout: Any = field(repr=False, compare=False)
 
     @property
@@ -267,6 +266,11 @@ def distinct(candidates: Iterator[Problem | None], split: str, count: int, patie
                 "difficulty; lower task.problems, or allow a wider range of difficulty"
             )
     return list(found.values())
+
+
+def answers_are_regions(task: Task) -> bool:
+    """Whether an answer is the index of a region."""
+    return any(target.role is Role.ANSWER and target.form == "candidate" for target in task.targets)
 
 
 def readable_targets(targets: Sequence[Target], regions: int) -> tuple[Target, ...]:
