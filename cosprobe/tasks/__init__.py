@@ -19,7 +19,7 @@ from cosprobe.tasks.line import Line, LineConfig
 from cosprobe.tasks.margin import SMALL, WithMargin, with_margin
 from cosprobe.tasks.maze import Maze, MazeConfig
 from cosprobe.tasks.own_images import OWN_IMAGES, OwnImages
-from cosprobe.tasks.patches import in_workspace, on_path
+from cosprobe.tasks.patches import has_path, in_workspace, on_path
 from cosprobe.tasks.regions import Box, Mask, Region
 from cosprobe.tasks.samples import Sample, draw_samples, fresh_problems, noise_seed, with_noise
 from cosprobe.tasks.select import Select, SelectConfig
@@ -28,6 +28,7 @@ from cosprobe.tasks.tables import TableConfig
 from cosprobe.tasks.task import (
     ANSWER_ROLES,
     RELABELLED,
+    NoReference,
     ParsedAnswer,
     Problem,
     Role,
@@ -36,6 +37,7 @@ from cosprobe.tasks.task import (
     TaskConfig,
     answers_are_regions,
     readable_targets,
+    reference_of,
 )
 
 
@@ -100,6 +102,7 @@ __all__ = [
     "Mask",
     "Maze",
     "MazeConfig",
+    "NoReference",
     "Problem",
     "OWN_IMAGES",
     "OwnImages",
@@ -118,10 +121,12 @@ __all__ = [
     "encode_labels",
     "find_families",
     "fresh_problems",
+    "has_path",
     "in_workspace",
     "noise_seed",
     "on_path",
     "readable_targets",
+    "reference_of",
     "SMALL",
     "WithMargin",
     "split_of",

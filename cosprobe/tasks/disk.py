@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
+from PIL import Image
 
 from cosprobe.errors import InputError
-from cosprobe.tasks.pictures import fitted, opened
-from cosprobe.tasks.task import ParsedAnswer, Problem, Target, check_video
+from cosprobe.tasks.pictures import fitted, frames_in, opened
+from cosprobe.tasks.task import NoReference, ParsedAnswer, Problem, Target, check_video
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Entry:
     """A problem as it lies on disk.
 
     name: unique. where: path for messages. image: file of the first frame, None for problems in words. prompt: its
-    text. fields: everything else that is known, by dotted path. masks: files of its regions.
+    text. fields: everything else that is known, by dotted path. masks: files of its regions. video: file of the
+    reference video. final: file of its last frame.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Entry:
     prompt: str
     fields: Mapping[str, Any]
     masks: tuple[Path, ...] = ()
+    video: Path | None = None
+    final: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,24 @@ class DiskTask:
         return np.ones((self.frame.height, self.frame.width), dtype=bool)
 
     def video(self, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"]:
-        """Raises InputError: reference videos are not read."""
-        raise InputError(f"task {self.name!r}: reference videos are not read; expected a task that draws its problems")
+        """The reference video: as many frames as the task has, fitted as the image is.
+
+        From a file with another number of frames they are chosen evenly, the first and the last one among them; a
+        frame of a shorter file is there several times. Where only the last frame is on disk, it is returned alone.
+        Raises NoReference where there is neither, and Broken for a file that cannot be read.
+        """
+        entry: Entry = problem.layout
+        if entry.video is not None:
+            pictures = (Image.fromarray(frame) for frame in frames_in(entry.video))
+        elif entry.final is not None:
+            pictures = (opened(file, repr(str(file))) for file in [entry.final])
+        else:
+            raise NoReference(f"{entry.where}: no reference video or last frame lies beside it")
+        size, margin = (self.frame.width, self.frame.height), self.image(problem)[0, 0].tolist()
+        shown = np.stack([np.asarray(fitted(picture, size, self.frame.fit, margin)) for picture in pictures])
+        if entry.video is None:
+            return shown
+        return shown[np.linspace(0, len(shown) - 1, self.frames).round().astype(int)]
 
     def parse(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> ParsedAnswer:
         """Calls the user's parser: `function(video, fields)` with a video in [0, 1] and the fields of the problem.

@@ -20,7 +20,7 @@ from cosprobe.cells import SPLIT_ORDER
 from cosprobe.errors import InputError
 from cosprobe.tasks.disk import DiskTask, Entry, Frame
 from cosprobe.tasks.own_images import share_of
-from cosprobe.tasks.pictures import FITS, Broken, opened
+from cosprobe.tasks.pictures import FITS, Broken, frames_in, opened
 from cosprobe.tasks.regions import Box, Mask, Region, box_of, digest_of, place_of, read_mask, shares_of
 from cosprobe.tasks.task import Problem, Role, Target
 
@@ -188,7 +188,10 @@ def _scalar(value: Any) -> bool:
 
 
 def _checked(entry: Entry, config: DiskConfig) -> Checked | Broken:
-    """Reads fields and image of an entry, whole, so that a truncated file is found before anything is sampled."""
+    """Reads fields, image and masks of an entry, whole, so that a truncated file is found before anything is sampled.
+
+    Of a reference video only the first frame is decoded: one that breaks off later is found when it is used.
+    """
     try:
         fields = (*config.asked, *filter(None, (config.group, config.split)))
         values = {name: entry.fields.get(name) for name in fields}
@@ -204,6 +207,10 @@ def _checked(entry: Entry, config: DiskConfig) -> Checked | Broken:
             digest, size = hashlib.sha256(f"{whole.size}".encode() + whole.tobytes()).hexdigest(), whole.size
             with Image.open(entry.image) as picture:
                 mode = picture.mode
+        if entry.video is not None:
+            next(frames_in(entry.video))
+        elif entry.final is not None:
+            opened(entry.final, repr(str(entry.final)))
         labels = tuple(values[name] for name in config.asked)
         group = str(values[config.group]) if config.group else ""
         regions = tuple(_mask(config, file, size) for file in entry.masks) or _boxes(config, entry, size)

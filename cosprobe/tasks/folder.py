@@ -16,7 +16,7 @@ from cosprobe.errors import InputError
 from cosprobe.tasks.disk import DiskTask, Entry
 from cosprobe.tasks.entries import DiskConfig, build_task
 from cosprobe.tasks.pictures import Broken
-from cosprobe.tasks.vbvr import FIRST, METADATA, PROMPT, load_json, load_text, read_file, within
+from cosprobe.tasks.vbvr import FINAL, FIRST, METADATA, PROMPT, VIDEO, load_json, load_text, read_file, within
 
 
 @dataclass
@@ -40,24 +40,26 @@ class FolderConfig(DiskConfig):
 def read_folders(root: Path, masks: Sequence[str] = ()) -> Iterator[Entry | Broken]:
     """The problems below a folder, in the order of their paths. Links to folders are not followed.
 
-    masks: names of the files of regions, in the folder of each problem.
+    masks: names of the files of regions, in the folder of each problem. The last frame is for folders without a video.
     """
     for place, folders, files in os.walk(root):
         folders.sort()
         here = Path(place)
         noted = [name for name in METADATA if name in files]
         if noted or FIRST in files:
-            yield _entry(root, here, noted[0] if noted else "", masks)
+            reference = next((name for name in (VIDEO, FINAL) if name in files), "")
+            yield _entry(root, here, noted[0] if noted else "", masks, reference)
         elif not files and not folders and here != root:
             yield Broken(f"{str(here)!r}: is empty, expected {FIRST}, {PROMPT} and {METADATA[0]}")
 
 
-def _entry(root: Path, folder: Path, noted: str, masks: Sequence[str]) -> Entry | Broken:
+def _entry(root: Path, folder: Path, noted: str, masks: Sequence[str], reference: str) -> Entry | Broken:
     try:
         read_file(folder, FIRST, Path.stat, root)
         prompt = read_file(folder, PROMPT, load_text, root).strip()
         content = read_file(folder, noted or METADATA[0], load_json, root)
         regions = tuple(within(root, folder / name) for name in masks)
+        shown = within(root, folder / reference) if reference else None
     except InputError as error:
         return Broken(str(error))
     if not isinstance(content, dict):
@@ -69,7 +71,8 @@ def _entry(root: Path, folder: Path, noted: str, masks: Sequence[str]) -> Entry 
     except RecursionError:
         return Broken(f"{str(folder / (noted or METADATA[0]))!r}: objects within objects, too deep to be read")
     image = folder / FIRST
-    return Entry(folder.relative_to(root).as_posix(), str(image), image, prompt, fields, regions)
+    video, final = (shown, None) if reference == VIDEO else (None, shown)
+    return Entry(folder.relative_to(root).as_posix(), str(image), image, prompt, fields, regions, video, final)
 
 
 def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,14 +1,18 @@
-"""Pictures from disk: decoded, or refused by name; fitted to the frame of a video."""
+"""Images and videos from disk: decoded, or refused by name; fitted to the frames of a video."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import av
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from cosprobe.errors import InputError
+from cosprobe.video_files import read_frames
 
 FITS = ("pad", "crop", "stretch")
 MOST_PIXELS = 89_000_000  # an image of more is not decoded; Pillow warns a little above
@@ -57,10 +61,20 @@ def has_alpha(picture: Image.Image) -> bool:
     return "A" in picture.getbands() or "transparency" in picture.info
 
 
-def fitted(picture: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
-    """The image at `size` (width, height). fit: see FITS."""
+def frames_in(file: Path) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    """The frames of a video file, one at a time. Raises Broken for a file that is missing, unreadable or truncated."""
+    try:
+        yield from read_frames(file)
+    except (OSError, ValueError, av.FFmpegError) as error:
+        reason = " ".join(str(error).split())
+        raise Broken(f"{str(file)!r}: cannot be read as a video ({reason}); save it again, or remove it") from error
+
+
+def fitted(picture: Image.Image, size: tuple[int, int], fit: str, margin: Sequence[int] = ()) -> Image.Image:
+    """The image at `size` (width, height). fit: see FITS. margin: colour of the padding; empty: that of the upper left
+    corner."""
     if fit == "crop":
         return ImageOps.fit(picture, size)
     if fit == "pad":
-        return ImageOps.pad(picture, size, color=tuple(picture.crop((0, 0, 1, 1)).tobytes()))
+        return ImageOps.pad(picture, size, color=tuple(margin or picture.crop((0, 0, 1, 1)).tobytes()))
     return picture.resize(size)

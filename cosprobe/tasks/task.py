@@ -50,6 +50,10 @@ RELABELLED = Role.RELABELLED  # the role of selectivity controls, and the suffix
 BRIGHTEST = 2.0  # a decoder may leave [0, 1] a little
 
 
+class NoReference(InputError):
+    """A problem has no reference video."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A label that probes are trained to decode.
@@ -128,7 +132,7 @@ class Task(Protocol):
 
     name: name of the task. kinds: kinds of problems. targets: the labels that probes decode.
     candidates: number of possible answers. 0: the task has no parser, and so there is no model_answer. Then
-    `solutions` is empty, and `video`, `workspace`, `plausible_answers` and `parse` raise InputError.
+    `solutions` is empty, and `workspace`, `plausible_answers` and `parse` raise InputError.
     regions: number of regions of every problem; equal to `candidates` when the answer is a region.
     frames: number of frames of a video.
     """
@@ -160,7 +164,7 @@ class Task(Protocol):
         ...
 
     def video(self, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"]:
-        """The reference video, which shows a right solution, RGB."""
+        """The reference video, which shows a right solution, RGB. Raises NoReference for a problem without one."""
         ...
 
     def workspace(self, problem: Problem) -> Bool[np.ndarray, "height width"]:
@@ -178,6 +182,14 @@ class Task(Protocol):
     def parse(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> ParsedAnswer:
         """Reads the answer from a video with values in [0, 1]. Raises InputError as `check_video` does."""
         ...
+
+
+def reference_of(task: Task, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"] | None:
+    """The reference video of a problem; None without one."""
+    try:
+        return task.video(problem)
+    except NoReference:
+        return None
 
 
 def check_video(video: Float[np.ndarray, "frame height width 3"]) -> None:
