@@ -237,11 +237,11 @@ def test_a_margin_moves_masks(tmp_path):
 
 def test_what_draws_boxes_does_not_draw_masks(tmp_path, monkeypatch):
     """Answers of problems from disk are not regions, also where there are as many of them."""
-    (tmp_path / "reads.py").write_text("def two(video, fields):\n    return 1\n")
+    (tmp_path / "reads_masks.py").write_text("def two(video, fields):\n    return 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     root = problems(tmp_path / "set")
     for settings in ({"masks": ["a.png", "b.png", "b.png"]}, {"masks": [], "boxes": "3x1"}):
-        task = build(root, parser="reads:two", **settings)
+        task = build(root, parser="reads_masks:two", **settings)
         assert task.candidates == task.regions == 3
         assert film_row(task, "right", task.all[0], np.zeros((1, 2, SIDE, SIDE, 3)), 1).regions == ()
     with pytest.raises(InputError, match="masks, expected boxes"):

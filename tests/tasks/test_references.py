@@ -150,9 +150,9 @@ def test_references_do_not_change_the_names_of_problems(tmp_path):
 
 
 def test_no_path_is_read_from_lossy_videos(tmp_path, monkeypatch):
-    (tmp_path / "reads.py").write_text("def two(video, fields):\n    return 1\n")
+    (tmp_path / "reads_references.py").write_text("def two(video, fields):\n    return 1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    task = build(problems(tmp_path / "set"), parser="reads:two")
+    task = build(problems(tmp_path / "set"), parser="reads_references:two")
     for problem in (task.all[0], with_margin(task, 128, 128).problems("train", 1)[0]):
         assert len(task.solutions(problem)) == 1 and not has_path(task, problem)
         with pytest.raises(InputError, match="lossy"):
