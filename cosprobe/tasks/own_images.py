@@ -19,8 +19,9 @@ from jaxtyping import UInt8
 from cosprobe.cells import SPLIT_ORDER
 from cosprobe.errors import InputError
 from cosprobe.tasks.labels import check_lengths
+from cosprobe.tasks.regions import Box
 from cosprobe.tasks.samples import SHARES
-from cosprobe.tasks.task import Box, Problem, Target
+from cosprobe.tasks.task import NoReference, Problem, Target
 
 WHOLE = ((0.0, 0.0, 1.0, 1.0),)  # the box of the whole image
 LEAST = 2  # problems of a split
@@ -97,6 +98,10 @@ class OwnImages:
         """The image of a problem."""
         return self.images[problem.layout]
 
+    def video(self, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"]:
+        """Raises NoReference: no solution of these images is known."""
+        raise NoReference(f"task {OWN_IMAGES!r} has no reference videos; expected a task that has, such as maze")
+
     def _no_parser(self, *_: object) -> NoReturn:
         """Raises InputError: these images have no right answers and no parser."""
         raise InputError(
@@ -104,7 +109,7 @@ class OwnImages:
             "parser, such as maze"
         )
 
-    video = workspace = plausible_answers = parse = _no_parser
+    workspace = plausible_answers = parse = _no_parser
 
     def solutions(self, problem: Problem) -> tuple[int, ...]:
         """None: no answer is known to be right."""
