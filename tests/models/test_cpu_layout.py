@@ -51,6 +51,36 @@ def test_outputs_and_gradients_are_those_of_diffusers():
         assert close(parameter.grad, gradients[name]), name
 
 
+def test_without_gradients_outputs_are_the_same_bits_as_with_them():
+    """Then operations are in place. Only tensors that they have made themselves are overwritten."""
+    model, given = transformer(), inputs()
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.RMSNorm)):
+        torch.nn.init.normal_(norm.weight)
+    with torch.no_grad():
+        expected = model(**given).sample
+    arrange(model)
+    with_gradients = model(**given).sample
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    parts = [m for m in model.modules() if isinstance(m, torch.nn.RMSNorm | torch.nn.Linear)]
+    hooks = [m.register_forward_pre_hook(lambda _, x: seen.append((x[0], x[0].clone()))) for m in parts]
+    with torch.no_grad():
+        found = model(**given).sample
+    for hook in hooks:
+        hook.remove()
+    assert close(found, expected) and torch.equal(found, with_gradients)
+    assert len(seen) == len(parts) and all(torch.equal(now, then) for now, then in seen)
+
+
+def test_the_norm_of_queries_has_the_bits_of_torch():
+    norm, x = torch.nn.RMSNorm(48, eps=1e-6), torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(norm.weight)
+    for _ in range(2):
+        with torch.no_grad():
+            before, expected = x.clone(), torch.nn.functional.rms_norm(x, (48,), norm.weight, 1e-6)
+            arrange(norm)
+            assert torch.equal(norm(x), expected) and torch.equal(x, before)
+
+
 @pytest.mark.parametrize("how", ["fused", "half"])
 def test_other_ways_to_run_a_model_are_left_to_diffusers(how):
     ours, theirs, given = transformer(), transformer(), inputs(1)
