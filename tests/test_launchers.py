@@ -72,9 +72,9 @@ def collect(model: Path, folder: Path, given: TrainerConfig) -> None:
 
 def work(model: Path, folder: Path, given: TrainerConfig, fits: bool = False, killed: int | None = None) -> None:
     """A process that samples and, if asked, fits. killed: the process that is killed in its second batch, or, if it
-    fits, in its second step of training; None: none."""
+    fits, in its second step of training; then it is a whole command, which says how it ends. None: none."""
 
-    def body(run: TrainRun) -> None:
+    def body(run: TrainRun | None = None) -> None:
         launch(given)
         if rank_and_world()[0] == killed and not fits:
             kill_in_second_batch()
@@ -89,7 +89,13 @@ def work(model: Path, folder: Path, given: TrainerConfig, fits: bool = False, ki
     log = os.open(folder.parent / f"log-{os.getpid()}", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 2)
     with unchecked():
-        sys.exit(command(TrainRun, body, "", []))
+        if killed is not None:
+            sys.exit(command(TrainRun, body, "", []))
+        try:
+            body()
+        except InputError as error:
+            sys.stderr.write(f"{error}\n")
+            sys.exit(2)
 
 
 def kill_in_second_batch() -> None:
@@ -192,26 +198,27 @@ def test_when_one_of_two_is_killed_in_a_fit_the_other_ends_in_one_line_and_one_g
 
 
 LAUNCHERS = {
-    "torchrun": (by_torchrun(2), {"devices": 2}),
-    "torchrun, two machines": (by_torchrun(1, nodes=2), {"num_nodes": 2}),
-    "SLURM": (by_slurm(2), {"devices": 2}),
-    "SLURM, two machines": (by_slurm(1, nodes=2), {"num_nodes": 2}),
-    "by hand, two machines": (by_hand(2), {"num_nodes": 2}),
-    "Lightning, in a shell of SLURM": (
-        [one | {"SLURM_PROCID": 0, "SLURM_NTASKS": 1, "SLURM_JOB_NAME": "bash"} for one in by_lightning(2)],
-        {"devices": 2},
-    ),
+    "torchrun, two machines": (by_torchrun(1, nodes=2), {"num_nodes": 2}, False),
+    "SLURM": (by_slurm(2), {"devices": 2}, True),
+    "SLURM, two machines": (by_slurm(1, nodes=2), {"num_nodes": 2}, False),
+    "by hand, two machines": (by_hand(2), {"num_nodes": 2}, False),
+}
+IN_A_SHELL = [one | {"SLURM_PROCID": 0, "SLURM_NTASKS": 1, "SLURM_JOB_NAME": "bash"} for one in by_lightning(2)]
+MORE = {
+    **{f"{name}, with a fit": (*LAUNCHERS[name][:2], True) for name, (*_, fits) in LAUNCHERS.items() if not fits},
+    "torchrun": (by_torchrun(2), {"devices": 2}, True),
+    "Lightning, in a shell of SLURM": (IN_A_SHELL, {"devices": 2}, True),
 }
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", [*LAUNCHERS, *(pytest.param(name, marks=pytest.mark.docs) for name in MORE)])
 def test_what_a_launcher_has_started_gives_what_one_process_gives(model, alone, tmp_path, name):
-    environments, given = LAUNCHERS[name]
+    environments, given, fits = (LAUNCHERS | MORE)[name]
     folder = tmp_path / "run"
-    assert processes.run_as(environments, work, model, folder, trainer(**given), True) == [0, 0], said(folder)
+    assert processes.run_as(environments, work, model, folder, trainer(**given), fits) == [0, 0], said(folder)
     assert len(list(tmp_path.glob("sampled-*"))) == 2  # no process has started another one
     assert sampled(folder) == sampled(alone) and same(folder, alone)
-    assert same_probes(folder / "probes", alone / "probes")
+    assert not fits or same_probes(folder / "probes", alone / "probes")
 
 
 @pytest.mark.parametrize(
