@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from rich import box
 from rich.console import Console
@@ -86,7 +87,9 @@ def sampling(size: Size) -> Cost:
 
 
 def collect_once(size: Size, settings: list[str], connection: Connection) -> None:
-    """Collects the activations of a model of this size. Sends bytes of the store, seconds, and bytes of the peak."""
+    """Collects the activations of a model of this size, with one thread. Sends bytes of the store, seconds, and bytes
+    of the peak."""
+    torch.set_num_threads(1)
     keep_freed_memory()  # as the commands do
     before = scaling.peak_memory()
     run = load(TrainRun, [*QUIET, f"task.problems={size.samples}", f"pipeline.steps={size.steps}", *settings])
@@ -115,7 +118,7 @@ def of_size(pipeline: DiffusionPipeline, size: Size) -> DiffusionPipeline:
         "ffn_dim": config["ffn_dim"] * size.channels // width,
     }
     other = type(pipeline.transformer).from_config(config | changed)
-    pipeline.register_modules(transformer=other.to(pipeline.transformer.dtype).eval().requires_grad_(False))
+    pipeline.register_modules(transformer=other.eval().requires_grad_(False))
     return pipeline
 
 
