@@ -12,7 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -132,13 +132,13 @@ def peak_memory() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
 
 
-def measure(size: Size) -> tuple[int, int, float]:
-    """Bytes of the store, peak memory above imports in bytes, and seconds."""
+def measure(size: Size, within: Callable[..., None] = run) -> tuple[int, int, float]:
+    """Bytes of the store, peak memory above imports in bytes, and seconds. within: called in the process, as `run`."""
     context = multiprocessing.get_context("spawn")
     with TemporaryDirectory() as folder:
         store = write(size, Path(folder) / "store")
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=run, args=(size, store.folder, sender))
+        process = context.Process(target=within, args=(size, store.folder, sender))
         process.start()
         sender.close()
         peak, seconds = receiver.recv()

@@ -4,7 +4,8 @@ A slope is the logarithm of the ratio to the base, divided by that of 2: 0 does 
 square. Sampling: activations of problems are collected with a transformer of random weights, in the pipeline of the
 package; its depth and number of heads are doubled, and all layers and steps are kept. Fitting: probes are fitted
 and evaluated on the synthetic stores of `benchmarks.scaling`. Each measurement is made in a process of its own, and its
-peak is the largest resident memory minus that after all imports. The sizes take turns, and medians are printed.
+peak is the largest resident memory minus that after all imports. It has one thread, so that other load on the machine
+changes little. The sizes take turns, and medians are printed. At the base, one chunk of `probe.memory` is full.
 This benchmark alone: `python -m benchmarks.slopes`.
 """
 
@@ -41,7 +42,7 @@ from cosprobe.tasks import draw_samples
 
 ROUNDS = 3
 DOUBLED = {"samples": "samples", "steps": "steps", "layers": "layers", "width": "channels"}  # fields of Size
-SAMPLING, FITTING = Size(32, 5, 8, 128), Size(600, 5, 8, 128)
+SAMPLING, FITTING = Size(32, 5, 8, 128), Size(600, 10, 8, 128)
 QUIET = (
     *("probe=layers", "probe.steps=all", "probe.layers=all", "probe.random_weights=0"),
     *("trainer.accelerator=cpu", "trainer.enable_progress_bar=false"),
@@ -124,8 +125,14 @@ def of_size(pipeline: DiffusionPipeline, size: Size) -> DiffusionPipeline:
 
 def fitting(size: Size) -> Cost:
     """Fits and evaluates probes of a synthetic store, in a process of its own."""
-    stored, peak, seconds = scaling.measure(size)
+    stored, peak, seconds = scaling.measure(size, fit_once)
     return Cost(stored, seconds, peak)
+
+
+def fit_once(*given: Any) -> None:
+    """`scaling.run`, with one thread."""
+    torch.set_num_threads(1)
+    scaling.run(*given)
 
 
 def measure(what: Callable[[Size], Cost], base: Size, rounds: int = ROUNDS) -> dict[str, Cost]:
