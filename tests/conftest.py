@@ -61,18 +61,7 @@ jaxtyping.jaxtyped = where_shapes_are(jaxtyping.jaxtyped)  # before a module of 
 
 # the files that take longest, in this order
 LONGEST = (
-    *(
-        "end_to_end",
-        "task",
-        "torture",
-        "launchers",
-        "planted",
-        "oracles",
-        "benchmarks",
-        "checkpoints",
-        "shipped",
-        "readme",
-    ),
+    *("end_to_end", "task", "torture", "planted", "oracles", "benchmarks", "checkpoints", "shipped", "readme"),
     *("launchers", "baselines", "logistic", "cli", "select", "quickstart", "line", "recipe", "api", "collection"),
 )
 
