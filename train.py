@@ -21,7 +21,8 @@ from cosprobe.runs import REPORT, STORE, check_no_results, finished, mark_finish
 from cosprobe.tasks import SMALL, DiskTask, WithMargin, with_margin
 
 if TYPE_CHECKING:
-    from cosprobe.activations import StoreSettings
+    from cosprobe.activations import ProbeSamples, StoreSettings
+    from cosprobe.evaluation import InputReading
     from cosprobe.probes import ProbeBank
     from cosprobe.tasks import Task
 
@@ -52,8 +53,11 @@ def train(run: TrainRun) -> None:
     asked, run.pipeline = run.pipeline, with_defaults(run.pipeline)
     if taken := taken_defaults(asked, run.pipeline):
         say(f"pipeline: {taken} (defaults of the model)")
-    for notice in bare.notices if isinstance(bare, DiskTask) else ():
-        say(f"task: {notice}")
+    if isinstance(bare, DiskTask):
+        for notice in bare.notices:
+            say(f"task: {notice}")
+        if not (isinstance(run.experiment, ProbeExperiment) and run.probe.folds):
+            bare.check_splits()
 
     if run.plan.only:
         from cosprobe.plan import make_plan
@@ -78,26 +82,24 @@ def train(run: TrainRun) -> None:
             say(f"{folder}: this command has run to its end; its result is unchanged")
             rank_zero_only(print)(printed, end="")  # `torchrun` and SLURM have started several processes
         else:
-            train_probes(run, task, folder, settings, bank)
+            train_probes(run, task, folder, settings)
 
 
-def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSettings, bank: ProbeBank | None) -> None:
+def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSettings) -> None:
     """Collects activations, trains the probes, evaluates them on held-out problems and writes the report.
 
-    folder: of the result, in the run folder. settings: what the activations depend on. bank: the trained probes, if an
-    earlier attempt has saved them.
+    folder: of the result, in the run folder. settings: what the activations depend on.
     """
     from lightning import seed_everything
 
     from cosprobe.activations import NOT_SEEN, Sampler, SampleTable, collect, find_store, load_samples
     from cosprobe.behaviour import BEHAVIOUR, measure, write_behaviours
     from cosprobe.differences import flattened
-    from cosprobe.evaluation import evaluate, read_inputs_once, read_path
+    from cosprobe.evaluation import cross_evaluate, evaluate, read_inputs_once, read_path
     from cosprobe.evaluation.checks import examine, weights_lines, weights_table
     from cosprobe.models import load_pipeline
-    from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger, remove_events
+    from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger
     from cosprobe.plan import cells_of, power
-    from cosprobe.probes import fit
     from cosprobe.reporting import log_tensorboard, print_summary, record_once, write_report
     from cosprobe.runtime import launch, say
     from cosprobe.tasks import draw_samples
@@ -117,28 +119,27 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     monitored = monitor if "resources" in run.trainer.callbacks else None
 
     def announce_power(table: SampleTable) -> None:
-        for line in power(task, table, cells_of(sampler, run.probe)):
+        for line in power(task, table, cells_of(sampler, run.probe), run.probe.folds):
             say(f"power: {line}")
 
     stored = collect(sampler, draw, settings, store, monitored, announce_power)
     save_config(run, folder, settings.model)  # only after `collect` has checked that the store has these settings
     stored.save(folder)
-    samples, inputs, experts = load_samples(stored)
-    if bank is None:
-        remove_events(folder / "tensorboard", keep=[SAMPLING])  # of an earlier attempt
-        bank = fit(samples, run.probe, run.trainer, folder / "tensorboard", run.seed).with_provenance(store=settings)
-        if fabric.is_global_zero:
-            bank.save(folder / "probes")  # here, so that an attempt that is killed later keeps them
-    else:
-        say(f"probes: those of this command are already in {folder / 'probes'}; re-using them")
-    kind, penalties = run.probe.kind, run.probe.penalties
-    readings = read_inputs_once(run_dir, samples, inputs, settings, kind, penalties, run.seed)
+    samples, inputs, experts = load_samples(stored, run.probe.folds)
+    banks: list[ProbeBank] = []
+    readings: list[dict[str, dict[str, InputReading]]] = []
+    for fold, division in enumerate(samples.divisions()):  # one, without cross-fitting
+        banks.append(fitted_once(division, fold, run, folder, settings))
+        kind, penalties = run.probe.kind, run.probe.penalties
+        readings.append(read_inputs_once(run_dir, division, inputs, settings, kind, penalties, run.seed))
+    bank = banks[0]
     weights = weights_table(stored, samples, run.probe, run.trainer, folder / "tensorboard", run.seed)
     if not fabric.is_global_zero:
         return
 
-    evaluated = evaluate(samples, experts, bank, readings)
-    grid, checks = examine(evaluated, samples, inputs, bank, weights, run.seed)
+    evaluated = evaluate(samples, experts, bank, readings[0])
+    tested = cross_evaluate(samples, experts, banks, readings) if run.probe.folds else evaluated
+    grid, checks = examine(tested, samples, inputs, bank, weights, run.seed)
     path = None
     if run.probe.pooling == "token":
         path = read_path(samples, inputs, task, [one.problem for one in draw()], penalties, run.seed)
@@ -154,6 +155,26 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
         say(f"{report}: was made with other probes than those in {folder / 'probes'}; run probe.py again for new ones")
     write_run_page(folder, made_by)
     mark_finished(folder / REPORT, bank.fingerprint, printed, made_by)
+
+
+def fitted_once(samples: ProbeSamples, fold: int, run: TrainRun, folder: Path, settings: StoreSettings) -> ProbeBank:
+    """The probes of one division of the samples: those in `folder`, or new ones, which are saved there."""
+    from cosprobe.monitoring import SAMPLING, remove_events
+    from cosprobe.probes import fit, kept_bank
+    from cosprobe.runtime import rank_and_world, say
+
+    place, curves = folder / "probes", folder / "tensorboard"
+    if fold:
+        place, curves = place / f"fold-{fold}", curves / f"fold-{fold}"
+    bank = kept_bank(place, settings, run.probe, run.trainer, run.seed, fold)
+    if bank is not None:
+        say(f"probes: those of this command are already in {place}; re-using them")
+        return bank
+    remove_events(curves, keep=[SAMPLING])  # of an earlier attempt
+    bank = fit(samples, run.probe, run.trainer, curves, run.seed).with_provenance(store=settings, fold=fold)
+    if rank_and_world()[0] == 0:
+        bank.save(place)  # here, so that an attempt that is killed later keeps them
+    return bank
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -39,9 +39,9 @@ from cosprobe.activations import (
 )
 from cosprobe.activations import collect as collect_store
 from cosprobe.cells import SPLIT_ORDER, ranges
-from cosprobe.config import CaptureConfig, PipelineConfig, ProbeConfig, TrainerConfig
+from cosprobe.config import CaptureConfig, PipelineConfig, ProbeConfig, TrainerConfig, check_folds
 from cosprobe.errors import InputError
-from cosprobe.evaluation import Grid, build_grid, read_inputs
+from cosprobe.evaluation import Grid, build_grid, cross_evaluate, read_inputs
 from cosprobe.evaluation import evaluate as evaluate_probes
 from cosprobe.files import stranger
 from cosprobe.models import DiffusionPipeline, Pictures, check_size, image_batch, pipeline_fingerprint, with_defaults
@@ -137,6 +137,7 @@ def collect(
     steps: str = "all",
     seeds: int = 1,
     seed: int = 0,
+    folds: int = 0,
     folder: Path | str = "activations",
 ) -> Activations:
     """Samples a video for every image and prompt, and keeps what happens inside the transformer.
@@ -155,6 +156,7 @@ def collect(
     config: how the pipeline samples (steps, guidance, frames); default: that of the pipeline, see
     `cosprobe.models.with_defaults`.
     layers, steps: what is kept, as in `0:30:5`. seeds: noise seeds of each image. seed: they are derived from it.
+    folds: for few images, this many folds of them are test images in turn (cross-fitting); 0: one split.
     folder: the activations are kept in a folder of it, named after the model and the settings. The same call uses them
     again, with any labels, and continues when it was interrupted. With more images, only these are sampled.
     Raises InputError before anything is sampled: for what does not fit together, a split with fewer than 2 images, a
@@ -176,7 +178,8 @@ def collect(
         encode_labels(name, values, len(pixels), "image")
     if seeds < 1:
         raise InputError(f"seeds={seeds}: expected at least 1 noise seed for each image")
-    own = OwnImages(pixels, prompts, config.frames, BOXES if boxes is None else boxes, groups)
+    check_folds(folds, "folds")
+    own = OwnImages(pixels, prompts, config.frames, BOXES if boxes is None else boxes, groups, folds)
     drawn = with_noise([p for split in SPLIT_ORDER for p in own.problems(split, len(pixels))], seed, seeds)
     capture = CaptureConfig(layers=layers, steps=steps, random_weights=0)
     what = {"size": list(pixels.shape[1:3]), "boxes": [list(map(float, box)) for box in own.boxes], "seeds": seeds}
@@ -185,7 +188,7 @@ def collect(
     place = Path(folder) / _digest(json.dumps([settings.identity, layers, steps], sort_keys=True)) / STORE
     sampler = Sampler(pipeline, config, own, ONE_DEVICE)
     stored = collect_store(sampler, lambda: drawn, settings, find_store(settings, sampler.depth, place))
-    samples, inputs, experts = load_samples(stored)
+    samples, inputs, experts = load_samples(stored, folds)
     data = Activations(samples, inputs, tuple(experts), stored, np.array([s.problem.layout for s in drawn]))
     for name, (values, role) in named.items():
         data = data.with_label(name, values, role)
@@ -236,13 +239,15 @@ def fit_probes(
     """Fits a probe for every label, layer and step.
 
     kind: `logistic`, `newton` (the same probes, another solver) or `ridge`. penalties: candidates; one is chosen for
-    each label and cell, without test samples. `ProbeBank.save` keeps the probes, `load_probes` reads them.
+    each label and cell, without test samples. `ProbeBank.save` keeps the probes, `load_probes` reads them. With
+    cross-fitting, these are the probes that the first fold tests.
     Raises InputError when there is no label, and for a label that cannot be fitted.
     """
     if not data.samples.targets:
         raise InputError("labels: none; expected at least one; add it with data.with_label(name, values)")
     settings = data.stored.settings
-    config = ProbeConfig(**asdict(settings.probe), kind=kind, penalties=list(penalties))
+    folds = len(data.samples.divisions()) if data.samples.fold is not None else 0
+    config = ProbeConfig(**asdict(settings.probe), kind=kind, penalties=list(penalties), folds=folds)
     with tempfile.TemporaryDirectory() as curves:
         bank = fit(data.samples, config, ONE_DEVICE, Path(curves), seed)
     return bank.with_provenance(store=settings)
@@ -251,6 +256,7 @@ def fit_probes(
 def evaluate(bank: ProbeBank, data: Activations) -> Grid:
     """Tests the probes on images that no probe was fitted to, against chance and against probes of the inputs.
 
+    With cross-fitting, the probes that the other folds test are fitted here, with the settings of `bank`.
     Returns the grid: accuracy, intervals, baselines, skill and p of every label, layer and step. Each variable explains
     itself, as in `grid.dataset.skill.attrs["long_name"]`. Raises InputError for labels or cells of the probes that the
     activations do not have, and for activations of another model than that of the probes.
@@ -267,8 +273,21 @@ def evaluate(bank: ProbeBank, data: Activations) -> Grid:
     if made.store is not None:
         bank.check_model(data.stored.settings.model, f"that of the activations in {str(data.stored.store.folder)!r}")
     samples = replace(data.samples, targets=bank.targets)
-    readings = read_inputs(samples, data.inputs, made.probe["kind"], made.probe["penalties"], made.seed)
-    evaluated = evaluate_probes(samples, data.experts, bank, readings)
+    divisions = samples.divisions()
+    if bank.folds != (0 if samples.fold is None else len(divisions)):
+        raise InputError(
+            f"these probes are of {bank.folds} folds, and the activations are in {len(divisions)}; expected the same; "
+            "fit them again"
+        )
+    readings = [read_inputs(d, data.inputs, made.probe["kind"], made.probe["penalties"], made.seed) for d in divisions]
+    if bank.folds:
+        config, banks = ProbeConfig(**made.probe), [bank]
+        for division in divisions[1:]:
+            with tempfile.TemporaryDirectory() as curves:
+                banks.append(fit(division, config, ONE_DEVICE, Path(curves), made.seed))
+        evaluated = cross_evaluate(samples, data.experts, banks, readings)
+    else:
+        evaluated = evaluate_probes(samples, data.experts, bank, readings[0])
     return build_grid(evaluated, seed=made.seed, provenance=asdict(made) | {"bank": bank.fingerprint})
 
 

@@ -24,6 +24,7 @@ from cosprobe.activations import (
     SampleTable,
     few_samples,
     few_steps,
+    folds_of,
     images,
     seconds,
     store_bytes,
@@ -157,9 +158,12 @@ def make_plan(run: TrainRun, task: Task, drawn: Sequence[Sample]) -> Plan:
         hours = flops / rate / 3600, f"assuming {rate:.3g} operations per second, without decoding"
     elif not warnings and any(run.pipeline.folder.glob("transformer/*.safetensors")):
         hours = _timed(run, sampler, drawn, evaluations / branches, decodes)
+    samples = {split: int((splits == split).sum()) for split in SPLIT_ORDER}
+    if probe.folds:
+        samples = {f"in {probe.folds} folds": len(drawn)}
     return Plan(
-        {split: int((splits == split).sum()) for split in SPLIT_ORDER}, cells, probe.pooling, stored, evaluations,
-        decodes, host, device, flops, hours, power(task, table, cells), tuple(warnings),
+        samples, cells, probe.pooling, stored, evaluations, decodes, host, device, flops, hours,
+        power(task, table, cells, probe.folds), tuple(warnings),
     )  # fmt: skip
 
 
@@ -176,14 +180,18 @@ def _branches(sampler: Sampler) -> int:
     return 2 if sampler.config.guided(architecture(sampler.model).guidance) else 1
 
 
-def power(task: Task, table: SampleTable, cells: int) -> tuple[Power, ...]:
+def power(task: Task, table: SampleTable, cells: int, folds: int = 0) -> tuple[Power, ...]:
     """What the test problems can show of every target that is compared with inputs.
 
     Not of answers of the model, which are not known before it samples, and not of labels of regions. cells: number of
-    cells of the map.
+    cells of the map. folds: of cross-fitting, with which every problem is a test problem.
+    Raises InputError for fewer problems than folds.
     """
     found, keys = [], table.columns["key"].numpy()
     splits = np.array(SPLIT_ORDER)[table.columns["split"].numpy()]
+    if folds:
+        folds_of(keys, folds)
+        splits[:] = "test"
     for target in task.targets:
         if target.role not in MUST_BEAT or target.role is Role.MODEL_ANSWER or target.form == "region":
             continue
@@ -193,7 +201,7 @@ def power(task: Task, table: SampleTable, cells: int) -> tuple[Power, ...]:
             split: {
                 names[value]: int((label[splits == split] == value).sum()) for value in np.unique(label[label >= 0])
             }
-            for split in SPLIT_ORDER
+            for split in (("test",) if folds else SPLIT_ORDER)
         }
         test = (splits == "test") & (label >= 0)
         if test.any():
@@ -269,10 +277,10 @@ def _found(run: TrainRun, sampler: Sampler, drawn: Sequence[Sample], size: int) 
 
 def _counted(counts: dict[str, dict[str, int]]) -> str:
     """Number of samples of every class by split, or, of many classes, the fewest and most."""
-    classes = list(counts["train"])
-    splits = " / ".join(SPLIT_ORDER)
+    classes = list(counts["test"])
+    splits = " / ".join(counts)
     if len(classes) <= FEW:
-        each = (f"{name}: {' / '.join(str(counts[split][name]) for split in SPLIT_ORDER)}" for name in classes)
+        each = (f"{name}: {' / '.join(str(counts[split][name]) for split in counts)}" for name in classes)
         return f"{', '.join(each)} ({splits})"
     fewest = (f"{min(of.values())} to {max(of.values())}" for of in counts.values())
     return f"{len(classes)} classes of {' / '.join(fewest)} samples ({splits})"

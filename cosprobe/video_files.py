@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -25,11 +26,41 @@ def write_video(path: Path, video: UInt8[np.ndarray, "frame height width 3"], ra
 
 
 def read_video(file: Path) -> UInt8[np.ndarray, "frame height width 3"]:
-    """Reads all frames of a video file. Raises InputError for a file without frames; for others see PyAV's errors."""
+    """Reads all frames of a video file. Errors: see `read_frames`."""
+    return np.stack(list(read_frames(file)))
+
+
+def read_frames(file: Path) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    """The frames of a video file, one at a time.
+
+    Raises InputError for a file without frames and for an MP4 file that breaks off; for others see PyAV's errors.
+    """
+    _check_whole(file)
     with av.open(str(file)) as film:
         if not film.streams.video:
             raise InputError("it has no video stream")
-        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
-    if not frames:
+        empty = True
+        for frame in film.decode(video=0):
+            empty = False
+            yield frame.to_ndarray(format="rgb24")
+    if empty:
         raise InputError("it has no frames")
-    return np.stack(frames)
+
+
+def _check_whole(file: Path) -> None:
+    """Raises InputError for an MP4 file that breaks off. FFmpeg reads the frames before that without an error."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        place = 0
+        while len(head := content.read(16)) >= 8:
+            length, kind = int.from_bytes(head[:4]), head[4:8]
+            if not place and kind != b"ftyp":  # another kind of file
+                return
+            if length == 1:  # the length is in the next 8 bytes
+                length = int.from_bytes(head[8:])
+            if kind in (b"mdat", b"moov") and place + length > size:
+                raise InputError(f"it breaks off after {size} bytes, expected {place + length}")
+            if length < 8:  # 0: up to the end
+                return
+            place += length
+            content.seek(place)

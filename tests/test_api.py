@@ -232,6 +232,24 @@ def test_own_labels_equal_to_those_of_the_task_give_the_grid_of_train(pipeline, 
         np.testing.assert_array_equal(found[name].sel(target="mine"), expected[name].sel(target="box"))
 
 
+@pytest.mark.slow
+def test_few_images_are_cross_fitted(pipeline, place):
+    few = {"images": IMAGES[:9], "prompts": PROMPTS[:9], "labels": {"colour": NAMES[:9]}, "roles": "perception"}
+    with pytest.raises(InputError, match=r"of 9 are in the split.*folds=5"):
+        own(pipeline, place, **few)
+    with pytest.raises(InputError, match="folds=10: 9 "):
+        own(pipeline, place, folds=10, **few)
+    with pytest.raises(InputError, match="folds=2: .*3 to 50"):
+        own(pipeline, place, folds=2, **few)
+    data = own(pipeline, place, folds=3, **few)
+    bank = fit_probes(data, kind="ridge")
+    grid = evaluate(bank, data)
+    assert bank.folds == grid.folds == 3 and int(grid.dataset.n_test.sel(target="colour")) == 9
+    whole = own(pipeline, place, labels={"colour": NAMES}, roles="perception")
+    with pytest.raises(InputError, match="3 folds.* 1;"):
+        evaluate(bank, whole)
+
+
 def test_probes_are_saved_and_read(bank, data, grid, tmp_path):
     bank.save(tmp_path / "probes")
     again = load_probes(tmp_path / "probes")

@@ -33,6 +33,7 @@ from cosprobe.errors import InputError
 from cosprobe.models.identity import fingerprint
 from cosprobe.processes import LOST
 from cosprobe.reporting import results_page
+from cosprobe.runs import results
 from tests.examples import processes
 from tests.examples.folders import write
 from tests.examples.pictures import undrawn
@@ -559,3 +560,33 @@ def test_a_folder_of_problems_gets_a_map_and_no_use_that_reads_videos(model, tmp
     write(tmp_path / "moved" / "007", 7, answer=2)
     changed = run("moved")
     assert changed.returncode == 2 and "verified" in changed.stderr
+
+
+@pytest.mark.slow
+def test_few_problems_are_cross_fitted_and_nothing_is_fitted_twice(model, tmp_path):
+    for number in range(9):
+        write(tmp_path / "problems" / f"{number:03d}", number)
+    given = ["task=folder", "task.label=parameters.answer", "task.boxes=2x2", "task.problems=0", "probe.kind=ridge"]
+    settings = settings_of(model, tmp_path / "run", *given, f"task.root={tmp_path / 'problems'}")
+
+    refused = within("train.py", *settings)
+    assert refused.returncode == 2 and re.search(r"of 9 problems.*split.*probe\.folds", refused.stderr)
+    refused = within("train.py", *settings, "probe.folds=10")
+    assert refused.returncode == 2 and re.search(r"probe\.folds=10: 9 problems", refused.stderr)
+    assert not list((tmp_path / "run").glob("store/shard-*"))
+
+    result = within("train.py", *settings, "probe.folds=3")
+    assert result.returncode == 0, result.stderr
+    assert "Cross-fitting: each of 3 folds" in " ".join(result.stdout.split())
+    (folder,) = results(tmp_path / "run")
+    assert "folds-3" in folder.name
+    grid = Grid.load(folder)
+    assert int(grid.dataset.n_test.sel(target="answer")) == 9
+    banks = [load_probes(folder / "probes"), *(load_probes(folder / "probes" / f"fold-{k}") for k in (1, 2))]
+    assert len({bank.fingerprint for bank in banks}) == 3 and [bank.provenance.fold for bank in banks] == [0, 1, 2]
+
+    (folder / "report" / "finished.json").unlink()
+    again = within("train.py", *settings, "probe.folds=3")
+    assert again.returncode == 0
+    assert (again.stdout.count("probes: those of this command"), again.stdout.count("inputs: computed")) == (3, 3)
+    xr.testing.assert_identical(Grid.load(folder).dataset, grid.dataset)

@@ -13,6 +13,7 @@ from validity import (
     between_runs,
     centres,
     claims,
+    cross_fitting,
     differences,
     effects,
     ensembles,
@@ -42,6 +43,7 @@ SIMULATIONS: dict[str, tuple[Callable[[int, int], list[Row]], int]] = {  # funct
     "claims": (claims.simulate, 1000),
     "lengths": (lengths.simulate, 5000),
     "maps": (maps.simulate, 100),
+    "cross-fitting": (cross_fitting.simulate, 150),
 }
 
 

@@ -15,7 +15,14 @@ from cosprobe.activations.collection import (
     watch,
 )
 from cosprobe.activations.cost import Cost, flops, seconds
-from cosprobe.activations.dataset import InputFeatures, LabelledRows, ProbeSamples, difficulty_columns, load_samples
+from cosprobe.activations.dataset import (
+    InputFeatures,
+    LabelledRows,
+    ProbeSamples,
+    difficulty_columns,
+    folds_of,
+    load_samples,
+)
 from cosprobe.activations.edits import BACK, average_blocks, average_clean, average_latents, check_finite, check_layers
 from cosprobe.activations.halt import halting
 from cosprobe.activations.pooling import COLUMNS, Pooling, box_masks
@@ -66,6 +73,7 @@ __all__ = [
     "few_steps",
     "find_store",
     "flops",
+    "folds_of",
     "halting",
     "images",
     "load_samples",

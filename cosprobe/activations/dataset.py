@@ -29,7 +29,7 @@ from cosprobe.tasks import ANSWER_ROLES, RELABELLED, Labels, Role, Target, encod
 
 Stored = TypeVar("Stored", Tensor, StoredTensor)
 CELL_AXES = ("step", "layer", "branch", "position")
-OPTIONAL = ("model_answer", "replica")  # columns that may be None
+OPTIONAL = ("model_answer", "replica", "fold")  # columns that may be None
 
 
 class LabelledRows(NamedTuple):
@@ -53,6 +53,7 @@ class ProbeSamples:
     and `solved` [sample]. model_answer: what the finished video shows, -1 for none.
     Without a parser, there are no scores, and model_answer is None.
     replica: index of the noise seed among those of the problem, from 0.
+    fold: for cross-fitting, the fold of each sample; `split` is then that of fold 0, see `divisions`.
     difficulty: named whole numbers per sample; they are the confounds that are partialled out.
     left_out: for every target of the task that is not in `targets`, a sentence with the reason.
     Raises InputError when shapes do not agree, a split is unknown, a label is out of range, or a problem is in two
@@ -69,6 +70,7 @@ class ProbeSamples:
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     model_answer: np.ndarray | None = None
     replica: np.ndarray | None = None
+    fold: Int[np.ndarray, " sample"] | None = None
     difficulty: dict[str, np.ndarray] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
@@ -126,6 +128,23 @@ class ProbeSamples:
             **optional,
         )
 
+    def in_folds(self, folds: int) -> ProbeSamples:
+        """The same samples in this many folds of problems, for cross-fitting.
+
+        Raises InputError for fewer problems than folds.
+        """
+        fold = folds_of(self.keys, folds)
+        return replace(self, fold=fold, split=_split_of(fold, 0))
+
+    def divisions(self) -> tuple[ProbeSamples, ...]:
+        """The samples with every split in which probes are fitted: one, or with cross-fitting one for each fold.
+
+        In division k, fold k is test, the next fold is validation, and the others are train.
+        """
+        if self.fold is None:
+            return (self,)
+        return tuple(replace(self, split=_split_of(self.fold, k)) for k in range(int(self.fold.max()) + 1))
+
     def at(self, part: slice) -> ProbeSamples:
         """All samples, with some of the cells."""
         values = self.features
@@ -156,12 +175,13 @@ class ProbeSamples:
         if names:
             found, label = tuple(names), np.asarray(values)
         target = Target(name, len(found), "problem", Role(role), tuple(dict.fromkeys(self.kinds.tolist())), found)
-        if reason := _unfit(target, label, np.asarray(self.split)):
+        splits = [np.asarray(one.split) for one in self.divisions()]
+        if reason := _unfit_in(target, label, splits):
             raise InputError(reason.replace(" is left out:", ":") + "; add problems")
         plain = (*(t for t in self.targets if t.role is not RELABELLED), target)
         labels = {t.name: self.labels[t.name] for t in plain if t is not target} | {name: torch.from_numpy(label)}
         controls, relabels = relabelled(plain, labels)
-        fit = tuple(t for t in controls if not _unfit(t, relabels[t.name].numpy(), np.asarray(self.split)))
+        fit = tuple(t for t in controls if not _unfit_in(t, relabels[t.name].numpy(), splits))
         return replace(self, targets=plain + fit, labels=labels | relabels)
 
     def to_xarray(self) -> xr.DataArray:
@@ -232,6 +252,26 @@ def _rows(values: Tensor | StoredTensor, keep: Int[np.ndarray, " kept"]) -> Tens
     return values.rows(keep) if isinstance(values, StoredTensor) else values[torch.from_numpy(keep)]
 
 
+def folds_of(keys: Shaped[np.ndarray, " sample"], folds: int) -> Int[np.ndarray, " sample"]:
+    """The fold of each sample, for cross-fitting. Problems are shuffled and divided; labels have no influence.
+
+    The folds depend on the set of problems, not on their order. Folds that are balanced by label would make the
+    permutation test reject too often. Raises InputError for fewer problems than folds.
+    """
+    problems, member = np.unique(keys, return_inverse=True)
+    if len(problems) < folds:
+        raise InputError(
+            f"probe.folds={folds}: {len(problems)} problems, expected at least as many as folds; lower probe.folds"
+        )
+    return (np.random.default_rng(0).permutation(len(problems)) % folds)[member]
+
+
+def _split_of(fold: Int[np.ndarray, " sample"], test: int) -> np.ndarray:
+    """The split of each sample where one fold is test."""
+    validation = (test + 1) % (int(fold.max()) + 1)
+    return np.where(fold == test, "test", np.where(fold == validation, "validation", "train"))
+
+
 def check_apart(keys: np.ndarray, split: np.ndarray) -> None:
     """Raises InputError, with the names of the problems, when problems are in more than one split."""
     pairs = np.unique(np.stack([np.asarray(keys, str), np.asarray(split, str)]), axis=1)
@@ -273,11 +313,14 @@ class InputFeatures:
 @enough_memory("lower task.problems, or select fewer probe.layers or probe.steps")
 def load_samples(
     stored: StoredSamples | ActivationStore,
+    folds: int = 0,
 ) -> tuple[ProbeSamples, dict[str, InputFeatures], list[str]]:
     """Loads the samples, the inputs that probes are compared with, and the expert that ran at each captured step.
 
-    stored: what of a store is read; a store: all of it.
-    Targets for which no probe can be trained are left out; `left_out` of the samples has the reasons.
+    stored: what of a store is read; a store: all of it. folds: of cross-fitting, in place of the split of the store;
+    0: that split.
+    Targets for which no probe can be trained (in each division, with cross-fitting) are left out; `left_out` of the
+    samples has the reasons.
     Raises InputError for a damaged or incomplete store, and when the memory is too small.
     """
     stored = StoredSamples.whole(stored) if isinstance(stored, ActivationStore) else stored
@@ -296,26 +339,31 @@ def load_samples(
     model_answer, final = tensors["model_answer"][:], tensors["final"][:]
     parser = final.shape[1] > 0  # a task without a parser has no candidates
     kinds = np.array(table.kinds)[columns["kind"].numpy()]
-    split = np.array(SPLIT_ORDER)[columns["split"].numpy()]
+    keys = np.array([f"{key:015x}" for key in columns["key"].tolist()])
+    fold = folds_of(keys, folds) if folds else None
+    splits = [np.array(SPLIT_ORDER)[columns["split"].numpy()]]
+    if fold is not None:
+        splits = [_split_of(fold, test) for test in range(folds)]
     labels = {}
     for target in table.targets:
         if target.role == "model_answer":
             labels[target.name] = torch.where(torch.from_numpy(np.isin(kinds, target.kinds)), model_answer, -1)
         else:
             labels[target.name] = columns[f"label.{target.name}"]
-    reasons = {t.name: _unfit(t, labels[t.name].numpy(), split) for t in table.targets}
+    reasons = {t.name: _unfit_in(t, labels[t.name].numpy(), splits) for t in table.targets}
     targets = [t for t in table.targets if not reasons[t.name]]
     controls, relabels = relabelled(targets, labels)
     samples = ProbeSamples(
         features=tensors["features"].columns(np.array(kept)),
         cells=tuple(Cell(*there[i]) for i in kept),
-        targets=(*targets, *(t for t in controls if not _unfit(t, relabels[t.name].numpy(), split))),
+        targets=(*targets, *(t for t in controls if not _unfit_in(t, relabels[t.name].numpy(), splits))),
         labels=labels | relabels,
-        split=split,
-        keys=np.array([f"{key:015x}" for key in columns["key"].tolist()]),
+        split=splits[0],
+        keys=keys,
         kinds=kinds,
         model_answer=model_answer.numpy() if parser else None,
         replica=columns["replica"].numpy(),
+        fold=fold,
         scores=_scores(stored, tensors, final) if parser else {},
         difficulty={name: value.numpy() for name, value in _under("difficulty.", columns).items()},
         left_out=tuple(reason for reason in reasons.values() if reason),
@@ -387,6 +435,11 @@ def difficulty_columns(samples: ProbeSamples, names: Sequence[str] | None = None
         score = (values - values[train].mean()) / deviation if deviation > 0 else np.zeros(len(values))
         columns += [score, score**2]
     return torch.from_numpy(np.stack(columns, axis=1)).float()
+
+
+def _unfit_in(target: Target, labels: np.ndarray, splits: Sequence[np.ndarray]) -> str:
+    """The reason why no probe of a target can be trained and tested in one of these splits; empty if one can in all."""
+    return next((reason for split in splits if (reason := _unfit(target, labels, split))), "")
 
 
 def _unfit(target: Target, labels: np.ndarray, split: np.ndarray) -> str:

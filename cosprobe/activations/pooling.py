@@ -17,12 +17,10 @@ from torch import Tensor
 
 from cosprobe.config import POOLINGS, CaptureConfig
 from cosprobe.errors import InputError
-from cosprobe.tasks import Problem
+from cosprobe.tasks import Mask, Problem, Region
 
 GRID = 4  # `grid` pooling has GRID x GRID coarse cells
 COLUMNS = 1024  # most values that `whole_frame` keeps of one frame of an input
-
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the image
 
 
 @dataclass(frozen=True)
@@ -32,13 +30,14 @@ class Pooling:
     kind: `clip` (one mean), `frame` (a mean per latent frame), `grid` (a mean per coarse cell, over all frames),
     `region` (a mean per region, over all frames) or `token` (no mean: every token is a position). frames: with
     `region`, also keep a mean per latent frame.
-    boxes: for `region`, the regions of each sample of the batch. across: for `grid`, coarse cells per side.
+    boxes: for `region`, the regions (boxes or masks) of each sample of the batch. across: for `grid`, coarse cells per
+    side.
     Raises InputError for an unknown kind, and for samples with different numbers of regions.
     """
 
     kind: str
     frames: bool = False
-    boxes: Sequence[Sequence[Box]] = ()
+    boxes: Sequence[Sequence[Region]] = ()
     across: int = GRID
     _weights: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -71,7 +70,7 @@ class Pooling:
         return ("all", *each) if self.kind == "region" and self.frames else ("all",)
 
     def masks(self, batch: int, height: int, width: int) -> Float[Tensor, "batch part token"]:
-        """The spatial part: 0/1 masks over the tokens of one frame.
+        """The spatial part: weights of the tokens of one frame, see `box_masks`.
 
         Raises InputError when there are not as many lists of boxes as samples in the batch.
         """
@@ -129,16 +128,25 @@ def whole_frame(channels: int) -> Pooling:
     return Pooling("grid", across=max(g for g in range(1, GRID + 1) if g == 1 or g * g * channels <= COLUMNS))
 
 
-def box_masks(boxes: Sequence[Box], height: int, width: int) -> Float[Tensor, "box token"]:
-    """0/1 masks of the tokens whose centre is in each box. A smaller box gets the token nearest to its centre."""
+def box_masks(boxes: Sequence[Region], height: int, width: int) -> Float[Tensor, "box token"]:
+    """The weight of every token in each region.
+
+    A box has weight 1 for the tokens whose centre it contains, otherwise 0. A smaller box gets the token nearest to its
+    centre. The weight of a token in a mask is the share of its area that is inside. So a mask of a box whose sides lie
+    between tokens has the weights of the box. Raises Broken, an InputError, for a mask that cannot be read any more.
+    """
     y = (torch.arange(height) + 0.5) / height
     x = (torch.arange(width) + 0.5) / width
     masks = []
-    for x0, y0, x1, y1 in boxes:
+    for box in boxes:
+        if isinstance(box, Mask):
+            masks.append(torch.from_numpy(box.shares(height, width)).flatten())
+            continue
+        x0, y0, x1, y1 = box
         rows, columns = (y >= y0) & (y < y1), (x >= x0) & (x < x1)
         if not rows.any():
             rows[(y - (y0 + y1) / 2).abs().argmin()] = True
         if not columns.any():
             columns[(x - (x0 + x1) / 2).abs().argmin()] = True
-        masks.append((rows[:, None] & columns[None, :]).flatten())
-    return torch.stack(masks).float()
+        masks.append((rows[:, None] & columns[None, :]).flatten().float())
+    return torch.stack(masks)

@@ -26,7 +26,7 @@ from cosprobe.probes import ProbeBank
 from cosprobe.reporting import STYLE, new_figure
 from cosprobe.runs import REPORT
 from cosprobe.runtime import rank_and_world, say
-from cosprobe.tasks import ANSWER_ROLES, Problem, TaskConfig, fresh_problems, noise_seed, with_noise
+from cosprobe.tasks import ANSWER_ROLES, Problem, TaskConfig, fresh_problems, noise_seed, reference_of, with_noise
 from cosprobe.video_files import write_video
 
 RATE = 12  # frames per second of the MP4
@@ -42,6 +42,7 @@ class FilmedRun:
 
     steps: step indices. clips: decoded x0-hat. proba: probabilities of the candidates by the probe with the best
     validation accuracy at each step, NaN at steps without probes; None without a probe. right: right answers.
+    reference: the reference video, None without one.
     """
 
     name: str
@@ -50,6 +51,7 @@ class FilmedRun:
     clips: UInt8[np.ndarray, "step frame height width 3"]
     proba: Float[np.ndarray, "step candidate"] | None
     right: tuple[int, ...]
+    reference: UInt8[np.ndarray, "time height width 3"] | None = None
 
 
 def film(sampler: Sampler, task: TaskConfig, bank: ProbeBank, use: FilmConfig, seed: int, folder: Path) -> None:
@@ -93,6 +95,7 @@ def filmed(
     layers = sorted({str(cell.layer) for here in cells.values() for cell in here.values()})
     for batch in sampler.batches(with_noise(problems, seed)):
         shown = [one.problem for one in batch]
+        references = [reference_of(sampler.task, problem) for problem in shown]
         pooling = scorer.pooling(shown) if scorer is not None else Pooling("clip")
         with capture(sampler.model, [X0, *layers], pooling, clean=steps) as cache:
             sampler(batch, output_type="latent")
@@ -101,10 +104,11 @@ def filmed(
         for i, step in enumerate(steps):
             if scorer is not None and step in cells:
                 proba[:, i] = scorer.read(cells[step], shown, cache.at).numpy()
-        for problem, clip, each in zip(shown, clips, proba, strict=True):
+        for problem, clip, each, reference in zip(shown, clips, proba, references, strict=True):
             read = each if scorer is not None else None
             name = f"{problem.kind}_{problem.index}"
-            yield FilmedRun(name, problem.prompt, tuple(steps), _bytes(clip), read, sampler.task.solutions(problem))
+            right = sampler.task.solutions(problem)
+            yield FilmedRun(name, problem.prompt, tuple(steps), _bytes(clip), read, right, reference)
 
 
 @torch.no_grad()
@@ -159,46 +163,60 @@ def write_film(run: FilmedRun, folder: Path) -> list[Path]:
 
 
 def pictures(run: FilmedRun, frames: Sequence[int] | None = None) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-    """Pictures of a film: x0-hat on the left, and the probabilities as bars on the right, where there are any.
+    """Pictures of a film: x0-hat on the left, then the reference and the probabilities as bars, where there are any.
 
     frames: of every step; default all.
     """
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.8 if run.proba is not None else 2.8, 3.0), dpi=100)
+        wide = (2.8, *((2.4,) if run.reference is not None else ()), *((2.0,) if run.proba is not None else ()))
+        figure = Figure(figsize=(round(sum(wide), 1), 3.0), dpi=100)
         FigureCanvasAgg(figure)
-        panels = figure.subplots(1, 2 if run.proba is not None else 1, squeeze=False)[0]
+        panels = figure.subplots(1, len(wide), squeeze=False)[0]
         figure.subplots_adjust(0.02, 0.14, 0.98, 0.88, wspace=0.25)
         image = panels[0].imshow(run.clips[0, 0], interpolation="nearest")
         panels[0].set(xticks=[], yticks=[])
+        if run.reference is not None:
+            beside = panels[1].imshow(run.reference[0], interpolation="nearest")
+            panels[1].set(xticks=[], yticks=[])
+            panels[1].set_title("reference", loc="left")
         if run.proba is not None:
             count = run.proba.shape[1]
-            bars = panels[1].bar(
+            bars = panels[-1].bar(
                 range(count), np.zeros(count), color=[RIGHT if k in run.right else READ for k in range(count)]
             )
-            panels[1].set(ylim=(0, 1), xticks=range(count), xlabel="candidate (green: right)")
+            panels[-1].set(ylim=(0, 1), xticks=range(count), xlabel="candidate (green: right)")
         for i, step in enumerate(run.steps):
             panels[0].set_title(f"x0-hat, step {step}", loc="left")
             if run.proba is not None:
                 known = np.isfinite(run.proba[i]).all()
-                panels[1].set_title("probability by the probe" if known else "no probe at this step", loc="left")
+                panels[-1].set_title("probability by the probe" if known else "no probe at this step", loc="left")
                 for bar, value in zip(bars, np.nan_to_num(run.proba[i]), strict=True):
                     bar.set_height(value)
             for frame in range(run.clips.shape[1]) if frames is None else frames:
                 image.set_data(run.clips[i, frame])
+                if run.reference is not None:
+                    beside.set_data(run.reference[min(frame, len(run.reference) - 1)])
                 figure.canvas.draw()
                 yield np.array(figure.canvas.buffer_rgba())[..., :3]
 
 
 def contact_sheet(run: FilmedRun) -> Figure:
-    """The last frame of x0-hat at every step, with the candidate that the probe reads and its probability."""
-    columns = min(COLUMNS, len(run.steps))
-    rows = -(-len(run.steps) // columns)
+    """The last frame of x0-hat at every step, with the candidate that the probe reads and its probability.
+
+    The last panel is the last frame of the reference, where there is one.
+    """
+    shown = len(run.steps) + (run.reference is not None)
+    columns = min(COLUMNS, shown)
+    rows = -(-shown // columns)
     height, width = run.clips.shape[2:4]
     side = 7.6 / columns
     sheet = new_figure(7.6, rows * (side * height / width + 0.35) + 0.3)
     panels = sheet.subplots(rows, columns, squeeze=False).ravel()
     for i, axes in enumerate(panels):
         axes.set_axis_off()
+        if run.reference is not None and i == len(run.steps):
+            axes.imshow(run.reference[-1], interpolation="nearest")
+            axes.set_title("reference", loc="left")
         if i >= len(run.steps):
             continue
         axes.imshow(run.clips[i, -1], interpolation="nearest")

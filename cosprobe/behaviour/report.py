@@ -53,7 +53,7 @@ def show_behaviours(
     folder: of the result. report: name of the folder of the report. continued: see `measure`.
     """
     stored = StoredSamples.load(folder)
-    samples, _, experts = load_samples(stored)
+    samples, _, experts = load_samples(stored, bank.folds)
     evaluated, grid = evaluate(samples, experts, bank), Grid.load(folder)
     found = measure(samples, evaluated, bank, grid, weights_lines(stored, samples, bank), continued)
     print_behaviours(found, write_behaviours(found, folder, report))

@@ -17,7 +17,7 @@ from cosprobe.causal.patching import At
 from cosprobe.causal.prefix import Prefix, recorded, replayed
 from cosprobe.causal.states import record_states
 from cosprobe.models import stop_after
-from cosprobe.tasks import Box, Problem, Sample, Task
+from cosprobe.tasks import Problem, Region, Sample, Task
 
 NONE = -1  # in place of an answer or of a donor
 
@@ -107,7 +107,7 @@ class CleanRun:
         """The donors of every sample."""
         return choose_donors(self.sampler.task, self.problems, self.answers.tolist())
 
-    def boxes(self, first: Sequence[Sequence[int]]) -> list[list[Box]]:
+    def boxes(self, first: Sequence[Sequence[int]]) -> list[list[Region]]:
         """The regions of every sample, with those that are named first, in this order, and then the others."""
         found = []
         for problem, chosen in zip(self.problems, first, strict=True):

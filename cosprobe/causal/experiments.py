@@ -31,7 +31,7 @@ from cosprobe.causal.edits import ABLATIONS, Edit
 from cosprobe.causal.patching import At, Eraser
 from cosprobe.cells import Cell
 from cosprobe.probes import ProbeBank
-from cosprobe.tasks import Box, Task
+from cosprobe.tasks import Region, Task
 
 LARGE = 10**9
 OTHER, SAME = "donor", "donor with the same answer"
@@ -73,7 +73,7 @@ class Needed:
     """What `patch` needs besides the edits: its arguments of the same names."""
 
     sources: Mapping[str, Any] = field(default_factory=dict)
-    boxes: Sequence[Sequence[Box]] = ()
+    boxes: Sequence[Sequence[Region]] = ()
 
 
 class Experiment(Protocol):

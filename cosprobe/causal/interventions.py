@@ -35,7 +35,7 @@ from cosprobe.models import COND, architecture, pipeline_fingerprint
 from cosprobe.probes import ProbeBank
 from cosprobe.runs import REPORT
 from cosprobe.runtime import rank_and_world, say
-from cosprobe.tasks import ANSWER_ROLES, Role, Sample, TaskConfig, fresh_problems, with_noise
+from cosprobe.tasks import ANSWER_ROLES, Role, Sample, TaskConfig, answers_are_regions, fresh_problems, with_noise
 
 FOLDER = "causal"
 PROBLEMS = {"quick": 24, "full": 72}  # with 72, a cell of 64 without a flip has a bound below 0.1
@@ -194,7 +194,7 @@ def build_experiment(
     default = tuple(probed[i] for i in _spaced(len(probed), most_steps))
     steps = parse_selection(use.steps, total, "use.steps") if use.steps else default
     layers = parse_selection(use.layers, depth, "use.layers") if use.layers else _layers(depth, most_layers)
-    answers_are_regions = sampler.task.candidates == sampler.task.regions
+    by_region = answers_are_regions(sampler.task)
     if use.edit == "noise":
         steps = steps if use.steps or use.size == "full" else _spaced(total, 5)
         left = max(total // 2, 1)
@@ -203,11 +203,11 @@ def build_experiment(
         hit = range(int(architecture(sampler.model).keeps_first_frame(sampler.model)), frames)  # not the given image
         return Noise(steps, total, hit, _damage(sampler, first), left, lengths), ()
     if use.edit == "swap":
-        regions = answers_are_regions and sampler.task.regions > 3
+        regions = by_region and sampler.task.regions > 3
         return Swap(steps, layers, total, frames, regions, seed, whole=total > 1), layers
     if use.edit == "ablate":
         steps = steps if use.steps or use.size == "full" else _spaced(total, 2)
-        return Ablate(steps, layers, total, frames, answers_are_regions and sampler.task.regions > 1), layers
+        return Ablate(steps, layers, total, frames, by_region and sampler.task.regions > 1), layers
     target = use.target or _answer_target(grid, kind, sampler)
     names = [t.name for t in bank.targets if use.edit == "erase" or t.role in ANSWER_ROLES]
     if target not in names:
@@ -228,7 +228,7 @@ def build_experiment(
             f"{sorted({c.step for c in plane})}, layers {sorted({c.layer for c in plane})}"
         )
     if use.edit == "erase":
-        samples = load_samples(StoredSamples.load(folder))[0].subset("train")
+        samples = load_samples(StoredSamples.load(folder), bank.folds)[0].subset("train")
         known = sorted({c.layer for c in here})
         some = known if use.layers else [known[i] for i in _layers(len(known), most_layers)]
         return Erase(samples, target, control, plane, [c for c in here if c.layer in some], seed), ()

@@ -39,7 +39,7 @@ from cosprobe.models import (
     noise_level,
     step_call,
 )
-from cosprobe.tasks import Box
+from cosprobe.tasks import Mask, Region
 from cosprobe.wrapping import wrapped
 
 
@@ -71,14 +71,15 @@ def patch(
     pipeline: Any,
     edits: Sequence[Edit],
     sources: Mapping[str, Any] | None = None,
-    boxes: Sequence[Sequence[Box]] = (),
+    boxes: Sequence[Sequence[Region]] = (),
     seeds: Sequence[int] = (),
 ) -> Iterator[None]:
     """Carries out `edits`, in order, in the pipeline call that is made inside the context.
 
     sources: by name, what edits use. `swap`: `States`. `steer`: `Directions`; a token that lies in several regions gets
     the sum. `erase`: an eraser for every step and layer of the edit.
-    boxes: regions of every sample, as fractions of the image; needed for edits of regions and for directions by region.
+    boxes: regions of every sample (boxes as fractions of the image, or masks); needed for edits of regions and for
+    directions by region. Edits change all of a token that a mask touches; steering adds the share that is inside.
     seeds: a seed for every sample of the batch, for noise; by default the index in the batch. Noise depends on the seed
     of the sample, the seed of the edit and the step, and on nothing else.
 
@@ -128,7 +129,7 @@ class _Patcher:
         pipeline: Any,
         edits: Sequence[Edit],
         sources: Mapping[str, Any],
-        boxes: Sequence[Sequence[Box]],
+        boxes: Sequence[Sequence[Region]],
         seeds: Sequence[int],
         call: RunningCall,
     ):
@@ -156,6 +157,8 @@ class _Patcher:
                 least = min(map(len, boxes), default=0)
                 raise InputError(f"edit {edit}: this run has {least} regions; pass boxes, or other regions")
         for box in (box for of_sample in boxes for box in of_sample):
+            if isinstance(box, Mask):
+                continue
             if not (len(box) == 4 and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
                 raise InputError(f"boxes: {list(box)}, expected x0, y0, x1, y1 as fractions of the image")
 

@@ -85,7 +85,7 @@ def _result(folder: Path, trained: TrainRun, bank: ProbeBank, name: str) -> RunR
     """Predicts the test samples of a run with its probes."""
     bank.check_result(trained, Grid.load(folder).provenance["bank"], folder)
     stored = StoredSamples.load(folder)
-    samples, _, experts = load_samples(stored)
+    samples, _, experts = load_samples(stored, bank.folds)
     total = stored.store.settings["pipeline"]["steps"]
     return RunResult.of(name, evaluate(samples, experts, bank), stored.store.captured["depth"], total)
 

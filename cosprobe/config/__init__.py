@@ -6,7 +6,7 @@ field explains it; `--help` and the API reference print the same string.
 
 from cosprobe.config.pipeline import DTYPES, SAMPLING, PipelineConfig, own_defaults
 from cosprobe.config.plan import PlanConfig
-from cosprobe.config.probe import KINDS, POOLINGS, CaptureConfig, ProbeConfig, decode_steps
+from cosprobe.config.probe import KINDS, POOLINGS, CaptureConfig, ProbeConfig, check_folds, decode_steps
 from cosprobe.config.runs import SCHEMAS, ProbeExperiment, TrainRun, UseRun
 from cosprobe.config.trainer import TrainerConfig
 from cosprobe.config.uses import (
@@ -60,6 +60,7 @@ __all__ = [
     "TrainerConfig",
     "UseRun",
     "check_promise",
+    "check_folds",
     "decode_steps",
     "least_without_errors",
     "own_defaults",

@@ -10,6 +10,7 @@ from cosprobe.errors import InputError
 
 POOLINGS = ("clip", "frame", "grid", "region", "token")
 KINDS = ("logistic", "newton", "ridge")
+LEAST_FOLDS, MOST_FOLDS = 3, 50
 
 
 @dataclass
@@ -63,6 +64,8 @@ class ProbeConfig(CaptureConfig):
     "Samples per batch of `logistic`; the size of the training set works best, less saves memory."
     memory: float = 0.5
     "GB for the cells that are fitted together: features, copies of them, and the state of the optimiser."
+    folds: int = 0
+    "For few problems: this many folds of problems are test problems in turn (cross-fitting); 0: one split."
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +77,16 @@ class ProbeConfig(CaptureConfig):
             "probe.", self, penalties=(1e-9, 1e9), epochs=(1, 100_000), lr=(1e-6, 1.0), batch=(1, 10**9),
             memory=(0.001, 1e5),
         )  # fmt: skip
+        check_folds(self.folds, "probe.folds")
+
+
+def check_folds(folds: int, name: str) -> None:
+    """Raises InputError unless `folds` is 0 (one split) or enough for training, validation and test."""
+    if folds and not LEAST_FOLDS <= folds <= MOST_FOLDS:
+        raise InputError(
+            f"{name}={folds}: expected 0, or {LEAST_FOLDS} to {MOST_FOLDS}: at least one fold each for training, "
+            "validation and test"
+        )
 
 
 def decode_steps(spec: str, total: int) -> tuple[int, ...]:

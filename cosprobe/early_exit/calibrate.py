@@ -73,7 +73,7 @@ def calibrate_policies(
     Raises InputError when the bank was made for another model, or has no probes of an answer or model_answer.
     """
     check_pipeline(bank, sampler.model)
-    samples, _, _ = load_samples(StoredSamples.load(folder))
+    samples, _, _ = load_samples(StoredSamples.load(folder), bank.folds)
     validation, total = samples.subset("validation"), sampler.config.steps
     decoded = tuple(step for step in decode_steps("auto", total) if step < total - 1)
     found = []

@@ -12,6 +12,7 @@ from cosprobe.evaluation.claims import (
     clearest_either_way,
     verdict,
 )
+from cosprobe.evaluation.cross_fitting import cross_evaluate
 from cosprobe.evaluation.grid import FILE, Best, Grid
 from cosprobe.evaluation.intervals import (
     LEAST_EFFECTIVE,
@@ -62,6 +63,7 @@ __all__ = [
     "clearest",
     "clearest_either_way",
     "correctness",
+    "cross_evaluate",
     "detectable_accuracy",
     "difference_interval",
     "effective_problems",

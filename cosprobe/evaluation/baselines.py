@@ -140,6 +140,8 @@ def read_inputs_once(
         "penalties": list(penalties),
         "seed": seed,
     }
+    if samples.fold is not None:
+        key["splits"] = samples.split.tolist()
     arrays, notes = cached(folder, "inputs", key, lambda: _packed(read_inputs(samples, inputs, kind, penalties, seed)))
     found: dict[str, dict[str, InputReading]] = {}
     for number, (target, name, form) in enumerate(notes["readings"]):

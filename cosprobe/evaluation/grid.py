@@ -26,12 +26,16 @@ from cosprobe.tasks import Role
 if TYPE_CHECKING:
     import pandas as pd
 
+NESTED = "nested_accuracy"  # only with cross-fitting
 FILE, CHECKSUM = "grid.nc", "sha256"  # the file, and an attribute in it
 
 
 @dataclass(frozen=True)
 class Best:
-    """The cell with the highest validation accuracy, and its results on test. p: its `p_evidence`."""
+    """The cell with the highest validation accuracy, and its results on test. p: its `p_evidence`.
+
+    With cross-fitting, accuracy, lower and upper are those of `nested_accuracy`: the cells that every bank chooses.
+    """
 
     target: str
     cell: Cell
@@ -103,6 +107,11 @@ class Grid:
         """Model, data and settings that the bank was trained with; `bank` is its fingerprint."""
         return json.loads(self.dataset.attrs["provenance"])
 
+    @property
+    def folds(self) -> int:
+        """Number of folds of cross-fitting, 0 for a grid of one split."""
+        return int(self.provenance.get("probe", {}).get("folds", 0))
+
     def with_role(self, *roles: Role | str) -> tuple[str, ...]:
         """Targets of these roles, in order."""
         return tuple(name for name, role in zip(self.targets, self.dataset.role.values, strict=True) if role in roles)
@@ -123,7 +132,12 @@ class Grid:
         at = np.unravel_index(chosen, validation.shape)
         cell = shown.isel(dict(zip(order, at, strict=True)))
         name = Cell(int(cell.step), int(cell.layer), str(cell.branch.values), str(cell.position.values))
-        return Best(target, name, *(float(values) for values in cell.data_vars.values()))
+        values = {str(variable): float(value) for variable, value in cell.data_vars.items()}
+        if NESTED in self.dataset:
+            nested = self.dataset.sel(target=target)
+            values |= {"accuracy": float(nested[NESTED])}
+            values |= {end: float(nested[f"{NESTED}_{end}"]) for end in ("lower", "upper")}
+        return Best(target, name, *values.values())
 
     def at(self, target: str, cell: Cell) -> xr.Dataset:
         """All variables at one cell."""

@@ -20,6 +20,9 @@ LEAST_PROBLEMS = 12  # with fewer problems there are no p-values and no interval
 LEAST_EFFECTIVE = 6  # likewise for the effective number of problems
 PSEUDO = 1.5  # problems added to wins and to losses of a difference
 CONTINUITY = 0.25  # the interval of a difference is this many problems wider at each end
+# What a problem counts in intervals of cross-fitted predictions: its prediction depends on the labels of other test
+# problems. Found by simulation (`validity.cross_fitting`).
+CROSS_FITTED = 0.9
 TIE = 1e-9  # statistics that differ by less than this (rounding) count as equal
 
 
@@ -85,10 +88,11 @@ def grounded(keys: Shaped[np.ndarray, "sample"]) -> bool:
 
 
 def share_interval(
-    right: Float[np.ndarray, "cell sample"], keys: Shaped[np.ndarray, "sample"]
+    right: Float[np.ndarray, "cell sample"], keys: Shaped[np.ndarray, "sample"], worth: float = 1.0
 ) -> tuple[Float[np.ndarray, "cell"], Float[np.ndarray, "cell"]]:
     """95 % interval of each cell's share of right answers. Each sample is between 0 (wrong) and 1 (right).
 
+    worth: what a problem counts, below 1 where predictions depend on other test problems (`CROSS_FITTED`).
     These are exact binomial bounds for n trials and n * share successes, where n is the effective number of problems.
     Both numbers may be fractions. A sample strictly between 0 and 1 (a mean over regions or seeds) varies less than a
     binary one of the same mean, so its interval is conservative. One more right answer never lowers an end.
@@ -96,7 +100,7 @@ def share_interval(
     Source: Clopper and Pearson (1934), at an effective number of trials as Korn and Graubard (1998).
     """
     right = _within(right, 0.0, "right", "shares from 0 (wrong) to 1 (right)")
-    count = effective_problems(keys)
+    count = worth * effective_problems(keys)
     hits = count * right.mean(axis=1).clip(0.0, 1.0)
     lower = np.where(hits > 0, betaincinv(np.maximum(hits, TIE), count - hits + 1, TAIL), 0.0)
     upper = np.where(hits < count, betaincinv(hits + 1, np.maximum(count - hits, TIE), 1 - TAIL), 1.0)
@@ -104,10 +108,11 @@ def share_interval(
 
 
 def difference_interval(
-    difference: Float[np.ndarray, "cell sample"], keys: Shaped[np.ndarray, "sample"]
+    difference: Float[np.ndarray, "cell sample"], keys: Shaped[np.ndarray, "sample"], worth: float = 1.0
 ) -> tuple[Float[np.ndarray, "cell"], Float[np.ndarray, "cell"]]:
     """95 % interval of each cell's mean paired difference. Each sample is between -1 (lost) and 1 (won).
 
+    worth: as in `share_interval`.
     Wins and losses are counted in effective problems, n in total, and 1.5 are added to each of the two. The interval is
     Wald's, with the quantile of Student's t at n - 1 degrees of freedom, and a quarter of a problem wider at each end.
     The ends are monotone: turning a loss into a tie, or a tie into a win, never lowers an end. Near -1 and 1 the plain
@@ -121,7 +126,7 @@ def difference_interval(
     Source: Agresti and Min (2005), "Simple improved confidence intervals for comparing matched proportions".
     """
     difference = _within(difference, -1.0, "difference", "differences of two shares, from -1 to 1")
-    count = effective_problems(keys)
+    count = worth * effective_problems(keys)
     wins = count * np.maximum(difference, 0.0).mean(axis=1)
     losses = count * np.maximum(-difference, 0.0).mean(axis=1)
     return _difference_end(wins, losses, count), -_difference_end(losses, wins, count)

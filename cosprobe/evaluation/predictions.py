@@ -30,6 +30,7 @@ class SplitPredictions:
     that were not decoded.
     model_answer: what the finished video shows, -1 for no answer.
     inputs: labels predicted by the probes on inputs and on `x0_latent`, by name.
+    fold: with cross-fitting, the number of the bank that predicted each sample.
     """
 
     labels: Int[np.ndarray, "*label"]
@@ -38,6 +39,7 @@ class SplitPredictions:
     x0_parsed: Int[np.ndarray, "step sample"] | None = None
     model_answer: Int[np.ndarray, "sample"] | None = None
     inputs: dict[str, Int[np.ndarray, "step position *label"]] = field(default_factory=dict)
+    fold: Int[np.ndarray, "sample"] | None = None
 
     def carried(self) -> SplitPredictions:
         """Only the samples that have a label of the target.
@@ -48,11 +50,13 @@ class SplitPredictions:
         keep = known if known.ndim == 1 else known.all(axis=1)
         if known.ndim == 2 and (known.any(axis=1) != keep).any():
             raise InputError("region labels: expected -1 in every region of a sample or in none")
-        take = [None if x is None else np.asarray(x)[..., keep] for x in (self.x0_parsed, self.model_answer)]
+        optional = (self.x0_parsed, self.model_answer, self.fold)
+        take = [None if x is None else np.asarray(x)[..., keep] for x in optional]
         labels, keys = np.asarray(self.labels)[keep], np.asarray(self.keys)[keep]
         inputs = {name: np.asarray(labels)[:, :, keep] for name, labels in self.inputs.items()}
-        x0_parsed, model_answer = take
-        return SplitPredictions(labels, keys, np.asarray(self.predicted)[:, keep], x0_parsed, model_answer, inputs)
+        x0_parsed, model_answer, fold = take
+        predicted = np.asarray(self.predicted)[:, keep]
+        return SplitPredictions(labels, keys, predicted, x0_parsed, model_answer, inputs, fold)
 
 
 @dataclass(frozen=True)

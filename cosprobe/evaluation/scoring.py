@@ -22,6 +22,7 @@ from cosprobe.errors import InputError
 from cosprobe.evaluation.baselines import MUST_BEAT
 from cosprobe.evaluation.grid import Grid
 from cosprobe.evaluation.intervals import (
+    CROSS_FITTED,
     correctness,
     difference_interval,
     effective_problems,
@@ -81,6 +82,7 @@ class Rows:
     baseline: by name, index of the row of each baseline at each step, branch and position, -1 for none. All branches
     share the same rows.
     steps, layers: step indices and layers along these axes.
+    worth: what a problem counts in intervals, see `share_interval`.
     """
 
     right: Float[np.ndarray, "row sample"]
@@ -89,6 +91,7 @@ class Rows:
     baseline: dict[str, Int[np.ndarray, "step branch position"]]
     steps: tuple[int, ...]
     layers: tuple[int, ...]
+    worth: float = 1.0
 
     @cached_property
     def accuracy(self) -> Float[np.ndarray, "row"]:
@@ -98,7 +101,7 @@ class Rows:
     @cached_property
     def ends(self) -> Ends:
         """95 % interval of every accuracy. The baseline `uniform` is known exactly, so its interval has width 0."""
-        lower, upper = share_interval(self.right, self.keys)
+        lower, upper = share_interval(self.right, self.keys, self.worth)
         exact = self.guess(UNIFORM)
         lower[exact] = upper[exact] = self.accuracy[exact]
         return Ends(lower, upper)
@@ -196,7 +199,8 @@ def _score(
         _carrying(split, result.target, name, len(evaluated.cells))
         for split, name in ((result.validation, "validation"), (result.test, "test"))
     )
-    guess = majority(np.asarray(result.train_labels))
+    # every problem trains some bank of cross-fitting
+    guess = majority(np.asarray(result.train_labels if test.fold is None else test.labels))
     of_test, of_validation = (_rows(split, result, evaluated, guess) for split in (test, validation))
     # on test itself: chosen on validation, the more frequent label could be right less often than 1 / classes
     better = max((UNIFORM, MAJORITY), key=lambda name: of_test.accuracy[of_test.guess(name)])
@@ -206,6 +210,7 @@ def _score(
     x0 = _best_of_x0(of_x0, of_validation, cross_validation[BASELINES.index(X0)])
     return (
         _accuracies(result, of_test, of_validation)
+        | _nested(test, validation, of_test, of_validation)
         | _baselines(result, of_test, of_validation, cross_validation)
         | _skill(of_test, reference)
         | _significance(result, test, of_test, better, resampling)
@@ -258,7 +263,8 @@ def _rows(split: SplitPredictions, result: TargetPredictions, evaluated: Evaluat
         first = sum(map(len, right))
         baseline[name][:] = first + np.arange(steps * shape[2]).reshape(steps, 1, shape[2])
         right.append(correctness(split.inputs[name].reshape(-1, *split.labels.shape), split.labels))
-    return Rows(np.concatenate(right), split.keys, layer, baseline, evaluated.steps, evaluated.layers)
+    worth = 1.0 if split.fold is None else CROSS_FITTED
+    return Rows(np.concatenate(right), split.keys, layer, baseline, evaluated.steps, evaluated.layers, worth)
 
 
 def _accuracies(result: TargetPredictions, test: Rows, validation: Rows) -> Variables:
@@ -269,6 +275,20 @@ def _accuracies(result: TargetPredictions, test: Rows, validation: Rows) -> Vari
         "validation_accuracy": (CELL, _take(validation.accuracy, test.layer)),
         "penalty": (CELL, _take(np.asarray(result.penalties), test.layer)),
     }
+
+
+def _nested(test: SplitPredictions, validation: SplitPredictions, of_test: Rows, of_validation: Rows) -> Variables:
+    """With cross-fitting, accuracy where every bank chooses its best cell on its own validation problems."""
+    if test.fold is None or validation.fold is None:
+        return {}
+    right, cells = np.empty(len(test.keys)), of_test.layer[of_test.present]  # in the order in which ties are decided
+    for bank in np.unique(test.fold):
+        scores = of_validation.right[cells][:, validation.fold == bank].mean(axis=1)
+        chosen, here = cells[scores.round(12).argmax()], test.fold == bank
+        right[here] = of_test.right[chosen, here]
+    lower, upper = share_interval(right[None], test.keys, of_test.worth)
+    values = {"": right.mean(), "_lower": lower[0], "_upper": upper[0]}
+    return {f"nested_accuracy{end}": ((), np.asarray(value)) for end, value in values.items()}
 
 
 def _baselines(
@@ -349,9 +369,11 @@ def _significance(
     """p of every cell against chance and every input; and the smallest detectable skill."""
     permuted = _permuted(test, rows, resampling)
     inputs = _above_all(rows, rows.rows_of(_inputs(result)), resampling)
-    # predictions may go along with the labels and still be less accurate than the most frequent label
-    guesses = _above_all(rows, rows.rows_of([MAJORITY] if guess == MAJORITY else []), resampling)
-    chance, effective = rows.accuracy[rows.guess(guess)], effective_problems(rows.keys)
+    # Predictions may go along with the labels and still be less accurate than the most frequent label. With
+    # cross-fitting, labels that are permuted alone are not quite the null hypothesis, so any guess has to be beaten.
+    beaten = [guess] if guess == MAJORITY or test.fold is not None else []
+    guesses = _above_all(rows, rows.rows_of(beaten), resampling)
+    chance, effective = rows.accuracy[rows.guess(guess)], rows.worth * effective_problems(rows.keys)
     # sign changes: sqrt(problems won) has to reach the critical value; permutations: accuracy in standard deviations
     evidence = np.fmax(np.fmax(permuted.p, guesses.p), inputs.p)  # NaN only where all are
     deviation = np.sqrt(chance * (1 - chance) / effective)
@@ -452,7 +474,7 @@ def _difference(
         difference = right[rows.layer[both]] - right[other[both]]
         found[""][both] = difference.mean(axis=1)
         if rows.enough:
-            found["_lower"][both], found["_upper"][both] = difference_interval(difference, rows.keys)
+            found["_lower"][both], found["_upper"][both] = difference_interval(difference, rows.keys, rows.worth)
     return found
 
 
@@ -469,7 +491,7 @@ def _model_answers(result: TargetPredictions, test: SplitPredictions, rows: Rows
         if wrong.any() and result.target.role is Role.ANSWER:
             right = rows.right[:cells, wrong]
             correct[""], wrong_count = right.mean(axis=1), int(wrong.sum())
-            correct["_lower"], correct["_upper"] = share_interval(right, test.keys[wrong])
+            correct["_lower"], correct["_upper"] = share_interval(right, test.keys[wrong], rows.worth)
     return {
         "agreement": (CELL, _take(agreement, rows.layer)),
         **{f"correct_when_model_wrong{end}": (CELL, _take(correct[end], rows.layer)) for end in names},
@@ -490,8 +512,9 @@ def _found(
     problems.
 
     Test samples are not used: a selection by evidence on test would bias the latencies, which are measured on test.
+    With cross-fitting, all validation samples are test samples too, so there are no latencies.
     """
-    if not test.enough:
+    if not test.enough or validation.fold is not None:
         return np.zeros(rows.layer.shape, dtype=bool)
     return np.nan_to_num(_permuted(validation, rows, resampling).p, nan=1.0) <= ALPHA
 

@@ -25,7 +25,7 @@ from cosprobe.evaluation.significance import max_t_permutation, weakest_pair
 from cosprobe.evaluation.variables import CEILING
 from cosprobe.models import COND
 from cosprobe.probes import affine, blocks, classes_last, design, fit_newton, spread, standardise, validated
-from cosprobe.tasks import Problem, Role, Target, Task, on_path
+from cosprobe.tasks import Problem, Role, Target, Task, has_path, on_path
 
 GUESS = "guess"  # the more frequent label of the position, or a coin where that is right more often
 OF_TOKEN = (NOISE, FIRST_FRAME, EMBED, X_T)  # inputs of a token
@@ -238,10 +238,10 @@ def read_path(
     """Which tokens know that they lie on the path of the solution? See `read_token_labels` and `tasks.on_path`.
 
     samples, inputs: of a run with token pooling. problems: of the samples, in the same order. Problems with several
-    right answers have no single path and are left out. Returns None for a task without right answers, and where a split
-    has no problem with a single one.
+    right answers have no single path and are left out, as are problems from disk. Returns None where a split has no
+    problem with a path.
     """
-    single = np.array([len(task.solutions(problem)) == 1 for problem in problems], dtype=bool)
+    single = np.array([has_path(task, problem) for problem in problems], dtype=bool)
     left = samples.rows(np.flatnonzero(single))
     if not all((np.asarray(left.split) == split).any() for split in SPLIT_ORDER):
         return None

@@ -15,6 +15,10 @@ CEILING = 0.95  # skill is NaN where the reference is above this
 # descriptions of the variables
 MEANING = {
     "accuracy": "test accuracy of the probe",
+    "nested_accuracy": "with cross-fitting: test accuracy where every bank chooses its best cell on its own validation "
+    "problems",
+    "nested_accuracy_lower": "lower end of the 95 % interval of nested_accuracy",
+    "nested_accuracy_upper": "upper end of it",
     "lower": "lower end of the 95 % interval of accuracy", "upper": "upper end of the 95 % interval of accuracy",
     "skill": "(accuracy - reference) / (1 - reference); NaN where reference > 0.95, and where `not_measured` says so",
     "p_permutation": "p of the test that the predictions go along with the labels, by permutation of labels between "

@@ -47,7 +47,7 @@ from cosprobe.minimodel.flow_matching import FlowMatching, LatentClips
 from cosprobe.models import channels_last, load_part, model_fingerprint
 from cosprobe.probes import ChecksumIO, check_state
 from cosprobe.runs import check_no_results
-from cosprobe.tasks import FAMILIES, Task
+from cosprobe.tasks import FAMILIES, FROM_DISK, Task
 
 # what an exported model is sampled with unless the settings say otherwise
 SAMPLED_WITH = {"steps": 20, "guidance": 1.0, "frames": 13, "prompt_tokens": TEXT_TOKENS, "dtype": "float32"}
@@ -67,8 +67,14 @@ class ClipSettings(Protocol):
 def families(names: Sequence[str], chosen: Task) -> dict[str, Task]:
     """The tasks of these names: `chosen` with its settings, other tasks with default settings.
 
-    Raises InputError for an unknown name.
+    Raises InputError for an unknown name, and when `chosen` is read from disk: training draws new problems, and their
+    videos at several lengths.
     """
+    if chosen.name in FROM_DISK:
+        raise InputError(
+            f"task={chosen.name}: video models and adapters are trained on problems that are drawn; expected one of "
+            f"{', '.join(FAMILIES)}, or experiment=probes"
+        )
     for name in names:
         if name not in FAMILIES:
             raise InputError(f"experiment.families: {name!r} is not a task; expected some of {', '.join(FAMILIES)}")

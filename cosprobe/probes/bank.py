@@ -42,7 +42,8 @@ class Provenance:
 
     store: settings of the store with the features; None when unknown. probe, trainer, seed: settings of the fit.
     train, validation: numbers of samples. converged: for each target, numbers of converged fits and of all fits. gap:
-    for each target, the largest relative gap of a fit. policies: calibrated early-exit policies.
+    for each target, the largest relative gap of a fit. policies: calibrated early-exit policies. fold: the test fold of
+    cross-fitting (`ProbeSamples.divisions`), 0 without it.
     """
 
     store: StoreSettings | None = None
@@ -54,6 +55,7 @@ class Provenance:
     converged: dict[str, tuple[int, int]] = field(default_factory=dict)
     gap: dict[str, float] = field(default_factory=dict)
     policies: tuple[dict[str, Any], ...] = ()
+    fold: int = 0
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Provenance:
@@ -114,6 +116,11 @@ class ProbeBank:
                 f"this bank was made for another model than {where}: its {named} differ; use the model (and adapters) "
                 "of the run, or train the probes again"
             )
+
+    @property
+    def folds(self) -> int:
+        """The number of folds of cross-fitting, 0 for a bank of one split."""
+        return int(self.provenance.probe.get("folds", 0))
 
     @property
     def made_from(self) -> dict[str, Any]:
@@ -303,10 +310,11 @@ def load_probes(path: Path | str) -> ProbeBank:
 
 
 def kept_bank(
-    folder: Path, store: StoreSettings, probe: ProbeConfig, trainer: TrainerConfig, seed: int
+    folder: Path, store: StoreSettings, probe: ProbeConfig, trainer: TrainerConfig, seed: int, fold: int = 0
 ) -> ProbeBank | None:
     """The bank in `folder` if it was fitted with exactly these settings, with its stopping policies; otherwise None.
 
+    fold: the test fold of cross-fitting.
     Its probes would be the same if they were fitted again. A damaged bank counts as none.
     """
     try:
@@ -314,6 +322,8 @@ def kept_bank(
     except InputError:
         return None
     if first_difference(bank.made_from, _made_from(store.shaping, asdict(probe), trainer.precision, seed)):
+        return None
+    if bank.provenance.fold != fold:
         return None
     if found := first_difference(bank.store.versions, store.versions):
         name, made, now = found
@@ -325,4 +335,5 @@ def _made_from(
     shaping: Mapping[str, Any], probe: Mapping[str, Any], precision: str | None, seed: int
 ) -> dict[str, Any]:
     """What a fit depends on. shaping: of the store. probe, precision, seed: settings of the fit."""
+    probe = {"folds": 0, **probe}  # banks of earlier versions have one split
     return {**shaping, "probe": probe, "trainer": {"precision": precision}, "seed of the fit": seed}

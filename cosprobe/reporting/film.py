@@ -25,7 +25,7 @@ from cosprobe.activations import ProbeSamples, Sampler, StoreSettings, watch
 from cosprobe.cache import Saved, cached
 from cosprobe.config import CaptureConfig
 from cosprobe.errors import InputError
-from cosprobe.tasks import Box, Problem, Sample, Task
+from cosprobe.tasks import Box, Mask, Problem, Sample, Task, answers_are_regions
 
 RIGHT, WRONG, FREE = "#009e73", "#cc3311", "#0072b2"  # green, red and blue, safe for colour blindness
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8.5}
@@ -40,7 +40,7 @@ class FilmRow:
     first_frame: the given image.
     clips: x0-hat at each decoded step.
     picks: the candidate with the highest parser score at each decoded step.
-    regions: box of every candidate, as fractions of the image.
+    regions: box of every candidate, as fractions of the image; empty where candidates are not boxes.
     answer: the right candidate, None if several are right.
     model_answer: what the finished video shows, None for no answer.
     """
@@ -142,12 +142,13 @@ def film_row(
 ) -> FilmRow:
     """Row of one problem. clips: decoded x0-hat in [0, 1]. model_answer: what the finished video shows, None for
     none."""
+    boxes = tuple(region for region in problem.regions if not isinstance(region, Mask))
     return FilmRow(
         title,
         task.image(problem),
         (clips * 255).round().astype(np.uint8),
         tuple(task.parse(problem, clip).forced for clip in clips),
-        problem.regions if task.candidates == task.regions else (),
+        boxes if answers_are_regions(task) and len(boxes) == task.regions else (),
         problem.answer,
         model_answer,
     )

@@ -135,6 +135,14 @@ def remarks(grid: Grid, checks: Checks) -> list[str]:
             lines.append(
                 f"{row.best.target}: without {counted(row.left_out, 'sample')} whose finished video shows no answer."
             )
+    if grid.folds:
+        lines.append(
+            f"Cross-fitting: each of {grid.folds} folds of problems is tested with probes that were fitted to other "
+            "folds. The accuracy at a best cell is that of the cells which each of these fits chose on validation, so "
+            "the choice does not raise it. Other numbers at a best cell can be too high: they are of one cell, which "
+            "was chosen with the labels of all problems. There are no latencies and no calibration, and x0-hat is not "
+            "parsed."
+        )
     lines += [f"{sentence}." for sentence in json.loads(grid.dataset.attrs["left_out"])]
     for target in shown_targets(grid):
         lines += ground(grid, target)

@@ -19,7 +19,8 @@ from cosprobe.tasks.line import Line, LineConfig
 from cosprobe.tasks.margin import SMALL, WithMargin, with_margin
 from cosprobe.tasks.maze import Maze, MazeConfig
 from cosprobe.tasks.own_images import OWN_IMAGES, OwnImages
-from cosprobe.tasks.patches import in_workspace, on_path
+from cosprobe.tasks.patches import has_path, in_workspace, on_path
+from cosprobe.tasks.regions import Box, Mask, Region
 from cosprobe.tasks.samples import Sample, draw_samples, fresh_problems, noise_seed, with_noise
 from cosprobe.tasks.select import Select, SelectConfig
 from cosprobe.tasks.splits import SPLITS, split_of
@@ -27,14 +28,16 @@ from cosprobe.tasks.tables import TableConfig
 from cosprobe.tasks.task import (
     ANSWER_ROLES,
     RELABELLED,
-    Box,
+    NoReference,
     ParsedAnswer,
     Problem,
     Role,
     Target,
     Task,
     TaskConfig,
+    answers_are_regions,
     readable_targets,
+    reference_of,
 )
 
 
@@ -96,12 +99,15 @@ __all__ = [
     "Labels",
     "Line",
     "LineConfig",
+    "Mask",
     "Maze",
     "MazeConfig",
+    "NoReference",
     "Problem",
     "OWN_IMAGES",
     "OwnImages",
     "ParsedAnswer",
+    "Region",
     "Role",
     "Sample",
     "Select",
@@ -109,15 +115,18 @@ __all__ = [
     "Target",
     "Task",
     "TaskConfig",
+    "answers_are_regions",
     "draw_samples",
     "check_lengths",
     "encode_labels",
     "find_families",
     "fresh_problems",
+    "has_path",
     "in_workspace",
     "noise_seed",
     "on_path",
     "readable_targets",
+    "reference_of",
     "SMALL",
     "WithMargin",
     "split_of",

@@ -16,18 +16,14 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
+from cosprobe.cells import SPLIT_ORDER
 from cosprobe.errors import InputError
-from cosprobe.tasks.task import Box, ParsedAnswer, Problem, Target, check_video
+from cosprobe.tasks.pictures import fitted, frames_in, opened
+from cosprobe.tasks.task import NoReference, ParsedAnswer, Problem, Target, check_video
 
-FITS = ("pad", "crop", "stretch")
-MOST_PIXELS = 89_000_000  # an image of more is not decoded; Pillow warns a little above
-BEHIND = (255, 255, 255, 255)  # the transparent parts of an image
-
-
-class Broken(InputError):
-    """A problem that cannot be used. It ends the command or is skipped, as `task.on_error` says."""
+LEAST = 2  # problems of a split
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,8 @@ class Entry:
     """A problem as it lies on disk.
 
     name: unique. where: path for messages. image: file of the first frame, None for problems in words. prompt: its
-    text. fields: everything else that is known, by dotted path.
+    text. fields: everything else that is known, by dotted path. masks: files of its regions. video: file of the
+    reference video. final: file of its last frame.
     """
 
     name: str
@@ -43,6 +40,9 @@ class Entry:
     image: Path | None
     prompt: str
     fields: Mapping[str, Any]
+    masks: tuple[Path, ...] = ()
+    video: Path | None = None
+    final: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class DiskTask:
 
     @property
     def regions(self) -> int:
-        """Number of boxes of every problem."""
+        """Number of boxes or masks of every problem."""
         return len(self.all[0].regions)
 
     @property
@@ -95,6 +95,15 @@ class DiskTask:
         """A hash of the problems, their labels and splits. Equal for the same files in another place."""
         text = json.dumps([[p.name, p.key, p.labels] for p in self.all])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def check_splits(self) -> None:
+        """Raises InputError for a split with fewer than 2 problems. Cross-fitting does without these splits."""
+        for split in SPLIT_ORDER:
+            if (count := len(self.problems(split, LEAST))) < LEAST:
+                raise InputError(
+                    f"task {self.name!r}: {count} of {len(self.all)} problems are in the split {split}, expected at "
+                    f"least {LEAST}; with few problems, set probe.folds=5 (cross-fitting)"
+                )
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
         """The first `count` problems of a split, or all where there are fewer."""
@@ -123,8 +132,24 @@ class DiskTask:
         return np.ones((self.frame.height, self.frame.width), dtype=bool)
 
     def video(self, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"]:
-        """Raises InputError: reference videos are not read."""
-        raise InputError(f"task {self.name!r}: reference videos are not read; expected a task that draws its problems")
+        """The reference video: as many frames as the task has, fitted as the image is.
+
+        From a file with another number of frames they are chosen evenly, the first and the last one among them; a
+        frame of a shorter file is there several times. Where only the last frame is on disk, it is returned alone.
+        Raises NoReference where there is neither, and Broken for a file that cannot be read.
+        """
+        entry: Entry = problem.layout
+        if entry.video is not None:
+            pictures = (Image.fromarray(frame) for frame in frames_in(entry.video))
+        elif entry.final is not None:
+            pictures = (opened(file, repr(str(file))) for file in [entry.final])
+        else:
+            raise NoReference(f"{entry.where}: no reference video or last frame lies beside it")
+        size, margin = (self.frame.width, self.frame.height), self.image(problem)[0, 0].tolist()
+        shown = np.stack([np.asarray(fitted(picture, size, self.frame.fit, margin)) for picture in pictures])
+        if entry.video is None:
+            return shown
+        return shown[np.linspace(0, len(shown) - 1, self.frames).round().astype(int)]
 
     def parse(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> ParsedAnswer:
         """Calls the user's parser: `function(video, fields)` with a video in [0, 1] and the fields of the problem.
@@ -154,50 +179,3 @@ class DiskTask:
                 "task.parser=package.module:function"
             )
         return self.parser
-
-
-# images
-
-
-def opened(path: Path, where: str) -> Image.Image:
-    """The RGB image of a file, decoded. Raises Broken for a file that is missing, unreadable or too large."""
-    try:
-        with Image.open(path) as picture:
-            if picture.width * picture.height > MOST_PIXELS:
-                size = f"{picture.width} x {picture.height}"
-                raise Broken(f"{where}: {size} pixels, expected at most {MOST_PIXELS:,}; make it smaller")
-            if picture.mode.startswith(("I", "F")):
-                raise Broken(f"{where}: mode {picture.mode}, expected 8 bits a channel; save it as an RGB image")
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                layer = picture.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", layer.size, BEHIND), layer).convert("RGB")
-            return picture.convert("RGB")
-    except Broken:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise Broken(f"{where}: cannot be read as an image ({reason}); save it again") from error
-
-
-def fitted(picture: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
-    """The image at `size` (width, height). fit: see FITS."""
-    if fit == "crop":
-        return ImageOps.fit(picture, size)
-    if fit == "pad":
-        return ImageOps.pad(picture, size, color=tuple(picture.crop((0, 0, 1, 1)).tobytes()))
-    return picture.resize(size)
-
-
-def box_of(box: Box, shape: tuple[int, int], size: tuple[int, int], fit: str) -> Box:
-    """A box of an image as a box of the fitted image, both as fractions. shape, size: (width, height) before and
-    after."""
-    if fit == "stretch":
-        return box
-    scale = (max if fit == "crop" else min)(size[0] / shape[0], size[1] / shape[1])
-    ends = []
-    for i, value in enumerate(box):
-        side = i % 2
-        whole = shape[side] * scale / size[side]  # length of the whole image in the frame
-        ends.append(min(max(0.5 + (value - 0.5) * whole, 0.0), 1.0))
-    x0, y0, x1, y1 = ends
-    return x0, y0, x1, y1

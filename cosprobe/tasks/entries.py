@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, ClassVar
 
@@ -15,16 +16,16 @@ import numpy as np
 from PIL import Image
 
 from cosprobe.bounds import LARGEST_SEED, MANY, check_bounds
-from cosprobe.cells import SPLIT_ORDER
 from cosprobe.errors import InputError
-from cosprobe.tasks.disk import FITS, Broken, DiskTask, Entry, Frame, box_of, opened
+from cosprobe.tasks.disk import DiskTask, Entry, Frame
 from cosprobe.tasks.own_images import share_of
-from cosprobe.tasks.task import Box, Problem, Role, Target
+from cosprobe.tasks.pictures import FITS, Broken, frames_in, opened
+from cosprobe.tasks.regions import Box, Mask, Region, box_of, digest_of, place_of, read_mask, shares_of
+from cosprobe.tasks.task import Problem, Role, Target
 
 ON_ERROR = ("stop", "skip")
 MOST_CLASSES = 50  # a number with more values needs quantiles; a text with more is no label
 NAMED = 5  # broken problems, and fields, that are printed
-LEAST = 2  # problems of a split
 WHITE = "white"  # digest in place of that of an image
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -54,6 +55,8 @@ class DiskConfig:
     "Field with the split of each problem (train, validation or test); empty: by a hash of the group."
     boxes: str = "4x4"
     "Where probes read: `1x1` (the whole image), `4x4` (boxes that cover it), or a field with boxes of each problem."
+    masks: list[str] = field(default_factory=list)
+    "Mask images in place of `boxes`, white inside: files in each problem's folder, or columns of the table with paths."
     quantiles: int = 0
     "Numeric labels become this many classes with equally many training problems; 0: each value is a class."
     height: int = 64
@@ -88,6 +91,8 @@ class DiskConfig:
         across, by, down = self.boxes.partition("x")
         if by and across.isdigit() and down.isdigit() and not (1 <= int(across) <= 64 and 1 <= int(down) <= 64):
             raise InputError(f"task.boxes={self.boxes!r}: expected 1x1 to 64x64, or a field with boxes")
+        if self.masks and self.boxes != DiskConfig.boxes:
+            raise InputError(f"task.boxes={self.boxes!r}: expected it or task.masks, not both")
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -105,15 +110,15 @@ class Checked:
     """An entry whose image was decoded once.
 
     labels: one value per asked field. group: value of the field `group`, empty without one. split: empty without such a
-    field. boxes: regions, in fractions of the frame of the video. digest: of the pixels of the image. size: its width
-    and height. mode: how its pixels are stored, as Pillow names it.
+    field. regions: boxes in fractions of the frame of the video, or masks. digest: of the pixels of the image. size:
+    its width and height. mode: how its pixels are stored, as Pillow names it.
     """
 
     entry: Entry
     labels: tuple[Any, ...]
     group: str
     split: str
-    boxes: tuple[Box, ...]
+    regions: tuple[Region, ...]
     digest: str
     size: tuple[int, int]
     mode: str
@@ -124,8 +129,8 @@ def build_task(config: DiskConfig, found: Iterable[Entry | Broken], place: str) 
 
     place: the setting that names where they are, for messages.
     Sets `config.verified`. Raises Broken for the first problem that cannot be used, unless they are skipped. Raises
-    InputError without a label (it lists the fields that could be one), for a label with one class, for a split with
-    fewer than 2 problems, and when `config.verified` is the hash of other problems.
+    InputError without a label (it lists the fields that could be one), for a label with one class, and when
+    `config.verified` is the hash of other problems.
     """
     entries: dict[str, Entry] = {}
     broken: list[Broken] = []
@@ -181,7 +186,10 @@ def _scalar(value: Any) -> bool:
 
 
 def _checked(entry: Entry, config: DiskConfig) -> Checked | Broken:
-    """Reads fields and image of an entry, whole, so that a truncated file is found before anything is sampled."""
+    """Reads fields, image and masks of an entry, whole, so that a truncated file is found before anything is sampled.
+
+    Of a reference video only the first frame is decoded: one that breaks off later is found when it is used.
+    """
     try:
         fields = (*config.asked, *filter(None, (config.group, config.split)))
         values = {name: entry.fields.get(name) for name in fields}
@@ -197,10 +205,14 @@ def _checked(entry: Entry, config: DiskConfig) -> Checked | Broken:
             digest, size = hashlib.sha256(f"{whole.size}".encode() + whole.tobytes()).hexdigest(), whole.size
             with Image.open(entry.image) as picture:
                 mode = picture.mode
+        if entry.video is not None:
+            next(frames_in(entry.video))
+        elif entry.final is not None:
+            opened(entry.final, repr(str(entry.final)))
         labels = tuple(values[name] for name in config.asked)
         group = str(values[config.group]) if config.group else ""
-        boxes = _boxes(config, entry, size)
-        return Checked(entry, labels, group, SPLIT_NAMES.get(split, ""), boxes, digest, size, mode)
+        regions = tuple(_mask(config, file, size) for file in entry.masks) or _boxes(config, entry, size)
+        return Checked(entry, labels, group, SPLIT_NAMES.get(split, ""), regions, digest, size, mode)
     except Broken as error:
         return error
 
@@ -287,11 +299,6 @@ def _assembled(config: DiskConfig, good: Sequence[Checked], notices: list[str], 
         for one, kept in zip(zip(good, keys, splits, each, strict=True), keep, strict=True)
         if kept
     )
-    for split in SPLIT_ORDER:
-        if (count := sum(p.split == split for p in problems)) < LEAST:
-            raise InputError(
-                f"{place}: {count} of {len(problems)} problems are in the split {split}, expected at least {LEAST}"
-            )
     if len({len(problem.regions) for problem in problems}) > 1:
         raise InputError(
             f"task.boxes={config.boxes!r}: problems have different numbers of boxes, expected the same number"
@@ -377,11 +384,11 @@ def _problem(
     copies: counts problems that agree in these.
     """
     prompt = config.prompt.replace("{prompt}", one.entry.prompt)
-    content = f"{one.digest}{prompt}{one.boxes}{split}{parser}"
+    content = f"{one.digest}{prompt}{one.regions}{split}{parser}"
     copies[content] += 1
     index = int(hashlib.sha256(f"{content}{copies[content]}".encode()).hexdigest()[:12], 16)
     answer = next(value for value in labels.values() if isinstance(value, int))
-    return Problem(config.family, config.family, split, index, key, prompt, answer, labels, {}, one.boxes, one.entry)
+    return Problem(config.family, config.family, split, index, key, prompt, answer, labels, {}, one.regions, one.entry)
 
 
 def _boxes(config: DiskConfig, entry: Entry, size: tuple[int, int]) -> tuple[Box, ...]:
@@ -405,6 +412,22 @@ def _boxes(config: DiskConfig, entry: Entry, size: tuple[int, int]) -> tuple[Box
             raise Broken(f"{entry.where}: {config.boxes}={box!r} is cut off by task.fit=crop")
         found.append((x0, y0, x1, y1))
     return tuple(found)
+
+
+def _mask(config: DiskConfig, file: Path, size: tuple[int, int]) -> Mask:
+    """The mask in a file. size: width and height of the image that it is a mask of.
+
+    Raises Broken as `read_mask` does, for a mask of another shape than the image, and for one that is cut off.
+    """
+    inside = read_mask(file)
+    height, width = inside.shape
+    if abs(width - size[0] * height / size[1]) >= 1 and abs(height - size[1] * width / size[0]) >= 1:
+        shape = f"{size[0]} x {size[1]}"
+        raise Broken(f"{str(file)!r}: a mask of {width} x {height} pixels, expected the shape of its image, {shape}")
+    place = place_of(size, (config.width, config.height), config.fit)
+    if not shares_of(inside, place, 1, 1).any():
+        raise Broken(f"{str(file)!r}: what is inside the mask is cut off by task.fit=crop")
+    return Mask(digest_of(inside), place, file)
 
 
 def imported(path: str) -> tuple[Callable[..., Any], str]:

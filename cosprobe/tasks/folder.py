@@ -7,15 +7,16 @@ problem. It may be nested at any depth, and its name may be there again elsewher
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from cosprobe.errors import InputError
-from cosprobe.tasks.disk import Broken, DiskTask, Entry
+from cosprobe.tasks.disk import DiskTask, Entry
 from cosprobe.tasks.entries import DiskConfig, build_task
-from cosprobe.tasks.vbvr import FIRST, METADATA, PROMPT, load_json, load_text, read_file
+from cosprobe.tasks.pictures import Broken
+from cosprobe.tasks.vbvr import FINAL, FIRST, METADATA, PROMPT, VIDEO, load_json, load_text, read_file, within
 
 
 @dataclass
@@ -33,26 +34,32 @@ class FolderConfig(DiskConfig):
         root = Path(os.path.expanduser(self.root))
         if not root.is_dir():
             raise InputError(f"task.root={self.root!r}: is no folder; expected a folder of problem folders")
-        return build_task(self, read_folders(root), f"task.root={self.root!r}")
+        return build_task(self, read_folders(root, self.masks), f"task.root={self.root!r}")
 
 
-def read_folders(root: Path) -> Iterator[Entry | Broken]:
-    """The problems below a folder, in the order of their paths. Links to folders are not followed."""
+def read_folders(root: Path, masks: Sequence[str] = ()) -> Iterator[Entry | Broken]:
+    """The problems below a folder, in the order of their paths. Links to folders are not followed.
+
+    masks: names of the files of regions, in the folder of each problem. The last frame is for folders without a video.
+    """
     for place, folders, files in os.walk(root):
         folders.sort()
         here = Path(place)
         noted = [name for name in METADATA if name in files]
         if noted or FIRST in files:
-            yield _entry(root, here, noted[0] if noted else "")
+            reference = next((name for name in (VIDEO, FINAL) if name in files), "")
+            yield _entry(root, here, noted[0] if noted else "", masks, reference)
         elif not files and not folders and here != root:
             yield Broken(f"{str(here)!r}: is empty, expected {FIRST}, {PROMPT} and {METADATA[0]}")
 
 
-def _entry(root: Path, folder: Path, noted: str) -> Entry | Broken:
+def _entry(root: Path, folder: Path, noted: str, masks: Sequence[str], reference: str) -> Entry | Broken:
     try:
         read_file(folder, FIRST, Path.stat, root)
         prompt = read_file(folder, PROMPT, load_text, root).strip()
         content = read_file(folder, noted or METADATA[0], load_json, root)
+        regions = tuple(within(root, folder / name) for name in masks)
+        shown = within(root, folder / reference) if reference else None
     except InputError as error:
         return Broken(str(error))
     if not isinstance(content, dict):
@@ -64,7 +71,8 @@ def _entry(root: Path, folder: Path, noted: str) -> Entry | Broken:
     except RecursionError:
         return Broken(f"{str(folder / (noted or METADATA[0]))!r}: objects within objects, too deep to be read")
     image = folder / FIRST
-    return Entry(folder.relative_to(root).as_posix(), str(image), image, prompt, fields)
+    video, final = (shown, None) if reference == VIDEO else (None, shown)
+    return Entry(folder.relative_to(root).as_posix(), str(image), image, prompt, fields, regions, video, final)
 
 
 def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,9 +22,9 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from cosprobe.errors import InputError
+from cosprobe.tasks.regions import Box
 from cosprobe.tasks.splits import split_of
 from cosprobe.tasks.task import (
-    Box,
     ParsedAnswer,
     Problem,
     Role,

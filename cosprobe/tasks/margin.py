@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from cosprobe.errors import InputError
-from cosprobe.tasks.task import Box, ParsedAnswer, Problem, Target, Task
+from cosprobe.tasks.regions import Box, Mask, Region
+from cosprobe.tasks.task import ParsedAnswer, Problem, Target, Task
 
 SMALL = 0.5  # an image that fills less of the height of a video is probably drawn at the wrong size
 
 
 @dataclass(frozen=True)
 class FramedProblem(Problem):
-    """A problem whose `regions` are boxes of the larger frame. inside: the same problem without a margin."""
+    """A problem whose `regions` are those of the larger frame. inside: the same problem without a margin."""
 
     inside: Problem = field(repr=False, compare=False)
 
@@ -57,7 +58,7 @@ class WithMargin:
         return self.task.frames
 
     def problems(self, split: str, count: int, kind: str | None = None) -> list[Problem]:
-        """The problems of the task, with boxes of the frame."""
+        """The problems of the task, with regions of the frame."""
         return [self._framed(problem) for problem in self.task.problems(split, count, kind)]
 
     def image(self, problem: Problem) -> UInt8[np.ndarray, "height width 3"]:
@@ -100,11 +101,14 @@ class WithMargin:
         rows, columns = self._place(shape)
         scale_y, scale_x = shape[0] / self.height, shape[1] / self.width
         y, x = rows.start / self.height, columns.start / self.width
-        boxes: tuple[Box, ...] = tuple(
-            (x + x0 * scale_x, y + y0 * scale_y, x + x1 * scale_x, y + y1 * scale_y)
-            for x0, y0, x1, y1 in problem.regions
+
+        def moved(box: Box) -> Box:
+            return x + box[0] * scale_x, y + box[1] * scale_y, x + box[2] * scale_x, y + box[3] * scale_y
+
+        regions: tuple[Region, ...] = tuple(
+            replace(one, place=moved(one.place)) if isinstance(one, Mask) else moved(one) for one in problem.regions
         )
-        values = {entry.name: getattr(problem, entry.name) for entry in fields(Problem)} | {"regions": boxes}
+        values = {entry.name: getattr(problem, entry.name) for entry in fields(Problem)} | {"regions": regions}
         return FramedProblem(**values, inside=problem)
 
     def _check(self, shape: tuple[int, ...]) -> None:

@@ -20,9 +20,9 @@ from jaxtyping import Bool, Float, UInt8
 
 from cosprobe.errors import InputError
 from cosprobe.tasks.lattice import Edge, Layout, canonical_key, doors_of, draw_layout
+from cosprobe.tasks.regions import Box
 from cosprobe.tasks.splits import split_of
 from cosprobe.tasks.task import (
-    Box,
     ParsedAnswer,
     Problem,
     Role,

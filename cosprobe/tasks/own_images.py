@@ -19,8 +19,9 @@ from jaxtyping import UInt8
 from cosprobe.cells import SPLIT_ORDER
 from cosprobe.errors import InputError
 from cosprobe.tasks.labels import check_lengths
+from cosprobe.tasks.regions import Box
 from cosprobe.tasks.samples import SHARES
-from cosprobe.tasks.task import Box, Problem, Target
+from cosprobe.tasks.task import NoReference, Problem, Target
 
 WHOLE = ((0.0, 0.0, 1.0, 1.0),)  # the box of the whole image
 LEAST = 2  # problems of a split
@@ -33,10 +34,11 @@ class OwnImages:
 
     images: first frames. prompts: one for each image. frames: of a video. boxes: regions, the same in every image, in
     fractions of it. groups: images of a group are never in two splits; default: equal images with equal prompts.
+    folds: of cross-fitting, which does without the splits; 0: none.
     The split of a group depends on its name alone, so that more images change no split. The name of a problem depends
     on its image, prompt, boxes and split alone.
     Raises InputError for other numbers of prompts or groups than of images, boxes outside the image, and a split of
-    fewer than 2 problems.
+    fewer than 2 problems; with folds, for fewer problems than folds.
     """
 
     images: UInt8[np.ndarray, "image height width 3"]
@@ -44,6 +46,7 @@ class OwnImages:
     frames: int
     boxes: Sequence[Box] = WHOLE
     groups: Sequence[str | int] | None = None
+    folds: int = 0
     name: str = field(default=OWN_IMAGES, init=False)
     kinds: tuple[str, ...] = field(default=(OWN_IMAGES,), init=False)
     targets: tuple[Target, ...] = field(default=(), init=False)
@@ -57,11 +60,15 @@ class OwnImages:
         for box in self.boxes:
             if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
                 raise InputError(f"boxes: {tuple(box)}, expected x0, y0, x1, y1 in fractions of the image, 0 to 1")
+        if self.folds:
+            if (problems := len({p.key for p in self.all})) < self.folds:
+                raise InputError(f"folds={self.folds}: {problems} images or groups differ, expected as many as folds")
+            return
         for split, number in Counter(dict.fromkeys(SPLIT_ORDER, 0) | Counter(p.split for p in self.all)).items():
             if number < LEAST:
                 raise InputError(
-                    f"images: {number} of {count} are in the split {split}, expected at least {LEAST}; add images, or "
-                    "make the groups smaller"
+                    f"images: {number} of {count} are in the split {split}, expected at least {LEAST}; add images, "
+                    "make the groups smaller, or set folds=5 (cross-fitting)"
                 )
 
     @property
@@ -91,6 +98,10 @@ class OwnImages:
         """The image of a problem."""
         return self.images[problem.layout]
 
+    def video(self, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"]:
+        """Raises NoReference: no solution of these images is known."""
+        raise NoReference(f"task {OWN_IMAGES!r} has no reference videos; expected a task that has, such as maze")
+
     def _no_parser(self, *_: object) -> NoReturn:
         """Raises InputError: these images have no right answers and no parser."""
         raise InputError(
@@ -98,7 +109,7 @@ class OwnImages:
             "parser, such as maze"
         )
 
-    video = workspace = plausible_answers = parse = _no_parser
+    workspace = plausible_answers = parse = _no_parser
 
     def solutions(self, problem: Problem) -> tuple[int, ...]:
         """None: no answer is known to be right."""

@@ -7,15 +7,27 @@ from einops import reduce
 from jaxtyping import Bool
 
 from cosprobe.errors import InputError
+from cosprobe.tasks.disk import Entry
 from cosprobe.tasks.task import Problem, Task
+
+
+def has_path(task: Task, problem: Problem) -> bool:
+    """Whether a problem has a single right answer and a reference that shows it to the pixel, see `on_path`.
+
+    Videos from disk do not: compression changes pixels everywhere.
+    """
+    return len(task.solutions(problem)) == 1 and not isinstance(problem.layout, Entry)
 
 
 def on_path(task: Task, problem: Problem, rows: int, columns: int) -> Bool[np.ndarray, "row column"]:
     """True for the patches in which the reference video changes a pixel of the first frame at any time.
 
     For a maze these are the patches on the path from start to exit. rows, columns: number of patches.
-    Raises InputError for a task without reference videos, and for images that cannot be divided into such patches.
+    Raises InputError for a problem without a reference video or from disk, and for images that cannot be divided into
+    such patches.
     """
+    if isinstance(problem.layout, Entry):
+        raise InputError(f"{problem.name}: its reference video is lossy, expected a task that draws its problems")
     video = task.video(problem)
     return patches((video != video[0]).any(axis=(0, -1)), rows, columns)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cosprobe.errors import InputError
-from cosprobe.tasks.disk import Broken, DiskTask, Entry
+from cosprobe.tasks.disk import DiskTask, Entry
 from cosprobe.tasks.entries import DiskConfig, build_task
 from cosprobe.tasks.folder import flat
+from cosprobe.tasks.pictures import Broken
 
 IMAGES = ("image", "first_frame", "input_image", "image_path", "first_image_path")  # columns, the first that is there
 PROMPTS = ("prompt", "question", "text", "caption")
@@ -44,9 +45,10 @@ class TableConfig(DiskConfig):
             raise InputError(
                 f"task.file={self.file!r}: no column with prompts among {', '.join(columns)}; set task.prompt_column"
             )
-        return build_task(
-            self, _entries(path, rows, image, prompt, _column("", "", IDS, columns)), f"task.file={self.file!r}"
-        )
+        for name in self.masks:
+            _column("masks", name, (), columns)
+        found = _entries(path, rows, image, prompt, _column("", "", IDS, columns), self.masks)
+        return build_task(self, found, f"task.file={self.file!r}")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -98,22 +100,31 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _entries(path: Path, rows: list[dict[str, Any]], image: str, prompt: str, named: str) -> Iterator[Entry | Broken]:
-    root = path.parent.resolve()
+def _entries(
+    path: Path, rows: list[dict[str, Any]], image: str, prompt: str, named: str, masks: list[str]
+) -> Iterator[Entry | Broken]:
     for number, row in enumerate(rows):
         where = f"{str(path)!r}, row {number + 1}"
         name = str(row.get(named, number)) if named else str(number)
         if not isinstance(row.get(prompt), str):
             yield Broken(f"{where}: {prompt}={row.get(prompt)!r}, expected a prompt")
             continue
-        file = None
-        if image:
-            given = row.get(image)
-            file = path.parent / given if isinstance(given, str) and given else None
-            if file is None or not _is_file(file):
-                yield Broken(f"{where}: {image}={given!r:.300}, expected the path of an image")
-                continue
-            if root not in file.resolve().parents:
-                yield Broken(f"{where}: {image}={given!r} leads out of {str(root)!r}, expected a file inside it")
-                continue
-        yield Entry(name, where, file, row[prompt], {k: v for k, v in row.items() if k not in (prompt, image)})
+        try:
+            file = _file_in(row, image, path.parent, where) if image else None
+            regions = tuple(_file_in(row, mask, path.parent, where) for mask in masks)
+        except Broken as error:
+            yield error
+            continue
+        fields = {k: v for k, v in row.items() if k not in (prompt, image, *masks)}
+        yield Entry(name, where, file, row[prompt], fields, regions)
+
+
+def _file_in(row: dict[str, Any], column: str, folder: Path, where: str) -> Path:
+    """The file that a column names. Raises Broken when it is missing or outside the folder of the table."""
+    given, root = row.get(column), folder.resolve()
+    file = folder / given if isinstance(given, str) and given else None
+    if file is None or not _is_file(file):
+        raise Broken(f"{where}: {column}={given!r:.300}, expected the path of an image")
+    if root not in file.resolve().parents:
+        raise Broken(f"{where}: {column}={given!r} leads out of {str(root)!r}, expected a file inside it")
+    return file

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from cosprobe.bounds import LARGEST_SEED, MANY, check_bounds
 from cosprobe.errors import InputError
+from cosprobe.tasks.regions import Region
 from cosprobe.tasks.splits import SPLITS
 
 
@@ -48,7 +49,9 @@ RELABELLED = Role.RELABELLED  # the role of selectivity controls, and the suffix
 
 BRIGHTEST = 2.0  # a decoder may leave [0, 1] a little
 
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the image
+
+class NoReference(InputError):
+    """A problem has no reference video."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Problem:
     index: number of the draw within task, kind and split. key: a hash, equal for problems that a symmetry of
     the task maps to each other; it decides the split. answer: the right answer, None when several are right.
     labels: one value per target name, a tuple for targets of form `region`. difficulty: named numbers.
-    regions: boxes of the image. layout: the description that the task draws the problem from.
+    regions: boxes of the image, or masks. layout: the description that the task draws the problem from.
     """
 
     task: str
@@ -95,7 +98,7 @@ class Problem:
     answer: int | None
     labels: dict[str, int | tuple[int, ...]]
     difficulty: dict[str, int]
-    regions: tuple[Box, ...]
+    regions: tuple[Region, ...]
     layout: Any = field(repr=False, compare=False)
 
     @property
@@ -129,7 +132,7 @@ class Task(Protocol):
 
     name: name of the task. kinds: kinds of problems. targets: the labels that probes decode.
     candidates: number of possible answers. 0: the task has no parser, and so there is no model_answer. Then
-    `solutions` is empty, and `video`, `workspace`, `plausible_answers` and `parse` raise InputError.
+    `solutions` is empty, and `workspace`, `plausible_answers` and `parse` raise InputError.
     regions: number of regions of every problem; equal to `candidates` when the answer is a region.
     frames: number of frames of a video.
     """
@@ -161,7 +164,7 @@ class Task(Protocol):
         ...
 
     def video(self, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"]:
-        """The reference video, which shows a right solution, RGB."""
+        """The reference video, which shows a right solution, RGB. Raises NoReference for a problem without one."""
         ...
 
     def workspace(self, problem: Problem) -> Bool[np.ndarray, "height width"]:
@@ -179,6 +182,14 @@ class Task(Protocol):
     def parse(self, problem: Problem, video: Float[np.ndarray, "frame height width 3"]) -> ParsedAnswer:
         """Reads the answer from a video with values in [0, 1]. Raises InputError as `check_video` does."""
         ...
+
+
+def reference_of(task: Task, problem: Problem) -> UInt8[np.ndarray, "frame height width 3"] | None:
+    """The reference video of a problem; None without one."""
+    try:
+        return task.video(problem)
+    except NoReference:
+        return None
 
 
 def check_video(video: Float[np.ndarray, "frame height width 3"]) -> None:
@@ -267,6 +278,11 @@ def distinct(candidates: Iterator[Problem | None], split: str, count: int, patie
                 "difficulty; lower task.problems, or allow a wider range of difficulty"
             )
     return list(found.values())
+
+
+def answers_are_regions(task: Task) -> bool:
+    """Whether an answer is the index of a region."""
+    return any(target.role is Role.ANSWER and target.form == "candidate" for target in task.targets)
 
 
 def readable_targets(targets: Sequence[Target], regions: int) -> tuple[Target, ...]:

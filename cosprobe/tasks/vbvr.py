@@ -24,6 +24,7 @@ from PIL import Image
 
 from cosprobe.errors import InputError
 from cosprobe.files import make_folder, whole_file
+from cosprobe.tasks.regions import Mask
 from cosprobe.tasks.task import Problem, Task
 from cosprobe.video_files import read_video, write_video
 
@@ -54,8 +55,11 @@ def write_problem(task: Task, problem: Problem, folder: str | Path) -> Path:
 
     Every file is written atomically, the metadata last, so a folder with metadata is complete. Existing files of the
     problem are replaced.
-    Raises InputError when a name or a link leads out of `folder`, and when a file cannot be written.
+    Raises InputError when a name or a link leads out of `folder`, when a file cannot be written, and for regions that
+    are masks: the layout has no place for them.
     """
+    if any(isinstance(region, Mask) for region in problem.regions):
+        raise InputError(f"{problem.name}: its regions are masks, expected boxes; leave out task.masks")
     root = Path(folder)
     name = f"{problem.task}_{problem.kind}_{problem.split}_{problem.index:08d}"
     for part in (problem.task, name):

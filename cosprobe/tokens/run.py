@@ -20,7 +20,7 @@ from cosprobe.files import size_text
 from cosprobe.models import COND, architecture, first_transformer, pipeline_fingerprint, sample
 from cosprobe.probes import ProbeBank
 from cosprobe.runtime import enough_memory, rank_and_world, say
-from cosprobe.tasks import Problem, TaskConfig, fresh_problems, in_workspace, noise_seed, on_path, with_noise
+from cosprobe.tasks import Problem, TaskConfig, fresh_problems, has_path, in_workspace, noise_seed, on_path, with_noise
 from cosprobe.tokens.measures import TokenRun, measure_layer, path_contrast
 from cosprobe.tokens.report import write_tokens
 
@@ -99,7 +99,7 @@ def _of_problems(
         for i, one in enumerate(batch):
             measures, problem = _measured(cache, i), one.problem
             path, contrast = None, None
-            if len(sampler.task.solutions(problem)) == 1:
+            if has_path(sampler.task, problem):
                 size = measures.sizes["row"], measures.sizes["column"]
                 path, workspace = (of(sampler.task, problem, *size) for of in (on_path, in_workspace))
                 if path.any() and (workspace & ~path).any():

@@ -76,9 +76,10 @@ def _done(grid: Grid, target: str, model: str, task: str) -> str:
     ends = [float(a[f"model_accuracy{end}"]) for end in ("", "_lower", "_upper")]
     own = "" if np.isnan(ends[0]) else f"; its finished video is right on {_ends(*ends)} of them"
     here = data.sel(target=target)
+    apart = ", each with probes that were trained on others" if grid.folds else " that no probe was trained on"
     return (
         f"Linear probes read {size} of the model {model} on problems of the task {task}, and are tested on "
-        f"{_samples(here)} that no probe was trained on{own}."
+        f"{_samples(here)}{apart}{own}."
     )
 
 

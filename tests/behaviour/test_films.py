@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,24 @@ def test_pictures_follow_steps_then_frames():
     assert shown[0].shape[0] % 2 == shown[0].shape[1] % 2 == 0  # MP4 needs it
 
 
+@pytest.mark.parametrize("proba", [True, False])
+@pytest.mark.parametrize("length", [1, 2])
+def test_the_reference_moves_beside_x0_hat(tmp_path, proba, length):
+    """Frame by frame; one that is a last frame alone stands still."""
+    reference = np.zeros((length, 16, 16, 3), np.uint8)
+    reference[..., 2] = (50 + np.arange(length) * 100).reshape(-1, 1, 1)
+    run = replace(invented(proba=proba), reference=reference)
+    shown = list(pictures(run))
+    narrow = next(pictures(replace(run, reference=None)))
+    assert shown[0].shape[1] > narrow.shape[1] and shown[0].shape[1] % 2 == 0
+    blue = [picture[..., 2][~picture[..., :2].any(-1)].max() for picture in shown]  # the brightest pure blue
+    assert blue == [50 + 100 * min(i % 2, length - 1) for i in range(6)]
+    panels = contact_sheet(run).axes
+    assert [panel.get_title(loc="left") for panel in panels][-1] == "reference" and len(panels) == 4
+    np.testing.assert_array_equal(panels[-1].images[0].get_array(), reference[-1])
+    assert len(read_video(write_film(run, tmp_path)[0])) == 6
+
+
 def test_the_sheet_names_what_the_probe_reads():
     panels = contact_sheet(invented()).axes
     titles = [panel.get_title(loc="left") for panel in panels]
@@ -71,6 +90,7 @@ def test_clips_are_those_of_x0_hat_and_probabilities_those_of_the_cells(run):
     expected = watch(sampler, with_noise(problems, SEED), (0, 2))
     for one, clips, problem in zip(found, expected, problems, strict=True):
         np.testing.assert_array_equal(one.clips, (np.clip(clips, 0, 1) * 255).round().astype(np.uint8))
+        np.testing.assert_array_equal(one.reference, sampler.task.video(problem))
         assert one.right == sampler.task.solutions(problem) and one.name.endswith(str(problem.index))
         np.testing.assert_allclose(one.proba.sum(axis=1), 1, atol=1e-5)
 

@@ -7,14 +7,18 @@ from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from cosprobe.activations import Pooling, box_masks, capture
 from cosprobe.causal import LATENT, At, Edit, patch
 from cosprobe.errors import InputError
 from cosprobe.models import architecture, block_list, experts, hidden_states, noise_level, sample
+from cosprobe.tasks import Mask
+from cosprobe.tasks.regions import digest_of
 from tests.conformity.checks import Case, grid_of, tokens_of
 from tests.examples.families import FAMILIES
 from tests.examples.pipelines import CONFIG, PROMPT, cogvideox, wan
@@ -305,6 +309,25 @@ def test_a_direction_is_added_to_every_token_of_its_region(adding):
         for (x0, y0, x1, y1), direction in zip(boxes[row], directions[row], strict=True):
             expected[row, 1, int(4 * y0) : int(4 * y1), int(4 * x0) : int(4 * x1)] -= 2 * direction
     torch.testing.assert_close(end - start - 60, expected.flatten(1, 3), atol=1e-4, rtol=0)
+
+
+def test_steering_adds_the_share_of_a_mask_and_other_edits_change_every_token_that_it_touches(adding, tmp_path):
+    inside = np.zeros((8, 8), dtype=bool)
+    inside[0:3, 2:4] = True  # all of token (0, 1), half of token (1, 1)
+    Image.fromarray(inside).save(tmp_path / "mask.png")
+    masks = [[Mask(digest_of(inside), (0.0, 0.0, 1.0, 1.0), tmp_path / "mask.png"), QUARTERS[0][1]]] * 2
+    steer = Edit("steer", steps=(1,), layers=(1,), source="up")
+    directions = torch.randn(2, 2, 24) * torch.tensor([1.0, 0.0])[:, None]  # nothing is added in the second region
+    start, end = after(adding, steer, sources={"up": directions}, boxes=masks)
+    expected = torch.zeros(2, 2, 4, 4, 24)
+    expected[:, :, 0, 1] = directions[:, :1]
+    expected[:, :, 1, 1] = directions[:, :1] / 2
+    torch.testing.assert_close(end - start - 60, expected.flatten(1, 3), atol=1e-4, rtol=0)
+    donor = {At(1, 2, "cond"): torch.randn(2, 32, 24)}
+    swap = Edit("swap", steps=(1,), layers=(2,), source="donor", regions=(0,))
+    start, end = after(adding, swap, sources={"donor": donor}, boxes=masks)
+    same = (end == donor[1, 2, "cond"]).all(-1).reshape(2, 2, 4, 4)
+    assert same.nonzero()[:, 2:].tolist() == [[0, 1], [1, 1]] * 4
 
 
 def test_an_eraser_gets_the_tokens_of_its_step_and_layer(adding):

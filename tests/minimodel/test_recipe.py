@@ -26,8 +26,9 @@ from cosprobe.minimodel.autoencoding import (
 from cosprobe.minimodel.encoding import TEXT_TOKENS, build_text, embed, every_prompt, measure_scale
 from cosprobe.minimodel.flow_matching import FlowBatches, FlowMatching, LatentClips
 from cosprobe.minimodel.recipe import families, train_mini, training_sets
-from cosprobe.tasks import FAMILIES, Maze
+from cosprobe.tasks import FAMILIES, FolderConfig, Maze, with_margin
 from cosprobe.tasks.select import COLOURS, PHRASES
+from tests.examples.folders import write
 from tests.examples.pipelines import wan
 
 TASK = Maze()
@@ -195,6 +196,12 @@ def test_no_problem_is_in_two_sets_and_families_are_weighted():
 def test_mistakes_in_the_recipe_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"experiment\.families.*'mase'.*maze"):
         families(["mase"], TASK)
+    for number in range(30):
+        write(tmp_path / "set" / str(number), number)
+    task = FolderConfig(root=str(tmp_path / "set"), label="parameters.answer").build()
+    for chosen in (task, with_margin(task, 96, 96)):
+        with pytest.raises(ValueError, match=r"task=folder.*maze"):
+            families(["maze"], chosen)
     with pytest.raises(ValueError, match=r"experiment\.clips=\[1\].*lengths=\[5, 9\]"):
         replace(CONFIG, clips=[1])
     with pytest.raises(ValueError, match=r"experiment\.lengths=\[5, 8\].*4k \+ 1.*5"):

@@ -12,8 +12,9 @@ from PIL import Image
 
 from cosprobe.errors import InputError
 from cosprobe.tasks import FolderConfig, TableConfig, Task, draw_samples, fresh_problems
-from cosprobe.tasks.disk import box_of, fitted
 from cosprobe.tasks.entries import encoded
+from cosprobe.tasks.pictures import fitted
+from cosprobe.tasks.regions import box_of
 from tests.examples.folders import picture, write
 
 ANSWER = "parameters.answer"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cosprobe.errors import InputError
-from cosprobe.tasks import OwnImages, Task, with_noise
+from cosprobe.tasks import OwnImages, Task, reference_of, with_noise
 from cosprobe.tasks.samples import SHARES
 
 IMAGES = np.random.default_rng(0).integers(0, 256, size=(40, 16, 16, 3), dtype=np.uint8)
@@ -25,7 +25,8 @@ def test_it_is_a_task_without_a_parser():
     problem = task.all[3]
     assert np.array_equal(task.image(problem), IMAGES[3]) and problem.prompt == "picture 3"
     assert problem.regions == ((0, 0, 1, 1),) and task.regions == 1
-    for call in (task.video, task.workspace, task.plausible_answers):
+    assert reference_of(task, problem) is None
+    for call in (task.workspace, task.plausible_answers):
         with pytest.raises(InputError, match="no parser"):
             call(problem)
     assert task.solutions(problem) == ()
