@@ -20,7 +20,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: style
 	$(BIN)/mypy & types=$$!; $(PYTEST) -m "not docs and not gpu and not browser"; tests=$$?; wait $$types && exit $$tests
 
-# while writing code: no linter, and none of the tests that take more than a third of a second or start two processes, such as
+# while writing code: no linter, and none of the tests that take more than a third of a second or start several processes, such as
 # whole runs, most fits and figures, simulations, thousands of problems, the model in the package and killed processes
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow and not ddp and not docs and not gpu and not browser"

@@ -40,6 +40,8 @@ def train(run: TrainRun) -> None:
         check_no_results(run_dir)
 
     # imported here, so that --help and the checks above do not wait for torch and diffusers
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
     from cosprobe.activations import StoreSettings
     from cosprobe.minimodel import begin_training, train_and_describe
     from cosprobe.models import download, taken_defaults, with_defaults
@@ -78,7 +80,7 @@ def train(run: TrainRun) -> None:
         if bank is not None and (printed := finished(folder / REPORT, bank.fingerprint)) is not None:
             save_config(run, folder, settings.model)  # the model may have moved
             say(f"{folder}: this command has run to its end; its result is unchanged")
-            print(printed, end="")
+            rank_zero_only(print)(printed, end="")  # `torchrun` and SLURM have started several processes
         else:
             train_probes(run, task, folder, settings)
 

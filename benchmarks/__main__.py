@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks [allocate] [capture] [fit] [intervene] [learn] [run]`. Default: all."""
+"""Command line: `python -m benchmarks [allocate] [capture] [fit] [intervene] [learn] [run] [share]`. Default: all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import allocating, capturing, fitting, intervening, learning, running
+from benchmarks import allocating, capturing, fitting, intervening, learning, running, sharing
 from benchmarks.pairs import Pair
 
 MEASURES: dict[str, Callable[..., list[Pair]]] = {
@@ -21,6 +21,7 @@ MEASURES: dict[str, Callable[..., list[Pair]]] = {
     "intervene": intervening.measure,
     "learn": learning.measure,
     "run": running.measure,
+    "share": sharing.measure,
 }
 
 
@@ -40,7 +41,9 @@ def table(pairs: Sequence[Pair]) -> Table:
 def main(names: Sequence[str]) -> int:
     """Runs the named benchmarks and prints the table. Returns the exit status."""
     if unknown := [name for name in names if name not in MEASURES]:
-        Console(stderr=True).print(f"error: {unknown[0]}: expected some of {', '.join(MEASURES)}", highlight=False)
+        Console(stderr=True).print(
+            f"error: {unknown[0]}: expected some of {', '.join(MEASURES)}", highlight=False, soft_wrap=True
+        )
         return 2
     pairs = [pair for name, measure in MEASURES.items() if not names or name in names for pair in measure()]
     Console().print(table(pairs))

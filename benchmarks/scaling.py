@@ -12,7 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -85,7 +85,7 @@ def write(size: Size, folder: Path) -> ActivationStore:
 def run(size: Size, folder: Path, connection: multiprocessing.connection.Connection) -> None:
     """Fits and evaluates the probes of a store. Sends the peak memory in bytes, and the seconds."""
     keep_freed_memory()  # as the commands do
-    before = _peak()
+    before = peak_memory()
     begin = perf_counter()
     tensors, _ = ActivationStore.open(folder).tensors()
     few = synthetic(size.sizes, 1, 1, 2)  # labels and splits
@@ -95,7 +95,7 @@ def run(size: Size, folder: Path, connection: multiprocessing.connection.Connect
     bank = whole_fit(samples, config)
     readings = read_inputs(samples, _inputs(tensors), size.kind, config.penalties) if size.inputs else {}
     build_grid(evaluate(samples, ["only"] * size.steps, bank, readings), draws=100)
-    connection.send((_peak() - before, perf_counter() - begin))
+    connection.send((peak_memory() - before, perf_counter() - begin))
 
 
 def _cells(size: Size) -> tuple[Cell, ...]:
@@ -125,20 +125,20 @@ def matmul_rate() -> float:
     return 2.0 * 2048**3 / min(seconds)
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes. `getrusage` would include that of the process that has
     started it."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
 
 
-def measure(size: Size) -> tuple[int, int, float]:
-    """Bytes of the store, peak memory above imports in bytes, and seconds."""
+def measure(size: Size, within: Callable[..., None] = run) -> tuple[int, int, float]:
+    """Bytes of the store, peak memory above imports in bytes, and seconds. within: called in the process, as `run`."""
     context = multiprocessing.get_context("spawn")
     with TemporaryDirectory() as folder:
         store = write(size, Path(folder) / "store")
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=run, args=(size, store.folder, sender))
+        process = context.Process(target=within, args=(size, store.folder, sender))
         process.start()
         sender.close()
         peak, seconds = receiver.recv()

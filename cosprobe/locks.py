@@ -16,7 +16,10 @@ from cosprobe.errors import InputError
 from cosprobe.files import HALF, make_folder, whole_file, writable
 
 LOCK, HOLDER = ".lock", ".holder"  # files in the folder that is held; the second says by which process
-RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # variables of the environment with the index of a process
+RANK = "RANK"  # variable of the environment with the index of a process among those of all machines, from `torchrun`
+# Without it, the first process has none of these, or 0. A shell of SLURM sets SLURM_PROCID=0 for all it starts, and
+# Lightning numbers machines and the processes of each.
+PARTS = ("SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
 
 
 @contextmanager
@@ -28,7 +31,7 @@ def held(folder: Path, setting: str) -> Iterator[None]:
     folder if it is still empty.
     setting: names the folder in messages. Raises InputError, with the process, when another command holds it.
     """
-    if next((os.environ[name] for name in RANKS if name in os.environ), "0") != "0":
+    if any(os.environ.get(name, "0") != "0" for name in ((RANK,) if RANK in os.environ else PARTS)):
         yield
         return
     there = folder.is_dir()

@@ -20,7 +20,9 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import DDPStrategy as FabricDDP
+from lightning.fabric.strategies import ParallelStrategy
 from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -65,10 +67,12 @@ def accelerator(config: TrainerConfig) -> str:
 
 
 def launch(config: TrainerConfig) -> Fabric:
-    """Starts one process per device.
+    """Starts one process per device, unless `torchrun` or SLURM have started them.
 
     Each process runs the script from the beginning and returns from this function. The Lightning trainer that fits the
     probes later uses the same processes. A process that finds another one gone ends; see `cosprobe.processes`.
+    Raises InputError, in one line, for devices that do not exist, and for another number of processes than those that
+    `torchrun` or SLURM have started.
     """
     look_after_first()
     # Lightning's own thread kills this process when another one has failed, and people are told nothing
@@ -80,8 +84,19 @@ def launch(config: TrainerConfig) -> Fabric:
             num_nodes=config.num_nodes,
             strategy=_strategy(config, FabricDDP),
         )
+        if not isinstance(fabric.strategy, ParallelStrategy):
+            _check_alone()
         fabric.launch()
         return fabric
+
+
+def _check_alone() -> None:
+    """Raises ValueError when `torchrun` or SLURM have started several processes, in the words of Lightning, which asks
+    only with a strategy for several. Without one, each process would do the whole work."""
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):  # in the order of Lightning
+        if environment.detect():
+            environment().validate_settings(num_devices=1, num_nodes=1)
+            return
 
 
 def _strategy(config: TrainerConfig, ddp: Any, **fixed: Any) -> Any:

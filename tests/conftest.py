@@ -62,7 +62,7 @@ jaxtyping.jaxtyped = where_shapes_are(jaxtyping.jaxtyped)  # before a module of 
 # the files that take longest, in this order
 LONGEST = (
     *("end_to_end", "task", "torture", "planted", "oracles", "benchmarks", "checkpoints", "shipped", "readme"),
-    *("baselines", "logistic", "cli", "select", "quickstart", "line", "recipe", "api", "collection"),
+    *("launchers", "baselines", "logistic", "cli", "select", "quickstart", "line", "recipe", "api", "collection"),
 )
 
 

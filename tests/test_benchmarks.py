@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from multiprocessing import Pipe
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import allocating, capturing, fitting, intervening, learning, pairs, running, scaling
+from benchmarks import allocating, capturing, fitting, intervening, learning, pairs, running, scaling, sharing, slopes
 from benchmarks.__main__ import main, table
+from cosprobe.activations import ActivationStore
 from cosprobe.command import load
 from cosprobe.config import ProbeConfig, TrainRun
 from cosprobe.models.loading import load_pipeline
@@ -44,7 +47,7 @@ def test_no_repeats_are_refused():
 
 def test_an_unknown_name_is_refused(capsys):
     assert main(["captur"]) == 2
-    assert re.search(r"\bcaptur\b.*allocate, capture, fit, intervene, learn, run", capsys.readouterr().err)
+    assert re.search(r"\bcaptur\b.*allocate, capture, fit, intervene, learn, run, share", capsys.readouterr().err)
 
 
 @pytest.mark.slow
@@ -175,6 +178,35 @@ def test_the_whole_run_is_measured():
     assert printed.get().count("train.py probe=layers, 24 problems, no random weights") == len(found) == 1
 
 
+FEWER = ["task.problems=16", "pipeline.steps=2", "pipeline.batch=4", "pipeline.frames=5", "task.frames=5"]
+
+
+@pytest.mark.slow
+def test_a_process_samples_the_share_that_it_is_given(tmp_path):
+    ours, theirs = Pipe()
+    for folder, share in (("a", (0, 2)), ("b", (1, 2)), ("c", (0, 1))):
+        ours.send((tmp_path / folder / "run", share))
+    ours.close()  # what was sent is read before the end of it
+    said = []
+    end = SimpleNamespace(recv=theirs.recv, send=said.append)
+    with unchecked():
+        sharing.work(["probe=layers", *sharing.QUIET, *FEWER, "probe.decode=1"], {}, end)
+    assert said == [0, 8, 8, 16]
+    halves, whole = [ActivationStore.open(tmp_path / name / "run" / "store").names() for name in "ab"], []
+    for start in (0, 4):
+        whole += [*halves[0][start : start + 4], *halves[1][start : start + 4]]
+    assert ActivationStore.open(tmp_path / "c" / "run" / "store").names() == whole and len(set(whole)) == 16
+
+
+@pytest.mark.slow
+@pytest.mark.docs
+@pytest.mark.ddp
+def test_two_processes_are_measured_beside_their_floor():
+    found = sharing.measure(1, 16, FEWER[1:])
+    assert ["floor" in pair.measured for pair in found] == [False, True]
+    assert all("16 problems" in pair.measured and pair.ratio > 0 for pair in found)
+
+
 @pytest.mark.slow
 def test_peaks_are_measured_on_a_store_of_the_size_that_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "keep_freed_memory", lambda: None)  # in this process
@@ -190,3 +222,48 @@ def test_peaks_are_measured_on_a_store_of_the_size_that_is_named(tmp_path, monke
     monkeypatch.setattr(scaling, "matmul_rate", lambda: 1.0)
     # two forms with 120 rows of 8 columns, one with 30 rows of 32: at one operation per second, for four cells
     assert scaling.floor(size) == 4 * (2 * 2 * 120 * 8 * 8 + 2 * 30 * 32 * 30)
+
+
+def test_slopes_are_logarithms_of_ratios_of_medians(monkeypatch):
+    """Bytes grow linearly with all four, seconds with the square of the width, the peak with nothing."""
+    seen = []
+
+    def costs(size):
+        seen.append(size)
+        noise = 1e6 if len(seen) == 2 else 0.0  # of one measurement; the median leaves it out
+        cells = size.samples * size.steps * size.layers
+        return slopes.Cost(cells * size.channels, cells * size.channels**2 + noise, 5e6)
+
+    base = scaling.Size(6, 2, 4, 8)
+    found = slopes.measure(costs, base, rounds=3)
+    assert len(seen) == 15 and seen[:5] == seen[5:10] == list(slopes.points(base).values())
+    grown = {name: found[name].slopes(found["base"]) for name in slopes.DOUBLED}
+    assert grown == {"samples": (1, 1, 0), "steps": (1, 1, 0), "layers": (1, 1, 0), "width": (1, 2, 0)}
+    with (console := Console(width=140)).capture() as printed:
+        console.print(slopes.table("sampling", found))
+    assert re.search(r"slope of width +1\.00 +2\.00 +0\.00", printed.get())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("doubled", ["base", "layers", "width"])
+def test_a_model_of_the_size_that_is_named_is_sampled(monkeypatch, doubled):
+    monkeypatch.setattr(slopes, "keep_freed_memory", lambda: None)  # in this process
+    small = ["pipeline.frames=5", "task.frames=5", "probe.decode=0"]
+    size, sent = slopes.points(scaling.Size(10, 1, 2, 32))[doubled], []
+    with unchecked():
+        slopes.collect_once(size, small, SimpleNamespace(send=sent.append))
+    ((stored, seconds, peak),) = sent
+    cells = size.samples * size.layers * 4 * size.channels * 4  # regions, bytes of a number
+    assert stored > cells and seconds > 0 and peak >= 0
+    model = slopes.of_size(load_pipeline(load(TrainRun, list(slopes.QUIET)).pipeline), size)
+    blocks = model.transformer.blocks
+    assert len(blocks) == size.layers and blocks[0].ffn.net[2].out_features == size.channels
+    assert not any(p.requires_grad for p in model.transformer.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.docs
+def test_slopes_are_measured_in_processes_of_their_own():
+    size = scaling.Size(10, 1, 2, 32)
+    assert min(vars(slopes.sampling(size)).values()) > 0
+    assert min(vars(slopes.fitting(replace(size, samples=60, kind="ridge"))).values()) > 0

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ import pytest
 from cosprobe.command import command
 from cosprobe.config import TrainRun
 from cosprobe.errors import InputError
-from cosprobe.locks import RANKS, held
+from cosprobe.locks import PARTS, RANK, held
 from cosprobe.runs import delete_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,15 +96,27 @@ def test_halves_of_files_of_killed_commands_are_deleted_where_no_other_command_w
     assert all(path.exists() for path in kept) and not any(path.exists() for path in halves) and elsewhere.exists()
 
 
-@pytest.mark.parametrize("name", RANKS)
-def test_of_several_processes_of_a_command_the_first_holds(other, tmp_path, monkeypatch, name):
-    for rank in RANKS:
-        monkeypatch.delenv(rank, raising=False)
-    monkeypatch.setenv(name, "1")
-    with held(tmp_path / "run", "run_dir"):
-        pass
-    monkeypatch.setenv(name, "0")
-    with pytest.raises(InputError), held(tmp_path / "run", "run_dir"):
+@pytest.mark.parametrize(
+    ("variables", "first"),
+    [
+        ({}, True),
+        ({"RANK": "1", "LOCAL_RANK": "0"}, False),  # torchrun, first process of the second machine
+        ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "1"}, True),  # torchrun numbers machines in its own order
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "1"}, False),
+        ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),  # started by Lightning in a shell of SLURM
+        ({"NODE_RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"NODE_RANK": "1"}, False),
+        ({"NODE_RANK": "0", "LOCAL_RANK": "1"}, False),
+    ],
+    ids=str,
+)
+def test_of_several_processes_of_a_command_the_first_holds(other, tmp_path, monkeypatch, variables, first):
+    for name in (RANK, *PARTS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError) if first else nullcontext(), held(tmp_path / "run", "run_dir"):
         pass
 
 

@@ -11,6 +11,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 import probe
 import train
@@ -80,6 +82,44 @@ def scripts():
     shown = [shlex.split(line)[1:] for line in commands() if line.startswith("python ")]
     assert {script for script, *_ in shown} == {"train.py", "probe.py"}
     return sorted(shown, key=lambda words: words[0] == "probe.py")
+
+
+def started_by(launcher):
+    """What a launcher is given in each line that it begins, the script, and its settings."""
+    for words in (shlex.split(line) for line in commands() if line.startswith(f"{launcher} ")):
+        at = words.index("train.py")
+        yield [word for word in words[1:at] if word != "python"], words[at + 1 :]
+
+
+def understood(settings):
+    runs = []
+    assert command(TrainRun, runs.append, "", settings) == 0, settings
+    return runs[0].trainer
+
+
+def test_torchrun_starts_as_many_processes_as_the_settings_name(monkeypatch):
+    shown = list(started_by("torchrun"))
+    assert len(shown) == 2
+    for options, settings in shown:
+        asked = torch.distributed.run.get_args_parser().parse_args([*options, "train.py", *settings])
+        nodes, trainer = int(asked.nnodes.split(":")[-1]), understood(settings)
+        assert nodes == trainer.num_nodes and asked.training_script_args == settings
+        monkeypatch.setenv("WORLD_SIZE", str(nodes * int(asked.nproc_per_node)))
+        TorchElasticEnvironment().validate_settings(int(trainer.devices), trainer.num_nodes)
+
+
+def test_a_job_of_slurm_starts_as_many_processes_as_the_settings_name(monkeypatch):
+    (job,) = (block for block in blocks("bash") if "#SBATCH" in block)
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", job, flags=re.MULTILINE))
+    ((flags, settings),) = started_by("srun")
+    assert job.startswith("#!/bin/bash\n") and flags == ["--kill-on-bad-exit=1"] and options["job-name"] != "bash"
+    tasks, nodes = options["ntasks-per-node"], options["nodes"]
+    given = {"SLURM_NTASKS_PER_NODE": tasks, "SLURM_NNODES": nodes, "SLURM_JOB_NAME": options["job-name"]}
+    for name, value in (given | {"SLURM_NTASKS": str(int(tasks) * int(nodes))}).items():
+        monkeypatch.setenv(name, value)
+    trainer = understood(settings)
+    SLURMEnvironment().validate_settings(int(trainer.devices), trainer.num_nodes)
+    assert options["gpus-per-node"] == trainer.devices
 
 
 @pytest.mark.slow

@@ -208,10 +208,12 @@ def test_finished_chunks_of_other_kinds_are_kept(tmp_path, monkeypatch, kind):
 
 
 @pytest.mark.ddp
-def test_two_processes_give_the_bank_of_one_also_after_they_were_killed(tmp_path, unbroken):
-    """With an uneven last batch and several chunks of cells."""
+def test_two_processes_give_the_bank_of_one_also_after_they_were_killed(tmp_path, unbroken, steps):
+    """With an uneven last batch and several chunks of cells. One process goes on, too."""
     assert processes.run_devices(main, tmp_path, 2, KILLED) == [-signal.SIGKILL] * 2
     assert len(files(tmp_path / "fit", "safetensors")) == len(files(tmp_path / "fit", "ckpt")) == 1
+    one = run(Path(shutil.copytree(tmp_path / "fit", tmp_path / "one")))
+    assert steps == [epoch for epoch in range(2, 6) for _ in range(EPOCH)]
     assert processes.run_devices(main, tmp_path, 2) == [0, 0]
     assert not (tmp_path / "fit" / "checkpoints").exists()
     (tmp_path / "whole").mkdir()
@@ -224,6 +226,7 @@ def test_two_processes_give_the_bank_of_one_also_after_they_were_killed(tmp_path
     for target in TARGETS:
         alone = unbroken[0].decision(samples.features, target.name)
         assert torch.allclose(whole[0][target.name], alone, atol=1e-4)
+        assert torch.allclose(one.decision(samples.features, target.name), alone, atol=1e-4)
         assert all(torch.equal(values[target.name], whole[0][target.name]) for values in (*killed, *whole))
 
 
