@@ -102,7 +102,7 @@ def test_names_that_others_script_against(grid):
         assert data[name].dims == ("target", "step", "position")
     only_with_folds = {"nested_accuracy", "nested_accuracy_lower", "nested_accuracy_upper"}
     assert set(MEANING) - only_with_folds == set(data.data_vars)
-    assert all(data[name].attrs["long_name"] == meaning for name, meaning in MEANING.items())
+    assert all(values.attrs["long_name"] == MEANING[str(name)] for name, values in data.data_vars.items())
     assert data.layer.dtype.kind == "i"
     assert data.expert.dims == ("step",)
     assert str(data.branch.values) == "cond"
