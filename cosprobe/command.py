@@ -149,8 +149,8 @@ def _command(root: type[Run], body: Callable[[Run], None], about: str, arguments
             raise _explained(root, arguments)  # typed settings have fixed names, but Hydra would add or delete some
         if flags.multirun:
             _check_sweep(root, arguments)
-        elif not (flags.cfg or flags.info or flags.hydra_help or flags.shell_completion):
-            load(root, arguments)  # in our words, before Hydra finds the same mistake
+        elif any("${" in override for override in flags.overrides) and not (flags.cfg or flags.info):
+            load(root, arguments)  # in our words, before Hydra finds an interpolation that leads nowhere
         for composed in _by_hydra(root, arguments):
             body(_instantiated(composed))
     except InputError as error:
