@@ -14,6 +14,7 @@ from validity import (
     between_runs,
     centres,
     claims,
+    cross_fitting,
     differences,
     effects,
     ensembles,
@@ -43,6 +44,15 @@ def test_intervals_cover_and_simpler_ones_do_not(module, monkeypatch):
     assert kept(rows) and len(of(rows, True)) == 2 * len(shares.LAYOUTS)
     assert max(row.observed for row in of(rows, False)) < 0.93
     assert all(0 < row.width < 1.5 and row.runs == 2000 for row in rows)
+
+
+@pytest.mark.slow
+def test_cross_fitted_maps_cover_and_rarely_show_what_is_not_there():
+    rows = cross_fitting.simulate(6, 1, (cross_fitting.World(24, 2),))
+    assert kept(rows) and [row.promised for row in rows] == ["at least 0.94", "at least 0.94", "at most 0.05"]
+    assert all(row.observed > 0.8 and 0.2 < row.width < 0.6 for row in rows[:2])
+    planted = cross_fitting.World(48, 2, 4.0)
+    assert cross_fitting._run(planted, np.random.default_rng(0))["evident"][0] == cross_fitting.LAYERS
 
 
 @pytest.mark.slow

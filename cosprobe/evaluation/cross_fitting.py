@@ -1,7 +1,8 @@
 """Cross-fitting: for few problems, every problem is a test problem of one bank and a training problem of others.
 
-Fold k is predicted by bank k, which was fitted to the folds after k + 1, with penalties chosen on fold k + 1. Choices
-are nested: bank k chooses its best cell on fold k + 1, and fold k measures it (`nested_accuracy` in `grid.nc`).
+Fold k is predicted by bank k, which was fitted to all folds but k and k + 1, with penalties chosen on fold k + 1 (the
+first fold follows the last). Choices are nested: bank k chooses its best cell on fold k + 1, and fold k measures it
+(`nested_accuracy` in `grid.nc`).
 Source: Chernozhukov et al. (2018), "Double/debiased machine learning", section 3, for the name and the scheme.
 """
 

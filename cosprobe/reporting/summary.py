@@ -138,10 +138,14 @@ def remarks(grid: Grid, checks: Checks) -> list[str]:
     if grid.folds:
         lines.append(
             f"Cross-fitting: each of {grid.folds} folds of problems is tested with probes that were fitted to other "
-            "folds. The accuracy at a best cell is that of the cells which each of these fits chose on validation, so "
-            "the choice does not raise it. Other numbers at a best cell can be too high: they are of one cell, which "
-            "was chosen with the labels of all problems. There are no latencies and no calibration, and x0-hat is not "
-            "parsed."
+            "folds. The accuracy in the table is that of the cells which each of these fits chose on validation, so "
+            "the choice does not raise it. Baselines, evidence and differences are those of the named cell, which was "
+            "chosen with the labels of all problems, so its differences can be too high. There are no latencies and no "
+            "calibration, and x0-hat is not parsed."
+        )
+        lines.append(
+            "Behaviours, random weights, bits per label, confounds, reliability and generalisation are of the first "
+            "fold only, which has few test problems."
         )
     lines += [f"{sentence}." for sentence in json.loads(grid.dataset.attrs["left_out"])]
     for target in shown_targets(grid):
@@ -225,8 +229,15 @@ def summary_markdown(
         "",
         *markdown_table(COLUMNS, *(row.cells() for row in summarise(grid))),
     ]
+    chosen = "Best cells are chosen on validation; their accuracy is measured on test problems."
+    if grid.folds:
+        chosen = (
+            "Each fit chooses a cell on its own validation fold; the column `accuracy` measures these cells on test "
+            "folds. The cell that is named has the highest validation accuracy over all folds; the numbers of its row "
+            "other than accuracy are its own."
+        )
     out += [
-        "", "Best cells are chosen on validation; their accuracy is measured on test problems. Intervals count "
+        "", f"{chosen} Intervals count "
         "problems, not samples. `p` is corrected for all cells of a target (above 0.05: no evidence). For the targets "
         "`answer` and `model_answer` it tests that accuracy is above chance and above every input. `best input` and "
         "`x0-hat shows` are baselines at the same step and position.", "",
