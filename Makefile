@@ -100,7 +100,7 @@ bench: $(INSTALLED)
 gpu-check: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu $(PAGE)
 
-# coverage of every interval and size of every test, by simulation with known truth (about 20 minutes)
+# coverage of every interval and size of every test, by simulation with known truth (about 35 minutes)
 validity: $(INSTALLED)
 	$(BIN)/python -m validity docs/validity.md
 
