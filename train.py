@@ -95,7 +95,7 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     from cosprobe.activations import NOT_SEEN, Sampler, SampleTable, collect, find_store, load_samples
     from cosprobe.behaviour import BEHAVIOUR, measure, write_behaviours
     from cosprobe.differences import flattened
-    from cosprobe.evaluation import cross_evaluate, evaluate, read_inputs_once, read_path
+    from cosprobe.evaluation import evaluate_divisions, joined, read_inputs_once, read_path
     from cosprobe.evaluation.checks import examine, weights_lines, weights_table
     from cosprobe.models import load_pipeline
     from cosprobe.monitoring import SAMPLING, ResourceMonitor, build_logger
@@ -137,14 +137,13 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     if not fabric.is_global_zero:
         return
 
-    evaluated = evaluate(samples, experts, bank, readings[0])
-    tested = cross_evaluate(samples, experts, banks, readings) if run.probe.folds else evaluated
-    grid, checks = examine(tested, samples, inputs, bank, weights, run.seed)
+    evaluated = evaluate_divisions(samples, experts, banks, readings)
+    grid, checks = examine(joined(evaluated), samples, inputs, bank, weights, run.seed)
     path = None
     if run.probe.pooling == "token":
         path = read_path(samples, inputs, task, [one.problem for one in draw()], penalties, run.seed)
     film = record_once(run_dir, settings, sampler, draw, samples)
-    behaviours = measure(samples, evaluated, bank, grid, weights_lines(stored, samples, bank))
+    behaviours = measure(samples, evaluated[0], bank, grid, weights_lines(stored, samples, bank))
     figures = write_report(grid, checks, folder, film, behaviours.sentences, path)
     write_behaviours(behaviours, folder)
     made_by = shell_command(run)

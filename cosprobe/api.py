@@ -41,8 +41,7 @@ from cosprobe.activations import collect as collect_store
 from cosprobe.cells import SPLIT_ORDER, ranges
 from cosprobe.config import CaptureConfig, PipelineConfig, ProbeConfig, TrainerConfig, check_folds
 from cosprobe.errors import InputError
-from cosprobe.evaluation import Grid, build_grid, cross_evaluate, read_inputs
-from cosprobe.evaluation import evaluate as evaluate_probes
+from cosprobe.evaluation import Grid, build_grid, evaluate_divisions, joined, read_inputs
 from cosprobe.files import stranger
 from cosprobe.models import DiffusionPipeline, Pictures, check_size, image_batch, pipeline_fingerprint, with_defaults
 from cosprobe.probes import ProbeBank, fit
@@ -246,8 +245,7 @@ def fit_probes(
     if not data.samples.targets:
         raise InputError("labels: none; expected at least one; add it with data.with_label(name, values)")
     settings = data.stored.settings
-    folds = len(data.samples.divisions()) if data.samples.fold is not None else 0
-    config = ProbeConfig(**asdict(settings.probe), kind=kind, penalties=list(penalties), folds=folds)
+    config = ProbeConfig(**asdict(settings.probe), kind=kind, penalties=list(penalties), folds=data.samples.folds)
     with tempfile.TemporaryDirectory() as curves:
         bank = fit(data.samples, config, ONE_DEVICE, Path(curves), seed)
     return bank.with_provenance(store=settings)
@@ -274,20 +272,17 @@ def evaluate(bank: ProbeBank, data: Activations) -> Grid:
         bank.check_model(data.stored.settings.model, f"that of the activations in {str(data.stored.store.folder)!r}")
     samples = replace(data.samples, targets=bank.targets)
     divisions = samples.divisions()
-    if bank.folds != (0 if samples.fold is None else len(divisions)):
+    if bank.folds != samples.folds:
         raise InputError(
-            f"these probes are of {bank.folds} folds, and the activations are in {len(divisions)}; expected the same; "
+            f"these probes are of {bank.folds} folds, and the activations are in {samples.folds}; expected the same; "
             "fit them again"
         )
     readings = [read_inputs(d, data.inputs, made.probe["kind"], made.probe["penalties"], made.seed) for d in divisions]
-    if bank.folds:
-        config, banks = ProbeConfig(**made.probe), [bank]
-        for division in divisions[1:]:
-            with tempfile.TemporaryDirectory() as curves:
-                banks.append(fit(division, config, ONE_DEVICE, Path(curves), made.seed))
-        evaluated = cross_evaluate(samples, data.experts, banks, readings)
-    else:
-        evaluated = evaluate_probes(samples, data.experts, bank, readings[0])
+    banks = [bank]
+    for division in divisions[1:]:
+        with tempfile.TemporaryDirectory() as curves:
+            banks.append(fit(division, ProbeConfig(**made.probe), ONE_DEVICE, Path(curves), made.seed))
+    evaluated = joined(evaluate_divisions(samples, data.experts, banks, readings))
     return build_grid(evaluated, seed=made.seed, provenance=asdict(made) | {"bank": bank.fingerprint})
 
 

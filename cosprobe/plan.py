@@ -190,7 +190,7 @@ def power(task: Task, table: SampleTable, cells: int, folds: int = 0) -> tuple[P
     found, keys = [], table.columns["key"].numpy()
     splits = np.array(SPLIT_ORDER)[table.columns["split"].numpy()]
     if folds:
-        folds_of(keys, folds)
+        folds_of(keys, folds)  # refuses fewer problems than folds
         splits[:] = "test"
     for target in task.targets:
         if target.role not in MUST_BEAT or target.role is Role.MODEL_ANSWER or target.form == "region":

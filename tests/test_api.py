@@ -246,7 +246,7 @@ def test_few_images_are_cross_fitted(pipeline, place):
     grid = evaluate(bank, data)
     assert bank.folds == grid.folds == 3 and int(grid.dataset.n_test.sel(target="colour")) == 9
     whole = own(pipeline, place, labels={"colour": NAMES}, roles="perception")
-    with pytest.raises(InputError, match="3 folds.* 1;"):
+    with pytest.raises(InputError, match="3 folds.* 0;"):
         evaluate(bank, whole)
 
 

@@ -1,6 +1,6 @@
 """Cross-fitted maps of few problems: coverage of intervals, and rates of false positive cells.
 
-Every run draws problems and fits probes with ridge regression to five folds, as `cosprobe.evaluation.cross_evaluate`
+Every run draws problems and fits probes with ridge regression to five folds, as `cosprobe.evaluation.joined`
 has them, by the code that a run uses. The true value of an accuracy is the mean over the banks of its value on FRESH
 problems, each bank weighted by the size of its fold.
 """
@@ -21,7 +21,7 @@ from jaxtyping import Float
 from cosprobe.activations import InputFeatures, ProbeSamples
 from cosprobe.cells import FIRST_FRAME, Cell
 from cosprobe.config import ProbeConfig, TrainerConfig
-from cosprobe.evaluation import ALPHA, build_grid, cross_evaluate, read_inputs
+from cosprobe.evaluation import ALPHA, build_grid, evaluate_divisions, joined, read_inputs
 from cosprobe.probes import fit
 from cosprobe.tasks import Role, Target
 from validity.rows import Row, alarms, shares_covered
@@ -86,7 +86,7 @@ def _run(world: World, rng: np.random.Generator) -> dict[str, tuple[float, float
             warnings.simplefilter("ignore")
             banks.append(fit(part, config, TrainerConfig(precision="32-true"), Path(folder), 0))
         readings.append(read_inputs(part, inputs, "ridge", PENALTIES))
-    evaluated = cross_evaluate(samples, ("transformer",), banks, readings)
+    evaluated = joined(evaluate_divisions(samples, ("transformer",), banks, readings))
     data = build_grid(evaluated, DRAWS).dataset.sel(target="answer").squeeze("step").squeeze("position")
     assert samples.fold is not None
     weights = np.bincount(samples.fold) / len(keys)

@@ -134,16 +134,20 @@ class ProbeSamples:
         Raises InputError for fewer problems than folds.
         """
         fold = folds_of(self.keys, folds)
-        return replace(self, fold=fold, split=_split_of(fold, 0))
+        return replace(self, fold=fold, split=_splits(self.split, fold)[0])
+
+    @property
+    def folds(self) -> int:
+        """Number of folds of cross-fitting, 0 without it."""
+        return 0 if self.fold is None else int(self.fold.max()) + 1
 
     def divisions(self) -> tuple[ProbeSamples, ...]:
         """The samples with every split in which probes are fitted: one, or with cross-fitting one for each fold.
 
-        In division k, fold k is test, the next fold is validation, and the others are train.
+        In division k, fold k is test, the next fold is validation, and the others are train. `split` is that of
+        division 0.
         """
-        if self.fold is None:
-            return (self,)
-        return tuple(replace(self, split=_split_of(self.fold, k)) for k in range(int(self.fold.max()) + 1))
+        return tuple(replace(self, split=split) for split in _splits(self.split, self.fold))
 
     def at(self, part: slice) -> ProbeSamples:
         """All samples, with some of the cells."""
@@ -175,7 +179,7 @@ class ProbeSamples:
         if names:
             found, label = tuple(names), np.asarray(values)
         target = Target(name, len(found), "problem", Role(role), tuple(dict.fromkeys(self.kinds.tolist())), found)
-        splits = [np.asarray(one.split) for one in self.divisions()]
+        splits = _splits(self.split, self.fold)
         if reason := _unfit_in(target, label, splits):
             raise InputError(reason.replace(" is left out:", ":") + "; add problems")
         plain = (*(t for t in self.targets if t.role is not RELABELLED), target)
@@ -266,10 +270,16 @@ def folds_of(keys: Shaped[np.ndarray, " sample"], folds: int) -> Int[np.ndarray,
     return (np.random.default_rng(0).permutation(len(problems)) % folds)[member]
 
 
-def _split_of(fold: Int[np.ndarray, " sample"], test: int) -> np.ndarray:
-    """The split of each sample where one fold is test."""
-    validation = (test + 1) % (int(fold.max()) + 1)
-    return np.where(fold == test, "test", np.where(fold == validation, "validation", "train"))
+def _splits(split: np.ndarray, fold: Int[np.ndarray, " sample"] | None) -> list[np.ndarray]:
+    """The split of each sample in every division: `split` without folds. In division k, fold k is test, the next one is
+    validation, and the others are train."""
+    if fold is None:
+        return [np.asarray(split)]
+    folds = int(fold.max()) + 1
+    return [
+        np.where(fold == test, "test", np.where(fold == (test + 1) % folds, "validation", "train"))
+        for test in range(folds)
+    ]
 
 
 def check_apart(keys: np.ndarray, split: np.ndarray) -> None:
@@ -341,9 +351,7 @@ def load_samples(
     kinds = np.array(table.kinds)[columns["kind"].numpy()]
     keys = np.array([f"{key:015x}" for key in columns["key"].tolist()])
     fold = folds_of(keys, folds) if folds else None
-    splits = [np.array(SPLIT_ORDER)[columns["split"].numpy()]]
-    if fold is not None:
-        splits = [_split_of(fold, test) for test in range(folds)]
+    splits = _splits(np.array(SPLIT_ORDER)[columns["split"].numpy()], fold)
     labels = {}
     for target in table.targets:
         if target.role == "model_answer":

@@ -12,7 +12,7 @@ from cosprobe.evaluation.claims import (
     clearest_either_way,
     verdict,
 )
-from cosprobe.evaluation.cross_fitting import cross_evaluate
+from cosprobe.evaluation.cross_fitting import evaluate_divisions, joined
 from cosprobe.evaluation.grid import FILE, Best, Grid
 from cosprobe.evaluation.intervals import (
     LEAST_EFFECTIVE,
@@ -63,14 +63,15 @@ __all__ = [
     "clearest",
     "clearest_either_way",
     "correctness",
-    "cross_evaluate",
     "detectable_accuracy",
     "difference_interval",
     "effective_problems",
     "evaluate",
+    "evaluate_divisions",
     "half_maximum_latency",
     "independent_difference_interval",
     "input_samples",
+    "joined",
     "lag",
     "lag_difference",
     "majority",

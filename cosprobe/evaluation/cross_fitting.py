@@ -21,20 +21,29 @@ from cosprobe.probes import ProbeBank
 Readings = Mapping[str, Mapping[str, InputReading]]
 
 
-def cross_evaluate(
+def evaluate_divisions(
     samples: ProbeSamples, experts: Sequence[str], banks: Sequence[ProbeBank], readings: Sequence[Readings]
-) -> Evaluated:
-    """What `evaluate` returns, with every sample as a test sample of one bank and a validation sample of another.
+) -> list[Evaluated]:
+    """What `evaluate` returns for each division of the samples: one without folds.
 
-    samples: with folds. banks, readings: the probes of each division of the samples, in order, and those on its inputs.
-    x0-hat is not parsed: runs decode it for some problems only. Calibration is not measured: it would be of several
-    banks. The reading of an input is that of the first bank, with the mean of the cross-validated accuracies.
-    Raises InputError for other numbers of banks or readings than of folds.
+    experts: see `evaluate`. banks, readings: the probes of each division, in order, and those on its inputs.
+    Raises InputError for other numbers of banks or readings than of divisions.
     """
     divisions = samples.divisions()
     if not len(divisions) == len(banks) == len(readings):
         raise InputError(f"{len(banks)} banks, {len(readings)} readings: expected one each for {len(divisions)} folds")
-    each = [evaluate(part, experts, bank, read) for part, bank, read in zip(divisions, banks, readings, strict=True)]
+    return [evaluate(part, experts, bank, read) for part, bank, read in zip(divisions, banks, readings, strict=True)]
+
+
+def joined(each: Sequence[Evaluated]) -> Evaluated:
+    """The predictions of all divisions, with every sample as a test sample of one bank and a validation sample of
+    another. A single division is returned as it is.
+
+    x0-hat is not parsed: runs decode it for some problems only. Calibration is not measured: it would be of several
+    banks. The reading of an input is that of the first bank, with the mean of the cross-validated accuracies.
+    """
+    if len(each) == 1:
+        return each[0]
     targets = zip(*(one.results for one in each), strict=True)
     return replace(each[0], results=tuple(_joined(of_folds) for of_folds in targets))
 

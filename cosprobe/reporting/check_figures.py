@@ -80,6 +80,7 @@ def check_panels(grid: Grid, checks: Checks) -> Figure:
         rows = []
         for part, (name, cell) in zip(parts[:-1], checks.best.items(), strict=True):
             title = f"$\\bf{{{bold(name)}}}$, best cell: layer {cell.layer}, step {cell.step}"
+            title += f", first of {grid.folds} folds" if grid.folds else ""
             part.suptitle(title, x=0.01, ha="left", fontsize=9)
             row = part.subplots(1, 4)
             _learning(row[0], checks, name)
@@ -153,7 +154,8 @@ def _latency(axes: Axes, grid: Grid, checks: Checks, name: str) -> None:
     known = np.isfinite(plane.latency.values)
     if not known.any():
         few = int(plane.n_validation_problems) < LEAST_PROBLEMS or int(plane.n_test_problems) < LEAST_PROBLEMS
-        _absent(axes, "too few problems" if few else "no evidence\non validation")
+        reason = "too few problems" if few else "no evidence\non validation"
+        _absent(axes, "not measured\nwith folds" if grid.folds else reason)
         axes.set_xticks([])
         axes.set_yticks([])
         return

@@ -11,7 +11,7 @@ from cosprobe.activations import InputFeatures, ProbeSamples, folds_of
 from cosprobe.cells import FIRST_FRAME, Cell
 from cosprobe.config import ProbeConfig, TrainerConfig
 from cosprobe.errors import InputError
-from cosprobe.evaluation import build_grid, cross_evaluate, read_inputs
+from cosprobe.evaluation import build_grid, evaluate_divisions, joined, read_inputs
 from cosprobe.evaluation.intervals import CROSS_FITTED, share_interval
 from cosprobe.evaluation.variables import MEANING
 from cosprobe.probes import fit
@@ -53,7 +53,7 @@ def samples():
 @pytest.fixture(scope="module")
 def evaluated(samples, tmp_path_factory):
     banks, readings = fitted(samples, tmp_path_factory.mktemp("fits"))
-    return cross_evaluate(samples, ("transformer",) * 2, banks, readings)
+    return joined(evaluate_divisions(samples, ("transformer",) * 2, banks, readings))
 
 
 def test_folds_hold_whole_problems_and_are_alike_in_size():
@@ -136,7 +136,8 @@ def test_what_would_use_test_problems_twice_is_not_measured(evaluated):
 def test_a_planted_answer_is_found_and_no_answer_is_not(tmp_path, shift, found):
     samples = samples_of(40, shift, seed=3).in_folds(FOLDS)
     banks, readings = fitted(samples, tmp_path, "ridge", (0.1, 1.0))
-    grid = build_grid(cross_evaluate(samples, ("transformer",) * 2, banks, readings), draws=200)
+    evaluated = joined(evaluate_divisions(samples, ("transformer",) * 2, banks, readings))
+    grid = build_grid(evaluated, draws=200)
     evident = {cell for cell in CELLS if float(grid.at("answer", cell).p_evidence) <= 0.05}
     assert evident == (set(CELLS[1::2]) if found else set())
 
@@ -144,7 +145,7 @@ def test_a_planted_answer_is_found_and_no_answer_is_not(tmp_path, shift, found):
 def test_another_number_of_banks_than_of_folds_is_refused(samples, tmp_path):
     banks, readings = fitted(samples, tmp_path, "ridge")
     with pytest.raises(InputError, match="3 banks, 4 readings.* 4 folds"):
-        cross_evaluate(samples, ("transformer",) * 2, banks[:3], readings)
+        evaluate_divisions(samples, ("transformer",) * 2, banks[:3], readings)
     for folds in (1, 2, 51):
         with pytest.raises(InputError, match=rf"probe\.folds={folds}: .*3 to 50"):
             ProbeConfig(folds=folds)
