@@ -53,6 +53,11 @@ class FilmedRun:
     right: tuple[int, ...]
     reference: UInt8[np.ndarray, "time height width 3"] | None = None
 
+    @property
+    def reference_title(self) -> str:
+        """What the reference is: with several right answers, it shows one of them."""
+        return "reference" if len(self.right) < 2 else f"right answer, 1 of {len(self.right)}"
+
 
 def film(sampler: Sampler, task: TaskConfig, bank: ProbeBank, use: FilmConfig, seed: int, folder: Path) -> None:
     """Samples new problems, or one image of the user's, and writes an MP4, a GIF and a contact sheet of each.
@@ -178,7 +183,7 @@ def pictures(run: FilmedRun, frames: Sequence[int] | None = None) -> Iterator[UI
         if run.reference is not None:
             beside = panels[1].imshow(run.reference[0], interpolation="nearest")
             panels[1].set(xticks=[], yticks=[])
-            panels[1].set_title("reference", loc="left")
+            panels[1].set_title(run.reference_title, loc="left")
         if run.proba is not None:
             count = run.proba.shape[1]
             bars = panels[-1].bar(
@@ -216,7 +221,7 @@ def contact_sheet(run: FilmedRun) -> Figure:
         axes.set_axis_off()
         if run.reference is not None and i == len(run.steps):
             axes.imshow(run.reference[-1], interpolation="nearest")
-            axes.set_title("reference", loc="left")
+            axes.set_title(run.reference_title, loc="left")
         if i >= len(run.steps):
             continue
         axes.imshow(run.clips[i, -1], interpolation="nearest")

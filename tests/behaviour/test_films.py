@@ -70,6 +70,7 @@ def test_the_reference_moves_beside_x0_hat(tmp_path, proba, length):
     panels = contact_sheet(run).axes
     assert [panel.get_title(loc="left") for panel in panels][-1] == "reference" and len(panels) == 4
     np.testing.assert_array_equal(panels[-1].images[0].get_array(), reference[-1])
+    assert replace(run, right=(0, 3)).reference_title == "right answer, 1 of 2"
     assert len(read_video(write_film(run, tmp_path)[0])) == 6
 
 
