@@ -39,7 +39,8 @@ from cosprobe.tasks import ANSWER_ROLES, Role, Sample, TaskConfig, answers_are_r
 
 FOLDER = "causal"
 PROBLEMS = {"quick": 24, "full": 72}  # with 72, a cell of 64 without a flip has a bound below 0.1
-PLANE = {"quick": (3, 3), "full": (8, 10)}  # most steps and layers of a plane
+PLANE = {"quick": (3, 3), "full": (5, 8)}  # most steps and layers of a plane
+NOISE_STEPS = {"quick": 5, "full": 8}  # steps that are hit; noise has no layers
 VERSION = 1  # of what edits do; raised, outcomes of an earlier version are sampled again
 STEERED = 1  # cell, and then one layer at all steps: with 20 directions each, more would take over 8 minutes
 ALL = "all"  # the position of probes that read all frames
@@ -196,7 +197,7 @@ def build_experiment(
     layers = parse_selection(use.layers, depth, "use.layers") if use.layers else _layers(depth, most_layers)
     by_region = answers_are_regions(sampler.task)
     if use.edit == "noise":
-        steps = steps if use.steps or use.size == "full" else _spaced(total, 5)
+        steps = steps if use.steps else _spaced(total, NOISE_STEPS[use.size])
         left = max(total // 2, 1)
         shares = (0.0, 0.25, 0.5, 0.75)
         lengths = sorted({round(left / (1 - share)) for share in shares} - {left})

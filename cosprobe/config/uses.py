@@ -74,7 +74,7 @@ class InterveneConfig:
     edit: str = "swap"
     "`noise` in the latent, `swap` of hidden states, `steer` along a probe, `erase` a concept, or `ablate` blocks."
     size: str = "quick"
-    "`quick` (3 steps, 3 layers, minutes) or `full` (8 steps, up to 10 layers; it can be interrupted and continues)."
+    "`quick` (3 steps, 3 layers, minutes) or `full` (5 steps, up to 8 layers; it can be interrupted and continues)."
     problems: int = 0
     "Number of new problems; 0: 24, or 72 with `use.size=full`."
     seeds: int = 1
