@@ -62,8 +62,11 @@ jaxtyping.jaxtyped = where_shapes_are(jaxtyping.jaxtyped)  # before a module of 
 
 # the files that take longest, in this order
 LONGEST = (
-    *("end_to_end", "task", "torture", "planted", "oracles", "benchmarks", "checkpoints", "shipped", "readme"),
-    *("launchers", "baselines", "logistic", "cli", "select", "quickstart", "line", "recipe", "api", "collection"),
+    *("end_to_end", "cli", "launchers", "checkpoints", "task", "baselines", "readme", "logistic", "api", "run_page"),
+    *("benchmarks", "report", "newton", "validity", "config", "select", "processes", "shipped", "oracles", "reports"),
+    *("planted", "collection", "line", "quickstart", "recipe", "predicting", "patching", "interventions", "conformity"),
+    *("lengths", "plan", "hide", "untrained", "comparison", "continuations", "films", "maze", "run", "suite"),
+    *("threshold", "disk", "loading", "defaults", "summary", "masks", "figures", "references", "torture"),
 )
 
 

@@ -537,7 +537,7 @@ def test_another_model_is_refused(model, run, capsys):
 def test_a_folder_of_problems_gets_a_map_and_no_use_that_reads_videos(model, tmp_path):
     for number in range(60):
         write(tmp_path / "problems" / f"{number:03d}", number)
-    given = ["task=folder", "task.label=parameters.answer", "task.boxes=2x2", "task.problems=0"]
+    given = ["task=folder", "task.label=parameters.answer", "task.boxes=2x2", "task.problems=0", "probe.kind=ridge"]
 
     def run(root):
         with undrawn():
@@ -575,7 +575,8 @@ def test_few_problems_are_cross_fitted_and_nothing_is_fitted_twice(model, tmp_pa
     assert refused.returncode == 2 and re.search(r"probe\.folds=10: 9 problems", refused.stderr)
     assert not list((tmp_path / "run").glob("store/shard-*"))
 
-    result = within("train.py", *settings, "probe.folds=3")
+    with undrawn():
+        result = within("train.py", *settings, "probe.folds=3")
     assert result.returncode == 0, result.stderr
     assert "Cross-fitting: each of 3 folds" in " ".join(result.stdout.split())
     (folder,) = results(tmp_path / "run")
@@ -586,7 +587,8 @@ def test_few_problems_are_cross_fitted_and_nothing_is_fitted_twice(model, tmp_pa
     assert len({bank.fingerprint for bank in banks}) == 3 and [bank.provenance.fold for bank in banks] == [0, 1, 2]
 
     (folder / "report" / "finished.json").unlink()
-    again = within("train.py", *settings, "probe.folds=3")
+    with undrawn():
+        again = within("train.py", *settings, "probe.folds=3")
     assert again.returncode == 0
     assert (again.stdout.count("probes: those of this command"), again.stdout.count("inputs: computed")) == (3, 3)
     xr.testing.assert_identical(Grid.load(folder).dataset, grid.dataset)
