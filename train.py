@@ -92,7 +92,15 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
     """
     from lightning import seed_everything
 
-    from cosprobe.activations import NOT_SEEN, Sampler, SampleTable, collect, find_store, load_samples
+    from cosprobe.activations import (
+        NOT_SEEN,
+        Sampler,
+        SampleTable,
+        collect,
+        find_store,
+        load_samples,
+        unprojected_samples,
+    )
     from cosprobe.behaviour import BEHAVIOUR, measure, write_behaviours
     from cosprobe.differences import flattened
     from cosprobe.evaluation import evaluate_divisions, joined, read_inputs_once, read_path
@@ -138,7 +146,8 @@ def train_probes(run: TrainRun, task: Task, folder: Path, settings: StoreSetting
         return
 
     evaluated = evaluate_divisions(samples, experts, banks, readings)
-    grid, checks = examine(joined(evaluated), samples, inputs, bank, weights, run.seed)
+    whole = unprojected_samples(stored, samples)
+    grid, checks = examine(joined(evaluated), samples, inputs, bank, weights, run.seed, whole=whole)
     path = None
     if run.probe.pooling == "token":
         path = read_path(samples, inputs, task, [one.problem for one in draw()], penalties, run.seed)

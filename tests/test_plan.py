@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -207,6 +208,9 @@ def test_a_run_of_the_model_in_the_package_needs_what_was_planned(tmp_path, monk
 def test_the_plan_in_the_docs_is_that_of_its_command():
     page = (ROOT / "docs" / "wan22.md").read_text()
     assert "evaluations" in page and with_plan(page) == page
+    (projected,) = re.findall(r"`(probe\.project=512)` keeps 512 .*: ([\d.]+ GB)", page)
+    (first,) = re.findall(r"^python train\.py plan=true.*$", page, flags=re.MULTILINE)
+    assert f"disk           {projected[1]} with" in with_plan(page.replace(first, f"{first} {projected[0]}"))
 
 
 def test_the_store_of_an_outline_has_the_size_of_the_models(folder):

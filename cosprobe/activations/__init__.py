@@ -22,6 +22,7 @@ from cosprobe.activations.dataset import (
     difficulty_columns,
     folds_of,
     load_samples,
+    unprojected_samples,
 )
 from cosprobe.activations.edits import BACK, average_blocks, average_clean, average_latents, check_finite, check_layers
 from cosprobe.activations.halt import halting
@@ -82,5 +83,6 @@ __all__ = [
     "difficulty_columns",
     "seconds",
     "store_bytes",
+    "unprojected_samples",
     "watch",
 ]

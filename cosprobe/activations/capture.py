@@ -12,7 +12,7 @@ be equal. At the end, the calls that were captured are compared with one call pe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -52,6 +52,8 @@ class ActivationCache:
     Inputs that are the same at every step are at step 0. Inputs that the transformer does not have are missing.
     recorded: branches and arguments of the transformer call with the `cond` branch, at the steps selected by the
     argument `record` of `capture`.
+    unprojected: features with all channels by step and layer, of the `cond` branch, where the argument `unprojected` of
+    `capture` asked for them.
     parts: pooled features by step, hook point and branch. They are on the CPU; while the call runs, `wait` comes before
     reading them. calls: number of calls by step, expert and branches.
     """
@@ -64,6 +66,7 @@ class ActivationCache:
     clean: dict[int, Tensor] = field(default_factory=dict)
     inputs: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     recorded: dict[int, tuple[Branches, tuple, dict]] = field(default_factory=dict)
+    unprojected: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     parts: dict[tuple[int, str, str], Tensor] = field(default_factory=dict)
     calls: Counter[tuple[int, str, Branches]] = field(default_factory=Counter)
     _copied: set[torch.device] = field(default_factory=set, init=False, repr=False)
@@ -136,6 +139,7 @@ def capture(
     clean: Sequence[int] = (),
     record: Sequence[int] = (),
     inputs: bool = False,
+    unprojected: Collection[tuple[int, int]] = (),
 ) -> Iterator[ActivationCache]:
     """Captures one call of `pipeline` that is made inside the context. Hooks are removed on exit, also after errors.
 
@@ -143,7 +147,7 @@ def capture(
     `x0_latent`). pooling: default `clip`, one mean per clip. steps: selection of the steps to capture.
     clean: step indices at which the x0-hat latent is kept. record: step indices at which the arguments of the
     transformer call are kept, for `replay`. inputs: also keep the inputs of the run and the latents of every captured
-    step, for baselines.
+    step, for baselines. unprojected: pairs of step and layer whose features are also kept with all channels.
 
     Raises InputError where capture would be wrong: unknown pipeline or transformer class, step cache or other hook or
     function that replaces what a block computes, compiled block, tokens that are divided among devices, sampler that
@@ -154,6 +158,7 @@ def capture(
     refuse_unsupported(pipeline, models)
     chosen = _hook_points(hook_points, min(len(block_list(pipeline, model)) for model in models.values()))
     watcher = _Watcher(pipeline, models, chosen, pooling or Pooling("clip"), steps, set(clean), set(record), inputs)
+    watcher.unprojected = frozenset(unprojected)
     with ExitStack() as undo:
         watcher.call = undo.enter_context(watched_calls(pipeline))
         for model in models.values():
@@ -172,6 +177,7 @@ class _Watcher:
     """The hooks of one capture and the state they share."""
 
     call: RunningCall
+    unprojected: frozenset[tuple[int, int]] = frozenset()
 
     def __init__(
         self,
@@ -297,7 +303,10 @@ class _Watcher:
             )
         if not self.cache.positions:
             self.cache.positions = self.pooling.positions(self.call.grid)
-        self.cache.parts[key] = self.cache.to_cpu(self.pooling(tokens, self.call.grid).to(kind))
+        means = self.pooling.means(tokens, self.call.grid)
+        if branch == COND and hook_point.isdigit() and (self.call.step, int(hook_point)) in self.unprojected:
+            self.cache.unprojected[self.call.step, int(hook_point)] = self.cache.to_cpu(means.to(kind))
+        self.cache.parts[key] = self.cache.to_cpu(self.pooling.projected(means).to(kind))
 
     def audit(self) -> None:
         """Raises RuntimeError unless every step had one transformer call per branch, all of one expert."""

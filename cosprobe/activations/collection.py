@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from cosprobe.runtime import rank_and_world, say
 from cosprobe.tasks import Problem, Sample, Task, TaskConfig, shaping
 
 FORMAT = 8  # version of the content of a shard
+UNPROJECTED = "unprojected"  # name of the features with all channels, and of their steps and layers in the notes
 UNTRAINED = "untrained."  # group of the tensors from transformers with random weights
 NOT_DECODED = -2  # value in `x0_answer` where x0-hat was not decoded
 # settings of a task that say which samples are drawn, and leave each of them the same
@@ -89,7 +91,7 @@ class StoreSettings:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> StoreSettings:
-        """The settings from the output of `asdict`. Raises InputError for settings of another format."""
+        """The settings from the output of `to_json`. Raises InputError for settings of another format."""
         if saved.get("format") != FORMAT:
             raise InputError(
                 f"activations of format {saved.get('format')}: expected format {FORMAT}; run train.py again "
@@ -98,10 +100,18 @@ class StoreSettings:
         pipeline, probe = PipelineConfig(**saved["pipeline"]), CaptureConfig(**saved["probe"])
         return cls(**{**saved, "pipeline": pipeline, "probe": probe})
 
+    def to_json(self) -> dict[str, Any]:
+        """All settings by name. `probe.project` is left out where it is 0: what was made before it was a setting is
+        known by the same settings."""
+        saved = asdict(self)
+        if not self.probe.project:
+            del saved["probe"]["project"]
+        return saved
+
     @property
     def shaping(self) -> dict[str, Any]:
         """All settings but the versions of libraries."""
-        return {name: value for name, value in asdict(self).items() if name != "versions"}
+        return {name: value for name, value in self.to_json().items() if name != "versions"}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -280,6 +290,19 @@ def few_steps(probe: CaptureConfig, total: int) -> tuple[int, ...]:
     return tuple(step for step in kept if step in decoded and step < total / 2) or kept[:1]
 
 
+def unprojected_cells(probe: CaptureConfig, depth: int, total: int) -> list[tuple[int, int]]:
+    """The steps and layers whose features are also kept with all channels, to measure what the projection costs.
+
+    The first step and the one in the middle, each with the layer in the middle and the last one; none without a
+    projection. depth: number of blocks. total: number of sampler steps.
+    """
+    if not probe.project:
+        return []
+    steps, layers = probe.steps_kept(total), probe.layers_kept(depth)
+    pairs = product((steps[0], steps[len(steps) // 2]), (layers[len(layers) // 2], layers[-1]))
+    return list(dict.fromkeys(pairs))
+
+
 class VideoSampler(FrozenSampling):
     """Samples batches of problems under capture, for `Trainer.predict`.
 
@@ -333,9 +356,10 @@ def collect(
         check_prompts(sampler.model, prompts, sampler.config.prompt_tokens)
         check_guidance(sampler.model, sampler.config)
         check_size(sampler.model, task.image(missing[0].problem).shape[:2], sampler.config.frames)
+    size = store_bytes(sampler, probe, len(table.names), len(few))
     what = f"{len(table.names)} samples" + (f", permuted and fresh weights on {len(few)} of them" if few else "")
     with held(store.folder, "store") if missing or known is None else nullcontext():
-        announce(store, table.names, len(missing), store_bytes(sampler, probe, len(table.names), len(few)), what)
+        announce(store, table.names, len(missing), size, what)
         if missing:
             before(table)
         if known is None and rank_and_world()[0] == 0:
@@ -356,17 +380,26 @@ def _rows(batch: Sequence[Sample], few: Collection[str]) -> Rows:
 
 
 def store_bytes(sampler: Sampler, probe: CaptureConfig, samples: int, few: int = 0) -> int:
-    """Size of the store in bytes, computed from the shapes alone. few: number of samples for random weights."""
+    """Size of the store in bytes, computed from the shapes alone. few: number of samples for random weights.
+
+    Raises InputError when `probe.project` is not less than the width of the transformer.
+    """
     pipeline, regions = sampler.config, sampler.task.regions
     transformer = first_transformer(sampler.model)
     layers = probe.layers_kept(sampler.depth)
     steps, config = probe.steps_kept(pipeline.steps), transformer.config
     width = config.num_attention_heads * config.attention_head_dim
+    if probe.project >= width:
+        raise InputError(
+            f"probe.project={probe.project}: the transformer has {width} channels; expected fewer than that, or 0 for "
+            "all of them"
+        )
     pooling = Pooling(probe.pooling, probe.frames, [[(0.0, 0.0, 1.0, 1.0)] * regions])
     cells = samples * len(steps) * len(layers) * (2 if pipeline.guided(architecture(sampler.model).guidance) else 1)
     cells += few * len(RANDOM_WEIGHTS) * len(few_steps(probe, pipeline.steps)) * len(layers)
     grid = sampler.token_grid
-    features = cells * len(pooling.positions(grid)) * pooling.regions * width
+    whole = samples * len(unprojected_cells(probe, sampler.depth, pipeline.steps))
+    features = (cells * (probe.project or width) + whole * width) * len(pooling.positions(grid)) * pooling.regions
     noise, condition = architecture(sampler.model).patch_columns(sampler.model, transformer)
     each_step = [width, noise, noise]  # embed, x_t, x0-hat
     inputs = sum(n * input_parts(pooling, n, grid) for n in each_step) * len(steps)
@@ -392,10 +425,10 @@ def _collect_batch(sampler: Sampler, probe: CaptureConfig, batch: list[Sample], 
     parser = sampler.task.candidates > 0
     decoded, few = probe.steps_decoded(total) if parser else (), few_steps(probe, total)
     before_last = [step for step in decoded if step < total - 1]
-    layers = probe.layers_kept(sampler.depth)
+    layers, whole = probe.layers_kept(sampler.depth), unprojected_cells(probe, sampler.depth, total)
     with capture(
         sampler.model, list(map(str, layers)), Pooling.of(probe, problems), probe.steps, before_last,
-        few if rows else (), inputs=True,
+        few if rows else (), inputs=True, unprojected=whole,
     ) as cache:  # fmt: skip
         video = sampler(batch, **({} if parser else {"output_type": "latent"}))
     final = sampler.parse(problems, video) if parser else unparsed(len(batch))
@@ -408,7 +441,11 @@ def _collect_batch(sampler: Sampler, probe: CaptureConfig, batch: list[Sample], 
     if rows:
         pooling = Pooling.of(probe, [problems[row] for row in rows])
         tensors |= _untrained(sampler.model, cache, layers, pooling, rows, seed)
-    return tensors, _notes(cache) | {"untrained_steps": list(few)}
+    notes = _notes(cache) | {"untrained_steps": list(few)}
+    if whole:
+        tensors[UNPROJECTED] = torch.cat([cache.unprojected[at] for at in whole], dim=1)
+        notes[UNPROJECTED] = [list(at) for at in whole]
+    return tensors, notes
 
 
 @dataclass(frozen=True, eq=False)

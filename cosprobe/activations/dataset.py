@@ -19,11 +19,12 @@ import xarray as xr
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from cosprobe.activations.collection import NOT_DECODED, StoredSamples
+from cosprobe.activations.collection import NOT_DECODED, UNPROJECTED, StoredSamples
 from cosprobe.activations.store import ActivationStore
 from cosprobe.activations.stored_tensor import StoredTensor
 from cosprobe.cells import DIFFICULTY, SPLIT_ORDER, Cell
 from cosprobe.errors import InputError
+from cosprobe.models import COND
 from cosprobe.runtime import enough_memory
 from cosprobe.tasks import ANSWER_ROLES, RELABELLED, Labels, Role, Target, encode_labels, readable_targets
 
@@ -389,6 +390,23 @@ def load_samples(
         inputs[DIFFICULTY] = InputFeatures(difficulty_columns(samples)[:, None, None, None])
     experts = [notes["experts"][notes["steps"].index(step)] for step in stored.steps]
     return samples, inputs, experts
+
+
+def unprojected_samples(stored: StoredSamples, samples: ProbeSamples) -> ProbeSamples | None:
+    """The same samples with all channels, at the cells of a projected store that are kept so; None without any.
+
+    stored: where the samples are read from.
+    """
+    tensors, notes = stored.store.tensors(names=stored.table.names)
+    if UNPROJECTED not in tensors:
+        return None
+    pairs, positions = notes[UNPROJECTED], notes["positions"]
+    there = [Cell(step, layer, COND, position) for (step, layer), position in product(pairs, positions)]
+    read = set(samples.cells)
+    at = [i for i, cell in enumerate(there) if cell in read]
+    if not at:
+        return None
+    return replace(samples, features=tensors[UNPROJECTED].columns(np.array(at)), cells=tuple(there[i] for i in at))
 
 
 def _scores(stored: StoredSamples, tensors: Mapping[str, StoredTensor], final: Tensor) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -20,6 +21,7 @@ from cosprobe.errors import InputError
 from cosprobe.tasks import Mask, Problem, Region
 
 GRID = 4  # `grid` pooling has GRID x GRID coarse cells
+PROJECTION = 2003  # seed of the random projection
 COLUMNS = 1024  # most values that `whole_frame` keeps of one frame of an input
 
 
@@ -31,7 +33,7 @@ class Pooling:
     `region` (a mean per region, over all frames) or `token` (no mean: every token is a position). frames: with
     `region`, also keep a mean per latent frame.
     boxes: for `region`, the regions (boxes or masks) of each sample of the batch. across: for `grid`, coarse cells per
-    side.
+    side. project: channels that are kept, see `random_projection`; 0: all of them.
     Raises InputError for an unknown kind, and for samples with different numbers of regions.
     """
 
@@ -39,6 +41,7 @@ class Pooling:
     frames: bool = False
     boxes: Sequence[Sequence[Region]] = ()
     across: int = GRID
+    project: int = 0
     _weights: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -50,7 +53,7 @@ class Pooling:
     @classmethod
     def of(cls, config: CaptureConfig, problems: Sequence[Problem]) -> Pooling:
         """The pooling that the settings name, for a batch of problems."""
-        return cls(config.pooling, config.frames, [p.regions for p in problems])
+        return cls(config.pooling, config.frames, [p.regions for p in problems], project=config.project)
 
     @property
     def regions(self) -> int:
@@ -107,8 +110,23 @@ class Pooling:
 
     def __call__(
         self, tokens: Float[Tensor, "batch token channel"], size: tuple[int, int, int]
+    ) -> Float[Tensor, "batch position region kept"]:
+        """Pools tokens into the features of a probe, and projects them. Arguments and errors: see `by_frame`."""
+        return self.projected(self.means(tokens, size))
+
+    def projected(self, means: Float[Tensor, "*axes channel"]) -> Float[Tensor, "*axes kept"]:
+        """The features with `project` channels. Features with no more channels, such as latents, stay as they are."""
+        if not self.project or means.shape[-1] <= self.project:
+            return means
+        key = (means.shape[-1], means.device)
+        if key not in self._weights:
+            self._weights[key] = random_projection(means.shape[-1], self.project).to(means.device)
+        return means @ self._weights[key]
+
+    def means(
+        self, tokens: Float[Tensor, "batch token channel"], size: tuple[int, int, int]
     ) -> Float[Tensor, "batch position region channel"]:
-        """Pools tokens into the features of a probe. Arguments and errors: see `by_frame`."""
+        """The features with all channels. Arguments and errors: see `by_frame`."""
         parts = self.by_frame(tokens, size)
         if self.kind == "token":
             return rearrange(parts, "b f s d -> b (f s) 1 d")
@@ -118,6 +136,16 @@ class Pooling:
         if self.kind == "grid":
             return rearrange(whole, "b 1 p d -> b p 1 d")
         return torch.cat([whole, parts], dim=1) if self.kind == "region" and self.frames else whole
+
+
+def random_projection(channels: int, kept: int) -> Float[Tensor, "channel kept"]:
+    """A matrix of random signs over sqrt(kept). It is the same for the same sizes, on every machine.
+
+    In expectation, vectors keep their squared norms and inner products. Source: Achlioptas (2003), "Database-friendly
+    random projections", theorem 1.1.
+    """
+    signs = np.random.default_rng(PROJECTION).choice([-1.0, 1.0], size=(channels, kept))
+    return torch.from_numpy(signs / kept**0.5).float()
 
 
 def whole_frame(channels: int) -> Pooling:

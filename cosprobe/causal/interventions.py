@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ def intervene(
     scorer = ProbeScorer.of(bank, grid, sampler.task.name) if use.edit == "noise" and _answers(bank, kind) else None
     module = Intervention(sampler, experiment, layers, scorer, follow=use.edit == "noise")
     identity = {
-        "store": asdict(bank.store), "bank": bank.fingerprint, "edit": use.edit, "target": use.target, "seed": seed
+        "store": bank.store.to_json(), "bank": bank.fingerprint, "edit": use.edit, "target": use.target, "seed": seed
     }  # fmt: skip
     identity |= {"version": VERSION} if VERSION > 1 else {}
     outcomes = sample_conditions(module, batches, folder / FOLDER / use.edit, identity)
@@ -209,6 +208,11 @@ def build_experiment(
     if use.edit == "ablate":
         steps = steps if use.steps or use.size == "full" else _spaced(total, 2)
         return Ablate(steps, layers, total, frames, by_region and sampler.task.regions > 1), layers
+    if bank.store is not None and bank.store.probe.project:
+        raise InputError(
+            f"probe.project={bank.store.probe.project}: {use.edit} changes all channels of hidden states, and these "
+            "probes read a projection; expected a run with probe.project=0"
+        )
     target = use.target or _answer_target(grid, kind, sampler)
     names = [t.name for t in bank.targets if use.edit == "erase" or t.role in ANSWER_ROLES]
     if target not in names:

@@ -25,6 +25,8 @@ class CaptureConfig:
     "What features are averaged over: clip, frame, grid or region; token: nothing, every token is a position."
     frames: bool = False
     "With `region`, also keep every latent frame separately."
+    project: int = 0
+    "Channels that are kept of every feature, by a fixed random projection; saves disk and memory. 0: all of them."
     decode: str = "auto"
     "Step indices at which x0-hat is decoded and parsed; `auto`: at most five."
     random_weights: int = 128
@@ -33,7 +35,7 @@ class CaptureConfig:
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
             raise InputError(f"probe.pooling={self.pooling!r}: expected one of {', '.join(POOLINGS)}")
-        check_bounds("probe.", self, random_weights=(0, MANY))
+        check_bounds("probe.", self, random_weights=(0, MANY), project=(0, MANY))
 
     def layers_kept(self, depth: int) -> tuple[int, ...]:
         """The captured layers of a transformer with `depth` blocks."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def ensembles(
     bank.check_model(pipeline_fingerprint(sampler.model), "the loaded pipeline")
     scorer = ProbeScorer.of(bank, Grid.load(folder), sampler.task.name)
     context = RunContext(sampler, scorer)
-    identity = {"store": asdict(bank.store), "accuracy": scorer.fingerprint}
+    identity = {"store": bank.store.to_json(), "accuracy": scorer.fingerprint}
     comparison = compare(context, SIZES[use.size], task.problems, seed, folder / FOLDER, identity)
     if rank_and_world()[0] == 0:
         print_ensemble(comparison, write_ensemble(comparison, folder / "report" / FOLDER))

@@ -134,7 +134,7 @@ def read_inputs_once(
     settings: of the activations; they determine `samples` and `inputs`.
     """
     key = {
-        "activations": asdict(settings),
+        "activations": settings.to_json(),
         "targets": [asdict(target) for target in samples.targets],
         "solver": kind if kind == "ridge" else "newton",
         "penalties": list(penalties),

@@ -335,5 +335,5 @@ def _made_from(
     shaping: Mapping[str, Any], probe: Mapping[str, Any], precision: str | None, seed: int
 ) -> dict[str, Any]:
     """What a fit depends on. shaping: of the store. probe, precision, seed: settings of the fit."""
-    probe = {"folds": 0, **probe}  # banks of earlier versions have one split
+    probe = {"folds": 0, "project": 0, **probe}  # what banks of earlier versions were fitted with
     return {**shaping, "probe": probe, "trainer": {"precision": precision}, "seed of the fit": seed}

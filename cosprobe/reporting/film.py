@@ -8,7 +8,7 @@ task.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +109,7 @@ def record_once(
 ) -> Film | None:
     """What `record` returns, kept in a file in `folder` for later calls. settings: of the activations."""
     arrays, notes = cached(
-        folder, "film", asdict(settings), lambda: _packed(record(sampler, draw, samples, settings.probe))
+        folder, "film", settings.to_json(), lambda: _packed(record(sampler, draw, samples, settings.probe))
     )
     rows = [
         FilmRow(

@@ -374,6 +374,7 @@ def _column(grid: Grid, checks: Checks, name: str) -> dict[str, str]:
         "bits per label": _bits(grid.dataset, name),
         "confounds removed": _residual(grid.dataset, name),
         "random weights": _weights(checks, name),
+        **({"projection": _projection(checks, name)} if checks.projections else {}),
     }
 
 
@@ -437,6 +438,21 @@ def _residual(data: xr.Dataset, name: str) -> str:
     change = f"[{float(here.residual_lower):+.2f}, {float(here.residual_upper):+.2f}]"
     alone = float(here.difficulty_alone)
     return f"{float(here.residual_before):.2f} to {float(here.residual_after):.2f} {change}; alone {alone:.2f}"
+
+
+def _projection(checks: Checks, name: str) -> str:
+    """Accuracy with all channels and with the projected ones, at the cell where both are known."""
+    for one in checks.projections:
+        if one.target == name:
+            before, after, lower, upper = (
+                float(np.ravel(value)[0])
+                for value in (one.whole.value, one.projected.value, one.difference.lower, one.difference.upper)
+            )
+            return (
+                f"{before:.2f} with {one.channels} channels, {after:.2f} with {one.kept} [{lower:+.2f}, {upper:+.2f}], "
+                f"at layer {one.cell.layer}, step {one.cell.step}"
+            )
+    return NONE
 
 
 def _weights(checks: Checks, name: str) -> str:

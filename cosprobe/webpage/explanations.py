@@ -63,6 +63,11 @@ CHECKS = {  # rows of the table of checks: what a row says, and what would be ba
         "weights: permuted (the trained ones, shuffled) and fresh (as before training).",
         "Alike: the architecture alone may explain what is decodable.",
     ),
+    "projection": (
+        "Accuracy of probes on all channels and on the projected features, at a cell where both are kept, and the "
+        "interval of the difference. The penalty of each is chosen on validation.",
+        "An interval below 0: the projection loses a part of the answer; raise probe.project.",
+    ),
 }
 QUANTITIES = {  # of pictures of tokens, by the end of the names of their files
     "energy": "energy: root mean square of a token over its channels",

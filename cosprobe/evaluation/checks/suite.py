@@ -23,6 +23,7 @@ from cosprobe.evaluation import Evaluated, Grid, InputReading, build_grid, input
 from cosprobe.evaluation.checks.confounds import Residualised, residualised
 from cosprobe.evaluation.checks.description_length import DescriptionLength, description_length, side_by_side
 from cosprobe.evaluation.checks.generalisation import Matrix, matrices
+from cosprobe.evaluation.checks.projection import ProjectionCost, projection_cost
 from cosprobe.evaluation.checks.refitting import NotEnoughSamples
 from cosprobe.evaluation.checks.untrained import WEIGHTS, WeightsTable
 from cosprobe.probes import ProbeBank, Reliability, reliability
@@ -42,6 +43,10 @@ MEANING = {
     "residual_after": "the same after confounds are regressed out of the features",
     "residual_lower": "lower end of the paired 95 % interval of after - before",
     "residual_upper": "upper end of the paired 95 % interval of after - before",
+    "projection_all": "test accuracy with all channels, at a cell that is kept with them",
+    "projection_kept": "the same with the projected features",
+    "projection_lower": "lower end of the paired 95 % interval of kept - all",
+    "projection_upper": "upper end of the paired 95 % interval of kept - all",
     "difficulty_alone": "test accuracy of a probe on the confounds alone",
     "weights_accuracy": "test accuracy on few samples, by weights of the transformer",
     "weights_lower": "lower end of the 95 % interval of weights_accuracy",
@@ -58,6 +63,7 @@ class Checks:
     lengths: description lengths of the best cell, of `embed` and of the latents of x0-hat at its step. The latter two
     are read in the form that was kept in cross-validation.
     reliability: reliability curves of the best cell with and without the temperature.
+    projections: what the projection of the features costs, if they are projected.
     weights: accuracy by weights of the transformer, None if no other weights were sampled.
     skipped: a sentence for each check that is missing that gives the reason.
     """
@@ -69,6 +75,7 @@ class Checks:
     reliability: dict[str, tuple[Reliability, Reliability]]
     weights: WeightsTable | None
     skipped: tuple[str, ...]
+    projections: tuple[ProjectionCost, ...] = ()
 
 
 def examine(
@@ -79,6 +86,7 @@ def examine(
     weights: WeightsTable | None = None,
     seed: int = 0,
     draws: int = 1000,
+    whole: ProbeSamples | None = None,
 ) -> tuple[Grid, Checks]:
     """Computes the grid of a bank and all checks of its best cells for which there are enough samples.
 
@@ -87,6 +95,7 @@ def examine(
     inputs: features of the inputs of these samples, by name.
     weights: results with other weights of the transformer, if any.
     seed, draws: as in `build_grid`.
+    whole: the samples with all channels, if those of the bank are projected.
     Returns the grid, which includes the checks as variables, and the checks.
     """
     grid = build_grid(evaluated, draws, seed, asdict(bank.provenance) | {"bank": bank.fingerprint})
@@ -94,6 +103,7 @@ def examine(
     skipped: list[str] = []
     lengths: list[DescriptionLength] = []
     residuals: list[Residualised] = []
+    projections: list[ProjectionCost] = []
     curves: dict[str, tuple[Reliability, Reliability]] = {}
     readings = {result.target.name: result.readings for result in evaluated.results}
     for name, cell in best.items():
@@ -101,9 +111,13 @@ def examine(
         lengths += _tried(skipped, partial(_lengths, samples, inputs, readings[name], name, cell, penalty, seed))
         residuals += _tried(skipped, partial(residualised, samples, name, [cell], penalty))
         curves[name] = _curves(samples, bank, name, cell)
+        if whole is not None:
+            penalties = bank.provenance.probe["penalties"]
+            projections += _tried(skipped, partial(projection_cost, samples, whole, name, cell.position, penalties))
     experts = dict(zip(evaluated.steps, evaluated.experts, strict=True))
     found = _tried(skipped, partial(matrices, samples, bank, best, experts))
-    checks = Checks(best, tuple(chain(*found)), tuple(lengths), tuple(residuals), curves, weights, tuple(skipped))
+    checks = Checks(best, tuple(chain(*found)), tuple(lengths), tuple(residuals), curves, weights, tuple(skipped),
+                    tuple(projections))  # fmt: skip
     return with_checks(grid, checks), checks
 
 
@@ -151,6 +165,7 @@ def _curves(samples: ProbeSamples, bank: ProbeBank, target: str, cell: Cell) -> 
 def with_checks(grid: Grid, checks: Checks) -> Grid:
     """Adds the checks to the grid as variables. NaN for targets without a check."""
     parts = [*map(_matrix, checks.matrices), *map(_length, checks.lengths), *map(_residual, checks.residuals)]
+    parts += map(_projection, checks.projections)
     dataset = grid.dataset
     if checks.weights is not None:
         dataset = _with_weights(dataset, checks.weights)
@@ -187,6 +202,14 @@ def _residual(found: Residualised) -> xr.Dataset:
         "residual_before": found.before.value, "residual_after": found.after.value,
         "residual_lower": found.difference.lower, "residual_upper": found.difference.upper,
         "difficulty_alone": found.alone.value,
+    }  # fmt: skip
+    return _dataset(found.target, {name: ((), np.ravel(value)[0]) for name, value in values.items()}, {})
+
+
+def _projection(found: ProjectionCost) -> xr.Dataset:
+    values = {
+        "projection_all": found.whole.value, "projection_kept": found.projected.value,
+        "projection_lower": found.difference.lower, "projection_upper": found.difference.upper,
     }  # fmt: skip
     return _dataset(found.target, {name: ((), np.ravel(value)[0]) for name, value in values.items()}, {})
 
