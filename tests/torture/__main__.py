@@ -1,4 +1,4 @@
-"""Runs all torture tests and prints counts: `python -m tests.torture [PART=COUNT ...]`, 45 minutes on one core."""
+"""Runs all torture tests and prints counts: `python -m tests.torture [PART=COUNT ...]`, an hour on one core."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from tests.torture.world import World
 PARTS = {  # function, and how often
     "kills": (kills.kill, 100),
     "chunks": (kills.kill_chunks, 40),
+    "folds": (kills.kill_folds, 20),
     "stops": (stops.stop, 60),
     "lost": (stops.lose, 10),
     "four": (stops.lose_of_four, 20),
     "problems": (disk_problems.give, 100),
+    "masks": (disk_problems.give_masks, 100),
     "inputs": (inputs.give, 300),
     "bits": (bits.flip, 500),
     "disk": (disk.fill, 60),

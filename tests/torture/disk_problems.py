@@ -8,18 +8,20 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from cosprobe.activations import box_masks
 from cosprobe.errors import InputError
-from cosprobe.tasks import FolderConfig, TableConfig, Target, draw_samples
+from cosprobe.tasks import FolderConfig, Mask, Problem, Region, TableConfig, Target, Task, draw_samples
 from tests.examples.folders import picture, write
 from tests.torture.world import World
 
 TOTAL = 30  # problems of a folder or table
+WIDE = 48  # pixels
 JSON = ('{"parameters": {"answer": 1}', "", "[]", "null", "\x00\x01", '{"parameters": 3}', "NaN", '{"a": 1e999}', "{}")
 LABELS = (None, [], {"a": 1}, float("nan"), float("inf"), True, "0", 1e300, "x" * 100_000, "é", 1.5, -1)
 CELLS = ("", "../outside.png", "/etc/hostname", "nowhere.png", "a,b", '"', "\x00", "é.png", "x" * 5000, "image.png\n")
@@ -27,20 +29,36 @@ CELLS = ("", "../outside.png", "/etc/hostname", "nowhere.png", "a,b", '"', "\x00
 
 def give(world: World, count: int, rng: np.random.Generator, say: Callable[[str], None]) -> dict[str, int]:
     """Makes `count` bad folders and tables and reads them. Returns the numbers of those and of faults."""
+    return _give((_folder, _folder, _table), world, count, rng, say)
+
+
+def give_masks(world: World, count: int, rng: np.random.Generator, say: Callable[[str], None]) -> dict[str, int]:
+    """The same for folders with masks, some of which change after they were read."""
+    return _give((_masked,), world, count, rng, say)
+
+
+def _give(
+    makes: Sequence[Callable[[Path, np.random.Generator, str], tuple[str, Callable[[], Task]]]],
+    world: World,
+    count: int,
+    rng: np.random.Generator,
+    say: Callable[[str], None],
+) -> dict[str, int]:
     counts = {"inputs": 0, "refused": 0, "accepted": 0, "tracebacks": 0, "silent": 0, "outside": 0}
     for number in range(count):
         root = world.root / "problems"
         shutil.rmtree(root, ignore_errors=True)
         (world.root / "outside.png").write_bytes(b"secret")
-        make = (_folder, _folder, _table)[number % 3]
-        what, build = make(root, rng, "skip" if rng.random() < 0.5 else "stop")
+        what, build = makes[number % len(makes)](root, rng, "skip" if rng.random() < 0.5 else "stop")
         counts["inputs"] += 1
         try:
             task = build()
             samples = draw_samples(task, FolderConfig(problems=0), 0)
             for sample in samples:
                 task.image(sample.problem)
-            wrong = [s.problem.name for s in samples if not _right(s.problem.prompt, s.problem.labels, task.targets[0])]
+            if samples and rng.random() < 0.3:  # a file changes while a run goes on
+                _changed_later(samples[0].problem, rng)
+            wrong = [s.problem.name for s in samples if not _right(s.problem, task.targets[0])]
             counts["accepted"] += 1
             counts["silent"] += bool(wrong)
             if wrong:
@@ -56,16 +74,97 @@ def give(world: World, count: int, rng: np.random.Generator, say: Callable[[str]
     return counts
 
 
-def _right(prompt: str, labels: dict[str, int], target: Target) -> bool:
-    """Whether the label of a problem is the one of its number, which its prompt names."""
-    words = prompt.split()
-    if len(words) != 2 or not words[1].isdigit() or "answer" not in labels:
+def _right(problem: Problem, target: Target) -> bool:
+    """Whether the label and the masks of a problem are those of its number, which its prompt names."""
+    words = problem.prompt.split()
+    if len(words) != 2 or not words[1].isdigit() or "answer" not in problem.labels:
         return False
     wanted = int(words[1]) % 3
-    return target.names[labels["answer"]] in (str(wanted), f"{wanted}.0")
+    named = target.names[problem.labels["answer"]] in (str(wanted), f"{wanted}.0")
+    return named and all(_seen(region, int(words[1])) for region in problem.regions if isinstance(region, Mask))
 
 
-def _folder(root: Path, rng: np.random.Generator, on_error: str) -> tuple[str, Callable[[], object]]:
+def _seen(mask: Region, number: int) -> bool:
+    """Whether a mask is the column of pixels of a number. The columns of the image are its tokens."""
+    weights = box_masks([mask], 1, WIDE)[0]
+    return weights.argmax() == number and weights.count_nonzero() == 1
+
+
+def _changed_later(problem: Problem, rng: np.random.Generator) -> None:
+    for mask in problem.regions:
+        if isinstance(mask, Mask):
+            BAD_MASKS[int(rng.integers(len(BAD_MASKS)))](mask.file.parent, rng)
+
+
+def _masked(root: Path, rng: np.random.Generator, on_error: str) -> tuple[str, Callable[[], Task]]:
+    """A folder with a mask for each problem, a few of which are bad."""
+    for number in range(TOTAL):
+        write(root / f"{number:03d}", number)
+        _column(number).save(root / f"{number:03d}" / "mask.png")
+    ways = []
+    for number in rng.choice(TOTAL, size=int(rng.integers(1, 6)), replace=False):
+        ways.append(BAD_MASKS[int(rng.integers(len(BAD_MASKS)))])
+        ways[-1](root / f"{number:03d}", rng)
+    size = {"fit": "stretch", "height": 64, "width": 96}
+    config = FolderConfig(
+        root=str(root), label="parameters.answer", masks=["mask.png"], on_error=on_error, problems=0, **size
+    )
+    return f"folder with {', '.join(way.__name__ for way in ways)} ({on_error})", config.build
+
+
+def _column(number: int) -> Image.Image:
+    inside = np.zeros((32, WIDE), dtype=bool)
+    inside[:, number] = True
+    return Image.fromarray(inside)
+
+
+def _mask_truncated(folder: Path, rng: np.random.Generator) -> None:
+    path = folder / "mask.png"
+    path.write_bytes(path.read_bytes()[: int(rng.integers(0, 60))])
+
+
+def _mask_of_other_bytes(folder: Path, rng: np.random.Generator) -> None:
+    path = folder / "mask.png"
+    data = bytearray(path.read_bytes())
+    for at in rng.integers(0, len(data), size=5):
+        data[at] ^= int(rng.integers(1, 256))
+    path.write_bytes(data)
+
+
+def _no_mask(folder: Path, rng: np.random.Generator) -> None:
+    (folder / "mask.png").unlink()
+
+
+def _nothing_inside(folder: Path, rng: np.random.Generator) -> None:
+    Image.new(str(rng.choice(["L", "1", "RGB"])), (WIDE, 32)).save(folder / "mask.png")
+
+
+def _a_photograph(folder: Path, rng: np.random.Generator) -> None:
+    picture(int(rng.integers(1000))).save(folder / "mask.png")
+
+
+def _mask_of_another_size(folder: Path, rng: np.random.Generator) -> None:
+    side = int(rng.integers(10, 200))  # a square: masks of the shape of the image are scaled to it
+    Image.new("L", (side, side), 255).save(folder / "mask.png")
+
+
+def _mask_linked(folder: Path, rng: np.random.Generator) -> None:
+    (folder / "mask.png").unlink()
+    (folder / "mask.png").symlink_to(folder.parent.parent / "outside.png")
+
+
+def _mask_is_a_folder(folder: Path, rng: np.random.Generator) -> None:
+    (folder / "mask.png").unlink()
+    (folder / "mask.png").mkdir()
+
+
+BAD_MASKS = (
+    *(_mask_truncated, _mask_of_other_bytes, _no_mask, _nothing_inside, _a_photograph, _mask_of_another_size),
+    *(_mask_linked, _mask_is_a_folder),
+)
+
+
+def _folder(root: Path, rng: np.random.Generator, on_error: str) -> tuple[str, Callable[[], Task]]:
     """A folder in which a few problems are bad, in ways drawn at random."""
     for number in range(TOTAL):
         write(root / f"{number:03d}", number)
@@ -149,7 +248,7 @@ BAD = (
 )
 
 
-def _table(root: Path, rng: np.random.Generator, on_error: str) -> tuple[str, Callable[[], object]]:
+def _table(root: Path, rng: np.random.Generator, on_error: str) -> tuple[str, Callable[[], Task]]:
     """A table in which a few cells, or the file itself, are bad."""
     root.mkdir()
     rows: list[dict[str, object]] = []

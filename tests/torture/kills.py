@@ -18,6 +18,11 @@ def kill_chunks(world: World, count: int, rng: np.random.Generator, say: Callabl
     return kill(small, count, rng, say)
 
 
+def kill_folds(world: World, count: int, rng: np.random.Generator, say: Callable[[str], None]) -> dict[str, int]:
+    """The same while probes are cross-fitted, with activations that are there."""
+    return kill(World.build(world.root / "folds", only_train=True, more=("probe.folds=3",)), count, rng, say)
+
+
 def kill(world: World, count: int, rng: np.random.Generator, say: Callable[[str], None]) -> dict[str, int]:
     """Kills commands of whole runs `count` times. Returns the numbers of kills and of faults."""
     whole = content(world.finished)

@@ -169,6 +169,7 @@ def content(folder: Path) -> dict[str, Any]:
     grid = grid.assign_attrs(provenance=re.sub(r'"policies": \[.*', "", grid.attrs["provenance"]))
     found: dict[str, Any] = {"bank": bank.fingerprint, "policies": bank.provenance.policies, "grid": grid}
     found |= stored(folder)
+    found["folds"] = [load_probes(path).fingerprint for path in sorted((result / "probes").glob("fold-*"))]
     path = result / "report" / "ensemble" / "ensemble.json"
     found["ensemble"] = read_json(path, "") if path.is_file() else None
     return found
