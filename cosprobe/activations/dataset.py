@@ -18,8 +18,10 @@ import torch
 import xarray as xr
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from xarray.core.indexing import LazilyIndexedArray
 
 from cosprobe.activations.collection import NOT_DECODED, UNPROJECTED, StoredSamples
+from cosprobe.activations.labelled import LabelledFeatures
 from cosprobe.activations.store import ActivationStore
 from cosprobe.activations.stored_tensor import StoredTensor
 from cosprobe.cells import DIFFICULTY, SPLIT_ORDER, Cell
@@ -192,6 +194,7 @@ class ProbeSamples:
     def to_xarray(self) -> xr.DataArray:
         """The features as a labelled array [sample, step, layer, branch, position, region, channel], in float32.
 
+        Features in a store are read when the array is, and only the samples and cells that were selected.
         Along `sample` stand split, key (the problem) and kind, and `label_NAME` for every target, whose attribute
         `classes` has the names of the classes.
         Raises InputError where the cells are not all combinations of their steps, layers, branches and positions.
@@ -203,13 +206,15 @@ class ProbeSamples:
         coordinates: dict[str, Any] = {name: ("sample", np.asarray(column)) for name, column in along.items()} | axes
         for target in self.targets:
             label = self.labels[target.name].numpy()
-            names = {"classes": list(target.names)} if target.names else {}
-            coordinates[f"label_{target.name}"] = (("sample", "region")[: label.ndim], label, names)
-        values = self.features[:].float().unflatten(1, [len(axis) for axis in axes.values()])
-        return xr.DataArray(
-            values.numpy(), coordinates, ("sample", *axes, "region", "channel"), "features",
-            {"long_name": "pooled outputs of transformer blocks"},
-        )  # fmt: skip
+            classes = {"classes": list(target.names)} if target.names else {}
+            coordinates[f"label_{target.name}"] = (("sample", "region")[: label.ndim], label, classes)
+        names, sizes = ("sample", *axes, "region", "channel"), [len(axis) for axis in axes.values()]
+        if isinstance(self.features, StoredTensor):
+            values = LazilyIndexedArray(LabelledFeatures(self.features, sizes))
+        else:
+            values = self.features.float().unflatten(1, sizes).numpy()
+        variable = xr.Variable(names, values, {"long_name": "pooled outputs of transformer blocks"})
+        return xr.DataArray(variable, coordinates, name="features")
 
     def to_sklearn(
         self,

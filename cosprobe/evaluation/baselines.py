@@ -178,10 +178,8 @@ def forms(source: InputFeatures, target: Target, position: str | None) -> Iterat
             across = round(values.shape[3] ** 0.5)
             row, column = map(int, position[1:].split("c"))
             values = values[:, :, :, [row * across + column]]
-        times = {"mean": values.mean(dim=2), "frames": rearrange(values, "n s f p c -> n s p (f c)")}
-        for time, rows in times.items():
-            if time == "frames" and values.shape[2] == 1:
-                continue
+        for time in ("mean", "frames") if values.shape[2] > 1 else ("mean",):
+            rows = values.mean(dim=2) if time == "mean" else rearrange(values, "n s f p c -> n s p (f c)")
             yield Form(f"{area}, {time}", rows if area == "region" else rows.flatten(2)[:, :, None])
 
 
@@ -213,6 +211,7 @@ def _read_steps(
     each = sum(len(tensor) * math.prod(tensor.shape[2:]) for tensor in tensors if tensor is not None)
     size = max(1, NUMBERS // each)
     found: list[dict[str, Tensor]] = []
+    return_freed_memory()
     for start in range(part.start, part.stop, size):
         few, values = source.read(slice(start, min(start + size, part.stop))), dict[str, Tensor]()
         for i, (target, position) in enumerate(wanted):
@@ -260,6 +259,8 @@ def _by_steps(
     """Applies `work` to a few steps at a time."""
     fitted = replace(target, form="problem") if form.rows.shape[2] == 1 else target  # a single region
     size = max(1, NUMBERS // form.rows[:, 0].numel())
+    if form.rows[:, 0].numel() > NUMBERS // 4:  # what the last form has left behind may have no place for this one
+        return_freed_memory()
     parts = [work(samples, fitted, rows, recipe) for rows in form.rows.split(size, dim=1)]
     return {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
 

@@ -5,10 +5,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from xarray.core.indexing import LazilyIndexedArray
 
+from cosprobe.activations import stored_tensor
+from cosprobe.activations.labelled import LabelledFeatures
 from cosprobe.activations.store import ActivationStore
 
 SIZES = (3, 1, 4)  # samples of each shard
@@ -147,3 +151,38 @@ def test_the_digest_is_that_of_what_would_be_read(tensors, copied):
     changed = dict(VALUES, cells=VALUES["cells"] + 1)
     copied.write({"": NAMES[:3]}, {name: values[:3] for name, values in changed.items()}, {"steps": [0]})
     assert copied.tensors()[0]["cells"].digest() != cells.digest()
+
+
+LABELS = ("sample", "step", "layer", "branch", "position", "region", "channel")
+
+
+def outer(size):
+    """What xarray takes for an axis: a slice, a number, or numbers in any order, some of them twice. Of an array of any
+    store, it does not take an empty slice with a negative step."""
+    slices = st.slices(size).filter(lambda one: (one.step or 1) > 0 or range(*one.indices(size)))
+    return st.one_of(slices, st.integers(-size, size - 1), st.lists(st.integers(0, size - 1), max_size=size + 1))
+
+
+@given(key=st.tuples(*map(outer, (8, 2, 3, 1, 1, 2, 3))), name=st.sampled_from(["cells", "half"]))
+def test_a_part_of_the_labelled_array_is_that_of_the_tensor(tensors, key, name):
+    features = LabelledFeatures(tensors[name], (2, 3, 1, 1))
+    array = xr.Variable(LABELS, LazilyIndexedArray(features))
+    whole = xr.Variable(LABELS, VALUES[name].float().unflatten(1, (2, 3, 1, 1)).numpy())
+    part = array[key]
+    assert part.dims == whole[key].dims and part.dtype == np.float32
+    np.testing.assert_array_equal(part.values, whole[key].values)
+
+
+def test_a_labelled_array_reads_the_cells_that_are_selected(tensors, monkeypatch):
+    array, read = xr.Variable(LABELS, LazilyIndexedArray(LabelledFeatures(tensors["cells"], (2, 3, 1, 1)))), []
+    original = stored_tensor._columns
+
+    def noted(path, name, wanted):
+        read.append((path.name, wanted.tolist()))
+        return original(path, name, wanted)
+
+    monkeypatch.setattr(stored_tensor, "_columns", noted)
+    part = array[:4, 1, [0, 2]]
+    assert "values with dtype" in repr(part) and not read
+    assert part.values.shape == (4, 2, 1, 1, 2, 3)
+    assert [wanted for _, wanted in read] == [[3, 5], [3, 5]]  # in the two shards with the first four samples
