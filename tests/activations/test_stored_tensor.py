@@ -77,7 +77,7 @@ def test_it_describes_what_is_stored(tensors, name):
 def test_it_is_indexed_as_a_tensor_is(tensors, columns, rows):
     for name in ("cells", "half"):
         stored, values = tensors[name], VALUES[name]
-        whole = torch.from_numpy(values.float().numpy()[:, columns])  # numpy takes steps below 0
+        whole = torch.from_numpy(values.float().numpy()[:, columns].copy())  # numpy takes steps below 0
         assert torch.equal(stored[:, columns].float(), whole)
         pairs = (rows[:, None] if np.ndim(columns) else rows), columns
         assert torch.equal(stored[pairs].float(), whole[rows])
