@@ -535,9 +535,9 @@ def test_another_model_is_refused(model, run, capsys):
 
 @pytest.mark.slow
 def test_a_folder_of_problems_gets_a_map_and_no_use_that_reads_videos(model, tmp_path):
-    for number in range(60):
+    for number in range(62):
         write(tmp_path / "problems" / f"{number:03d}", number)
-    given = ["task=folder", "task.label=parameters.answer", "task.boxes=2x2", "task.problems=0", "probe.kind=ridge"]
+    given = ["task=folder", "task.label=parameters.answer", "task.boxes=2x2", "task.problems=58", "probe.kind=ridge"]
 
     def run(root):
         with undrawn():
@@ -545,7 +545,7 @@ def test_a_folder_of_problems_gets_a_map_and_no_use_that_reads_videos(model, tmp
 
     result = run("problems")
     assert result.returncode == 0, result.stderr
-    assert "answer: 3 classes of 60 problems" in result.stdout
+    assert "answer: 3 classes of 62 problems" in result.stdout
     grid = Grid.load(tmp_path / "run")
     assert grid.targets == ("answer",) and np.isnan(grid.dataset.attrs["model_accuracy"])
     assert (grid.plane("answer").p_evidence > 0.05).all()  # the images are noise
@@ -553,6 +553,9 @@ def test_a_folder_of_problems_gets_a_map_and_no_use_that_reads_videos(model, tmp
     for use in ("early", "ensemble", "film", "lengths", "intervene"):
         refused = within("probe.py", f"use={use}", f"run={tmp_path / 'run'}")
         assert refused.returncode == 2 and "parser" in refused.stderr, use
+    predicted = within("probe.py", "use=predict", "use.step=1", "use.problems=1", f"run={tmp_path / 'run'}")
+    assert predicted.returncode == 0 and "full run" not in predicted.stdout.split("right")[0], predicted.stderr
+    assert re.search(r"the probe is right on [01]\.00 of 1 problems", predicted.stdout)
 
     (tmp_path / "problems").rename(tmp_path / "moved")
     again = run("moved")

@@ -29,7 +29,8 @@ class EarlyAnswer:
     """The early answer to one problem.
 
     probability: probability of this answer, calibrated by the temperature of the cell. model_answer: what the finished
-    video shows, None for no answer. solutions: candidates that count as right.
+    video shows, None for no answer, or for a task without a parser. solutions: answers that count as right; none where
+    the problem has no label.
     """
 
     problem: Problem
@@ -43,14 +44,19 @@ class EarlyAnswer:
 def early_answers(
     sampler: Sampler, bank: ProbeBank, target: str, cell: Cell, samples: Sequence[Sample]
 ) -> list[EarlyAnswer]:
-    """Reads the probe of `cell` in runs that are halted there, then samples full runs with the same seeds."""
-    found = []
+    """Reads the probe of `cell` in runs that are halted there, then samples full runs with the same seeds.
+
+    Full runs are left out where no parser reads their videos. The label of a problem is then its only right answer.
+    """
+    found, parser = [], sampler.task.candidates > 0
     for batch in sampler.batches(samples):
         problems = [s.problem for s in batch]
         proba = probabilities(bank, _features_at(sampler, bank, cell, batch)[:, None], target, [cell])[0]
-        ends = sampler.parse(problems, sampler(batch)).answers.tolist()
+        ends = sampler.parse(problems, sampler(batch)).answers.tolist() if parser else [-1] * len(batch)
         for problem, each, end in zip(problems, proba, ends, strict=True):
-            solutions, model_answer = sampler.task.solutions(problem), None if end < 0 else end
+            label, model_answer = problem.labels.get(target), None if end < 0 else end
+            labelled = (label,) if isinstance(label, int) else ()
+            solutions = sampler.task.solutions(problem) if parser else labelled
             found.append(EarlyAnswer(problem, int(each.argmax()), float(each.max()), model_answer, solutions))
     return found
 
@@ -79,7 +85,7 @@ def predict(
     folder: Path,
     console: Console | None = None,
 ) -> None:
-    """Prints early answers to new problems together with the answers of full runs.
+    """Prints early answers to new problems together with the answers of full runs, where a parser reads these.
 
     sampler: the loaded pipeline and the task of the run in `folder`. task: settings of that task. With several
     processes, only the first one does anything. Raises InputError when the bank was made for another model, or does not
@@ -95,22 +101,29 @@ def predict(
         kind = bank.target(name).kinds[0]
         samples = with_noise(fresh_problems(sampler.task, "test", task.problems, use.problems, [kind]), seed)
         answers = early_answers(sampler, bank, name, cell, samples)
-        table = Table("problem", "probe", "probability", "full run", "right", box=None, padding=(0, 3, 0, 0))
+        parser, names = sampler.task.candidates > 0, bank.target(name).names
+        heads = ("problem", "probe", "probability", *(["full run"] if parser else []), "right")
+        table = Table(*heads, box=None, padding=(0, 3, 0, 0))
         table.title = f"{name}: read after step {use.step} of {pipeline.steps} (0 = noisiest), layer {cell.layer}"
         for a in answers:
-            end = "none" if a.model_answer is None else str(a.model_answer)
-            right = " or ".join(map(str, a.solutions))
-            table.add_row(f"{kind} {a.problem.index}", str(a.answer), f"{a.probability:.2f}", end, right)
+            end = ["none" if a.model_answer is None else _named(a.model_answer, names)] if parser else []
+            right = " or ".join(_named(solution, names) for solution in a.solutions)
+            table.add_row(f"{kind} {a.problem.index}", _named(a.answer, names), f"{a.probability:.2f}", *end, right)
         console.print(table)
-        same = np.mean([a.answer == a.model_answer for a in answers])
         of_probe = np.mean([a.answer in a.solutions for a in answers])
-        of_run = np.mean([a.model_answer in a.solutions for a in answers])
-        console.print(
-            f"probe and full run agree on {same:.2f} of {len(answers)} problems; right: probe {of_probe:.2f}, "
-            f"full run {of_run:.2f}\n",
-            highlight=False,
-            soft_wrap=True,
-        )
+        if parser:
+            same = np.mean([a.answer == a.model_answer for a in answers])
+            of_run = np.mean([a.model_answer in a.solutions for a in answers])
+            said = f"probe and full run agree on {same:.2f} of {len(answers)} problems; right: probe {of_probe:.2f}, "
+            said += f"full run {of_run:.2f}"
+        else:
+            said = f"the probe is right on {of_probe:.2f} of {len(answers)} problems; no parser reads the full runs"
+        console.print(f"{said}\n", highlight=False, soft_wrap=True)
+
+
+def _named(answer: int, names: Sequence[str]) -> str:
+    """The name of an answer, its number where it has none."""
+    return names[answer] if names else str(answer)
 
 
 def _best_at(grid: Grid, bank: ProbeBank, target: str, step: int, layer: int | None) -> Cell:

@@ -135,6 +135,11 @@ def _one_hot(
         if len(bins.names) > 1:
             names.append(name)
             columns.append([np.eye(len(bins.names))[bins.index(value)] for value in values])
+    if not samples.difficulty:
+        raise NotEnoughSamples(
+            f"target {target!r}: nothing is known of the difficulty of these problems, so it cannot be removed from "
+            "features"
+        )
     if not names:
         raise NotEnoughSamples(
             f"target {target!r}: none of {len(samples.difficulty)} confounds varies among its {len(train)} training "
