@@ -50,8 +50,10 @@ docs: $(INSTALLED)
 		select=runs/select-layers:answer line=runs/line-layers:answer
 	$(BIN)/python probe.py use=early run=runs/maze-layers use.problems=300
 	for task in maze line; do $(BIN)/python probe.py use=ensemble run=runs/$$task-layers use.size=full || exit 1; done
-	for task in maze select; do for edit in noise swap steer erase ablate; do \
-		$(BIN)/python probe.py use=intervene run=runs/$$task-layers use.edit=$$edit || exit 1; done; done
+	for task in maze select; do for edit in swap steer erase ablate; do \
+		$(BIN)/python probe.py use=intervene run=runs/$$task-layers use.edit=$$edit || exit 1; done; \
+		$(BIN)/python probe.py use=intervene run=runs/$$task-layers use.edit=noise use.size=full || exit 1; done
+	$(BIN)/python probe.py use=intervene run=runs/select-layers use.edit=steer use.size=full
 	$(BIN)/python -m cosprobe.reporting.claims_page docs/causal.md 'causal-*/claims.json' maze=runs/maze-layers select=runs/select-layers
 	for task in maze hide select line; do $(BIN)/python probe.py use=behaviour run=runs/$$task-layers use.problems=96 || exit 1; done
 	$(BIN)/python probe.py use=lengths run=runs/maze-layers
@@ -67,11 +69,11 @@ docs: $(INSTALLED)
 	cp runs/maze-tokens/ridge/report/path.png docs/figures/tokens-path.png
 	cd runs/maze-layers/logistic/report/tokens && cp one_exit_*[0-9]_energy.png ../../../../../docs/figures/tokens-energy.png && \
 		cp one_exit_*[0-9]_components.png ../../../../../docs/figures/tokens-components.png
-	cp runs/maze-layers/logistic/report/causal-noise/noise.png docs/figures/
+	cp runs/maze-layers/logistic/report/causal-noise-full/noise.png docs/figures/
 	$(BIN)/python train.py probe=layers pipeline.steps=5 run_dir=runs/few-steps
 	$(BIN)/python probe.py use=compare 'runs=[runs/maze-layers,runs/few-steps]'
 	cp runs/maze-layers/logistic/report/compare-few-steps/few-steps.png docs/figures/compare.png
-	cp runs/select-layers/logistic/report/causal-steer/steer.png docs/figures/
+	cp runs/select-layers/logistic/report/causal-steer-full/steer.png docs/figures/
 	cd runs/maze-layers/logistic/report && cp headline.png curves.png film.png checks.png generalisation.png ../../../../docs/figures/
 	cd runs/maze-layers/logistic/report && cp early/frontier.png ../../../../docs/figures/early.png && cp ensemble/ensemble.png ../../../../docs/figures/
 	cp runs/line-layers/logistic/report/ensemble/ensemble.png docs/figures/ensemble-line.png

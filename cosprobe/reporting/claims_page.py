@@ -24,9 +24,11 @@ HEAD = ["experiment", "claim", "control", "measured", "difference [95 %]", "n", 
 def rows(name: str, result: Path, pattern: str) -> list[list[str]]:
     """The claims of all reports of a result that fit the pattern. Raises InputError when there are none.
 
+    Where there is a report of full size, such as `causal-noise-full`, it stands for the quick one.
     A report has `claims`, `about`, and `n` for all or each of them. Claims of trials (`trial` is true) are left out.
     """
-    files = [file for part in pattern.split(",") for file in sorted((result / REPORT).glob(part))]
+    fitting = [file for part in pattern.split(",") for file in sorted((result / REPORT).glob(part))]
+    files = [file for file in fitting if file.parent.with_name(f"{file.parent.name}-full") / file.name not in fitting]
     if not files:
         raise InputError(f"{str(result / REPORT)!r}: no {pattern}; run the command that writes it first")
     found = []

@@ -37,6 +37,16 @@ def test_text_around_the_table_stays_and_trials_are_left_out(result):
     assert page.read_text() == "\n".join(["# Title", "", BEGIN, *table, END, "", "The end.", ""])
 
 
+def test_a_report_of_full_size_stands_for_the_quick_one(result):
+    written(result / "one", "causal-a-full", about="kind: a", n=72, claims=[CLAIM | {"verdict": "holds"}])
+    page = result / "page.md"
+    page.write_text(f"{BEGIN}{END}")
+    main([str(page), "causal-*/claims.json", "maze=one"])
+    assert [line for line in page.read_text().splitlines() if "maze" in line] == [
+        "| maze, kind: a | It moves | b | a minus b | +0.50 [+0.25, +0.75] | 72 | holds |"
+    ]
+
+
 def test_a_claim_may_have_its_own_number_of_samples_or_no_numbers(result):
     own = CLAIM | UNKNOWN | {"verdict": "untested", "n": 0, "about": "all: memory"}
     written(result / "two", "behaviour", claims=[own, CLAIM | {"verdict": "holds", "n": 7, "about": "x: y"}])
