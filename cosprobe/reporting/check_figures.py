@@ -35,6 +35,7 @@ def generalisation(grid: Grid, found: Sequence[Matrix]) -> Figure:
     """One row of heat maps per target, one for each of its matrices.
 
     Rows of a heat map: trained on. Columns: tested on. Colour: test accuracy, from light for chance to dark for 1.
+    Layer and step are those of the best cell, except on the axis that varies.
     """
     by_target = {name: [m for m in found if m.target == name] for name in dict.fromkeys(m.target for m in found)}
     with rc_context(STYLE):
@@ -42,7 +43,9 @@ def generalisation(grid: Grid, found: Sequence[Matrix]) -> Figure:
         parts = figure.subfigures(len(by_target), squeeze=False).ravel()
         for part, (name, row) in zip(parts, by_target.items(), strict=True):
             chance = float(grid.plane(name).chance)
-            about = "accuracy of probes trained on rows and tested on columns (above: lowest to highest)"
+            cell = grid.best(name).cell
+            at = f"layer {cell.layer}, step {cell.step} where not an axis"
+            about = f"trained on rows, tested on columns; {at} (above: lowest to highest)"
             part.suptitle(f"$\\bf{{{bold(name)}}}$: {about}", x=0.01, ha="left", fontsize=9)
             panels = part.subplots(1, len(row), squeeze=False).ravel()
             for axes, matrix in zip(panels, row, strict=True):
