@@ -555,7 +555,7 @@ def test_a_folder_of_problems_gets_a_map_and_no_use_that_reads_videos(model, tmp
         assert refused.returncode == 2 and "parser" in refused.stderr, use
     predicted = within("probe.py", "use=predict", "use.step=1", "use.problems=1", f"run={tmp_path / 'run'}")
     assert predicted.returncode == 0 and "full run" not in predicted.stdout.split("right")[0], predicted.stderr
-    assert re.search(r"the probe is right on [01]\.00 of 1 problems", predicted.stdout)
+    assert re.search(r"right: probe [01]\.00 of 1 problems.*task\.parser", predicted.stdout)
 
     (tmp_path / "problems").rename(tmp_path / "moved")
     again = run("moved")

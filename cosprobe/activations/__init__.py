@@ -26,7 +26,7 @@ from cosprobe.activations.dataset import (
 )
 from cosprobe.activations.edits import BACK, average_blocks, average_clean, average_latents, check_finite, check_layers
 from cosprobe.activations.halt import halting
-from cosprobe.activations.pooling import COLUMNS, Pooling, box_masks
+from cosprobe.activations.pooling import COLUMNS, Pooling, box_masks, random_projection
 from cosprobe.activations.predicting import FrozenSampling, Sampled, Shard, ShardWriter, announce, predict_shards
 from cosprobe.activations.random_weights import PERMUTED, RANDOM_WEIGHTS
 from cosprobe.activations.sampler import NOT_SEEN, Sampler, images
@@ -79,6 +79,7 @@ __all__ = [
     "images",
     "load_samples",
     "predict_shards",
+    "random_projection",
     "refuse_step_caches",
     "difficulty_columns",
     "seconds",

@@ -26,7 +26,7 @@ class CaptureConfig:
     frames: bool = False
     "With `region`, also keep every latent frame separately."
     project: int = 0
-    "Channels that are kept of every feature, by a fixed random projection; saves disk and memory. 0: all of them."
+    "Number of random combinations of channels that are kept in place of the channels, to save disk; 0: all channels."
     decode: str = "auto"
     "Step indices at which x0-hat is decoded and parsed; `auto`: at most five."
     random_weights: int = 128

@@ -102,7 +102,7 @@ def predict(
         samples = with_noise(fresh_problems(sampler.task, "test", task.problems, use.problems, [kind]), seed)
         answers = early_answers(sampler, bank, name, cell, samples)
         parser, names = sampler.task.candidates > 0, bank.target(name).names
-        heads = ("problem", "probe", "probability", *(["full run"] if parser else []), "right")
+        heads = ("problem", "probe", "probability", *(["full run"] if parser else []), "right answer")
         table = Table(*heads, box=None, padding=(0, 3, 0, 0))
         table.title = f"{name}: read after step {use.step} of {pipeline.steps} (0 = noisiest), layer {cell.layer}"
         for a in answers:
@@ -117,7 +117,8 @@ def predict(
             said = f"probe and full run agree on {same:.2f} of {len(answers)} problems; right: probe {of_probe:.2f}, "
             said += f"full run {of_run:.2f}"
         else:
-            said = f"the probe is right on {of_probe:.2f} of {len(answers)} problems; no parser reads the full runs"
+            said = f"right: probe {of_probe:.2f} of {len(answers)} problems. The task has no parser (task.parser), so "
+            said += "the answers of full runs are not known."
         console.print(f"{said}\n", highlight=False, soft_wrap=True)
 
 

@@ -130,6 +130,13 @@ def remarks(grid: Grid, checks: Checks) -> list[str]:
             if model > 0 and best.p <= ALPHA:
                 where = f"layer {best.cell.layer}, step {best.cell.step}"
                 lines.append(f"The best probe of {target} ({where}) is right on {best.accuracy:.2f}.")
+    if checks.projections:
+        kept, channels = checks.projections[0].kept, checks.projections[0].channels
+        lines.append(
+            f"Probes read {kept} combinations of the {channels} channels (probe.project={kept}). The row `projection` "
+            "of the table of checks compares them with probes on all channels, in the best of the few cells where all "
+            "are kept."
+        )
     for row in summarise(grid):
         if row.left_out:
             lines.append(
@@ -441,16 +448,19 @@ def _residual(data: xr.Dataset, name: str) -> str:
 
 
 def _projection(checks: Checks, name: str) -> str:
-    """Accuracy with all channels and with the projected ones, at the cell where both are known."""
+    """Accuracy with all channels and with the projected ones, at a cell where both are known."""
     for one in checks.projections:
         if one.target == name:
-            before, after, lower, upper = (
+            before, after, change, lower, upper = (
                 float(np.ravel(value)[0])
-                for value in (one.whole.value, one.projected.value, one.difference.lower, one.difference.upper)
+                for value in (
+                    *(one.whole.value, one.projected.value, one.difference.value),
+                    *(one.difference.lower, one.difference.upper),
+                )
             )
             return (
-                f"{before:.2f} with {one.channels} channels, {after:.2f} with {one.kept} [{lower:+.2f}, {upper:+.2f}], "
-                f"at layer {one.cell.layer}, step {one.cell.step}"
+                f"{one.kept} minus {one.channels} channels: {change:+.2f} [{lower:+.2f}, {upper:+.2f}] ({after:.2f} "
+                f"and {before:.2f}), layer {one.cell.layer}, step {one.cell.step}"
             )
     return NONE
 

@@ -1,6 +1,7 @@
 """Checks of the best cells of a map: generalisation, description length, confounds, random weights."""
 
 from cosprobe.evaluation.checks.generalisation import Matrix
+from cosprobe.evaluation.checks.projection import ProjectionCost, projection_cost
 from cosprobe.evaluation.checks.suite import Checks, examine
 from cosprobe.evaluation.checks.untrained import TRAINED, WEIGHTS, WeightsLine, weights_lines, weights_table
 
@@ -9,8 +10,10 @@ __all__ = [
     "WEIGHTS",
     "Checks",
     "Matrix",
+    "ProjectionCost",
     "WeightsLine",
     "examine",
+    "projection_cost",
     "weights_lines",
     "weights_table",
 ]

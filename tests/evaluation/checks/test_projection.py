@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from benchmarks.projection import costs
 from cosprobe.activations.collection import UNPROJECTED, StoreSettings, store_bytes, unprojected_cells
 from cosprobe.activations.dataset import ProbeSamples, load_samples, unprojected_samples
 from cosprobe.activations.pooling import Pooling, random_projection
@@ -74,6 +75,15 @@ def test_a_projection_that_keeps_the_signal_costs_nothing():
     samples = replace(whole, features=whole.features[..., :4])
     found = projection_cost(samples, whole, "answer", "all", [0.1, 1.0])
     assert found.difference.lower < 0 < found.difference.upper
+
+
+def test_the_benchmark_projects_every_layer_at_the_step():
+    whole = planted()
+    each = costs(whole, "answer", CELLS[1], KEPT, [0.1])
+    samples = replace(whole, features=whole.features @ random_projection(CHANNELS, KEPT))
+    assert [one.cell for one in each] == list(CELLS)
+    expected = projection_cost(samples, whole, "answer", "all", [0.1])
+    assert (each[1].difference.value, each[1].cell) == (expected.difference.value, expected.cell)
 
 
 def test_a_projection_keeps_norms_and_is_the_same_everywhere():
