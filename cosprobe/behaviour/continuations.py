@@ -255,7 +255,6 @@ def film_examples(sampler: Sampler, examples: Sequence[Example], steps: Sequence
     steps = (*steps, sampler.config.steps - 1)
     clips = watch(sampler, with_noise([example.problem for example in shown], seed), steps)
     rows = [
-        film_row(sampler.task, f"{e.problem.kind} {e.problem.index}", e.problem, clip, e.answer)
-        for e, clip in zip(shown, clips, strict=True)
+        film_row(sampler.task, e.problem.title, e.problem, clip, e.answer) for e, clip in zip(shown, clips, strict=True)
     ]
     return Film(tuple(rows), steps)

@@ -108,7 +108,7 @@ def predict(
         for a in answers:
             end = ["none" if a.model_answer is None else _named(a.model_answer, names)] if parser else []
             right = " or ".join(_named(solution, names) for solution in a.solutions)
-            table.add_row(f"{kind} {a.problem.index}", _named(a.answer, names), f"{a.probability:.2f}", *end, right)
+            table.add_row(a.problem.title, _named(a.answer, names), f"{a.probability:.2f}", *end, right)
         console.print(table)
         of_probe = np.mean([a.answer in a.solutions for a in answers])
         if parser:

@@ -298,9 +298,7 @@ def _live_table(one: KindReport) -> list[list[str]]:
         at = "finished" if early is None else f"step {early.step}, layer {early.layer}"
         answer, confidence = ("-", "-") if early is None else (str(early.prediction), f"{early.confidence:.2f}")
         right = " or ".join(map(str, live.solutions))
-        rows.append(
-            [f"{live.problem.kind} {live.problem.index}", at, answer, confidence, end, right, f"{live.seconds:.2f}"]
-        )
+        rows.append([live.problem.title, at, answer, confidence, end, right, f"{live.seconds:.2f}"])
     return rows
 
 

@@ -388,7 +388,10 @@ def _problem(
     copies[content] += 1
     index = int(hashlib.sha256(f"{content}{copies[content]}".encode()).hexdigest()[:12], 16)
     answer = next(value for value in labels.values() if isinstance(value, int))
-    return Problem(config.family, config.family, split, index, key, prompt, answer, labels, {}, one.regions, one.entry)
+    return Problem(
+        *(config.family, config.family, split, index, key, prompt, answer, labels, {}, one.regions, one.entry),
+        origin=one.entry.name,
+    )
 
 
 def _boxes(config: DiskConfig, entry: Entry, size: tuple[int, int]) -> tuple[Box, ...]:

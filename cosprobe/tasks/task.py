@@ -87,6 +87,7 @@ class Problem:
     the task maps to each other; it decides the split. answer: the right answer, None when several are right.
     labels: one value per target name, a tuple for targets of form `region`. difficulty: named numbers.
     regions: boxes of the image, or masks. layout: the description that the task draws the problem from.
+    origin: for problems from disk, the folder or row.
     """
 
     task: str
@@ -100,6 +101,12 @@ class Problem:
     difficulty: dict[str, int]
     regions: tuple[Region, ...]
     layout: Any = field(repr=False, compare=False)
+    origin: str = field(default="", compare=False, kw_only=True)
+
+    @property
+    def title(self) -> str:
+        """What tables and figures call the problem."""
+        return self.origin or f"{self.kind} {self.index}"
 
     @property
     def name(self) -> str:
