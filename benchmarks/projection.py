@@ -8,6 +8,7 @@ the best cell of each answer. A pilot with few problems and all channels says so
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from cosprobe.activations import ProbeSamples, StoredSamples, load_samples, random_projection
 from cosprobe.cells import Cell
+from cosprobe.errors import InputError
 from cosprobe.evaluation import Grid
 from cosprobe.evaluation.checks import ProjectionCost, projection_cost
 from cosprobe.probes import load_probes
@@ -65,12 +67,18 @@ def table(result: Path, channels: Sequence[int]) -> Table:
     return found
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table of a run. Returns the exit status."""
-    run, *channels = arguments
-    Console(width=140).print(table(find_result(run), [int(one) for one in channels] or CHANNELS))
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("run", help="folder of a finished run with all channels")
+    parser.add_argument("channels", nargs="*", type=int, default=CHANNELS, help="numbers of channels")
+    given = parser.parse_args(arguments)
+    try:
+        Console(width=140).print(table(find_result(given.run), given.channels))
+    except InputError as error:
+        parser.error(str(error))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -157,8 +157,10 @@ def capture(
     models = experts(pipeline)
     refuse_unsupported(pipeline, models)
     chosen = _hook_points(hook_points, min(len(block_list(pipeline, model)) for model in models.values()))
-    watcher = _Watcher(pipeline, models, chosen, pooling or Pooling("clip"), steps, set(clean), set(record), inputs)
-    watcher.unprojected = frozenset(unprojected)
+    watcher = _Watcher(
+        *(pipeline, models, chosen, pooling or Pooling("clip"), steps, set(clean), set(record), inputs),
+        whole=frozenset(unprojected),
+    )
     with ExitStack() as undo:
         watcher.call = undo.enter_context(watched_calls(pipeline))
         for model in models.values():
@@ -177,7 +179,6 @@ class _Watcher:
     """The hooks of one capture and the state they share."""
 
     call: RunningCall
-    unprojected: frozenset[tuple[int, int]] = frozenset()
 
     def __init__(
         self,
@@ -189,9 +190,10 @@ class _Watcher:
         clean: set,
         record: set,
         inputs: bool,
+        whole: frozenset[tuple[int, int]],
     ):
         self.pipeline, self.models, self.pooling, self.spec, self.clean = pipeline, models, pooling, steps, clean
-        self.record, self.inputs = record, inputs
+        self.record, self.inputs, self.unprojected = record, inputs, whole
         self.family = architecture(pipeline)
         self.whole: dict[int, Pooling] = {}  # pooling of inputs, by number of channels
         self.cache = ActivationCache(hook_points)

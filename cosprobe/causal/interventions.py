@@ -208,7 +208,7 @@ def build_experiment(
     if use.edit == "ablate":
         steps = steps if use.steps or use.size == "full" else _spaced(total, 2)
         return Ablate(steps, layers, total, frames, by_region and sampler.task.regions > 1), layers
-    if bank.store is not None and bank.store.probe.project:
+    if bank.store.probe.project:
         raise InputError(
             f"probe.project={bank.store.probe.project}: {use.edit} changes all channels of hidden states, and these "
             "probes read a projection; expected a run with probe.project=0"
