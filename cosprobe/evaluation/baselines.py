@@ -237,7 +237,7 @@ def _read(
     for i, form in enumerate(tried()):
         at = torch.nonzero(kept == i)[:, 0]
         if len(at):
-            part = replace(form, rows=form.rows[:, at])
+            part = form if len(at) == steps else replace(form, rows=form.rows[:, at])  # no copy of all steps
             fitted = _by_steps(_fit_and_predict, samples, target, part, recipe)
             for field in fields:
                 for step, value in zip(at.tolist(), fitted[field].numpy(), strict=True):
