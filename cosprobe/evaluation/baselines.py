@@ -57,6 +57,7 @@ GAP = 1e-4  # a fit ends at this relative gap of the objective
 NUMERIC = ("accuracy", "penalty", "columns", "projected", "validation", "test")  # fields of `InputReading`
 FIELDS = ("form", *NUMERIC)
 NUMBERS = 2**24  # feature values processed at a time: 64 MB in fp32
+LARGE = NUMBERS // 4  # values of a step from which on freed memory is returned, which takes time
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,8 @@ def _read_steps(
     each = sum(len(tensor) * math.prod(tensor.shape[2:]) for tensor in tensors if tensor is not None)
     size = max(1, NUMBERS // each)
     found: list[dict[str, Tensor]] = []
-    return_freed_memory()
+    if each > LARGE:
+        return_freed_memory()
     for start in range(part.start, part.stop, size):
         few, values = source.read(slice(start, min(start + size, part.stop))), dict[str, Tensor]()
         for i, (target, position) in enumerate(wanted):
@@ -259,7 +261,7 @@ def _by_steps(
     """Applies `work` to a few steps at a time."""
     fitted = replace(target, form="problem") if form.rows.shape[2] == 1 else target  # a single region
     size = max(1, NUMBERS // form.rows[:, 0].numel())
-    if form.rows[:, 0].numel() > NUMBERS // 4:  # what the last form has left behind may have no place for this one
+    if form.rows[:, 0].numel() > LARGE:  # what the last form has left behind may have no place for this one
         return_freed_memory()
     parts = [work(samples, fitted, rows, recipe) for rows in form.rows.split(size, dim=1)]
     return {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
