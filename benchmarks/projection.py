@@ -54,14 +54,10 @@ def table(result: Path, channels: Sequence[int]) -> Table:
         for kept in channels:
             each = costs(samples, target, best, kept, bank.provenance.probe["penalties"])
             here = next(one for one in each if one.cell == best)
-            value, lower, upper = (
-                float(np.ravel(part)[0])
-                for part in (here.difference.value, here.difference.lower, here.difference.upper)
-            )
-            losses = np.array([float(np.ravel(one.difference.value)[0]) for one in each])
+            change, losses = here.difference, np.array([one.difference.value for one in each])
             found.add_row(
                 f"{target}, layer {best.layer}, step {best.step}", f"{kept} of {here.channels}",
-                f"{float(np.ravel(here.projected.value)[0]):.2f}", f"{value:+.2f} [{lower:+.2f}, {upper:+.2f}]",
+                f"{here.projected.value:.2f}", f"{change.value:+.2f} [{change.lower:+.2f}, {change.upper:+.2f}]",
                 f"{losses.mean():+.2f}", f"{losses.min():+.2f}",
             )  # fmt: skip
     return found

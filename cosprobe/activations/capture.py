@@ -159,7 +159,7 @@ def capture(
     chosen = _hook_points(hook_points, min(len(block_list(pipeline, model)) for model in models.values()))
     watcher = _Watcher(
         *(pipeline, models, chosen, pooling or Pooling("clip"), steps, set(clean), set(record), inputs),
-        whole=frozenset(unprojected),
+        unprojected=frozenset(unprojected),
     )
     with ExitStack() as undo:
         watcher.call = undo.enter_context(watched_calls(pipeline))
@@ -190,10 +190,10 @@ class _Watcher:
         clean: set,
         record: set,
         inputs: bool,
-        whole: frozenset[tuple[int, int]],
+        unprojected: frozenset[tuple[int, int]],
     ):
         self.pipeline, self.models, self.pooling, self.spec, self.clean = pipeline, models, pooling, steps, clean
-        self.record, self.inputs, self.unprojected = record, inputs, whole
+        self.record, self.inputs, self.unprojected = record, inputs, unprojected
         self.family = architecture(pipeline)
         self.whole: dict[int, Pooling] = {}  # pooling of inputs, by number of channels
         self.cache = ActivationCache(hook_points)

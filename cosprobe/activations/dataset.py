@@ -402,9 +402,9 @@ def unprojected_samples(stored: StoredSamples, samples: ProbeSamples) -> ProbeSa
 
     stored: where the samples are read from.
     """
-    tensors, notes = stored.store.tensors(names=stored.table.names)
-    if UNPROJECTED not in tensors:
+    if not stored.probe.project:
         return None
+    tensors, notes = stored.store.tensors(names=stored.table.names)
     pairs, positions = notes[UNPROJECTED], notes["positions"]
     there = [Cell(step, layer, COND, position) for (step, layer), position in product(pairs, positions)]
     read = set(samples.cells)

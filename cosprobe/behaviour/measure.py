@@ -69,8 +69,8 @@ def measure(
         findings += exploration(one) + commitment(one) + corrections(one)
         curves |= answer_curves(one)
     findings += memory(grid) + perception(layers, untrained) + roles(layers) + axes(evaluated, grid)
-    of_features = bank.provenance.store
-    projected = of_features is not None and of_features.probe.project  # then no channel is one of the transformer
+    store = bank.provenance.store
+    projected = store is not None and store.probe.project  # then no channel is one of the transformer
     curves |= layer_curves(layers) | ({} if projected else energy(samples))
     findings.sort(key=lambda finding: ORDER.index(finding.behaviour))
     said = {name: sentences(name, [f for f in findings if f.behaviour == name]) for name in ORDER}

@@ -451,16 +451,11 @@ def _projection(checks: Checks, name: str) -> str:
     """Accuracy with all channels and with the projected ones, at a cell where both are known."""
     for one in checks.projections:
         if one.target == name:
-            before, after, change, lower, upper = (
-                float(np.ravel(value)[0])
-                for value in (
-                    *(one.whole.value, one.projected.value, one.difference.value),
-                    *(one.difference.lower, one.difference.upper),
-                )
-            )
+            change = one.difference
             return (
-                f"{one.kept} minus {one.channels} channels: {change:+.2f} [{lower:+.2f}, {upper:+.2f}] ({after:.2f} "
-                f"and {before:.2f}), layer {one.cell.layer}, step {one.cell.step}"
+                f"{one.kept} minus {one.channels} channels: {change.value:+.2f} [{change.lower:+.2f}, "
+                f"{change.upper:+.2f}] ({one.projected.value:.2f} and {one.whole.value:.2f}), layer {one.cell.layer}, "
+                f"step {one.cell.step}"
             )
     return NONE
 

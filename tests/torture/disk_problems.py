@@ -101,15 +101,12 @@ def _masked(root: Path, rng: np.random.Generator, on_error: str) -> tuple[str, C
     for number in range(TOTAL):
         write(root / f"{number:03d}", number)
         _column(number).save(root / f"{number:03d}" / "mask.png")
-    ways = []
-    for number in rng.choice(TOTAL, size=int(rng.integers(1, 6)), replace=False):
-        ways.append(BAD_MASKS[int(rng.integers(len(BAD_MASKS)))])
-        ways[-1](root / f"{number:03d}", rng)
+    ways = _spoiled(root, rng, BAD_MASKS)
     size = {"fit": "stretch", "height": 64, "width": 96}
     config = FolderConfig(
         root=str(root), label="parameters.answer", masks=["mask.png"], on_error=on_error, problems=0, **size
     )
-    return f"folder with {', '.join(way.__name__ for way in ways)} ({on_error})", config.build
+    return f"folder with {ways} ({on_error})", config.build
 
 
 def _column(number: int) -> Image.Image:
@@ -168,14 +165,19 @@ def _folder(root: Path, rng: np.random.Generator, on_error: str) -> tuple[str, C
     """A folder in which a few problems are bad, in ways drawn at random."""
     for number in range(TOTAL):
         write(root / f"{number:03d}", number)
-    ways = []
-    for number in rng.choice(TOTAL, size=int(rng.integers(1, 6)), replace=False):
-        folder = root / f"{number:03d}"
-        way = BAD[int(rng.integers(len(BAD)))]
-        ways.append(way.__name__)
-        way(folder, rng)
+    ways = _spoiled(root, rng, BAD)
     config = FolderConfig(root=str(root), label="parameters.answer", on_error=on_error, problems=0)
-    return f"folder with {', '.join(ways)} ({on_error})", config.build
+    return f"folder with {ways} ({on_error})", config.build
+
+
+def _spoiled(root: Path, rng: np.random.Generator, ways: Sequence[Callable[[Path, np.random.Generator], None]]) -> str:
+    """Spoils one to five problems, each in a way drawn at random. Returns the names of the ways."""
+    names = []
+    for number in rng.choice(TOTAL, size=int(rng.integers(1, 6)), replace=False):
+        way = ways[int(rng.integers(len(ways)))]
+        names.append(way.__name__)
+        way(root / f"{number:03d}", rng)
+    return ", ".join(names)
 
 
 def _truncated(folder: Path, rng: np.random.Generator) -> None:

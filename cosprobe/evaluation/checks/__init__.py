@@ -1,4 +1,5 @@
-"""Checks of the best cells of a map: generalisation, description length, confounds, random weights."""
+"""Checks of the best cells of a map: generalisation, description length, confounds, random weights,
+projection."""
 
 from cosprobe.evaluation.checks.generalisation import Matrix
 from cosprobe.evaluation.checks.projection import ProjectionCost, projection_cost

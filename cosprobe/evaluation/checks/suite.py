@@ -211,7 +211,7 @@ def _projection(found: ProjectionCost) -> xr.Dataset:
         "projection_all": found.whole.value, "projection_kept": found.projected.value,
         "projection_lower": found.difference.lower, "projection_upper": found.difference.upper,
     }  # fmt: skip
-    return _dataset(found.target, {name: ((), np.ravel(value)[0]) for name, value in values.items()}, {})
+    return _dataset(found.target, {name: ((), value) for name, value in values.items()}, {})
 
 
 def _with_weights(dataset: xr.Dataset, table: WeightsTable) -> xr.Dataset:
