@@ -595,3 +595,18 @@ def test_few_problems_are_cross_fitted_and_nothing_is_fitted_twice(model, tmp_pa
     assert again.returncode == 0
     assert (again.stdout.count("probes: those of this command"), again.stdout.count("inputs: computed")) == (3, 3)
     xr.testing.assert_identical(Grid.load(folder).dataset, grid.dataset)
+
+
+@pytest.mark.slow
+def test_a_projected_run_says_what_that_costs_and_refuses_what_needs_all_channels(model, tmp_path):
+    train(model, tmp_path / "run", "probe.project=6", "probe.kind=ridge", "probe.random_weights=0")
+    (folder,) = results(tmp_path / "run")
+    grid = Grid.load(folder).dataset.sel(target="answer")
+    change = grid.projection_kept - grid.projection_all
+    assert -1 <= grid.projection_lower <= change <= grid.projection_upper <= 1
+    text = (folder / "report" / "summary.md").read_text()
+    assert re.search(rf"\| projection \| 6 minus 24 channels: {float(change):+.2f} \[", text)
+    assert "probe.project=6" in text
+    for edit in ("steer", "erase"):
+        refused = within("probe.py", "use=intervene", f"use.edit={edit}", f"run={folder}")
+        assert refused.returncode == 2 and re.search(rf"probe\.project=6: {edit}", refused.stderr)
